@@ -1,0 +1,1 @@
+"""The float32 LoRA trainer for InstructBLIP: yields facts and decides nothing."""

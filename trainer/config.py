@@ -1,0 +1,191 @@
+"""`TrainConfig`: one fully resolved, frozen training configuration. The only home of its defaults."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trainer.errors import ConfigError
+
+EMBEDDED = "mini"
+"""The name under which the embedded model and data are found: `model="mini"`, `data="mini"`."""
+
+MACHINE_FIELDS = ("device", "num_workers", "prefetch_factor")
+"""Fields that say where and how fast a run goes, not what it computes."""
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError("needs at least one module name")
+    if len(set(names)) != len(names):
+        raise ValueError(f"names a module twice: {', '.join(names)}")
+    return names
+
+
+class TrainConfig(BaseModel):
+    """One training run of an InstructBLIP with LoRA, fully resolved.
+
+    Build it with `TrainConfig.parse` to get one message for everything that is wrong.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+    model: str = EMBEDDED
+    """InstructBLIP checkpoint: a folder, a hub id, or `mini` for the embedded model."""
+    data: str = EMBEDDED
+    """Data folder: RSICap (`captions.json` and `images/`), an image folder with `metadata.jsonl`, or `mini`."""
+    max_samples: Annotated[int, Field(ge=2)] | None = None
+    """Rows used, training and validation together; None for all."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the rows held out for validation, by whole scenes where scenes are known."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the split and of the choice of `max_samples` rows: the same for every trial of a study."""
+    skip_bad_rows: bool = False
+    """Go on without rows whose image is missing, broken or unsafe; otherwise they are an error."""
+    max_target_length: Annotated[int, Field(ge=1, le=4096)] = 256
+    """Longest caption in tokens of the language model, EOS included; longer ones are cut."""
+
+    num_epochs: Annotated[int, Field(ge=1)] = 10
+    """Passes over the training data."""
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    """Samples in a batch."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    """Batches to an optimizer step."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Most samples in one forward pass, for memory alone: the optimizer step stays the same. None for the batch."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-4
+    """Peak rate of AdamW, reached after the warmup."""
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    """Schedule after the warmup."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Optimizer steps of linear warmup."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
+    """AdamW's decoupled weight decay."""
+    adam_epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """AdamW's eps. In float16 anything below 6e-8 rounds to zero, see `torch_dtype`."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this global L2 norm."""
+    max_nonfinite_steps: Annotated[int, Field(ge=1)] = 3
+    """Consecutive steps with a loss, query output or gradient that is not finite before the run ends."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of adapter initialisation, data order and dropout."""
+
+    lora_r: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Rank of the LoRA update."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 16
+    """LoRA's numerator: updates are scaled by alpha / r (Hu et al. 2021)."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Dropout before lora_A."""
+    target_modules: Annotated[tuple[str, ...], AfterValidator(_distinct)] = ("query", "key", "value", "dense")
+    """Module name endings that get an adapter. The default reaches the Q-Former only; language-model modules
+    (`q`, `v` of a T5, `q_proj`, `v_proj` of a Llama) may be named too."""
+
+    torch_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Dtype of base and adapters alike, as the hand-run log meant it."""
+    matmul_precision: Literal["highest", "high"] = "highest"
+    """PyTorch's float32 matmul precision on CUDA; `high` allows TF32."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    """`auto` takes CUDA where there is one."""
+    num_workers: Annotated[int, Field(ge=0, le=128)] = 0
+    """DataLoader worker processes; 0 loads in the training process."""
+    prefetch_factor: Annotated[int, Field(ge=1)] = 2
+    """Batches each DataLoader worker holds ready."""
+
+    patience: Annotated[int, Field(ge=1)] = 3
+    """Evaluations in a row without a new best before validation loss counts as rising. Real curves set a record
+    after two flat epochs, never after three (tests/test_pruning.py holds it to the recorded runs)."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """A validation loss is a new best if it is lower by more than this."""
+
+    @model_validator(mode="after")
+    def _micro_batch_fits(self) -> TrainConfig:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} is larger than batch_size={self.batch_size}"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The configuration with these values over the defaults.
+
+        Raises:
+            ConfigError: everything that is wrong, in one message, unknown names with the nearest valid one.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigError(describe(error)) from None
+
+    @classmethod
+    def parse_settings(cls, settings: Iterable[str], base: Mapping[str, Any] | None = None) -> TrainConfig:
+        """The configuration from `key=value` strings over `base` over the defaults. See `read_settings`."""
+        return cls.parse({**(base or {}), **read_settings(settings)})
+
+    def identity(self) -> str:
+        """Hash of all fields that can change the result: the same identity on the same machine, the same run."""
+        values = self.model_dump(mode="json", exclude=set(MACHINE_FIELDS))
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the nearest valid name, or nothing."""
+    close = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def describe(error: ValidationError) -> str:
+    """One line for each thing wrong with a TrainConfig: the field, the rule and the value."""
+    valid = list(TrainConfig.model_fields)
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "configuration"
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"TrainConfig has no {name!r}{nearest(name, valid)}")
+            continue
+        message = problem["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        given = "" if where == "configuration" else f", but got {name}={problem['input']!r}"
+        lines.append(f"{where}: {message}{given}")
+    head = "the configuration has one error:" if len(lines) == 1 else f"the configuration has {len(lines)} errors:"
+    return "\n".join([head, *(f"  - {line}" for line in dict.fromkeys(lines))])
+
+
+def read_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """`["learning_rate=2e-4", "target_modules=query,value"]` as field values.
+
+    Raises:
+        ConfigError: entries without `=`, unknown keys and unreadable values, all in one message.
+    """
+    values: dict[str, Any] = {}
+    errors = []
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        key = key.strip()
+        if not separator or not key:
+            errors.append(f"{setting!r} is not of the form key=value")
+            continue
+        if key in values:
+            errors.append(f"{key!r} is set twice")
+        values[key] = _read_value(key, text.strip())
+    if errors:
+        raise ConfigError("\n".join(["the settings cannot be read:", *(f"  - {e}" for e in errors)]))
+    return values
+
+
+def _read_value(key: str, text: str) -> Any:
+    """The text as Pydantic can take it: lists split at commas, `none` as None; numbers are Pydantic's to read."""
+    if key == "target_modules":
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    field = TrainConfig.model_fields.get(key)
+    if text.lower() in ("none", "null") and field is not None and type(None) in get_args(field.annotation):
+        return None
+    return text

@@ -1,0 +1,167 @@
+"""What the trainer reports: facts, in order, as frozen values.
+
+One clock runs through all of them: `step` is the number of optimizer steps attempted so far (a step whose
+gradients were not finite counts as attempted, yet updates nothing); `epoch` counts from 1, as in the hand-run log.
+
+Timings are facts of the machine rather than of the configuration. They live in `Timing` fields that do not
+take part in comparison, so `==` between two runs' events asks exactly "were the numbers bit-identical?".
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTiming:
+    """Seconds spent in one optimizer step."""
+
+    step_s: float
+    """Wall time of the step, waiting for data included."""
+    data_wait_s: float
+    """Part of it spent waiting for the next batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochTiming:
+    """Where an epoch's time went, and the memory it took."""
+
+    epoch_s: float
+    """Wall time of the whole epoch: training, evaluation and checkpoint."""
+    train_s: float
+    data_wait_s: float
+    """Part of `train_s` spent waiting for data."""
+    eval_s: float
+    checkpoint_s: float
+    samples_per_s: float
+    """Training samples per second of `train_s`."""
+    peak_memory_gib: float
+    """Peak device memory on CUDA, peak resident memory of the process on CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted:
+    """Facts known before the first step."""
+
+    num_train_samples: int
+    num_val_samples: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    trainable_parameters: int
+    adapted_modules: tuple[str, ...]
+    """Full names of the modules that got an adapter, sorted."""
+    skipped_rows: tuple[str, ...]
+    """Rows left out because of `skip_bad_rows`, each with its reason."""
+    data_fingerprint: str
+    model_fingerprint: str
+    device: str
+    num_threads: int
+    resumed_from_epoch: int
+    """0 for a fresh run, else the last epoch whose checkpoint was loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonFinite:
+    """A step that went bad: the first tensor that was not finite, and what can be shown of the cause."""
+
+    tensor: str
+    """For example `loss`, `query_output`, `grad: ...query.lora_A.default.weight` or `param: ...`."""
+    value: str
+    """`nan`, `inf` or `-inf`."""
+    after_update: bool
+    """True if an update made the parameter so; False if the forward or backward pass did."""
+    detail: str
+    """Measured circumstances in words, e.g. dtype, eps as that dtype rounds it, gradient at the step before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEnded:
+    """One optimizer step: `loss` is the mean over the step's label tokens, before the update."""
+
+    step: int
+    epoch: int
+    loss: float
+    grad_norm: float
+    """Global L2 norm of the adapter's gradient before clipping; may be nan or inf when `nonfinite` is set."""
+    learning_rate: float
+    """The rate this step used."""
+    num_samples: int
+    num_tokens: int
+    nonfinite: NonFinite | None = None
+    """Set if the step updated nothing because something was not finite."""
+    timing: StepTiming = field(compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochEnded:
+    """One pass over the training data, and the evaluation after it. The checkpoint is on disk when this is yielded."""
+
+    epoch: int
+    step: int
+    train_loss: float
+    """Mean over the epoch's label tokens in finite steps (nan if there was none)."""
+    val_loss: float
+    """Mean over all label tokens of the validation split."""
+    learning_rate: float
+    """The rate of the epoch's last step."""
+    grad_norm_mean: float
+    grad_norm_max: float
+    """Over the epoch's finite steps, before clipping (nan if there was none)."""
+    nonfinite_steps: int
+    timing: EpochTiming = field(compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved:
+    """A checkpoint became durable."""
+
+    epoch: int
+    step: int
+    path: str = field(compare=False)
+    is_best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchReduced:
+    """Memory ran out; the same step was begun again with a smaller micro-batch. The effective batch is unchanged."""
+
+    step: int
+    micro_batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOfMemory:
+    """Memory ran out even with a micro-batch of one sample. The run has ended."""
+
+    step: int
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diverged:
+    """`max_nonfinite_steps` steps in a row were not finite. The run has ended."""
+
+    step: int
+    epoch: int
+    first_bad_step: int
+    """The first step of the series."""
+    cause: NonFinite
+    """What went bad at `first_bad_step`."""
+
+
+Event = (
+    RunStarted | StepEnded | EpochEnded | CheckpointSaved | MicroBatchReduced | OutOfMemory | Diverged
+)
+
+
+def to_dict(event: Event) -> dict[str, Any]:
+    """The event as plain data, with its type under `event`."""
+    return {"event": type(event).__name__, **asdict(event)}
+
+
+def epoch_from_dict(data: dict[str, Any]) -> EpochEnded:
+    """The inverse of `to_dict` for EpochEnded (checkpoints carry their run's history)."""
+    fields = {k: v for k, v in data.items() if k not in ("event", "timing")}
+    return EpochEnded(**fields, timing=EpochTiming(**data["timing"]))
