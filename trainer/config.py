@@ -107,9 +107,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _micro_batch_fits(self) -> TrainConfig:
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} is larger than batch_size={self.batch_size}"
-            )
+            raise ValueError(f"micro_batch_size={self.micro_batch_size} is larger than batch_size={self.batch_size}")
         return self
 
     @classmethod

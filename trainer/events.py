@@ -151,9 +151,7 @@ class Diverged:
     """What went bad at `first_bad_step`."""
 
 
-Event = (
-    RunStarted | StepEnded | EpochEnded | CheckpointSaved | MicroBatchReduced | OutOfMemory | Diverged
-)
+Event = RunStarted | StepEnded | EpochEnded | CheckpointSaved | MicroBatchReduced | OutOfMemory | Diverged
 
 
 def to_dict(event: Event) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""What is read back about a study: plain values, put together from Optuna's storage and MLflow.
+
+Leaderboard, tuning log and plots are functions of these and of nothing else.
+Optuna's storage is the truth about trials (state, value, params, reason); MLflow has the curves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# User attributes of an Optuna trial.
+CONFIG = "config"
+"""The resolved TrainConfig as plain data."""
+RUN_ID = "run_id"
+"""The trial's MLflow run."""
+REASON = "reason"
+"""Why it ended, one of `Reason`'s values below."""
+DETAIL = "detail"
+"""The reason in words with the values that show it."""
+BEST_EPOCH = "best_epoch"
+TRAIN_LOSSES = "train_losses"
+"""Training loss by epoch, a list: divergence is judged on both curves."""
+STOPPED_EARLY = "stopped_early"
+FINDINGS = "findings"
+"""The diagnosis' findings as plain data."""
+LABEL = "label"
+"""Name of a trial given by hand."""
+OVERRIDES = "overrides"
+"""Fields of a trial given by hand that lie outside the search space."""
+STAGE = "stage"
+"""Stage of `--strategy staged` the trial belongs to."""
+RESUMES = "resumes"
+"""Number of the trial whose checkpoint this one continues."""
+ATTEMPT = "attempt"
+"""0 for a first run, then the number of times the work was taken up again."""
+WORKER = "worker"
+"""Host, process id and start time of the process that runs the trial."""
+
+# Reasons for a trial's end.
+FINISHED = "finished"
+RISING = "rising"
+DIVERGED = "diverged"
+NON_FINITE = "non_finite"
+OUT_OF_MEMORY = "out_of_memory"
+SUPERSEDED = "pruner"
+"""Stopped by a pruner that compares with other trials (successive halving and the like)."""
+PROBE = "probe"
+"""A short probe of stability, stopped because it showed what it was for."""
+INTERRUPTED = "interrupted"
+LOST = "lost"
+ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """One epoch's metrics as MLflow has them; None where there is no finite value."""
+
+    epoch: int
+    train_loss: float | None = None
+    val_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm_mean: float | None = None
+    grad_norm_max: float | None = None
+    epoch_seconds: float | None = None
+    eval_seconds: float | None = None
+    samples_per_second: float | None = None
+    data_wait_fraction: float | None = None
+    peak_memory_gib: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimizer step's metrics as MLflow has them."""
+
+    step: int
+    loss: float | None = None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One trial, read back."""
+
+    number: int
+    state: str
+    """Optuna's: RUNNING, COMPLETE, PRUNED, FAIL, WAITING."""
+    value: float | None
+    """Lowest validation loss, for COMPLETE and PRUNED trials that had one."""
+    params: dict[str, Any]
+    config: dict[str, Any]
+    reason: str | None
+    detail: str | None
+    best_epoch: int | None
+    stopped_early: bool
+    attrs: dict[str, Any]
+    """All user attributes."""
+    violated: tuple[str, ...]
+    """Names of violated constraints."""
+    start_s: float | None
+    """Seconds since the epoch (UTC); None if it never started."""
+    end_s: float | None
+    run_id: str | None
+    epochs: tuple[EpochRecord, ...] = ()
+    steps: tuple[StepRecord, ...] = ()
+    tags: dict[str, str] = field(default_factory=dict)
+    """MLflow's tags of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecord:
+    """One study, read back."""
+
+    name: str
+    definition: dict[str, Any]
+    attrs: dict[str, Any]
+    trials: tuple[TrialRecord, ...]
+    experiment_id: str | None
+    parent_run_id: str | None

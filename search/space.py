@@ -1,0 +1,141 @@
+"""The parameters of a search space: what may vary, between which values, on which scale.
+
+Pure descriptions: `search.sampling` turns them into Optuna's distributions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Scalar = float | int | str | bool
+
+
+@dataclass(frozen=True)
+class Float:
+    """A real number in [low, high], uniform or log-uniform."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range(self)
+
+    def edges(self) -> tuple[Scalar, ...]:
+        """Values that must be possible for the range to be so."""
+        return (self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Int:
+    """A whole number in [low, high], uniform or log-uniform."""
+
+    low: int
+    high: int
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range(self)
+
+    def edges(self) -> tuple[Scalar, ...]:
+        """Values that must be possible for the range to be so."""
+        return (self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few values."""
+
+    values: tuple[Scalar, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ValueError("Choice needs at least one value, but got none")
+        if len(set(self.values)) != len(self.values):
+            raise ValueError(f"Choice names a value twice: {self.values}")
+
+    def edges(self) -> tuple[Scalar, ...]:
+        """Values that must be possible for the choice to be so."""
+        return self.values
+
+
+@dataclass(frozen=True)
+class Multiple:
+    """A whole multiple or fraction of another field, as LoRA's alpha is of its rank.
+
+    Searching alpha / r rather than alpha keeps the size of the update (scaling = alpha / r, Hu et al. 2021)
+    apart from its rank. In Optuna the parameter is called `<field>_per_<of>`, e.g. `lora_alpha_per_lora_r`.
+    """
+
+    of: str
+    factors: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.factors or min(self.factors) <= 0:
+            raise ValueError(f"Multiple needs positive factors, but got {self.factors}")
+        if len(set(self.factors)) != len(self.factors):
+            raise ValueError(f"Multiple names a factor twice: {self.factors}")
+
+
+Param = Float | Int | Choice | Multiple
+Space = Mapping[str, Param]
+
+
+def _check_range(param: Float | Int) -> None:
+    if not param.low <= param.high:
+        raise ValueError(f"low must not be above high, but got low={param.low!r}, high={param.high!r}")
+    if param.log and param.low <= 0:
+        raise ValueError(f"a log scale needs low > 0, but got low={param.low!r}")
+
+
+def param_name(field: str, param: Param) -> str:
+    """The name under which Optuna knows the parameter of this field."""
+    return f"{field}_per_{param.of}" if isinstance(param, Multiple) else field
+
+
+def to_config(space: Space, base: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Field values from sampled params over the base values: plain params first, multiples after.
+
+    Fields whose param is missing in `params` keep their base value.
+    """
+    values = dict(base)
+    for field, param in space.items():
+        if not isinstance(param, Multiple) and field in params:
+            values[field] = params[field]
+    for field, param in space.items():
+        name = param_name(field, param)
+        if isinstance(param, Multiple) and name in params:
+            values[field] = values[param.of] * params[name]
+    return values
+
+
+def to_params(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The params that give these field values: the inverse of `to_config`, for trials given by hand.
+
+    Raises:
+        ValueError: a value lies outside its range, so that Optuna could not hold it.
+    """
+    params: dict[str, Any] = {}
+    for field, param in space.items():
+        if field not in values:
+            continue
+        value = values[field]
+        if isinstance(param, Multiple):
+            value = values[param.of] and value / values[param.of]
+        if not contains(param, value):
+            raise ValueError(f"{field}={values[field]!r} lies outside its search range {param}")
+        params[param_name(field, param)] = value
+    return params
+
+
+def contains(param: Param, value: Any) -> bool:
+    """Whether the param can take this value (for a Multiple, this factor)."""
+    match param:
+        case Float() | Int():
+            return bool(param.low <= value <= param.high)
+        case Choice():
+            return value in param.values
+        case Multiple():
+            return value in param.factors

@@ -1,0 +1,19 @@
+"""The rsicap study on the embedded model and data: any laptop, about three minutes, nothing to download."""
+
+from search.space import Float, Int, Multiple
+from search.study import Study
+
+STUDY = Study(
+    name="rsicap_mini",
+    description="the rsicap study on the embedded model and data: any laptop, nothing to download",
+    base={"model": "mini", "data": "mini", "num_epochs": 6, "max_grad_norm": 1.0},
+    space={
+        "learning_rate": Float(5e-6, 1e-3, log=True),
+        "lora_r": Int(4, 32, log=True),
+        "lora_alpha": Multiple("lora_r", (1, 2, 4)),
+        "lora_dropout": Float(0.0, 0.2),
+        "batch_size": Int(2, 16, log=True),
+        "warmup_steps": Int(0, 200),
+    },
+    n_trials=12,
+)
