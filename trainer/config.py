@@ -60,6 +60,8 @@ class TrainConfig(BaseModel):
     """Batches to an optimizer step."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Most samples in one forward pass, for memory alone: the optimizer step stays the same. None for the batch."""
+    eval_batch_size: Annotated[int, Field(ge=1)] = 16
+    """Samples in a forward pass of the evaluation: the same for every trial, so that their losses compare."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-4
     """Peak rate of AdamW, reached after the warmup."""
     lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"

@@ -1,0 +1,172 @@
+"""The own forward equals the library's; adapters have the size of the closed formula; PEFT loads what we save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from tests.tiny import IMAGE_TOKEN, QUERIES, tiny_batch, tiny_model
+from trainer import adapters
+from trainer.config import TrainConfig
+from trainer.data import IGNORE, Batch
+from trainer.errors import ModelError
+from trainer.model import encode_images, forward, label_logits, load_base, query_images
+
+KINDS = ("t5", "llama")
+
+
+def library_forward(model: Any, batch: Batch, kind: str) -> Any:
+    """The library's own forward on the same batch, image tokens written out as its processor does."""
+    size = len(batch)
+    image_ids = torch.full((size, QUERIES), IMAGE_TOKEN)
+    ones = torch.ones(size, QUERIES, dtype=torch.long)
+    labels = batch.labels
+    if kind == "llama":
+        labels = torch.cat([torch.full((size, QUERIES), IGNORE), labels], dim=1)
+    return model(
+        pixel_values=batch.pixel_values,
+        qformer_input_ids=batch.qformer_ids,
+        qformer_attention_mask=batch.qformer_mask,
+        input_ids=torch.cat([image_ids, batch.text_ids], dim=1),
+        attention_mask=torch.cat([ones, batch.text_mask], dim=1),
+        labels=labels,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_equals_the_library(kind: str) -> None:
+    model, batch = tiny_model(kind), tiny_batch(kind)
+    theirs = library_forward(model, batch, kind)
+    ours = forward(model, batch)
+    assert ours.loss_sum / batch.num_tokens() == pytest.approx(float(theirs.loss), abs=1e-5)
+    logits, labels = label_logits(model, ours.query_output, batch)
+    if kind == "t5":
+        expected = theirs.logits[batch.labels != IGNORE]
+    else:
+        shifted = torch.cat([batch.labels[:, 1:], torch.full((len(batch), 1), IGNORE)], dim=1)
+        expected = theirs.logits[:, QUERIES:][shifted != IGNORE]
+        assert torch.equal(labels, shifted[shifted != IGNORE])
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_equal_the_library(kind: str) -> None:
+    model, batch = tiny_model(kind), tiny_batch(kind)
+    with adapters.attached(model, TrainConfig(lora_dropout=0.0)) as (peft_model, _):
+        parameters = adapters.parameters(peft_model)
+        with torch.no_grad():
+            for p in parameters.values():
+                p.normal_(std=0.1)
+        library_forward(model, batch, kind).loss.backward()
+        theirs = {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
+        for p in parameters.values():
+            p.grad = None
+        (forward(model, batch).loss_sum / batch.num_tokens()).backward()
+        assert theirs
+        for name, grad in theirs.items():
+            torch.testing.assert_close(parameters[name].grad, grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_image_matters(kind: str) -> None:
+    model, batch = tiny_model(kind), tiny_batch(kind)
+    seen = forward(model, batch).loss_sum
+    batch.pixel_values = torch.zeros_like(batch.pixel_values)
+    assert not torch.equal(seen, forward(model, batch).loss_sum)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_known_image_embeddings_give_the_same(kind: str) -> None:
+    model, batch = tiny_model(kind), tiny_batch(kind)
+    embeds = encode_images(model, batch.pixel_values)
+    assert torch.equal(forward(model, batch).loss_sum, forward(model, batch, embeds).loss_sum)
+    assert query_images(model, embeds, batch).shape == (3, QUERIES, 16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_does_not_matter(kind: str) -> None:
+    model, batch = tiny_model(kind), tiny_batch(kind)
+    whole = forward(model, batch).loss_sum
+    alone = sum(float(forward(model, micro).loss_sum) for micro in batch.micro(1))
+    assert float(whole) == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("r", [4, 7])
+def test_adapter_size_is_the_closed_formula(kind: str, r: int) -> None:
+    model = tiny_model(kind)
+    names = adapters.resolve_targets(model, ("query", "key", "value", "dense"))
+    # Two layers; self-attention in both, cross-attention in the first (frequency 2), each query, key, value and
+    # output.dense; and two feed-forwards (query and text) of two dense modules each.
+    assert len(names) == (2 + 1) * 4 + 2 * 2 * 2
+    assert all(name.startswith("qformer.") for name in names)
+    expected = adapters.lora_parameters(model, names, r)
+    with adapters.attached(model, TrainConfig(lora_r=r, lora_alpha=2 * r)) as (peft_model, modules):
+        assert modules == names
+        assert sum(p.numel() for p in adapters.parameters(peft_model).values()) == expected
+
+
+def test_the_real_model_has_120_modules() -> None:
+    """InstructBLIP-FlanT5-XL's Q-Former: 12 layers, cross-attention in every second."""
+    from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
+
+    with torch.device("meta"):
+        qformer = InstructBlipQFormerModel(InstructBlipQFormerConfig())
+    assert len(adapters.resolve_targets(qformer, TrainConfig().target_modules)) == 120
+
+
+def test_language_model_modules_on_request() -> None:
+    for kind, names in (("t5", ("q", "v")), ("llama", ("q_proj", "v_proj"))):
+        found = adapters.resolve_targets(tiny_model(kind), names)
+        assert found and all(name.startswith("language_model.") for name in found)
+
+
+def test_a_fresh_adapter_changes_nothing_and_leaves_no_trace() -> None:
+    model, batch = tiny_model("t5"), tiny_batch("t5")
+    before = forward(model, batch).loss_sum
+    keys = set(model.state_dict())
+    for _ in range(3):
+        with adapters.attached(model, TrainConfig()) as (peft_model, _modules):
+            peft_model.eval()
+            torch.testing.assert_close(forward(model, batch).loss_sum, before)
+            assert all("lora_" in name for name in adapters.parameters(peft_model))
+        assert set(model.state_dict()) == keys
+        assert not any(p.requires_grad for p in model.parameters())
+    assert torch.equal(forward(model, batch).loss_sum, before)
+
+
+def test_saved_adapters_load_with_peft(tmp_path: Path) -> None:
+    model, batch = tiny_model("t5"), tiny_batch("t5")
+    with adapters.attached(model, TrainConfig()) as (peft_model, _):
+        with torch.no_grad():
+            for p in adapters.parameters(peft_model).values():
+                p.normal_(std=0.2)
+        peft_model.eval()
+        trained = forward(model, batch).loss_sum
+        adapters.save(peft_model, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_model("t5"), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(forward(loaded.get_base_model(), batch).loss_sum, trained)
+    with adapters.attached(model, TrainConfig(seed=7)) as (peft_model, _):
+        adapters.load_into(peft_model, tmp_path / "adapter")
+        peft_model.eval()
+        assert torch.equal(forward(model, batch).loss_sum, trained)
+
+
+def test_unknown_target_modules_are_named() -> None:
+    with pytest.raises(ModelError, match="'querry'; did you mean 'query'"):
+        adapters.resolve_targets(tiny_model("t5"), ("querry", "value"))
+
+
+def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    with pytest.raises(ModelError, match="does not exist"):
+        load_base(str(tmp_path / "nothing"), **options)
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load_base(str(tmp_path), **options)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ModelError, match="is a 'bert', but an 'instructblip' is needed"):
+        load_base(str(tmp_path), **options)

@@ -1,0 +1,107 @@
+"""LoRA on the frozen base, through PEFT: which modules get it, how many parameters that is, saving, taking it off."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.config import TrainConfig, nearest
+from trainer.errors import ModelError
+
+
+def resolve_targets(model: nn.Module, target_modules: Sequence[str]) -> tuple[str, ...]:
+    """Full names of the linear modules whose name ends in one of `target_modules`, sorted.
+
+    Raises:
+        ModelError: a name that no module has; PEFT would pass over it silently if another name matched.
+    """
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found: set[str] = set()
+    unknown = []
+    for target in target_modules:
+        matching = {name for name in linear if name == target or name.endswith(f".{target}")}
+        if not matching:
+            unknown.append(target)
+        found |= matching
+    if unknown:
+        endings = sorted({name.rpartition(".")[2] for name in linear})
+        lines = "\n".join(f"  - no linear module is named {name!r}{nearest(name, endings)}" for name in unknown)
+        raise ModelError(f"target_modules do not fit the model:\n{lines}\nIts linear modules: {', '.join(endings)}")
+    return tuple(sorted(found))
+
+
+def lora_parameters(model: nn.Module, modules: Sequence[str], r: int) -> int:
+    """Trainable parameters by the closed formula: the sum of r * (d_in + d_out) over the adapted modules."""
+    total = 0
+    for name in modules:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        total += r * (linear.in_features + linear.out_features)
+    return total
+
+
+@contextmanager
+def attached(model: Any, config: TrainConfig) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """The base with a fresh adapter, for as long as the context lasts: (PEFT model, adapted module names).
+
+    Afterwards the base is as it was. `task_type` is left out: CAUSAL_LM made older PEFT versions pass
+    `inputs_embeds` of their own, the clash that the hand-run log met.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    modules = resolve_targets(model, config.target_modules)
+    torch.manual_seed(config.seed)  # lora_A's initial values
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(modules),
+        bias="none",
+    )
+    with warnings.catch_warnings():
+        # PEFT warns when a model is wrapped a second time; a worker wraps its base once a trial and unwraps it.
+        warnings.filterwarnings("ignore", message=".*modify a model with PEFT for a second time.*")
+        # PEFT 0.21 reads an attribute that Transformers 5.20 renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated.*")
+        # autocast_adapter_dtype=False: float16 means what it meant in the hand-run, adapters included.
+        peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    try:
+        yield peft_model, modules
+    finally:
+        peft_model.unload()
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        model.requires_grad_(False)
+
+
+def parameters(peft_model: Any) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name, in a fixed order."""
+    named = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+    return dict(sorted(named.items()))
+
+
+def save(peft_model: Any, folder: Path) -> None:
+    """The adapter in PEFT's format: loads with `PeftModel.from_pretrained(base, folder)`."""
+    # "auto" would ask the hub whether the base's vocabulary had grown.
+    peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+
+def load_into(peft_model: Any, folder: Path) -> None:
+    """Set the adapter's weights from a folder written by `save`, bit for bit."""
+    from safetensors.torch import load_file
+
+    stored = load_file(str(folder / "adapter_model.safetensors"))
+    named = parameters(peft_model)
+    by_key = {name.replace(".default.", "."): p for name, p in named.items()}
+    if by_key.keys() != stored.keys():
+        missing, extra = sorted(by_key.keys() - stored.keys()), sorted(stored.keys() - by_key.keys())
+        raise ModelError(f"{folder}: the adapter does not fit; missing: {missing[:5]}, unknown: {extra[:5]}")
+    with torch.no_grad():
+        for key, parameter in by_key.items():
+            parameter.copy_(stored[key])

@@ -1,0 +1,76 @@
+"""The workbench: what a worker loads once and uses for all its trials."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+from trainer import dataset, runtime
+from trainer.config import TrainConfig
+from trainer.data import CaptionDataset, Tokenizer
+from trainer.dataset import Examined
+from trainer.model import Base, load_base
+
+
+class Workbench:
+    """Base model and data, loaded on first use and kept.
+
+    One base and one data folder are held at a time: a trial in another dtype or on other data replaces them.
+    """
+
+    def __init__(self, examined: Examined | None = None, data: str | None = None) -> None:
+        """Take over a data folder that was examined already (`data` is the configuration's name for it)."""
+        self._examined = (data, examined) if data is not None and examined is not None else None
+        self._base: tuple[tuple[str, str, str], Base] | None = None
+        self._datasets: dict[tuple[object, ...], tuple[CaptionDataset, CaptionDataset]] = {}
+        self._tokenizers: dict[int, Tokenizer] = {}
+
+    def base(self, config: TrainConfig) -> Base:
+        """The frozen base of this configuration."""
+        device = runtime.resolve_device(config.device)
+        key = (config.model, config.torch_dtype, str(device))
+        if self._base is None or self._base[0] != key:
+            if self._base is not None and self._base[0][0] != config.model:
+                self._tokenizers.clear()
+                self._datasets.clear()
+            self._base = None
+            gc.collect()  # the old base goes before the new one comes: two would not fit on a GPU
+            dtype = runtime.DTYPES[config.torch_dtype]
+            self._base = (key, load_base(config.model, dtype=dtype, device=device))
+        return self._base[1]
+
+    def examined(self, config: TrainConfig) -> Examined:
+        """The data folder, checked once."""
+        if self._examined is None or self._examined[0] != config.data:
+            self._datasets.clear()
+            self._examined = (config.data, dataset.examine(config.data))
+        return self._examined[1]
+
+    def tokenizer(self, config: TrainConfig) -> Tokenizer:
+        """The tokenizer pair of the base."""
+        base = self.base(config)
+        if config.max_target_length not in self._tokenizers:
+            tokenizer = Tokenizer(base.processor, base.model.config, config.max_target_length)
+            self._tokenizers[config.max_target_length] = tokenizer
+        return self._tokenizers[config.max_target_length]
+
+    def datasets(self, config: TrainConfig) -> tuple[CaptionDataset, CaptionDataset]:
+        """(training, validation) rows of this configuration, tokenized."""
+        examined = self.examined(config)
+        tokenizer = self.tokenizer(config)
+        key = (config.data, config.max_samples, config.val_fraction, config.split_seed, config.max_target_length)
+        if key not in self._datasets:
+            parts = dataset.split(examined, config)
+            processor = self.base(config).processor.image_processor
+            self._datasets[key] = (
+                CaptionDataset(parts.train, tokenizer, processor),
+                CaptionDataset(parts.val, tokenizer, processor),
+            )
+        return self._datasets[key]
+
+
+def run_folder(out_dir: str | Path) -> Path:
+    """The output folder of a run, made if missing."""
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,203 @@
+"""Training checkpoints: atomic, checked by hash, free of pickle.
+
+    <run folder>/checkpoints/epoch-0003/
+        adapter/         in PEFT's format, loads with PeftModel.from_pretrained
+        optimizer.safetensors   AdamW's moments and step counts by parameter name
+        state.json       config, position, history of epochs, hashes of the other files
+
+There is no generator state to save: data order is a function of (seed, epoch) and dropout of (seed, step).
+A checkpoint is written beside its place, flushed to disk and renamed; only the last and the best are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import adapters
+from trainer.config import TrainConfig
+from trainer.errors import CheckpointError
+from trainer.events import EpochEnded, NonFinite, epoch_from_dict, to_dict
+
+FORMAT = 1
+
+
+@dataclass
+class State:
+    """Where a run stands after a whole epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    micro_batch_size: int | None = None
+    """Smaller than the configuration's if memory ran out."""
+    nonfinite_in_a_row: int = 0
+    first_bad: NonFinite | None = None
+    """What went bad at the first step of the series."""
+    history: list[EpochEnded] = field(default_factory=list)
+
+    def best_epoch(self) -> int | None:
+        """The epoch with the lowest validation loss, the first of equals; None without a finite one."""
+        finite = [e for e in self.history if e.val_loss == e.val_loss and abs(e.val_loss) != float("inf")]
+        return min(finite, key=lambda e: (e.val_loss, e.epoch)).epoch if finite else None
+
+
+def folder_of(out_dir: Path, epoch: int) -> Path:
+    """The checkpoint folder of an epoch."""
+    return out_dir / "checkpoints" / f"epoch-{epoch:04d}"
+
+
+def save(
+    out_dir: Path,
+    state: State,
+    config: TrainConfig,
+    peft_model: Any,
+    optimizer: torch.optim.Optimizer,
+) -> Path:
+    """Write the checkpoint of `state.epoch` and drop all but the last and the best.
+
+    Raises:
+        OSError: the disk is full or gone; the checkpoints before are intact then.
+    """
+    final = folder_of(out_dir, state.epoch)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        adapters.save(peft_model, temporary / "adapter")
+        _save_optimizer(temporary / "optimizer.safetensors", peft_model, optimizer)
+        _write_state(temporary, state, config)
+        _flush(temporary)
+        if final.exists():  # an epoch trained again after a damaged checkpoint
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    keep = {state.epoch, state.best_epoch()}
+    for other in final.parent.iterdir():
+        if other.name.startswith(".") or (other.name.startswith("epoch-") and int(other.name[6:]) not in keep):
+            shutil.rmtree(other, ignore_errors=True)
+    return final
+
+
+def load(out_dir: Path, config: TrainConfig) -> tuple[State, Path] | tuple[None, list[str]]:
+    """(state, folder) of the newest sound checkpoint, or (None, what was wrong with each there was).
+
+    Raises:
+        CheckpointError: the checkpoints belong to another configuration.
+    """
+    problems = []
+    for folder in sorted((out_dir / "checkpoints").glob("epoch-*"), reverse=True):
+        try:
+            data = _verified(folder)
+        except (OSError, ValueError, KeyError) as error:
+            problems.append(f"{folder}: {error}")
+            continue
+        if data["identity"] != config.identity():
+            raise CheckpointError(
+                f"{folder} belongs to another configuration ({_difference(data['config'], config)}); "
+                "choose another output folder or delete it"
+            )
+        history = [epoch_from_dict(e) for e in data["history"]]
+        state = State(
+            epoch=data["epoch"],
+            step=data["step"],
+            micro_batch_size=data["micro_batch_size"],
+            nonfinite_in_a_row=data["nonfinite_in_a_row"],
+            first_bad=NonFinite(**data["first_bad"]) if data["first_bad"] else None,
+            history=history,
+        )
+        return state, folder
+    return None, problems
+
+
+def restore(folder: Path, peft_model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Set the adapter's weights and AdamW's state from a checkpoint, bit for bit."""
+    from safetensors.torch import load_file
+
+    adapters.load_into(peft_model, folder / "adapter")
+    stored = load_file(str(folder / "optimizer.safetensors"))
+    for name, parameter in adapters.parameters(peft_model).items():
+        state = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if f"{key}:{name}" in stored:
+                value = stored[f"{key}:{name}"]
+                state[key] = value if key == "step" else value.to(parameter.device)
+        if state:
+            optimizer.state[parameter] = state
+
+
+def _save_optimizer(path: Path, peft_model: Any, optimizer: torch.optim.Optimizer) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, parameter in adapters.parameters(peft_model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}:{name}"] = value.detach().contiguous()
+    save_file(tensors, str(path))
+
+
+def _write_state(folder: Path, state: State, config: TrainConfig) -> None:
+    files = {str(p.relative_to(folder)): _hash(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    data = {
+        "format": FORMAT,
+        "identity": config.identity(),
+        "config": config.model_dump(mode="json"),
+        "epoch": state.epoch,
+        "step": state.step,
+        "micro_batch_size": state.micro_batch_size,
+        "nonfinite_in_a_row": state.nonfinite_in_a_row,
+        "first_bad": asdict(state.first_bad) if state.first_bad else None,
+        "history": [to_dict(e) for e in state.history],
+        "files": files,
+    }
+    (folder / "state.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose files all have the hashes it lists."""
+    data: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if data["format"] != FORMAT:
+        raise ValueError(f"has format {data['format']}, but this version reads {FORMAT}")
+    for name, digest in data["files"].items():
+        if _hash(folder / name) != digest:
+            raise ValueError(f"{name} is damaged: its hash does not match")
+    return data
+
+
+def _difference(stored: dict[str, Any], config: TrainConfig) -> str:
+    now = config.model_dump(mode="json")
+    changed = [f"{k}: {stored.get(k)!r} there, {now.get(k)!r} now" for k in now if stored.get(k) != now.get(k)]
+    return "; ".join(changed) or "written by another version"
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        else:
+            _flush_folder(path)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,211 @@
+"""Rows as model inputs: token ids, pixels, padded batches, and a loader whose order seed and epoch alone decide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from trainer.config import TrainConfig
+from trainer.dataset import Row, open_image
+from trainer.errors import ModelError
+
+IGNORE = -100
+"""Label of positions that take no part in the loss, as in Transformers."""
+PIXEL_CACHE_BYTES = 1 << 30
+"""Decoded and resized images are kept in memory up to this; a data set that fits is decoded once, not every epoch."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One row as token ids, unpadded."""
+
+    qformer: tuple[int, ...]
+    """The instruction alone: the caption must not leak into the Q-Former."""
+    prompt: tuple[int, ...]
+    """The instruction for the language model, special tokens included, image tokens not."""
+    target: tuple[int, ...]
+    """The caption and EOS."""
+
+
+@dataclass
+class Batch:
+    """A padded batch. B samples, Q query tokens, lengths padded to the longest in the batch."""
+
+    pixel_values: torch.Tensor
+    """(B, 3, height, width), float."""
+    qformer_ids: torch.Tensor
+    """(B, instruction length)."""
+    qformer_mask: torch.Tensor
+    text_ids: torch.Tensor
+    """(B, text length): the prompt (T5), or prompt and caption (decoder-only). The Q image tokens go before it."""
+    text_mask: torch.Tensor
+    labels: torch.Tensor
+    """(B, caption length) for T5; (B, text length), masked up to the caption, for decoder-only. `IGNORE` elsewhere."""
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def num_tokens(self) -> int:
+        """Label tokens."""
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on the device."""
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def micro(self, size: int) -> Iterator[Batch]:
+        """Slices of at most `size` samples, padded as the whole batch is."""
+        for start in range(0, len(self), size):
+            yield Batch(**{f.name: getattr(self, f.name)[start : start + size] for f in fields(self)})
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader where the device is a GPU."""
+        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+
+
+class Tokenizer:
+    """Turns prompts and captions into token ids the way an InstructBLIP processor would.
+
+    The image tokens are not added here: the forward puts the query outputs there itself.
+    """
+
+    def __init__(self, processor: Any, config: Any, max_target_length: int) -> None:
+        self.text = processor.tokenizer
+        self.qformer = processor.qformer_tokenizer
+        self.decoder_only = bool(config.use_decoder_only_language_model)
+        self.max_target_length = max_target_length
+        self.max_instruction = int(config.qformer_config.max_position_embeddings)
+        if self.text.eos_token_id is None:
+            raise ModelError("the checkpoint's tokenizer has no EOS token, so captions would never end")
+        # Tokenizers of SentencePiece put a space before a text by themselves, byte-level ones do not.
+        joined = self.text.decode(self._ids("a") + self._ids("b"))
+        self.separator = " " if self.decoder_only and "ab" in joined else ""
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.text(text, add_special_tokens=False)["input_ids"])
+
+    def __call__(self, row: Row) -> Tokens:
+        instruction = self.qformer(row.prompt, truncation=True, max_length=self.max_instruction)["input_ids"]
+        prompt = self.text(row.prompt)["input_ids"]
+        # T5's tokenizer would add EOS by itself, Llama's would not: added by hand for both, after the cut.
+        caption = self._ids(self.separator + row.caption)[: self.max_target_length - 1]
+        return Tokens(tuple(instruction), tuple(prompt), (*caption, self.text.eos_token_id))
+
+
+class CaptionDataset(Dataset[tuple[torch.Tensor, Tokens]]):
+    """Rows with their tokens; images are decoded on demand and kept while they fit in `PIXEL_CACHE_BYTES`."""
+
+    def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, image_processor: Any) -> None:
+        self.rows = tuple(rows)
+        self.tokens = tuple(tokenizer(row) for row in rows)
+        self.image_processor = image_processor
+        self._pixels: dict[int, torch.Tensor] = {}
+        self._cached_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Tokens]:
+        pixels = self._pixels.get(index)
+        if pixels is None:
+            image = open_image(self.rows[index].image)
+            pixels = self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+            size = pixels.numel() * pixels.element_size()
+            if self._cached_bytes + size <= PIXEL_CACHE_BYTES:
+                self._pixels[index] = pixels
+                self._cached_bytes += size
+        return pixels, self.tokens[index]
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation that depends on (seed, epoch) alone: any epoch can be begun anew after an interruption."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 1
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.size, generator=generator).tolist())
+
+
+class Collator:
+    """Pads samples to a Batch."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        pad = tokenizer.text.pad_token_id
+        # Padding is masked by attention, never by its id, so any id will do where a tokenizer has none.
+        self.text_pad = tokenizer.text.eos_token_id if pad is None else pad
+        self.qformer_pad = tokenizer.qformer.pad_token_id or 0
+        self.decoder_only = tokenizer.decoder_only
+
+    def __call__(self, samples: Sequence[tuple[torch.Tensor, Tokens]]) -> Batch:
+        tokens = [t for _, t in samples]
+        if self.decoder_only:
+            text = [t.prompt + t.target for t in tokens]
+            labels = [(IGNORE,) * len(t.prompt) + t.target for t in tokens]
+        else:
+            text = [t.prompt for t in tokens]
+            labels = [t.target for t in tokens]
+        qformer_ids, qformer_mask = _pad([t.qformer for t in tokens], self.qformer_pad)
+        text_ids, text_mask = _pad(text, self.text_pad)
+        return Batch(
+            pixel_values=torch.stack([pixels for pixels, _ in samples]),
+            qformer_ids=qformer_ids,
+            qformer_mask=qformer_mask,
+            text_ids=text_ids,
+            text_mask=text_mask,
+            labels=_pad(labels, IGNORE)[0],
+        )
+
+
+def _pad(sequences: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both (len(sequences), longest)."""
+    longest = max(len(s) for s in sequences)
+    ids = torch.full((len(sequences), longest), value, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[i, : len(sequence)] = 1
+    return ids, mask
+
+
+def train_loader(
+    dataset: CaptionDataset, tokenizer: Tokenizer, config: TrainConfig, *, pin: bool
+) -> tuple[DataLoader[Any], EpochSampler]:
+    """Shuffled batches of `batch_size`; set the sampler's `epoch` before each pass."""
+    sampler = EpochSampler(len(dataset), config.seed)
+    loader = DataLoader(
+        dataset,
+        batch_size=config.batch_size,
+        sampler=sampler,
+        collate_fn=Collator(tokenizer),
+        pin_memory=pin,
+        num_workers=config.num_workers,
+        # Experiment 5b of the hand-run log: workers persist between epochs and hold batches ready.
+        persistent_workers=config.num_workers > 0,
+        prefetch_factor=config.prefetch_factor if config.num_workers else None,
+    )
+    return loader, sampler
+
+
+def eval_loader(dataset: CaptionDataset, tokenizer: Tokenizer, config: TrainConfig, *, pin: bool) -> DataLoader[Any]:
+    """Batches of `eval_batch_size` in order."""
+    return DataLoader(
+        dataset,
+        batch_size=config.eval_batch_size,
+        shuffle=False,
+        collate_fn=Collator(tokenizer),
+        pin_memory=pin,
+        num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
+        prefetch_factor=config.prefetch_factor if config.num_workers else None,
+    )

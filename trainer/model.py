@@ -1,0 +1,221 @@
+"""The frozen base: loading an InstructBLIP, and its forward as a chain of our own.
+
+The chain is vision_model -> qformer (which sees the instruction) -> language_projection -> language_model. Writing it
+out lets a run stop at a query output that is not finite, keep the vision output, and compute logits at label
+positions only. It equals the library's forward on the same batch (tests/test_model.py, for T5 and Llama).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from trainer.config import EMBEDDED
+from trainer.data import IGNORE, Batch
+from trainer.errors import ModelError
+
+SAMPLE_BLOCKS, SAMPLE_BYTES = 64, 65_536
+"""A weight file's fingerprint reads this many blocks of this size: 4 MiB instead of 16 GB."""
+
+
+@dataclass
+class Base:
+    """A frozen InstructBLIP with its processor, loaded once and shared by all trials of a worker."""
+
+    model: Any
+    """InstructBlipForConditionalGeneration, without gradients."""
+    processor: Any
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+    fingerprint: str
+
+    @property
+    def num_query_tokens(self) -> int:
+        """Query tokens, which is also the number of image positions before the text."""
+        return int(self.model.config.num_query_tokens)
+
+
+@dataclass
+class Forward:
+    """What one forward pass gives, all still on the device."""
+
+    loss_sum: torch.Tensor
+    """Sum of the cross entropy over the label tokens, float32, scalar."""
+    query_output: torch.Tensor
+    """(B, Q, Q-Former's hidden size)."""
+
+
+def load_base(name: str, *, dtype: torch.dtype, device: torch.device) -> Base:
+    """Load an InstructBLIP checkpoint (folder, hub id or `mini`) frozen onto the device.
+
+    Only safetensors are read, never pickle, and no code that comes with the checkpoint is run.
+
+    Raises:
+        ModelError: no such checkpoint, one of another architecture, or one without safetensors.
+    """
+    from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    path = locate(name)
+    options: dict[str, Any] = {"local_files_only": Path(path).is_dir()}
+    try:
+        raw, _ = InstructBlipConfig.get_config_dict(path, **options)
+        if raw.get("model_type") != "instructblip":
+            raise ModelError(f"the model {name!r} is a {raw.get('model_type')!r}, but an 'instructblip' is needed")
+        processor = InstructBlipProcessor.from_pretrained(path, **options)
+        model = InstructBlipForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, **options
+        )
+    except ModelError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if processor.num_query_tokens not in (None, model.config.num_query_tokens):
+        # Image positions that don't match the query tokens would silently drop the image.
+        raise ModelError(
+            f"the model {name!r} has {model.config.num_query_tokens} query tokens, "
+            f"but its processor writes {processor.num_query_tokens} image tokens"
+        )
+    model.requires_grad_(False)
+    return Base(model.to(device), processor, name, dtype, device, fingerprint(path))
+
+
+def locate(name: str) -> str:
+    """The checkpoint's folder or hub id.
+
+    Raises:
+        ModelError: it looks like a folder, yet there is none with a config.json.
+    """
+    if name == EMBEDDED:
+        from trainer.mini import CHECKPOINT
+
+        return str(CHECKPOINT)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"the model folder {name!r} has no config.json: it is no Transformers checkpoint")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.exists():
+        raise ModelError(f"the model folder {name!r} does not exist")
+    return name
+
+
+def fingerprint(path: str) -> str:
+    """Hash of a checkpoint: its config.json, and names, sizes and samples of its weight files."""
+    folder = Path(path)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        folder = Path(str(cached_file(path, "config.json"))).parent
+    whole = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    whole.update(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        whole.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            for block in range(SAMPLE_BLOCKS):
+                stream.seek(min(block * max(size // SAMPLE_BLOCKS, SAMPLE_BYTES), size), os.SEEK_SET)
+                whole.update(stream.read(SAMPLE_BYTES))
+    return whole.hexdigest()[:16]
+
+
+def encode_images(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Vision output of (B, 3, height, width) pixels: (B, patches + 1, vision hidden size).
+
+    Without gradients unless an adapter sits in the vision tower.
+    """
+    adapted = any(p.requires_grad for p in model.vision_model.parameters())
+    with torch.set_grad_enabled(adapted and torch.is_grad_enabled()):
+        output = model.vision_model(pixel_values=pixel_values, return_dict=True)
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def query_images(model: Any, image_embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The Q-Former's output at the query tokens: (B, Q, Q-Former hidden size)."""
+    size = image_embeds.shape[0]
+    queries = model.query_tokens.to(image_embeds.dtype).expand(size, -1, -1)
+    query_mask = torch.ones(queries.shape[:-1], dtype=torch.long, device=image_embeds.device)
+    output = model.qformer(
+        input_ids=batch.qformer_ids,
+        attention_mask=torch.cat([query_mask, batch.qformer_mask], dim=1),
+        query_embeds=queries,
+        encoder_hidden_states=image_embeds,
+        return_dict=True,
+    )
+    return output.last_hidden_state[:, : queries.shape[1]]  # type: ignore[no-any-return]
+
+
+def forward(model: Any, batch: Batch, image_embeds: torch.Tensor | None = None) -> Forward:
+    """Loss of a batch, its logits computed at label positions only.
+
+    Args:
+        model: the InstructBLIP, with adapters injected or without.
+        batch: on the model's device.
+        image_embeds: (B, patches + 1, vision hidden size) if known already.
+    """
+    if image_embeds is None:
+        image_embeds = encode_images(model, batch.pixel_values)
+    query_output = query_images(model, image_embeds, batch)
+    logits, labels = label_logits(model, query_output, batch)
+    # float32 for the loss whatever the model's dtype: a sum over thousands of tokens overflows in float16.
+    loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return Forward(loss_sum, query_output)
+
+
+def label_logits(model: Any, query_output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits, labels) at the N label positions of the batch: (N, vocabulary) and (N,)."""
+    language = model.language_model
+    projected = model.language_projection(query_output)
+    text = model.get_input_embeddings()(batch.text_ids)
+    embeds = torch.cat([projected.to(text.dtype), text], dim=1)
+    image_mask = torch.ones(projected.shape[:-1], dtype=batch.text_mask.dtype, device=embeds.device)
+    mask = torch.cat([image_mask, batch.text_mask], dim=1)
+    if model.config.use_decoder_only_language_model:
+        # The state at position i predicts token i + 1; image positions carry no labels.
+        no_labels = torch.full(projected.shape[:-1], IGNORE, dtype=torch.long, device=embeds.device)
+        labels = torch.cat([no_labels, batch.labels], dim=1)
+        labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE)], dim=1)
+        wanted = labels != IGNORE
+        with _only_positions(model.get_output_embeddings(), wanted):
+            logits = language(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
+    else:
+        labels = batch.labels
+        wanted = labels != IGNORE
+        shifted = language.prepare_decoder_input_ids_from_labels(labels)
+        with _only_positions(model.get_output_embeddings(), wanted):
+            logits = language(
+                inputs_embeds=embeds, attention_mask=mask, decoder_input_ids=shifted, use_cache=False
+            ).logits
+    return logits, labels[wanted]
+
+
+@contextmanager
+def _only_positions(head: nn.Module, wanted: torch.Tensor) -> Iterator[None]:
+    """Within, the language-model head sees only the wanted positions: (B, L, hidden) becomes (N, hidden).
+
+    A hook, so that everything before the head (T5's output scaling among it) stays the library's own code.
+    """
+
+    def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0][wanted], *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,91 @@
+"""`python -m trainer.run --set learning_rate=2e-4 --set lora_r=16`: train one configuration, as the hand-run did."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainer.config import TrainConfig
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.events import Event
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of the configuration.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints; a run found there is continued.")] = Path(
+        "runs/train"
+    ),
+    show: Annotated[bool, typer.Option("--show", help="Print the resolved configuration and stop.")] = False,
+) -> None:
+    """Train one configuration of LoRA on an InstructBLIP and print its losses by epoch."""
+    config = TrainConfig.parse_settings(settings or [])
+    if show:
+        print(json.dumps(config.model_dump(mode="json"), indent=1))
+        return
+    from trainer.bench import Workbench
+    from trainer.loop import history_of, train
+
+    bench = Workbench()
+    bench.datasets(config)  # what is wrong with model or data is said before anything is written
+    for epoch in history_of(config, out):
+        print(f"{_line(epoch)}  (from the checkpoint)")
+    for event in train(config, bench, out):
+        line = _line(event)
+        if line:
+            print(line, flush=True)
+
+
+def _line(event: Event) -> str:
+    """What to print of an event; nothing for single steps that went well."""
+    from trainer import events
+
+    match event:
+        case events.RunStarted():
+            return (
+                f"{event.num_train_samples} training and {event.num_val_samples} validation samples, "
+                f"{event.total_steps} steps; LoRA on {len(event.adapted_modules)} modules, "
+                f"{event.trainable_parameters:,} parameters; {event.device}"
+            )
+        case events.EpochEnded():
+            return (
+                f"Epoch {event.epoch}: Train={event.train_loss:.4f}, Val={event.val_loss:.4f}  "
+                f"(rate {event.learning_rate:.2e}, gradient norm {event.grad_norm_mean:.3g}, "
+                f"{event.timing.epoch_s:.1f} s)"
+            )
+        case events.StepEnded(nonfinite=bad) if bad is not None:
+            return f"Step {event.step}: {bad.tensor} is {bad.value}; {bad.detail}"
+        case events.Diverged():
+            return f"Ended at step {event.step}: not finite since step {event.first_bad_step}"
+        case events.MicroBatchReduced():
+            return f"Step {event.step}: memory ran out; micro-batches of {event.micro_batch_size} from here"
+        case events.OutOfMemory():
+            return f"Ended at step {event.step}: memory ran out even with single samples ({event.detail})"
+    return ""
+
+
+def run() -> None:
+    """Entry point: messages for users end with exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,81 @@
+"""The machine under a run: device, threads, determinism, seeds, memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+import torch
+
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means on this machine.
+
+    Raises:
+        ConfigError: a CUDA device that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def prepare(config: TrainConfig) -> torch.device:
+    """Make the process deterministic and set its precision; returns the device."""
+    # cuBLAS is deterministic only with a fixed workspace, to be set before its first use.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = resolve_device(config.device)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if device.type == "cuda":
+        # The memory-efficient kernel's backward is not deterministic; flash attention does not take float32.
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.cuda.reset_peak_memory_stats(device)
+    return device
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed dropout for one step.
+
+    A generator state that is a function of (seed, step) makes a resumed run, and a step begun anew after memory ran
+    out, draw the same masks as an undisturbed run, with nothing to save.
+    """
+    torch.manual_seed((seed * 2_654_435_761 + step * 40_503 + 1) % 2**63)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory: allocated on a CUDA device, resident for this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory ran out, on CUDA or in the CPU allocator."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # PyTorch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r"DefaultCPUAllocator|can't allocate memory|not enough memory", str(error))
+    )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give cached blocks back after memory ran out."""
+    import gc
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
