@@ -71,12 +71,17 @@ class EpochRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One optimizer step's metrics as MLflow has them."""
+    """One optimizer step's metrics as MLflow has them; in long runs, of the window of steps that ends here."""
 
     step: int
     loss: float | None = None
+    """Mean over the window."""
     grad_norm: float | None = None
+    """Mean over the window."""
+    grad_norm_max: float | None = None
+    """Highest in the window; only in runs longer than MLflow's charts draw whole."""
     learning_rate: float | None = None
+    """At the end of the window."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,152 @@
+"""What an MLflow tracking URI may be: checks before the store is opened, and the messages when it cannot be.
+
+MLflow retries a database it cannot open for 100 s and a server for minutes; these checks answer in seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import sqlalchemy as sa
+from filelock import FileLock
+
+from search.errors import StorageError
+
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+CONNECT_S = 10
+"""Longest wait for a database or server to answer."""
+CREATE_S = 300
+"""Longest wait for another process that creates the tables."""
+
+
+def masked(uri: str) -> str:
+    """The URI with its password as `***`."""
+    try:
+        return sa.make_url(uri).render_as_string(hide_password=True)
+    except (sa.exc.ArgumentError, ValueError):
+        return uri.rpartition("@")[2]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the statement, parameters and links that SQLAlchemy adds."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def check(uri: str) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        StorageError: not a kind of store that is supported, or nothing answers there, or it is no MLflow store.
+    """
+    scheme = uri.partition("://")[0].partition("+")[0].lower() if "://" in uri else uri.partition(":")[0]
+    if scheme in ("http", "https"):
+        _check_server(uri)
+    elif scheme in DATABASES and "://" in uri:
+        _check_database(uri)
+    elif "://" not in uri or scheme == "file":
+        raise StorageError(
+            f"--tracking-uri {uri!r} is a folder or file; MLflow no longer takes folders (since 3.13), and a database "
+            f"is written as a URL, for example sqlite:///runs/mlflow.db"
+        )
+    else:
+        raise StorageError(
+            f"--tracking-uri {masked(uri)!r}: {scheme!r} is not supported; use a database ({', '.join(DATABASES)}) "
+            f"or the http(s):// address of an MLflow server"
+        )
+
+
+def _check_server(uri: str) -> None:
+    """Ask for /health. Any answer will do, "not found" or "who are you" included: what lies in front of it differs."""
+    try:
+        url = sa.make_url(uri)
+    except (sa.exc.ArgumentError, ValueError) as error:
+        raise StorageError(f"--tracking-uri {uri.rpartition('@')[2]!r} is no address: {first_line(error)}") from None
+    # Without user and password, which urllib would take for a part of the host's name.
+    port = f":{url.port}" if url.port else ""
+    health = f"{url.drivername}://{url.host}{port}/{(url.database or '').strip('/')}".rstrip("/") + "/health"
+    try:
+        with urllib.request.urlopen(health, timeout=CONNECT_S):  # noqa: S310 - http(s), see check()
+            pass
+    except urllib.error.HTTPError:
+        return
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise StorageError(f"no MLflow server answers at {masked(uri)}: {reason}; is it running?") from error
+
+
+def _check_database(uri: str) -> None:
+    """Connect once, and see whose tables are there."""
+    try:
+        url = sa.make_url(uri)
+        if url.get_backend_name() == "sqlite" and url.database:
+            Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
+        networked = url.get_backend_name() in ("postgresql", "mysql")
+        engine = sa.create_engine(url, connect_args={"connect_timeout": CONNECT_S} if networked else {})
+    except (sa.exc.ArgumentError, ImportError, OSError, ValueError) as error:
+        raise StorageError(f"the tracking database {masked(uri)} cannot be opened: {first_line(error)}") from error
+    try:
+        tables = set(sa.inspect(engine).get_table_names())
+    except sa.exc.SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        raise StorageError(f"the tracking database {masked(uri)} cannot be opened: {first_line(cause)}") from error
+    finally:
+        engine.dispose()
+    if "studies" in tables and "experiments" not in tables:
+        raise StorageError(
+            f"{masked(uri)} is Optuna's database; MLflow needs one of its own (both keep their "
+            f"schema version in a table named alembic_version)"
+        )
+
+
+@contextlib.contextmanager
+def creating(uri: str) -> Iterator[None]:
+    """Let one process at a time open the store: whichever comes first creates its tables, the others find them.
+
+    MLflow itself does not guard against it: of 16 processes on a fresh SQLite database 15 crash.
+    """
+    if uri.startswith("http"):
+        yield
+        return
+    url = sa.make_url(uri)
+    if url.get_backend_name() == "postgresql":
+        with _postgres_lock(url):  # holds between hosts too
+            yield
+        return
+    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"lora-search-{name}.lock"
+    if url.get_backend_name() == "sqlite" and url.database:
+        path = Path(f"{url.database}.lock")
+    with FileLock(path, timeout=CREATE_S):
+        yield
+
+
+@contextlib.contextmanager
+def _postgres_lock(url: sa.URL) -> Iterator[None]:
+    key = int.from_bytes(hashlib.sha256(b"lora-search mlflow schema").digest()[:8], "big", signed=True)
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    try:
+        with engine.connect() as connection:
+            connection.execute(sa.select(sa.func.pg_advisory_lock(key)))
+            yield
+            connection.execute(sa.select(sa.func.pg_advisory_unlock(key)))
+    finally:
+        engine.dispose()
+
+
+def explain(uri: str, error: Exception) -> str:
+    """Why MLflow refused a store that `check` had let pass, and the way out."""
+    text = first_line(error)
+    if "out-of-date database schema" in text:
+        return (
+            f"the tracking database {masked(uri)} was made by another version of MLflow; after a backup run "
+            f"`mlflow db upgrade {masked(uri)}`"
+        )
+    return f"MLflow cannot use {masked(uri)}: {text}"
