@@ -93,9 +93,9 @@ class Study:
         )
 
     def located(self) -> Study:
-        """The study with its data folder taken from the environment, where the base names none."""
+        """The study with its data folder as the environment names it."""
         root = os.environ.get(self.data_env) if self.data_env else None
-        if root and "data" not in self.base:
+        if root:
             return replace(self, base={**self.base, "data": root})
         return self
 

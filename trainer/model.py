@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trainer.config import EMBEDDED
 from trainer.data import IGNORE, Batch
 from trainer.errors import ModelError
+from trainer.locate import check_type, locate
 
 SAMPLE_BLOCKS, SAMPLE_BYTES = 64, 65_536
 """A weight file's fingerprint reads this many blocks of this size: 4 MiB instead of 16 GB."""
@@ -72,9 +72,7 @@ def load_base(name: str, *, dtype: torch.dtype, device: torch.device) -> Base:
     path = locate(name)
     options: dict[str, Any] = {"local_files_only": Path(path).is_dir()}
     try:
-        raw, _ = InstructBlipConfig.get_config_dict(path, **options)
-        if raw.get("model_type") != "instructblip":
-            raise ModelError(f"the model {name!r} is a {raw.get('model_type')!r}, but an 'instructblip' is needed")
+        check_type(name, InstructBlipConfig.get_config_dict(path, **options)[0])
         processor = InstructBlipProcessor.from_pretrained(path, **options)
         model = InstructBlipForConditionalGeneration.from_pretrained(
             path, dtype=dtype, use_safetensors=True, **options
@@ -91,26 +89,6 @@ def load_base(name: str, *, dtype: torch.dtype, device: torch.device) -> Base:
         )
     model.requires_grad_(False)
     return Base(model.to(device), processor, name, dtype, device, fingerprint(path))
-
-
-def locate(name: str) -> str:
-    """The checkpoint's folder or hub id.
-
-    Raises:
-        ModelError: it looks like a folder, yet there is none with a config.json.
-    """
-    if name == EMBEDDED:
-        from trainer.mini import CHECKPOINT
-
-        return str(CHECKPOINT)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"the model folder {name!r} has no config.json: it is no Transformers checkpoint")
-        return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.exists():
-        raise ModelError(f"the model folder {name!r} does not exist")
-    return name
 
 
 def fingerprint(path: str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainer import cli
 from trainer.config import TrainConfig
-from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.events import Event
@@ -74,18 +73,5 @@ def _line(event: Event) -> str:
     return ""
 
 
-def run() -> None:
-    """Entry point: messages for users end with exit code 2."""
-    try:
-        app(standalone_mode=False)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run()
+    cli.run(app)

@@ -1,0 +1,138 @@
+"""The leaderboard and the best configuration, as text or as rich tables; pure functions of the trial records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from search import records
+from search.records import TrialRecord
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LOG_FIELDS = (
+    "num_epochs",
+    "batch_size",
+    "learning_rate",
+    "max_samples",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "warmup_steps",
+    "max_grad_norm",
+    "torch_dtype",
+    "num_workers",
+)
+"""The fields of the hand-run log's TRAINING_CONFIG, in its order."""
+
+
+def ranked(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Trials by value, best first: COMPLETE ones, then PRUNED ones that violated nothing, then the rest by number."""
+
+    def key(trial: TrialRecord) -> tuple[int, float, int]:
+        value = trial.value if trial.value is not None else float("inf")
+        group = {"COMPLETE": 0, "PRUNED": 1}.get(trial.state, 3)
+        return (2 if trial.violated else group, value, trial.number)
+
+    return sorted(trials, key=key)
+
+
+def best(trials: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The COMPLETE trial with the lowest validation loss, None if there is none."""
+    complete = [t for t in ranked(trials) if t.state == "COMPLETE"]
+    return complete[0] if complete else None
+
+
+def show_value(name: str, value: Any) -> str:
+    """A configuration value as the hand-run log writes it: rates as 2e-4, the rest plainly."""
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if name == "learning_rate" and isinstance(value, float):
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 and value != int(value) else f"{value:.0f}"
+    return str(value)
+
+
+def state_of(trial: TrialRecord) -> str:
+    """State and reason in one word or two."""
+    if trial.state == "COMPLETE":
+        return "COMPLETE, stopped early" if trial.stopped_early else "COMPLETE"
+    return f"{trial.state} ({trial.reason})" if trial.reason else trial.state
+
+
+def columns(trials: Sequence[TrialRecord]) -> list[str]:
+    """Configuration fields worth a column: those in which the trials differ, in TrainConfig's order."""
+    configs = [t.config for t in trials if t.config]
+    names = list(configs[0]) if configs else []
+    return [name for name in names if len({repr(c.get(name)) for c in configs}) > 1]
+
+
+def rows(trials: Sequence[TrialRecord]) -> tuple[list[str], list[list[str]]]:
+    """(headings, a row of texts for each trial), best first."""
+    names = columns(trials)
+    heads = ["rank", "trial", "val_loss", "epoch", *names, "state", "findings"]
+    table = []
+    for rank, trial in enumerate(ranked(trials), start=1):
+        value = "-" if trial.value is None else f"{trial.value:.4f}"
+        label = trial.attrs.get(records.LABEL)
+        found = ", ".join(f["id"] for f in trial.attrs.get(records.FINDINGS, ()))
+        table.append(
+            [
+                str(rank) if trial.state == "COMPLETE" else "-",
+                str(trial.number) + (f" ({label})" if label else ""),
+                value,
+                "-" if trial.best_epoch is None else str(trial.best_epoch),
+                *(show_value(name, trial.config[name]) if name in trial.config else "-" for name in names),
+                state_of(trial),
+                found,
+            ]
+        )
+    return heads, table
+
+
+def as_text(trials: Sequence[TrialRecord]) -> str:
+    """The leaderboard in plain aligned columns."""
+    heads, table = rows(trials)
+    widths = [max(len(row[i]) for row in [heads, *table]) for i in range(len(heads))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [heads, *table]]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def as_table(trials: Sequence[TrialRecord], limit: int | None = None) -> Table:
+    """The leaderboard as a rich table."""
+    from rich.table import Table
+
+    heads, body = rows(trials)
+    table = Table(title="Leaderboard", title_justify="left", header_style="bold", box=None, padding=(0, 1))
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("state", "findings", "trial") else "right", no_wrap=True)
+    for row in body[:limit]:
+        table.add_row(*row, style="bold green" if row[0] == "1" else None)
+    return table
+
+
+def training_config(config: dict[str, Any]) -> str:
+    """A TRAINING_CONFIG dict to paste, as the hand-run log has it."""
+    names = [name for name in LOG_FIELDS if name in config]
+    names += [name for name in config if name not in names and name not in ("model", "data", "device")]
+    lines = [f'    "{name}": {_literal(name, config[name])},' for name in names]
+    return "TRAINING_CONFIG = {\n" + "\n".join(lines) + "\n}"
+
+
+def _literal(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        # repr gives every digit: pasted, it is the same number.
+        return repr(int(value)) if name == "lora_alpha" and value == int(value) else repr(value)
+    return repr(value).replace("'", '"') if isinstance(value, str | list) else repr(value)
+
+
+def summary(trials: Sequence[TrialRecord]) -> str:
+    """One line: how many trials ended in which way, and how many epochs that took."""
+    states = Counter(state_of(t) for t in trials)
+    epochs = sum(len(t.attrs.get(records.TRAIN_LOSSES, ())) for t in trials if records.RESUMES not in t.attrs)
+    parts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    return f"{len(trials)} trials ({parts}), {epochs} epochs"

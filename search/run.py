@@ -1,0 +1,302 @@
+"""`python -m search.run --study NAME`: the command line, and the one place that wires the parts together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from search.errors import StudyError
+from trainer import cli
+
+if TYPE_CHECKING:
+    import optuna
+
+    from search.display import Display
+    from search.records import TrialRecord
+    from search.study import Study
+    from search.worker import Job
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_log_file: Path | None = None
+
+ENDS = {0: "COMPLETE", 130: "WAITING", 143: "WAITING"}
+"""What an exit code makes of the study's own run in MLflow, in Optuna's words for trials."""
+
+
+@app.command()
+def main(
+    study: Annotated[str | None, typer.Option(help="A study in studies/, or the path of a study file.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials in total, those already run included.")] = None,
+    timeout: Annotated[str | None, typer.Option(help="End after this time, e.g. 2h, 90m, 1h30m; resumable.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes; one a GPU by default.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampler.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Fix a field of the configuration.")
+    ] = None,
+    strategy: Annotated[
+        Literal["joint", "staged"], typer.Option(help="All parameters at once, or in the hand-run log's order.")
+    ] = "joint",
+    pruner: Annotated[str, typer.Option(help="rising, hyperband, halving, median or none.")] = "rising",
+    storage: Annotated[str | None, typer.Option(help="Optuna's database URL; runs/optuna.db by default.")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's URI; runs/mlflow.db by default.")] = None,
+    runs_dir: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and databases.")] = Path("runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew under a new name.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show what would run, stop.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
+) -> None:
+    """Search hyperparameters of LoRA fine-tunings of InstructBLIP. Run again to continue a study."""
+    from search import study as studies
+
+    if list_:
+        _list()
+        return
+    if study is None:
+        raise StudyError("name a study with --study; known studies: " + ", ".join(studies.available()))
+    timeout_s = None if timeout is None else read_duration(timeout)
+    definition = studies.load(study).with_settings(settings or [], seed)
+    n_trials = trials or definition.n_trials
+    _check_names(pruner)
+    if dry_run:
+        _dry_run(definition, n_trials, strategy, pruner)
+        return
+    code = _search(
+        definition,
+        n_trials=n_trials,
+        timeout_s=timeout_s,
+        workers=workers,
+        strategy=strategy,
+        pruner=pruner,
+        storage_url=storage or _sqlite(runs_dir / "optuna.db"),
+        tracking_uri=tracking_uri or _sqlite(runs_dir / "mlflow.db"),
+        runs_dir=runs_dir,
+        fresh=fresh,
+    )
+    raise typer.Exit(code)
+
+
+def read_duration(text: str) -> float:
+    """Seconds of `2h`, `90m`, `45s`, `1h30m`.
+
+    Raises:
+        StudyError: it is no duration.
+    """
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip().lower())
+    seconds = sum(float(n) * unit for n, unit in zip(match.groups("0"), (3600, 60, 1), strict=True)) if match else 0
+    if not seconds:
+        raise StudyError(f"--timeout must be a time such as 2h, 90m, 1h30m or 45s, but got {text!r}")
+    return seconds
+
+
+def _check_names(pruner: str) -> None:
+    known = ("rising", "hyperband", "halving", "median", "none")
+    if pruner not in known:
+        from trainer.config import nearest
+
+        raise StudyError(f"there is no pruner {pruner!r}{nearest(pruner, known)}; known: {', '.join(known)}")
+
+
+def _sqlite(path: Path) -> str:
+    return f"sqlite:///{path}"
+
+
+def _list() -> None:
+    from search import study as studies
+
+    names = studies.available()
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:<{width}}  {studies.load(name).description}")
+
+
+def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
+    """Check model and data, and show what would run; writes nothing into the runs folder."""
+    import optuna
+
+    from search import leaderboard, prepare, sampling
+
+    examined = prepare.check(study)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    print(f"study {study.name}: {study.description}")
+    print(f"{n_trials} trials, strategy {strategy}, sampler {study.sampler}, pruner {pruner}, seed {study.seed}")
+    skipped = f", {len(examined.bad)} bad ones skipped" if examined.bad else ""
+    print(f"data {examined.folder}: {len(examined.rows)} rows{skipped}, fingerprint {examined.fingerprint}")
+    print("search space:")
+    for name, param in study.space.items():
+        print(f"  {name}: {param}")
+    for fixed in study.enqueue:
+        print(f"given by hand: {fixed.label}: {dict(fixed.config)}")
+    dry = optuna.create_study(sampler=sampling.make_sampler(study, strategy, n_trials))
+    trial = dry.ask()
+    sampling.suggest(trial, study)
+    config = study.config(trial.params, sampling.stage_overrides(trial))
+    print("the first sampled trial would be")
+    print(leaderboard.training_config(config.model_dump(mode="json")))
+    print("nothing was run (--dry-run)")
+
+
+def _search(
+    definition: Study,
+    *,
+    n_trials: int,
+    timeout_s: float | None,
+    workers: int | None,
+    strategy: str,
+    pruner: str,
+    storage_url: str,
+    tracking_uri: str,
+    runs_dir: Path,
+    fresh: bool,
+) -> int:
+    """Open everything, run the workers, sum up; returns the exit code."""
+    global _log_file
+    from search import prepare
+
+    examined = prepare.check(definition)
+
+    import optuna
+
+    from search import pruning, sampling
+    from search import storage as store
+    from search import tracking as track
+    from search.database import open_storage
+    from search.display import Live_, Plain
+    from search.supervisor import Supervisor, gpus
+    from search.worker import HEARTBEAT_S, Job, set_up_logging
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    storage = open_storage(storage_url, heartbeat_s=HEARTBEAT_S)
+    sampler = sampling.make_sampler(definition, strategy, n_trials)
+    study = store.open_study(
+        storage,
+        definition,
+        fresh=fresh,
+        sampler=sampler,
+        pruner=pruning.pruner_for(pruner, definition.base_config()),
+    )
+    store.check_strategy(study, strategy)
+    name = study.study_name
+    set_up_logging(runs_dir / name)
+    _log_file = runs_dir / name / "search.log"
+    tracking = track.open_tracking(tracking_uri, runs_dir / "artifacts")
+    experiment = tracking.experiment(name)
+    parent = tracking.parent_run(name, {"data_fingerprint": examined.fingerprint})
+    count = workers or max(1, len(gpus()))
+    job = Job(
+        study=definition,
+        study_name=name,
+        storage_url=storage_url,
+        tracking_uri=tracking_uri,
+        runs_dir=runs_dir,
+        n_trials=n_trials,
+        strategy=strategy,
+        pruner=pruner,
+        examined=examined,
+        threads=_threads(count),
+    )
+
+    def requeue() -> int:
+        store.requeue_lost(study)
+        tracking.close_dangling(experiment, _is_dead)
+        return len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
+
+    console = _console()
+    display: Display = Live_(console, lambda: store.read_trials(study)) if console.is_terminal else Plain(console)
+    waiting = requeue()
+    done = store.counted(study)
+    with display:
+        display.say(_headline(job, study, done, waiting))
+        code = 0
+        if waiting or done < n_trials:
+            supervisor = Supervisor(job, workers=count, timeout_s=timeout_s, display=display, requeue=requeue)
+            code = supervisor.run()
+    records = store.read_trials(study)
+    tracking.end_run(parent, track.run_status(ENDS.get(code, "FAIL")), _study_tags(records))
+    _sum_up(console, records, job, code)
+    return code
+
+
+def _is_dead(tags: Any) -> bool:
+    """Whether the process of an MLflow run on this host is gone."""
+    import socket
+
+    import psutil
+
+    if tags.get("kind") != "trial" or tags.get("host") != socket.gethostname():
+        return False
+    return not psutil.pid_exists(int(tags.get("pid", "0") or 0))
+
+
+def _threads(workers: int) -> int:
+    """BLAS threads for each worker: its share of the cores."""
+    import os
+
+    return max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(soft_wrap=False)
+
+
+def _headline(job: Job, study: optuna.Study, done: int, waiting: int) -> str:
+    going_on = f", {done - waiting} done" if done - waiting else ""
+    held = f", {waiting} waiting" if waiting else ""
+    return (
+        f"study {study.study_name}: {job.n_trials} trials{going_on}{held}; "
+        f"{len(job.examined.rows)} captioned images; files in {job.folder}"
+    )
+
+
+def _study_tags(trials: Sequence[TrialRecord]) -> dict[str, str]:
+    from search import leaderboard
+
+    best = leaderboard.best(trials)
+    tags = {"summary": leaderboard.summary(trials)}
+    if best is not None and best.value is not None:
+        tags |= {"best_trial": str(best.number), "best_val_loss": f"{best.value:.6f}"}
+    return tags
+
+
+def _sum_up(console: Any, trials: Sequence[TrialRecord], job: Job, code: int) -> None:
+    """Leaderboard, best configuration, where everything lies, and how to look at it."""
+    from search import leaderboard
+    from search.mlflow_uri import masked
+
+    def say(text: str = "") -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    finished = [t for t in trials if t.state in ("COMPLETE", "PRUNED", "FAIL")]
+    if finished:
+        say()
+        if console.is_terminal:
+            console.print(leaderboard.as_table(finished))
+        else:
+            say(leaderboard.as_text(finished))
+    say()
+    say(leaderboard.summary(trials))
+    best = leaderboard.best(trials)
+    if best is not None:
+        say(f"\nBest: trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}")
+        say(leaderboard.training_config(best.config))
+        folder = job.folder / best.attrs["folder"] / "checkpoints" / f"epoch-{best.best_epoch:04d}" / "adapter"
+        say(f"\nadapter  {folder}")
+    say(f"files    {job.folder}")
+    options = f" --runs-dir {job.runs_dir}" if job.runs_dir != Path("runs") else ""
+    say(f"log      {job.folder / 'search.log'}")
+    say("\nLook at it:")
+    say(f"  mlflow ui --backend-store-uri {masked(job.tracking_uri)}")
+    say(f"  optuna-dashboard {masked(job.storage_url)}")
+    say(f"or both at once: python -m search.ui{options}")
+    if code in (130, 143):
+        say("\ninterrupted; the same command continues the study")
+
+
+if __name__ == "__main__":
+    cli.run(app, lambda: _log_file)

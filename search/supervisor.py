@@ -1,0 +1,191 @@
+"""The supervisor: starts worker processes, watches them, passes on what they say, and sees to an orderly end.
+
+It loads no torch. Ctrl-C once: running trials finish their epoch, are saved and set back to waiting. Twice, or
+SIGTERM: they stop at the next step. A worker that dies has its trial queued again, to go on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from types import FrameType
+from typing import Any
+
+from search.display import Display
+from search.messages import Gave, Message, Order, TrialEnded
+from search.worker import Job, work
+
+MAX_DEATHS = 3
+"""Workers that may die one after the other, no trial ending between, before the search gives up."""
+REFRESH_S = 0.5
+
+log = logging.getLogger("search.supervisor")
+
+
+@dataclass
+class _Seat:
+    """A place for a worker: a device, and the process that has it now."""
+
+    index: int
+    gpu: str | None
+    process: SpawnProcess
+    link: Connection
+    gave: Gave | None = None
+
+
+class Supervisor:
+    """Runs a job on a number of worker processes."""
+
+    def __init__(
+        self, job: Job, *, workers: int, timeout_s: float | None, display: Display, requeue: Callable[[], int]
+    ) -> None:
+        """Args:
+        requeue: fails the trials of dead workers and queues them again; returns how many trials are waiting.
+        """
+        self.job = job
+        self.workers = workers
+        self.display = display
+        self._requeue = requeue
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._context = multiprocessing.get_context("spawn")
+        self._seats: list[_Seat] = []
+        self._order = Order.GO_ON
+        self._signals: list[int] = []
+        self._deaths = 0
+        self.timed_out = False
+
+    def run(self) -> int:
+        """Run until the study is done, the time is up or someone interrupts; returns the exit code."""
+        before: dict[signal.Signals, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, self._signalled)
+        try:
+            devices = gpus()
+            for index in range(self.workers):
+                self._start(index, devices[index % len(devices)] if devices else None)
+            code = self._watch()
+        finally:
+            self._stop_all()
+            for caught, handler in before.items():
+                signal.signal(caught, handler)
+        if signal.SIGTERM in self._signals:
+            return 143
+        return 130 if self._signals else code
+
+    def _start(self, index: int, gpu: str | None) -> None:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(
+            target=work, args=(self.job, theirs, gpu), name=f"worker-{index}", daemon=False
+        )
+        process.start()
+        theirs.close()  # so that the worker's death closes the pipe
+        self._seats.append(_Seat(index, gpu, process, ours))
+
+    def _watch(self) -> int:
+        """Until no worker is left; the exit code apart from signals."""
+        code = 0
+        while self._seats:
+            waited: list[Any] = [seat.link for seat in self._seats] + [seat.process.sentinel for seat in self._seats]
+            wait(waited, timeout=REFRESH_S)
+            for seat in list(self._seats):
+                self._read(seat)
+                if not seat.process.is_alive():
+                    self._read(seat)  # what it said last
+                    self._seats.remove(seat)
+                    code = max(code, self._ended(seat))
+            self._check_time()
+            self._pass_on()
+            self.display.refresh()
+        return code
+
+    def _read(self, seat: _Seat) -> None:
+        with suppress(EOFError, OSError):  # it has ended; its exit code says how
+            while seat.link.poll():
+                message: Message = seat.link.recv()
+                if isinstance(message, Gave):
+                    seat.gave = message
+                if isinstance(message, TrialEnded):
+                    self._deaths = 0
+                self.display(message)
+
+    def _ended(self, seat: _Seat) -> int:
+        """Deal with a worker that has ended; the exit code this asks for."""
+        exit_code = seat.process.exitcode or 0
+        seat.link.close()
+        seat.process.close()
+        waiting = self._requeue()
+        if seat.gave is not None:
+            # A mistake of the user's, or a fault that will be the same for every worker: end all of them.
+            self._order = Order.END_AFTER_EPOCH
+            return 2 if seat.gave.user else 1
+        if exit_code == 0:
+            if waiting and not self._seats and self._order == Order.GO_ON:
+                self._start(seat.index, seat.gpu)  # another worker died and left a trial after this one had ended
+            return 0
+        how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
+        log.error("worker %d %s", seat.index, how)
+        self._deaths += 1
+        if self._deaths >= MAX_DEATHS:
+            self.display.say(f"{MAX_DEATHS} workers died, no trial ending between; the last {how}")
+            self._order = Order.END_AFTER_EPOCH
+            return 1
+        if self._order == Order.GO_ON:
+            self.display.say(f"worker {seat.index} {how}; another takes its place, its trial goes on")
+            self._start(seat.index, seat.gpu)
+        return 0
+
+    def _check_time(self) -> None:
+        if self._deadline is not None and time.monotonic() > self._deadline and not self.timed_out:
+            self.timed_out = True
+            self.display.say("the time is up: running trials finish their epoch and wait to be continued")
+            self._order = max(self._order, Order.END_AFTER_EPOCH)
+
+    def _pass_on(self) -> None:
+        if self._order == Order.GO_ON:
+            return
+        for seat in self._seats:
+            with suppress(OSError):  # it is ending already
+                seat.link.send(self._order)
+
+    def _signalled(self, number: int, _frame: FrameType | None) -> None:
+        self._signals.append(number)
+        if number == signal.SIGTERM or len(self._signals) > 1:
+            self._order = Order.END_NOW
+            self.display.say("stopping at the next step; the trial goes on from its last whole epoch next time")
+        else:
+            self._order = max(self._order, Order.END_AFTER_EPOCH)
+            self.display.say("finishing the current epoch; once more to stop at the next step")
+
+    def _stop_all(self) -> None:
+        """No worker outlives its supervisor."""
+        for seat in self._seats:
+            seat.process.terminate()
+        for seat in self._seats:
+            seat.process.join(timeout=10)
+            if seat.process.is_alive():
+                seat.process.kill()
+                seat.process.join()
+
+
+def gpus() -> list[str]:
+    """The GPUs workers may have, as CUDA_VISIBLE_DEVICES names them; empty on a machine without."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    query = shutil.which("nvidia-smi")
+    if query is None:
+        return []
+    found = subprocess.run(
+        [query, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.split() if found.returncode == 0 else []

@@ -1,0 +1,313 @@
+"""One trial, from its params to its final state: train, report, judge, record, tell."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.trial import TrialState
+
+from search import diagnosis, pruning, records, sampling, storage
+from search.messages import EpochDone, Order, StepDone, TrialEnded, TrialStarted
+from search.pruning import Verdict
+from search.tracking import run_status
+from trainer.events import Diverged, EpochEnded, Event, OutOfMemory, RunStarted, StepEnded
+from trainer.loop import history_of, train
+
+if TYPE_CHECKING:
+    from search.recorder import RunRecorder
+    from search.worker import _Worker
+
+log = logging.getLogger("search.trial")
+
+SHOW_EVERY_S = 0.5
+"""Steps are shown at most this often."""
+FOLDER = "folder"
+"""User attribute: the trial's folder below the study's; one that resumes another's work shares it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a trial ended. `state` is Optuna's, or WAITING for a trial that goes on later."""
+
+    state: str
+    reason: str
+    detail: str
+    violated: str | None = None
+    """The constraint it violated: TPE sees it, and keeps away (a FAIL would be invisible to it)."""
+    stopped_early: bool = False
+
+
+def run(trial: optuna.Trial, worker: _Worker) -> Outcome:
+    """Run a trial to its end, or until the supervisor wants one; tell Optuna and MLflow."""
+    return _TrialRun(trial, worker).run()
+
+
+def fail(trial: optuna.Trial, worker: _Worker, detail: str) -> None:
+    """Tell a trial as FAIL because of a fault, and end its MLflow run if it has one."""
+    trial.set_user_attr(records.REASON, records.ERROR)
+    trial.set_user_attr(records.DETAIL, detail)
+    worker.study.tell(trial, state=TrialState.FAIL)
+    run_id = trial.user_attrs.get(records.RUN_ID)
+    if run_id:
+        tags = {"state": "FAIL", "reason": records.ERROR, "detail": detail}
+        worker.tracking.end_run(run_id, run_status("FAIL"), tags)
+
+
+class _TrialRun:
+    """The state of one trial while it runs."""
+
+    def __init__(self, trial: optuna.Trial, worker: _Worker) -> None:
+        self.trial = trial
+        self.worker = worker
+        self.study = worker.study
+        overrides = {**trial.user_attrs.get(records.OVERRIDES, {}), **sampling.stage_overrides(trial)}
+        self.config = worker.job.study.config(trial.params, overrides)
+        self.events: list[Event] = []
+        self.train_losses: list[float] = list(trial.user_attrs.get(records.TRAIN_LOSSES, ()))
+        self.reported = dict(self._frozen().intermediate_values)
+        self.began = time.monotonic()
+        self.total_steps = 0
+        self.last_shown = 0.0
+        self.findings: tuple[diagnosis.Finding, ...] = ()
+
+    def run(self) -> Outcome:
+        """All of it."""
+        folder = self._prepare()
+        recorder = self._start_tracking()
+        outcome: Outcome | None = None
+        try:
+            outcome = self._train(folder, recorder)
+            self._tell(outcome)
+        finally:
+            self._end_tracking(recorder, outcome)
+        self._announce(outcome)
+        return outcome
+
+    def _prepare(self) -> Path:
+        """Record what is run, and where its files lie."""
+        attrs = self.trial.user_attrs
+        self.trial.set_user_attr(records.CONFIG, self.config.model_dump(mode="json"))
+        name = attrs.get(FOLDER)
+        if name is None:
+            first = storage.lineage(self.study, self.trial.number)[-1]
+            name = f"trials/{first:04d}"
+            self.trial.set_user_attr(FOLDER, name)
+        folder: Path = self.worker.job.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.config.model_dump(mode="json"), indent=1)
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        return folder
+
+    def _start_tracking(self) -> RunRecorder:
+        tracking = self.worker.tracking
+        run_id = self.trial.user_attrs.get(records.RUN_ID)
+        if run_id is not None:
+            tracking.resume_run(run_id)
+        else:
+            name = self.worker.job.study_name
+            label = self.trial.user_attrs.get(records.LABEL)
+            tags = {"trial": str(self.trial.number), "study": name}
+            for key in (records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT):
+                if key in self.trial.user_attrs:
+                    tags[key] = str(self.trial.user_attrs[key])
+            run_id = tracking.start_run(
+                tracking.experiment(name),
+                tracking.parent_run(name, {}),
+                name=f"trial {self.trial.number:03d}" + (f" ({label})" if label else ""),
+                config=self.config.model_dump(),
+                tags=tags,
+            )
+            self.trial.set_user_attr(records.RUN_ID, run_id)
+        return tracking.recorder(run_id)
+
+    def _train(self, folder: Path, recorder: RunRecorder) -> Outcome:
+        """Train to the end of the run or to what ends it before."""
+        number = self.trial.number
+        history = history_of(self.config, folder)
+        self.worker.link.send(
+            TrialStarted(
+                number=number,
+                config=self.config.model_dump(mode="json"),
+                label=self.trial.user_attrs.get(records.LABEL),
+                resumed_from_epoch=len(history),
+            )
+        )
+        for epoch in history:  # nothing an epoch measured is lost, should its report have been
+            recorder(epoch)
+            outcome = self._epoch(epoch, from_checkpoint=True)
+            if outcome is not None:
+                return outcome
+        events = train(self.config, self.worker.bench, folder)
+        try:
+            for event in events:
+                recorder(event)
+                outcome = self._event(event)
+                if outcome is not None:
+                    return outcome
+        finally:
+            events.close()  # type: ignore[attr-defined]  # a generator: closing it takes the adapter off
+        return self._finished()
+
+    def _event(self, event: Event) -> Outcome | None:
+        """Take one event in; the outcome if it ends the trial."""
+        if not isinstance(event, EpochEnded):
+            self.events.append(event)
+        match event:
+            case RunStarted():
+                self.total_steps = event.total_steps
+                log.info("trial %d: %s", self.trial.number, event)
+            case StepEnded():
+                self._show(event)
+                if self.worker.link.order() == Order.END_NOW:
+                    return self._interrupted()
+            case EpochEnded():
+                outcome = self._epoch(event, from_checkpoint=False)
+                if outcome is not None:
+                    return outcome
+                if self.worker.link.order() >= Order.END_AFTER_EPOCH and event.epoch < self.config.num_epochs:
+                    return self._interrupted()
+            case Diverged():
+                cause = event.cause
+                detail = f"step {event.first_bad_step}: {cause.tensor} is {cause.value}; {cause.detail}"
+                return self._constrained(records.NON_FINITE, detail)
+            case OutOfMemory():
+                return self._constrained(records.OUT_OF_MEMORY, f"step {event.step}: {event.detail}")
+        return None
+
+    def _epoch(self, event: EpochEnded, *, from_checkpoint: bool) -> Outcome | None:
+        """Report an epoch and ask the pruner; the outcome if it ends the trial."""
+        self.events.append(event)
+        if event.epoch > len(self.train_losses):
+            self.train_losses.append(event.train_loss)
+            # Before the report, so that whoever sees the epoch has both of its losses. NaN is no JSON.
+            safe = [loss if math.isfinite(loss) else None for loss in self.train_losses]
+            self.trial.set_user_attr(records.TRAIN_LOSSES, safe)
+        if event.epoch not in self.reported:
+            self.trial.report(event.val_loss, event.epoch)
+            self.reported[event.epoch] = event.val_loss
+        self.worker.link.send(
+            EpochDone(
+                number=self.trial.number,
+                epoch=event.epoch,
+                train_loss=event.train_loss,
+                val_loss=event.val_loss,
+                learning_rate=event.learning_rate,
+                epoch_s=event.timing.epoch_s,
+                from_checkpoint=from_checkpoint,
+            )
+        )
+        if event.epoch >= self.config.num_epochs:
+            return None  # it has had all its epochs: nothing is left to save
+        verdict = pruning.verdict(self.study, self._frozen())
+        return self._judged(verdict) if verdict else None
+
+    def _judged(self, verdict: Verdict) -> Outcome:
+        early = verdict.state == "COMPLETE"
+        return Outcome(state=verdict.state, reason=verdict.reason, detail=verdict.detail, stopped_early=early)
+
+    def _finished(self) -> Outcome:
+        """All epochs are done."""
+        if sampling.is_probe(self.trial):
+            return Outcome(state="PRUNED", reason=records.PROBE, detail="the probe of stability came through")
+        if self._best() is None:
+            return self._constrained(records.NON_FINITE, "no epoch had a finite validation loss")
+        return Outcome(state="COMPLETE", reason=records.FINISHED, detail=f"{self.config.num_epochs} epochs done")
+
+    def _constrained(self, reason: str, detail: str) -> Outcome:
+        return Outcome(state="PRUNED", reason=reason, detail=detail, violated=reason)
+
+    def _interrupted(self) -> Outcome:
+        return Outcome(state="WAITING", reason=records.INTERRUPTED, detail=f"after epoch {len(self.reported)}")
+
+    def _best(self) -> tuple[float, int] | None:
+        """(lowest finite validation loss, its epoch)."""
+        finite = [(loss, epoch) for epoch, loss in self.reported.items() if math.isfinite(loss)]
+        return min(finite) if finite else None
+
+    def _tell(self, outcome: Outcome) -> None:
+        """The outcome as Optuna's. Attributes first: a finished trial takes none."""
+        if outcome.state == "WAITING":
+            storage.park(self.study, self.trial)
+            return
+        best = self._best()
+        self.findings = diagnosis.diagnose(
+            diagnosis.curve_from_events(self.config, self.events, reason=outcome.reason)
+        )
+        self.trial.set_user_attr(records.REASON, outcome.reason)
+        self.trial.set_user_attr(records.DETAIL, outcome.detail)
+        self.trial.set_user_attr(records.FINDINGS, [finding.to_dict() for finding in self.findings])
+        if outcome.stopped_early:
+            self.trial.set_user_attr(records.STOPPED_EARLY, True)
+        if best is not None:
+            self.trial.set_user_attr(records.BEST_EPOCH, best[1])
+        sampling.mark_constraints(self.trial, outcome.violated)
+        if outcome.state == "COMPLETE":
+            assert best is not None
+            self.study.tell(self.trial, best[0], state=TrialState.COMPLETE)
+        else:
+            self.study.tell(self.trial, state=TrialState.PRUNED)
+
+    def _end_tracking(self, recorder: RunRecorder, outcome: Outcome | None) -> None:
+        """End the MLflow run, whatever happened."""
+        if outcome is None:  # an exception is on its way; `fail` tells it
+            recorder.finish(run_status("FAIL"), state="FAIL", reason=records.ERROR)
+            return
+        best = self._best()
+        tags = {"detail": outcome.detail}
+        if best is not None:
+            tags |= {"best_val_loss": f"{best[0]:.6f}", "best_epoch": str(best[1])}
+        recorder.finish(
+            run_status(outcome.state, outcome.reason),
+            state=outcome.state,
+            reason=outcome.reason,
+            findings=[finding.id for finding in self.findings],
+            tags=tags,
+            description=self._description(outcome),
+        )
+
+    def _description(self, outcome: Outcome) -> str:
+        """Markdown for the run's page: how it ended, and each finding with its evidence."""
+        lines = [f"**{outcome.state}** ({outcome.reason}): {outcome.detail}"]
+        lines += [f"- `{finding.id}`: {finding.sentence('en')}" for finding in self.findings]
+        return "\n".join(lines)
+
+    def _announce(self, outcome: Outcome) -> None:
+        best = self._best()
+        self.worker.link.send(
+            TrialEnded(
+                number=self.trial.number,
+                state=outcome.state,
+                reason=outcome.reason,
+                detail=outcome.detail,
+                value=best[0] if best else None,
+                findings=tuple(finding.id for finding in self.findings),
+                elapsed_s=time.monotonic() - self.began,
+            )
+        )
+
+    def _show(self, event: StepEnded) -> None:
+        now = time.monotonic()
+        if now - self.last_shown < SHOW_EVERY_S:
+            return
+        self.last_shown = now
+        self.worker.link.send(
+            StepDone(
+                number=self.trial.number,
+                step=event.step,
+                total_steps=self.total_steps,
+                epoch=event.epoch,
+                loss=event.loss,
+                learning_rate=event.learning_rate,
+            )
+        )
+
+    def _frozen(self) -> Any:
+        """The trial as the storage has it."""
+        return self.study._storage.get_trial(self.trial._trial_id)
