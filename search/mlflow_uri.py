@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sqlalchemy as sa
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from search.errors import StorageError
 
@@ -93,7 +93,11 @@ def _check_database(uri: str) -> None:
     except (sa.exc.ArgumentError, ImportError, OSError, ValueError) as error:
         raise StorageError(f"the tracking database {masked(uri)} cannot be opened: {first_line(error)}") from error
     try:
-        tables = set(sa.inspect(engine).get_table_names())
+        with engine.connect() as connection:
+            tables = set(sa.inspect(connection).get_table_names())
+            if url.get_backend_name() == "sqlite":
+                # Kept in the file: a dashboard that reads then does not hold up the workers' writes.
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     except sa.exc.SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         raise StorageError(f"the tracking database {masked(uri)} cannot be opened: {first_line(cause)}") from error
@@ -124,8 +128,17 @@ def creating(uri: str) -> Iterator[None]:
     path = Path(tempfile.gettempdir()) / f"lora-search-{name}.lock"
     if url.get_backend_name() == "sqlite" and url.database:
         path = Path(f"{url.database}.lock")
-    with FileLock(path, timeout=CREATE_S):
+    lock = FileLock(path, timeout=CREATE_S)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StorageError(f"another process has held {str(path)!r} for {CREATE_S} s; end it and try again") from None
+    except OSError as error:
+        raise StorageError(f"the tracking database {masked(uri)}: cannot write {str(path)!r}: {error}") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ EXACT_POINTS = 640
 CHART_POINTS = 320
 """Longest `step/grad_norm_max`. MLflow's charts draw 320 points sampled from a curve, so that a spike in a longer
 one is lost; the maximum over windows, 320 at most, is drawn whole (mlflow#11444, measured on 3.17)."""
-RATE_POINTS = 160
+RATE_POINTS = 80
 """Longest `step/learning_rate`: schedules are smooth. All four together stay below 2,000 points a run."""
 
 

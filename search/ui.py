@@ -1,0 +1,269 @@
+"""`python -m search.ui`: MLflow's pages and optuna-dashboard together, on this machine's loopback address only."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Annotated, Any
+
+import typer
+
+from search.errors import StorageError
+from trainer import cli
+from trainer.errors import UserError
+
+HOST = "127.0.0.1"
+START_S = 120
+"""Longest wait for a page to answer; MLflow needs about ten seconds."""
+STOP_S = 10
+"""Time to end by itself, after which a server is killed."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass
+class Server:
+    """One dashboard: a child process in a session of its own, so that its workers end with it."""
+
+    name: str
+    url: str
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+
+    def answers(self) -> bool:
+        """Whether its page can be fetched."""
+        try:
+            with urllib.request.urlopen(self.url, timeout=5) as response:  # noqa: S310 - our own http URL
+                return bool(response.status == 200)
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def check_alive(self) -> None:
+        """Raise if the process has ended, with the end of what it printed."""
+        code = self.process.poll()
+        if code is None:
+            return
+        self.log.seek(0)
+        tail = "\n".join(self.log.read().decode(errors="replace").splitlines()[-15:])
+        raise ServerEnded(f"{self.name} ended by itself with exit code {code}:\n{tail}")
+
+    def stop(self) -> None:
+        """End the process and all it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_S)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class ServerEnded(Exception):
+    """A dashboard's process ended although nobody asked it to."""
+
+
+@app.command()
+def main(
+    runs_dir: Annotated[Path, typer.Option(help="Folder of the databases, as given to search.run.")] = Path("runs"),
+    storage: Annotated[str | None, typer.Option(help="Optuna's database URL; optuna.db in the runs folder.")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's URI; mlflow.db in the runs folder.")] = None,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow.")] = 5000,
+    optuna_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of optuna-dashboard.")] = 8080,
+) -> None:
+    """Open the dashboards: MLflow for curves and runs, optuna-dashboard for the search. Ctrl-C ends both."""
+    storage = storage or f"sqlite:///{runs_dir / 'optuna.db'}"
+    tracking_uri = tracking_uri or f"sqlite:///{runs_dir / 'mlflow.db'}"
+    remote = tracking_uri.startswith(("http://", "https://"))
+    ports = {"--optuna-port": optuna_port} if remote else {"--mlflow-port": mlflow_port, "--optuna-port": optuna_port}
+    check(storage, tracking_uri, ports)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with contextlib.ExitStack() as stack:
+            print("starting ...", file=sys.stderr, flush=True)
+            servers = [] if remote else [stack.enter_context(mlflow_server(tracking_uri, mlflow_port))]
+            servers.append(stack.enter_context(optuna_dashboard(storage, optuna_port)))
+            wait_until_ready(servers)
+            show(servers, tracking_uri if remote else None)
+            while True:
+                for server in servers:
+                    server.check_alive()
+                time.sleep(0.5)
+    except KeyboardInterrupt:
+        print("\nended.", file=sys.stderr)
+    except ServerEnded as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def check(storage: str, tracking_uri: str, ports: dict[str, int]) -> None:
+    """Refuse databases that are not there and ports that are taken.
+
+    Raises:
+        UserError: everything that is wrong, in one message.
+    """
+    problems = []
+    if len(set(ports.values())) < len(ports):
+        problems.append(f"--mlflow-port and --optuna-port are both {ports['--mlflow-port']}; choose two ports")
+    else:
+        problems += [
+            f"port {port} is already in use, perhaps by another search.ui; choose a free one with {option}"
+            for option, port in ports.items()
+            if not _free(port)
+        ]
+    for option, uri in (("--storage", storage), ("--tracking-uri", tracking_uri)):
+        path = uri.removeprefix("sqlite:///")
+        if path != uri and not Path(path).is_file():
+            problems.append(
+                f"there is no database {path!r}; run a study first (python -m search.run --study rsicap_mini), "
+                f"or name another place with --runs-dir or {option}"
+            )
+    if not problems:
+        problems += _unusable(storage, tracking_uri)
+    if problems:
+        raise UserError(problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems]))
+
+
+def _unusable(storage: str, tracking_uri: str) -> Iterator[str]:
+    """What is wrong with databases that seem to be there. Imports SQLAlchemy and Optuna, which takes a second."""
+    from search import mlflow_uri
+    from search.database import close_storage, open_storage
+
+    try:
+        mlflow_uri.check(tracking_uri)
+    except StorageError as error:
+        yield str(error)
+    try:
+        close_storage(open_storage(storage))
+    except StorageError as error:
+        yield str(error)
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as listener:
+        # As servers do: a port whose last connections are only just closed is free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def mlflow_server(tracking_uri: str, port: int) -> Iterator[Server]:
+    """MLflow's server on a database."""
+    env = {
+        "MLFLOW_BACKEND_STORE_URI": tracking_uri,  # not as an argument: other users can read those
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # three more processes, for nothing we use
+        # The middleware against DNS rebinding compares the Host header, port included. Said here, so that an
+        # environment variable meant for another server does not shut out the URL that we print.
+        "MLFLOW_SERVER_ALLOWED_HOSTS": f"{HOST}:{port},localhost:{port}",
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",
+    }
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    with _started("MLflow", f"http://{HOST}:{port}", command, env) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def optuna_dashboard(storage: str, port: int) -> Iterator[Server]:
+    """optuna-dashboard on a database."""
+    beside = Path(sys.executable).parent
+    program = shutil.which("optuna-dashboard", path=beside) or shutil.which("optuna-dashboard")
+    if program is None:
+        raise UserError("the program optuna-dashboard is missing; install it with: pip install optuna-dashboard")
+    with tempfile.TemporaryDirectory() as folder:
+        # A file only we can read, not an argument: the URL may hold a password. JSON strings are valid TOML.
+        config = Path(folder) / "optuna-dashboard.toml"
+        config.write_text(f"[optuna_dashboard]\nstorage = {json.dumps(storage)}\n")
+        command = [program, "--from-config", str(config), "--host", HOST, "--port", str(port), "--server", "wsgiref"]
+        with _started("optuna-dashboard", f"http://{HOST}:{port}/dashboard/", command, {}) as server:
+            yield server
+
+
+@contextlib.contextmanager
+def _started(name: str, url: str, command: list[str], env: dict[str, str]) -> Iterator[Server]:
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **env},
+            start_new_session=True,
+        )
+        server = Server(name, url, process, log)
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+def wait_until_ready(servers: list[Server]) -> None:
+    """Return when every page answers.
+
+    Raises:
+        ServerEnded: a server ended, or did not answer in time.
+    """
+    deadline = time.monotonic() + START_S
+    waiting = list(servers)
+    while waiting:
+        for server in waiting:
+            server.check_alive()
+        waiting = [server for server in waiting if not server.answers()]
+        if waiting and time.monotonic() > deadline:
+            raise ServerEnded(f"{waiting[0].name} did not answer at {waiting[0].url} within {START_S} s")
+        time.sleep(0.2)
+
+
+def show(servers: list[Server], remote: str | None) -> None:
+    """Print where to look: the studies' pages of curves first, newest on top."""
+    urls = {server.name: server.url for server in servers}
+    if remote is not None:
+        from search.mlflow_uri import masked
+
+        urls = {"MLflow": masked(remote), **urls}
+    for name, url in urls.items():
+        print(f"{name:<17} {url}")
+        if name == "MLflow" and remote is None:
+            for experiment in _experiments(url):
+                # The runs' table with its charts open: curves of all trials, one chart a metric.
+                page = f"{url}/#/experiments/{experiment['experiment_id']}/runs?compareRunsMode=CHART"
+                print(f"  {experiment['name']:<15} {page}")
+    print("Ctrl-C ends both." if len(urls) == len(servers) else "Ctrl-C ends optuna-dashboard.", flush=True)
+
+
+def _experiments(url: str) -> list[dict[str, Any]]:
+    """MLflow's experiments, the last used first, without the empty one it makes for itself."""
+    request = urllib.request.Request(  # noqa: S310 - our own http URL
+        f"{url}/api/2.0/mlflow/experiments/search",
+        data=json.dumps({"max_results": 10, "order_by": ["last_update_time DESC"]}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310 - our own http URL
+        found = json.load(response).get("experiments", [])
+    return [experiment for experiment in found if experiment["experiment_id"] != "0"]
+
+
+if __name__ == "__main__":
+    cli.run(app)
