@@ -1,0 +1,179 @@
+"""`python -m search.diagnose FILE.json`: the findings of recorded curves, one per line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from search.diagnosis import Curve, diagnose, messages
+from search.records import EpochRecord
+from trainer.errors import UserError
+
+FEWEST_PEERS = 3
+"""Other runs of the same model needed before one is called slow against them: a median of fewer is an extreme."""
+MOST_PROBLEMS = 20
+"""Problems of a file that are listed; a wrong kind of file has thousands."""
+
+
+class RecordedEpoch(BaseModel):
+    """One epoch. Other keys are allowed and ignored: people record more than is asked here."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    epoch: Annotated[int, Field(ge=1)]
+    train_loss: float | None = None
+    """null for not recorded; NaN or Infinity for what they say."""
+    val_loss: float | None = None
+    learning_rate: float | None = None
+    elapsed_s: Annotated[float, Field(ge=0)] | None = None
+    grad_norm_mean: float | None = None
+    grad_norm_max: float | None = None
+
+
+class RecordedRun(BaseModel):
+    """One run: its name, what is known of its configuration (TrainConfig's names), its epochs in order."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    name: Annotated[str, Field(min_length=1)]
+    config: dict[str, Any] = {}
+    epochs: list[RecordedEpoch]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> RecordedRun:
+        numbers = [record.epoch for record in self.epochs]
+        if any(later <= earlier for earlier, later in pairwise(numbers)):
+            raise ValueError(f"the epochs must be in rising order, each once, but are {numbers}")
+        return self
+
+
+class RecordedRuns(BaseModel):
+    """The file."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    runs: list[RecordedRun]
+
+
+def read_runs(path: Path) -> RecordedRuns:
+    """The recorded runs of a file.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON or has another form; everything that is wrong in one message.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    try:
+        return RecordedRuns.model_validate_json(text)
+    except ValidationError as error:
+        problems = error.errors()
+        lines = [_problem(problem, text) for problem in problems[:MOST_PROBLEMS]]
+        if len(problems) > MOST_PROBLEMS:
+            lines.append(f"and {len(problems) - MOST_PROBLEMS} more")
+        count = "one error" if len(problems) == 1 else f"{len(problems)} errors"
+        raise UserError("\n".join([f"{path}: has {count}:", *(f"  - {line}" for line in lines)])) from None
+
+
+def _problem(problem: Any, text: str) -> str:
+    """One line: the run by name and number, the field, the rule and the value."""
+    where = [str(part) for part in problem["loc"]]
+    if len(where) > 1 and where[0] == "runs":
+        place = f"run {int(where[1]) + 1}{_name(text, int(where[1]))}"
+        where = where[2:]
+    else:
+        place = "the file"
+    if len(where) > 1 and where[0] == "epochs":
+        place += f", entry {int(where[1]) + 1} of epochs"
+        where = where[2:]
+    field = f", {'.'.join(where)}" if where else ""
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem["input"]
+    shown = "" if problem["type"] in ("missing", "value_error", "json_invalid") else f", but got {given!r:.60}"
+    return f"{place}{field}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _name(text: str, index: int) -> str:
+    """` 'name'` of the run, read leniently: the run is not valid."""
+    run = json.loads(text)["runs"][index]
+    name = run.get("name") if isinstance(run, dict) else None
+    return f" ({name!r})" if isinstance(name, str) else ""
+
+
+def curves(recorded: RecordedRuns) -> list[tuple[str, Curve]]:
+    """(name, curve) of every run; those of the same model are each other's comparison for speed."""
+    found = []
+    for index, run in enumerate(recorded.runs):
+        model = run.config.get("model_name")
+        others = [
+            _seconds_per_sample(r)
+            for i, r in enumerate(recorded.runs)
+            if i != index and r.config.get("model_name") == model
+        ]
+        known = [value for value in others if value is not None]
+        peers = median(known) if model is not None and len(known) >= FEWEST_PEERS else None
+        found.append((run.name, Curve(config=run.config, epochs=_records(run.epochs), peer_seconds_per_sample=peers)))
+    return found
+
+
+def _records(epochs: Sequence[RecordedEpoch]) -> tuple[EpochRecord, ...]:
+    return tuple(
+        EpochRecord(
+            epoch=e.epoch,
+            train_loss=e.train_loss,
+            val_loss=e.val_loss,
+            learning_rate=e.learning_rate,
+            grad_norm_mean=e.grad_norm_mean,
+            grad_norm_max=e.grad_norm_max,
+            epoch_seconds=e.elapsed_s,
+        )
+        for e in epochs
+    )
+
+
+def _seconds_per_sample(run: RecordedRun) -> float | None:
+    """Of an epoch, the run's training and validation samples together."""
+    samples = run.config.get("max_samples")
+    seconds = [e.elapsed_s for e in run.epochs if e.elapsed_s is not None]
+    if isinstance(samples, bool) or not isinstance(samples, int | float) or samples <= 0 or not seconds:
+        return None
+    return median(seconds) / samples
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.json", help="Recorded curves: {runs: [{name, config, epochs}]}.")
+    ],
+    lang: Annotated[str, typer.Option(help="Language of the evidence: en or zh.")] = "en",
+) -> None:
+    """Print the findings of recorded curves, one per line: name<TAB>finding id<TAB>evidence."""
+    chosen = next((known for known in messages.LANGS if known == lang), None)
+    try:
+        if chosen is None:
+            raise UserError(f"--lang must be one of {', '.join(messages.LANGS)}, but got {lang!r}")
+        for name, curve in curves(read_runs(file)):
+            for finding in diagnose(curve):
+                # A name with a tab or a line break would break the columns.
+                print("\t".join((" ".join(name.split()), finding.id, messages.sentence(finding, chosen))))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,83 @@
+"""The hand-run log's decision tree as data. Every run ends in exactly one leaf.
+
+The log asks three things: NaN? falling? oscillating or overfitting? Two are added so that no answer has to be guessed:
+whether there are enough epochs to tell, and which way the rate has to go if the loss does not fall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from search.diagnosis.finding import (
+    DIVERGED,
+    EXPLODING_GRADIENT,
+    INCONCLUSIVE,
+    NON_FINITE,
+    NOT_LEARNING,
+    OSCILLATING,
+    OVERFITTING,
+    TOO_SLOW,
+    Finding,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One question. It is answered yes by a finding with one of these ids (and kinds, if any are given)."""
+
+    name: str
+    """Key of `texts.QUESTIONS`."""
+    ids: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
+    answer: bool = True
+    """What such a finding answers: "is it falling?" is answered no by `not_learning`."""
+    yes: str
+    """The next node, or a leaf."""
+    no: str
+
+
+TREE: tuple[Node, ...] = (
+    Node(name="nan", ids=(NON_FINITE,), yes="non_finite", no="enough"),
+    Node(name="enough", ids=(INCONCLUSIVE,), answer=False, yes="falling", no="undecided"),
+    Node(name="falling", ids=(NOT_LEARNING, TOO_SLOW), answer=False, yes="oscillating_or_overfitting", no="rate"),
+    Node(name="rate", ids=(NOT_LEARNING,), kinds=("high_rate",), yes="rate_too_high", no="not_falling"),
+    Node(
+        name="oscillating_or_overfitting",
+        ids=(EXPLODING_GRADIENT, DIVERGED, OSCILLATING, OVERFITTING),
+        yes="unstable",
+        no="good",
+    ),
+)
+"""The first node is the root."""
+
+LEAVES = ("non_finite", "undecided", "rate_too_high", "not_falling", "unstable", "good")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """Where a run ended, and the answers that led there."""
+
+    name: str
+    """One of `LEAVES`; key of `texts.LEAVES`."""
+    path: tuple[tuple[str, bool], ...]
+    """(node, answer) from the root on."""
+    findings: tuple[str, ...]
+    """Ids of the findings that decided; empty where nothing was found wrong."""
+
+
+def leaf(findings: Iterable[Finding]) -> Leaf:
+    """The leaf of a run with these findings. A run without any has shown nothing: it is undecided."""
+    found = tuple(findings)
+    if not found:
+        return Leaf(name="undecided", path=(("nan", False), ("enough", False)), findings=())
+    nodes = {node.name: node for node in TREE}
+    name, path, deciding = TREE[0].name, [], []
+    while name in nodes:
+        node = nodes[name]
+        hits = [f.id for f in found if f.id in node.ids and (not node.kinds or f.kind in node.kinds)]
+        answer = node.answer if hits else not node.answer
+        deciding.extend(hits)
+        path.append((name, answer))
+        name = node.yes if answer else node.no
+    return Leaf(name=name, path=tuple(path), findings=tuple(dict.fromkeys(deciding)))

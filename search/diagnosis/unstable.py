@@ -1,0 +1,165 @@
+"""Loss curves that fall apart: `diverged`, `oscillating`, `overfitting`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from search import records
+from search.diagnosis import advise
+from search.diagnosis.finding import DIVERGED, OSCILLATING, OVERFITTING, Advice, Finding, Scalar
+from search.diagnosis.noise import TRAIN_NOISE, VAL_NOISE, Excursion, best, limit, relative
+from search.diagnosis.signals import FEWEST_EPOCHS, Signals, high_rate, rate_evidence
+
+GIVEN_BACK = 0.5
+"""A run has diverged when it gave back half of what it had learned. Experiment 3 gave back 90 % in one epoch; the
+recorded run whose losses rose at the end 11 %."""
+JUMP = 0.05
+"""And when it lies at least this share above its best: the same as the pruner's bound for divergence
+(search.pruning.JUMP)."""
+
+
+def findings(seen: Signals) -> tuple[Finding, ...]:
+    """What is wrong with the losses' course; empty if nothing is."""
+    return tuple(f for f in (diverged(seen), oscillating(seen), overfitting(seen)) if f is not None)
+
+
+def diverged(seen: Signals) -> Finding | None:
+    """Both losses left their best, and the training loss gave back much of what it had gained."""
+    move, points = seen.train_open, seen.train
+    if move is None:
+        return _stopped_as_diverged(seen)
+    gain, lost = points[0][1] - move.best[1], points[-1][1] - move.best[1]
+    given_back = lost / gain if gain > 0 else 1.0
+    up = relative(points[-1][1], move.best[1])
+    val_after = [value for epoch, value in seen.val if epoch >= move.start[0]]
+    doubted = not _stays_up(seen, move) if val_after else len(points) < FEWEST_EPOCHS
+    if given_back < GIVEN_BACK or up < JUMP or doubted:
+        return _stopped_as_diverged(seen)
+    since = [value for epoch, value in points if epoch >= move.start[0]]
+    flat = len(since) > 1 and relative(max(since), min(since)) < 2 * limit(TRAIN_NOISE)
+    evidence: dict[str, Scalar] = {
+        "epoch": move.start[0],
+        "train_before": move.best[1],
+        "train_at": move.start[1],
+        "train_last": points[-1][1],
+        "last_epoch": points[-1][0],
+        "best_epoch": move.best[0],
+        "rise": up,
+        "given_back": min(given_back, 1e6),
+    }
+    before = [p for p in seen.val if p[0] < move.start[0]]
+    if val_after and before:
+        evidence |= {"val_before": best(tuple(before))[1], "val_last": val_after[-1]}
+    return Finding(
+        id=DIVERGED,
+        kind="plateau" if flat else "jump" if len(since) == 1 else "rise",
+        severity="error",
+        epoch=move.start[0],
+        evidence=evidence | rate_evidence(seen),
+        cause="high_rate" if high_rate(seen) else None,
+        advice=advise.regularise(seen.curve),
+    )
+
+
+def _stays_up(seen: Signals, move: Excursion) -> bool:
+    """Whether the validation loss too ends above what it was before, by more than noise."""
+    before = [value for epoch, value in seen.val if epoch < move.start[0]]
+    return not before or relative(seen.val[-1][1], min(before)) > limit(VAL_NOISE)
+
+
+def _stopped_as_diverged(seen: Signals) -> Finding | None:
+    """The run was stopped as diverged (by the pruner's one-epoch rule); the last epoch is its evidence."""
+    train, val = seen.train, seen.val
+    if seen.curve.reason != records.DIVERGED or len(train) < 2:
+        return None
+    evidence: dict[str, Scalar] = {"epoch": train[-1][0], "train_before": train[-2][1], "train_last": train[-1][1]}
+    if len(val) > 1:
+        evidence |= {"val_before": best(val[:-1])[1], "val_last": val[-1][1]}
+    return Finding(
+        id=DIVERGED,
+        kind="stopped",
+        severity="error",
+        epoch=train[-1][0],
+        evidence=evidence | rate_evidence(seen),
+        cause="high_rate" if high_rate(seen) else None,
+        advice=advise.regularise(seen.curve),
+    )
+
+
+def oscillating(seen: Signals) -> Finding | None:
+    """The training loss ends above its best by more than noise, or a loss went up and came back more than once."""
+    if diverged(seen) is not None:
+        return None
+    move = seen.train_open
+    fell = bool(seen.train) and -relative(best(seen.train)[1], seen.train[0][1]) > limit(TRAIN_NOISE)
+    evidence: dict[str, Scalar]
+    if move is not None and fell and len(seen.train) >= FEWEST_EPOCHS:
+        up = relative(seen.train[-1][1], move.best[1])
+        evidence = {"epoch": move.start[0], "last_epoch": seen.train[-1][0], "best_epoch": move.best[0]}
+        evidence |= {"train_before": move.best[1], "train_last": seen.train[-1][1], "rise": up}
+        if seen.val and seen.val[-1][0] >= move.start[0] and seen.val[-1][1] > best(seen.val)[1]:
+            evidence |= {"val_before": best(seen.val)[1], "val_last": seen.val[-1][1]}
+        return _oscillation(seen, "rising", move.start[0], evidence)
+    for name, moves in (("train", seen.train_moves), ("val", seen.val_moves)):
+        returned = [m for m in moves if m.end is not None]
+        if len(returned) < 2:
+            continue
+        highest = max(returned, key=lambda m: relative(m.peak[1], m.best[1]))
+        evidence = {"times": len(returned), "peak_epoch": highest.peak[0], "peak": highest.peak[1]}
+        evidence |= {"before": highest.best[1], "rise": relative(highest.peak[1], highest.best[1])}
+        return _oscillation(seen, f"swinging_{name}", returned[0].start[0], evidence)
+    return None
+
+
+def _oscillation(seen: Signals, kind: str, epoch: int, evidence: dict[str, Scalar]) -> Finding:
+    return Finding(
+        id=OSCILLATING,
+        kind=kind,
+        severity="warning",
+        epoch=epoch,
+        evidence=evidence | rate_evidence(seen),
+        cause="high_rate" if high_rate(seen) else None,
+        advice=advise.regularise(seen.curve),
+    )
+
+
+def overfitting(seen: Signals) -> Finding | None:
+    """The validation loss rises for good while the training loss does not."""
+    up = seen.val_rise
+    if up is None or len(seen.val) < FEWEST_EPOCHS:
+        return None
+    move = seen.train_open
+    if move is not None and move.start[0] <= up.onset[0]:
+        return None  # both rise together: that is no overfitting
+    until = [p for p in seen.train if move is None or p[0] < move.start[0]]
+    at_best = [value for epoch, value in until if epoch <= up.best[0]]
+    evidence: dict[str, Scalar] = {
+        "epoch": up.onset[0],
+        "val_best": up.best[1],
+        "best_epoch": up.best[0],
+        "val_onset": up.onset[1],
+        "val_last": up.last[1],
+        "last_epoch": up.last[0],
+        "rise": relative(up.last[1], up.best[1]),
+    }
+    kind = "val_only"
+    if at_best and until[-1][0] > up.best[0]:
+        kind = "falling" if until[-1][1] < at_best[-1] else "flat"
+        evidence |= {"train_at_best": at_best[-1], "train_last": until[-1][1]}
+    return Finding(
+        id=OVERFITTING,
+        kind=kind,
+        severity="warning",
+        epoch=up.onset[0],
+        evidence=evidence | rate_evidence(seen),
+        advice=(
+            *advise.regularise(seen.curve),
+            Advice(action="stop_at_best", parameter="num_epochs", after=up.best[0]),
+        ),
+    )
+
+
+def with_cause(findings: Iterable[Finding], cause: str) -> tuple[Finding, ...]:
+    """The findings with this as the cause of a divergence: what was measured comes before what the rate suggests."""
+    return tuple(replace(f, cause=cause) if f.id == DIVERGED else f for f in findings)
