@@ -21,8 +21,8 @@ TRAIN_NOISE = 0.002
 """The same of the training loss, a mean over the whole epoch. Measured 0.07 % to 0.22 % on the runs of eight epochs
 and more; shorter runs are still bending, which second differences take for noise."""
 SIGNIFICANT = 3.0
-"""Standard deviations that count as seen. Curves are read thousands of times in a search: at 2 each twentieth epoch
-would raise an alarm, at 3 about one in 700 does (one-sided, normal)."""
+"""Standard deviations that count as seen. A search reads thousands of epochs: at 2 one in 44 would raise an alarm by
+chance, at 3 one in 740 does (one-sided, normal)."""
 
 Loss = tuple[int, float]
 """(epoch, loss)"""
