@@ -1,0 +1,35 @@
+# make demo   environment, install, the embedded study to its tuning log
+# make test   everything that is checked: lint, types, import contracts, tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Threads that spin while they wait slow every process on a small machine.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test test-slow check install clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: install
+	$(BIN)/python -m search.run --study rsicap_mini
+	$(BIN)/python -m search.report --study rsicap_mini
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+test-slow: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 1800
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
