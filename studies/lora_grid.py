@@ -5,6 +5,7 @@ Everything else stays at the log's recommended configuration, so that what diffe
 
 from search.space import Choice, Multiple
 from search.study import Study
+from studies.rsicap import STUDY as RSICAP
 
 STUDY = Study(
     name="lora_grid",
@@ -27,6 +28,6 @@ STUDY = Study(
     sampler="grid",
     n_trials=4 * 3 * 2,
     data_env="RSICAP_ROOT",
-    get_data="see the study rsicap: python -m search.run --study rsicap --dry-run",
-    get_model="see the study rsicap: python -m search.run --study rsicap --dry-run",
+    get_data=RSICAP.get_data,
+    get_model=RSICAP.get_model,
 )

@@ -1,4 +1,4 @@
-"""The grid of `lora_grid` on the embedded model and data, with fewer points: four ranks and two ratios, two dropouts."""
+"""The grid of `lora_grid` on the embedded model and data, with fewer points: four ranks, two ratios, two dropouts."""
 
 from search.space import Choice, Multiple
 from search.study import Study

@@ -1,0 +1,71 @@
+"""The leaderboard: order, columns, and a configuration that can be pasted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from search import leaderboard, records
+from search.records import TrialRecord
+from trainer.config import TrainConfig
+
+
+def trial(number: int, state: str, value: float | None, **changes: Any) -> TrialRecord:
+    config = TrainConfig(lora_r=changes.pop("lora_r", 8)).model_dump(mode="json")
+    values: dict[str, Any] = {
+        "params": {},
+        "config": config,
+        "reason": "finished",
+        "detail": "",
+        "best_epoch": 2,
+        "stopped_early": False,
+        "attrs": {},
+        "violated": (),
+        "start_s": 0.0,
+        "end_s": 1.0,
+        "run_id": None,
+    }
+    return TrialRecord(number=number, state=state, value=value, **{**values, **changes})
+
+
+TRIALS = (
+    trial(0, "COMPLETE", 1.6),
+    trial(1, "PRUNED", 1.4, reason="rising"),
+    trial(2, "COMPLETE", 1.5, lora_r=16, attrs={records.LABEL: "recommended"}, stopped_early=True),
+    trial(3, "PRUNED", 1.3, reason="non_finite", violated=("non_finite",)),
+    trial(4, "FAIL", None, reason="lost", best_epoch=None),
+)
+
+
+def test_complete_trials_come_first_and_violations_last() -> None:
+    assert [t.number for t in leaderboard.ranked(TRIALS)] == [2, 0, 1, 3, 4]
+    best = leaderboard.best(TRIALS)
+    assert best is not None and best.number == 2
+    assert leaderboard.best(TRIALS[3:]) is None
+
+
+def test_only_what_differs_has_a_column() -> None:
+    heads, rows = leaderboard.rows(TRIALS)
+    assert heads == ["rank", "trial", "val_loss", "epoch", "lora_r", "state", "findings"]
+    assert rows[0] == ["1", "2 (recommended)", "1.5000", "2", "16", "COMPLETE, stopped early", ""]
+    assert rows[2][0] == "-" and rows[2][5] == "PRUNED (rising)"
+    assert leaderboard.as_text(TRIALS).splitlines()[1].startswith("1     2 (recommended)  1.5000")
+
+
+def test_the_best_configuration_can_be_pasted() -> None:
+    config = TrainConfig(learning_rate=0.00012345678901, lora_alpha=24, max_samples=None)
+    scope: dict[str, Any] = {}
+    exec(leaderboard.training_config(config.model_dump(mode="json")), scope)
+    pasted = scope["TRAINING_CONFIG"]
+    assert TrainConfig.parse(pasted) == config
+    assert list(pasted)[:3] == ["num_epochs", "batch_size", "learning_rate"]
+
+
+def test_rates_are_written_as_in_the_log() -> None:
+    assert leaderboard.show_value("learning_rate", 2e-4) == "2e-4"
+    assert leaderboard.show_value("learning_rate", 5.25e-6) in ("5.2e-6", "5.3e-6")
+    assert leaderboard.show_value("lora_alpha", 16.0) == "16"
+    assert leaderboard.show_value("lora_dropout", 0.05) == "0.05"
+
+
+def test_the_summary_counts_states() -> None:
+    assert leaderboard.summary(TRIALS).startswith("5 trials (1 COMPLETE, 1 COMPLETE, stopped early, 1 FAIL (lost)")
