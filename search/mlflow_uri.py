@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import tempfile
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,3 +164,25 @@ def explain(uri: str, error: Exception) -> str:
             f"`mlflow db upgrade {masked(uri)}`"
         )
     return f"MLflow cannot use {masked(uri)}: {text}"
+
+
+def runs_page(address: str, experiment_id: str) -> str:
+    """URL of the page that compares a study's trials by their curves, on the MLflow server at `address`.
+
+    The filter leaves out the parent run, and ordering by a metric makes MLflow list its children one by one: by
+    default they are folded away under it, and the charts are empty.
+    """
+    query = {
+        "workflowType": "machine_learning",
+        "compareRunsMode": "CHART",
+        "searchFilter": "tags.kind = 'trial'",
+        "orderByKey": "metrics.`val_loss`",
+        "orderByAsc": "true",
+    }
+    encoded = urllib.parse.urlencode(query, quote_via=urllib.parse.quote)
+    return f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs?{encoded}"
+
+
+def run_page(address: str, experiment_id: str, run_id: str) -> str:
+    """URL of the page of one run."""
+    return f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"

@@ -238,18 +238,16 @@ def wait_until_ready(servers: list[Server]) -> None:
 
 def show(servers: list[Server], remote: str | None) -> None:
     """Print where to look: the studies' pages of curves first, newest on top."""
+    from search.mlflow_uri import masked, runs_page
+
     urls = {server.name: server.url for server in servers}
     if remote is not None:
-        from search.mlflow_uri import masked
-
         urls = {"MLflow": masked(remote), **urls}
     for name, url in urls.items():
         print(f"{name:<17} {url}")
         if name == "MLflow" and remote is None:
             for experiment in _experiments(url):
-                # The runs' table with its charts open: curves of all trials, one chart a metric.
-                page = f"{url}/#/experiments/{experiment['experiment_id']}/runs?compareRunsMode=CHART"
-                print(f"  {experiment['name']:<15} {page}")
+                print(f"  {experiment['name']:<15} {runs_page(url, experiment['experiment_id'])}")
     print("Ctrl-C ends both." if len(urls) == len(servers) else "Ctrl-C ends optuna-dashboard.", flush=True)
 
 

@@ -1,8 +1,8 @@
 """Recording runs: what is written, what survives failures, and that all of it is read back."""
 
+import contextlib
 import math
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -274,6 +274,12 @@ def test_training_never_waits_for_the_store() -> None:
 # ---------------------------------------------------------------------- MLflow itself
 
 
+def copy_database(source: Path, target: Path) -> None:
+    """A copy by SQLite itself: what lies in the write-ahead log is part of it."""
+    with contextlib.closing(sqlite3.connect(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
+        old.backup(new)
+
+
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's tables: creating them takes seconds, once is enough."""
@@ -284,7 +290,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tracking(empty_database: Path, tmp_path: Path) -> Iterator[Tracking]:
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    copy_database(empty_database, tmp_path / "mlflow.db")
     yield open_tracking(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "artifacts")
 
 
@@ -494,7 +500,7 @@ def test_a_store_that_cannot_be_used_is_refused_at_once(
 
 
 def test_a_database_of_another_mlflow_says_how_to_upgrade(tracking: Tracking, tmp_path: Path) -> None:
-    shutil.copy(tmp_path / "mlflow.db", tmp_path / "old.db")
+    copy_database(tmp_path / "mlflow.db", tmp_path / "old.db")
     with sqlite3.connect(tmp_path / "old.db") as connection:
         connection.execute("UPDATE alembic_version SET version_num = 'bd07f7e963c5'")
     connection.close()

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import optuna
 import psutil
 import pytest
+from mlflow.tracking import MlflowClient
 
 from search.database import close_storage, open_storage
 from search.tracking import Tracking, open_tracking
@@ -100,6 +102,9 @@ def test_both_pages_answer_at_the_printed_urls(
     assert experiment is not None
     tracking = open_tracking(f"sqlite:///{runs_dir}/mlflow.db", runs_dir / "artifacts")
     assert experiment[1] == tracking.experiment("demo")
+    query = urllib.parse.parse_qs(urls["demo"].partition("?")[2])
+    found = MlflowClient(urls["MLflow"]).search_runs([experiment[1]], query["searchFilter"][0])
+    assert [run.info.run_name for run in found] == ["trial 0"]
     status, page = get(urls["optuna-dashboard"])
     assert status == 200 and "Optuna Dashboard" in page
     studies = get(urls["optuna-dashboard"].replace("/dashboard/", "/api/studies"))[1]
