@@ -1,0 +1,58 @@
+"""The options by which the commands that read a study find its records, and the opening of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import optuna
+
+    from search.tracking import Tracking
+
+StudyOption = Annotated[str, typer.Option(help="The study, or one generation of it, e.g. rsicap or rsicap-2.")]
+StorageOption = Annotated[str | None, typer.Option(help="Optuna's database URL; runs/optuna.db by default.")]
+TrackingOption = Annotated[str | None, typer.Option(help="MLflow's URI; runs/mlflow.db by default.")]
+RunsOption = Annotated[Path, typer.Option(help="Folder for checkpoints, logs and databases.")]
+
+
+def storage_url(storage: str | None, runs_dir: Path) -> str:
+    """Optuna's database: the one named, else the one in the runs folder."""
+    return storage or f"sqlite:///{runs_dir / 'optuna.db'}"
+
+
+def tracking_uri(tracking: str | None, runs_dir: Path) -> str:
+    """MLflow's store: the one named, else the one in the runs folder."""
+    return tracking or f"sqlite:///{runs_dir / 'mlflow.db'}"
+
+
+@contextmanager
+def opened(
+    name: str, storage: str | None, tracking: str | None, runs_dir: Path
+) -> Iterator[tuple[optuna.Study, Tracking]]:
+    """The study and its tracking, for reading.
+
+    Raises:
+        UserError: there is no such study, or a database cannot be opened. None is created.
+    """
+    from search.database import close_storage, open_storage
+    from search.errors import StudyError
+    from search.storage import find_study
+    from search.tracking import open_tracking
+
+    for option, given, file in (
+        ("--storage", storage, runs_dir / "optuna.db"),
+        ("--tracking-uri", tracking, runs_dir / "mlflow.db"),
+    ):
+        if given is None and not file.is_file():
+            raise StudyError(f"there is no {file}: run a study first, or name its records with --runs-dir or {option}")
+    opened_storage = open_storage(storage_url(storage, runs_dir))
+    try:
+        study = find_study(opened_storage, name)
+        yield study, open_tracking(tracking_uri(tracking, runs_dir), runs_dir / "artifacts")
+    finally:
+        close_storage(opened_storage)
