@@ -4,7 +4,10 @@ scenes.py       the generator: scenes, tiles, RSICap's format
 vocabulary.py   what a scene can hold, and the words for it
 drawing.py      facts -> picture
 captions.py     facts -> sentences
-build.py        the recipe that made checkpoint/
+build.py        the recipe that made checkpoint/: tiles, tokenizers, vision, captions
+recipe.py       its sizes, batches and optimizer
+architecture.py its model and tokenizers before training
+vision.py       its pretraining of the vision tower
 behaviour.py    measures that the mini behaves like the real thing
 checkpoint/     the pretrained InstructBLIP: float16 on disk, to be used in float32
 """

@@ -125,7 +125,7 @@ def write_dataset(out: Path, *, scenes: int, tiles_per_scene: int, seed: int, st
     rng = random.Random(seed)
     images = out / "images"
     images.mkdir(parents=True)
-    rows = []
+    rows: list[dict[str, str]] = []
     tile = None
     for number, scene in _scenes(style, scenes, rng):
         for index in range(1, tiles_per_scene + 1):
