@@ -28,7 +28,7 @@ from search import records
 from search.database import exclusive
 from search.records import TrialRecord
 
-_CARRIED_OVER = (records.LABEL, records.OVERRIDES, records.STAGE, records.TRAIN_LOSSES)
+_CARRIED_OVER = (records.LABEL, records.NOTE, records.OVERRIDES, records.STAGE, records.TRAIN_LOSSES)
 """Attributes that a trial hands to the one that takes up its work."""
 
 

@@ -185,6 +185,10 @@ class RunRecorder:
                 self._nonfinite(event.first_bad_step, event.cause)
                 self.writer.put(tags={"diverged.step": str(event.step)})
 
+    def put_metric(self, key: str, value: float, step: int) -> None:
+        """One more metric, known at the end of a run. Must be finite."""
+        self._put([(key, value, step)])
+
     def finish(
         self,
         status: Status,

@@ -26,6 +26,8 @@ FINDINGS = "findings"
 """The diagnosis' findings as plain data."""
 LABEL = "label"
 """Name of a trial given by hand."""
+NOTE = "note"
+"""What the study file says of a trial given by hand."""
 OVERRIDES = "overrides"
 """Fields of a trial given by hand that lie outside the search space."""
 STAGE = "stage"
@@ -123,3 +125,5 @@ class StudyRecord:
     trials: tuple[TrialRecord, ...]
     experiment_id: str | None
     parent_run_id: str | None
+    tracking_url: str | None = None
+    """Address of the MLflow server whose pages show the runs, without credentials; None for a database."""

@@ -117,7 +117,7 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
     """Check model and data, and show what would run; writes nothing into the runs folder."""
     import optuna
 
-    from search import leaderboard, prepare, sampling
+    from search import leaderboard, prepare, sampling, staged
 
     examined = prepare.check(study)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -133,7 +133,7 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
     dry = optuna.create_study(sampler=sampling.make_sampler(study, strategy, n_trials))
     trial = dry.ask()
     sampling.suggest(trial, study)
-    config = study.config(trial.params, sampling.stage_overrides(trial))
+    config = study.config(trial.params, staged.stage_overrides(trial))
     print("the first sampled trial would be")
     print(leaderboard.training_config(config.model_dump(mode="json")))
     print("nothing was run (--dry-run)")
@@ -160,7 +160,7 @@ def _search(
 
     import optuna
 
-    from search import pruning, sampling
+    from search import lifecycle, pruning, sampling
     from search import storage as store
     from search import tracking as track
     from search.database import open_storage
@@ -201,21 +201,21 @@ def _search(
     )
 
     def requeue() -> int:
-        store.requeue_lost(study)
+        lifecycle.requeue_lost(study)
         tracking.close_dangling(experiment, _is_dead)
         return len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
 
     console = _console()
-    display: Display = Live_(console, lambda: store.read_trials(study)) if console.is_terminal else Plain(console)
+    display: Display = Live_(console, lambda: lifecycle.read_trials(study)) if console.is_terminal else Plain(console)
     waiting = requeue()
-    done = store.counted(study)
+    done = lifecycle.counted(study)
     with display:
         display.say(_headline(job, study, done, waiting))
         code = 0
         if waiting or done < n_trials:
             supervisor = Supervisor(job, workers=count, timeout_s=timeout_s, display=display, requeue=requeue)
             code = supervisor.run()
-    records = store.read_trials(study)
+    records = lifecycle.read_trials(study)
     tracking.end_run(parent, track.run_status(ENDS.get(code, "FAIL")), _study_tags(records))
     _sum_up(console, records, job, code)
     return code

@@ -172,7 +172,10 @@ def _enqueue_missing(opened: optuna.Study, study: Study) -> None:
             present[fixed.label] -= 1
             continue
         params, overrides = fixed_trial(study, fixed)
-        opened.enqueue_trial(params, user_attrs={records.LABEL: fixed.label, records.OVERRIDES: overrides})
+        attrs = {records.LABEL: fixed.label, records.OVERRIDES: overrides}
+        if fixed.note:
+            attrs[records.NOTE] = fixed.note
+        opened.enqueue_trial(params, user_attrs=attrs)
 
 
 def _refuse_changed(opened: optuna.Study, study: Study, next_generation: int) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.trial import TrialState
 
-from search import diagnosis, pruning, records, sampling, storage
+from search import diagnosis, leaderboard, lifecycle, pruning, records, sampling, staged
+from search.diagnosis import messages
 from search.messages import EpochDone, Order, StepDone, TrialEnded, TrialStarted
 from search.pruning import Verdict
 from search.tracking import run_status
@@ -67,7 +68,7 @@ class _TrialRun:
         self.trial = trial
         self.worker = worker
         self.study = worker.study
-        overrides = {**trial.user_attrs.get(records.OVERRIDES, {}), **sampling.stage_overrides(trial)}
+        overrides = {**trial.user_attrs.get(records.OVERRIDES, {}), **staged.stage_overrides(trial)}
         self.config = worker.job.study.config(trial.params, overrides)
         self.events: list[Event] = []
         self.train_losses: list[float] = list(trial.user_attrs.get(records.TRAIN_LOSSES, ()))
@@ -96,7 +97,7 @@ class _TrialRun:
         self.trial.set_user_attr(records.CONFIG, self.config.model_dump(mode="json"))
         name = attrs.get(FOLDER)
         if name is None:
-            first = storage.lineage(self.study, self.trial.number)[-1]
+            first = lifecycle.lineage(self.study, self.trial.number)[-1]
             name = f"trials/{first:04d}"
             self.trial.set_user_attr(FOLDER, name)
         folder: Path = self.worker.job.folder / name
@@ -112,7 +113,6 @@ class _TrialRun:
             tracking.resume_run(run_id)
         else:
             name = self.worker.job.study_name
-            label = self.trial.user_attrs.get(records.LABEL)
             tags = {"trial": str(self.trial.number), "study": name}
             for key in (records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT):
                 if key in self.trial.user_attrs:
@@ -120,12 +120,20 @@ class _TrialRun:
             run_id = tracking.start_run(
                 tracking.experiment(name),
                 tracking.parent_run(name, {}),
-                name=f"trial {self.trial.number:03d}" + (f" ({label})" if label else ""),
+                name=self._name(),
                 config=self.config.model_dump(),
                 tags=tags,
             )
             self.trial.set_user_attr(records.RUN_ID, run_id)
         return tracking.recorder(run_id)
+
+    def _name(self) -> str:
+        """The run's name: legends of MLflow's charts show nothing else, so it holds what tells trials apart."""
+        label = self.trial.user_attrs.get(records.LABEL)
+        config = self.config
+        rate = leaderboard.show_value("learning_rate", config.learning_rate)
+        what = f"lr={rate} r={config.lora_r} a={config.lora_alpha:g} b={config.batch_size}"
+        return f"trial {self.trial.number:03d}" + (f" ({label})" if label else "") + f" {what}"
 
     def _train(self, folder: Path, recorder: RunRecorder) -> Outcome:
         """Train to the end of the run or to what ends it before."""
@@ -214,7 +222,7 @@ class _TrialRun:
 
     def _finished(self) -> Outcome:
         """All epochs are done."""
-        if sampling.is_probe(self.trial):
+        if staged.is_probe(self.trial):
             return Outcome(state="PRUNED", reason=records.PROBE, detail="the probe of stability came through")
         if self._best() is None:
             return self._constrained(records.NON_FINITE, "no epoch had a finite validation loss")
@@ -234,7 +242,7 @@ class _TrialRun:
     def _tell(self, outcome: Outcome) -> None:
         """The outcome as Optuna's. Attributes first: a finished trial takes none."""
         if outcome.state == "WAITING":
-            storage.park(self.study, self.trial)
+            lifecycle.park(self.study, self.trial)
             return
         best = self._best()
         self.findings = diagnosis.diagnose(
@@ -262,7 +270,9 @@ class _TrialRun:
         best = self._best()
         tags = {"detail": outcome.detail}
         if best is not None:
-            tags |= {"best_val_loss": f"{best[0]:.6f}", "best_epoch": str(best[1])}
+            tags["best_epoch"] = str(best[1])
+            # MLflow sorts runs by a metric's last value, and val_loss' last is not its best.
+            recorder.put_metric("best_val_loss", best[0], best[1])
         recorder.finish(
             run_status(outcome.state, outcome.reason),
             state=outcome.state,
@@ -275,7 +285,7 @@ class _TrialRun:
     def _description(self, outcome: Outcome) -> str:
         """Markdown for the run's page: how it ended, and each finding with its evidence."""
         lines = [f"**{outcome.state}** ({outcome.reason}): {outcome.detail}"]
-        lines += [f"- `{finding.id}`: {finding.sentence('en')}" for finding in self.findings]
+        lines += [f"- `{finding.id}`: {messages.sentence(finding)}" for finding in self.findings]
         return "\n".join(lines)
 
     def _announce(self, outcome: Outcome) -> None:

@@ -1,0 +1,284 @@
+"""The whole way through processes: a study from the command line to its records, and every way it can be stopped."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+
+from search import lifecycle, records
+from search.database import close_storage, open_storage
+from search.records import TrialRecord
+from search.storage import find_study
+from search.tracking import open_tracking
+from tests.search_process import QUICK, Search, command, run
+
+LONG = ("max_samples=24", "num_epochs=4", "warmup_steps=0", "batch_size=2")
+
+
+def trials_of(runs: Path, name: str = "rsicap_mini") -> tuple[TrialRecord, ...]:
+    storage = open_storage(f"sqlite:///{runs / 'optuna.db'}")
+    try:
+        return lifecycle.read_trials(find_study(storage, name))
+    finally:
+        close_storage(storage)
+
+
+def curves_of(runs: Path, name: str = "rsicap_mini") -> dict[int, dict[int, float]]:
+    """Reported validation losses by trial and epoch, to the last bit."""
+    storage = open_storage(f"sqlite:///{runs / 'optuna.db'}")
+    try:
+        study = find_study(storage, name)
+        return {t.number: dict(t.intermediate_values) for t in study.get_trials(deepcopy=False)}
+    finally:
+        close_storage(storage)
+
+
+def runs_of(runs: Path, name: str = "rsicap_mini") -> dict[str, tuple[str, dict[str, str]]]:
+    """(status, tags) of every MLflow run by its name; the study's own run under `study`."""
+    tracking = open_tracking(f"sqlite:///{runs / 'mlflow.db'}", runs / "artifacts")
+    experiment = tracking.find_experiment(name)
+    assert experiment is not None
+    found = tracking._search(experiment)
+    return {
+        "study" if r.data.tags.get("kind") == "study" else r.info.run_name.partition(" lr=")[0]: (
+            r.info.status,
+            r.data.tags,
+        )
+        for r in found
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """(runs folder, output) of an undisturbed study of three trials."""
+    runs = tmp_path_factory.mktemp("finished")
+    done = run(command(runs, "--trials", "3"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    yield runs, done.stdout
+
+
+@pytest.fixture
+def search() -> Iterator[Any]:
+    started: list[Search] = []
+
+    def start(arguments: list[str]) -> Search:
+        started.append(Search(arguments))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
+
+
+def test_a_study_ends_with_its_leaderboard(finished: tuple[Path, str]) -> None:
+    runs, output = finished
+    trials = trials_of(runs)
+    assert [t.number for t in trials] == [0, 1, 2]
+    assert all(t.state in ("COMPLETE", "PRUNED") for t in trials)
+    best = min((t for t in trials if t.state == "COMPLETE"), key=lambda t: t.value or 9e9)
+    assert f"Best: trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}" in output
+    assert "TRAINING_CONFIG = {" in output and "optuna-dashboard sqlite:///" in output
+    adapter = re.search(r"^adapter +(\S+)$", output, re.MULTILINE)
+    assert adapter and (Path(adapter[1]) / "adapter_model.safetensors").is_file()
+
+
+def test_everything_is_recorded(finished: tuple[Path, str]) -> None:
+    runs, _ = finished
+    by_name = runs_of(runs)
+    assert by_name["study"][0] == "FINISHED"
+    assert len(by_name) == 4 and all(status != "RUNNING" for status, _ in by_name.values())
+    tracking = open_tracking(f"sqlite:///{runs / 'mlflow.db'}", runs / "artifacts")
+    for trial in trials_of(runs):
+        status, tags = by_name[f"trial {trial.number:03d}"]
+        assert status == "FINISHED" and tags["state"] == trial.state and tags["reason"] == trial.reason
+        assert {"data_fingerprint", "model_fingerprint", "host"} <= set(tags)
+        assert any(key.startswith("version") for key in tags)
+        assert trial.run_id is not None
+        run_ = tracking._client.get_run(trial.run_id)
+        assert set(trial.config) <= set(run_.data.params)
+        epochs = tracking.epochs(trial.run_id)
+        assert [e.val_loss for e in epochs] == list(curves_of(runs)[trial.number].values())
+        steps = tracking.steps(trial.run_id)
+        assert steps[0].loss is not None and steps[0].grad_norm is not None
+
+
+def test_the_same_seed_gives_the_same_study(finished: tuple[Path, str], tmp_path: Path) -> None:
+    runs, _ = finished
+    again = run(command(tmp_path, "--trials", "3"))
+    assert again.returncode == 0
+    assert curves_of(tmp_path) == curves_of(runs)
+    assert [t.params for t in trials_of(tmp_path)] == [t.params for t in trials_of(runs)]
+    other = run([*command(tmp_path / "other", "--trials", "1"), "--seed", "1"])
+    assert other.returncode == 0
+    assert trials_of(tmp_path / "other")[0].params != trials_of(runs)[0].params
+
+
+def test_trials_is_the_total(finished: tuple[Path, str], tmp_path: Path) -> None:
+    runs = tmp_path / "copy"
+    shutil.copytree(finished[0], runs)
+    before = curves_of(runs)
+    same = run(command(runs, "--trials", "3"))
+    assert same.returncode == 0 and "trial 0:" not in same.stdout and "Best: trial" in same.stdout
+    assert curves_of(runs) == before
+    more = run(command(runs, "--trials", "4"))
+    assert more.returncode == 0
+    after = curves_of(runs)
+    assert len(after) == 4 and {n: after[n] for n in before} == before
+
+
+def test_a_changed_definition_is_refused(finished: tuple[Path, str], tmp_path: Path) -> None:
+    runs = tmp_path / "copy"
+    shutil.copytree(finished[0], runs)
+    changed = run(command(runs, settings=(*QUICK[:1], "num_epochs=5", QUICK[2])))
+    assert changed.returncode == 2
+    assert "base.num_epochs: 2 -> 5" in changed.stderr and "--fresh" in changed.stderr
+    assert "Traceback" not in changed.stderr
+    fresh = run(command(runs, "--fresh", "--trials", "1", settings=(*QUICK[:1], "num_epochs=1", QUICK[2])))
+    assert fresh.returncode == 0 and "study rsicap_mini-2" in fresh.stdout
+    assert len(trials_of(runs, "rsicap_mini-2")) == 1
+
+
+def undisturbed(tmp_path: Path) -> dict[int, dict[int, float]]:
+    done = run(command(tmp_path / "undisturbed", "--trials", "1", settings=LONG))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return curves_of(tmp_path / "undisturbed")
+
+
+def test_interrupted_runs_resume_bit_for_bit(tmp_path: Path, search: Any) -> None:
+    """Ctrl-C once, Ctrl-C twice, SIGTERM; then on to the end: the same trial, as if it had never stopped."""
+    runs = tmp_path / "runs"
+    arguments = command(runs, "--trials", "1", settings=LONG)
+
+    first = search(arguments)
+    first.wait_for("epoch 1:")
+    os.killpg(first.process.pid, signal.SIGINT)
+    assert first.end() == 130, first.output()
+    assert "interrupted; the same command continues the study" in first.output()
+    reported = len(curves_of(runs)[0])
+    assert 1 <= reported < 4
+    assert trials_of(runs)[0].state == "WAITING"
+    assert {status for status, _ in runs_of(runs).values()} == {"KILLED"}
+
+    second = search(arguments)
+    second.wait_for("trial 0:")
+    os.killpg(second.process.pid, signal.SIGINT)
+    os.killpg(second.process.pid, signal.SIGINT)
+    assert second.end() == 130, second.output()
+    assert trials_of(runs)[0].state == "WAITING"
+
+    third = search(arguments)
+    third.wait_for("trial 0:")
+    third.process.send_signal(signal.SIGTERM)
+    assert third.end() == 143, third.output()
+    assert all(status != "RUNNING" for status, _ in runs_of(runs).values())
+
+    done = run(arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [t.state for t in trials_of(runs)] == ["COMPLETE"]
+    assert curves_of(runs) == undisturbed(tmp_path)
+    by_name = runs_of(runs)
+    assert len(by_name) == 2 and {status for status, _ in by_name.values()} == {"FINISHED"}
+
+
+def test_a_killed_worker_is_replaced(tmp_path: Path, search: Any) -> None:
+    runs = tmp_path / "runs"
+    running = search(command(runs, "--trials", "1", settings=LONG))
+    running.wait_for("epoch 1:")
+    workers = [p for p in psutil.Process(running.process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    assert len(workers) == 1
+    workers[0].kill()
+    assert running.end() == 0, running.output()
+    lost, resumed = trials_of(runs)
+    assert (lost.state, lost.reason) == ("FAIL", records.LOST)
+    assert resumed.state == "COMPLETE" and resumed.attrs[records.RESUMES] == 0
+    assert curves_of(runs)[1] == undisturbed(tmp_path)[0]
+    by_name = runs_of(runs)
+    assert by_name["trial 000"][0] == "KILLED" and by_name["trial 001"][0] == "FINISHED"
+
+
+def test_a_killed_supervisor_leaves_a_study_that_resumes(tmp_path: Path, search: Any) -> None:
+    runs = tmp_path / "runs"
+    arguments = command(runs, "--trials", "1", settings=LONG)
+    running = search(arguments)
+    running.wait_for("epoch 1:")
+    worker = psutil.Process(running.process.pid).children()
+    running.process.kill()
+    gone, alive = psutil.wait_procs(worker, timeout=60)
+    assert gone and not alive, "a worker outlived its supervisor"
+    assert run(arguments).returncode == 0
+    assert trials_of(runs)[-1].state == "COMPLETE"
+    assert list(curves_of(runs).values())[-1] == undisturbed(tmp_path)[0]
+
+
+def test_two_workers_share_a_study(tmp_path: Path) -> None:
+    done = run(command(tmp_path, "--trials", "4", "--workers", "2"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = trials_of(tmp_path)
+    assert len(trials) == 4 and all(t.state in ("COMPLETE", "PRUNED") for t in trials)
+    assert len({t.attrs[records.WORKER]["pid"] for t in trials}) == 2
+
+
+def test_the_time_can_be_limited(tmp_path: Path) -> None:
+    done = run(command(tmp_path, "--timeout", "1s", settings=LONG))
+    assert done.returncode == 0
+    assert "the time is up" in done.stdout
+    assert optuna.trial.TrialState.RUNNING.name not in {t.state for t in trials_of(tmp_path)}
+
+
+BAD = [
+    (["--study", "rsicap_mimi"], "did you mean 'rsicap_mini'?"),
+    ([], "name a study with --study"),
+    (["--study", "rsicap_mini", "--set", "lora_rnk=3"], "did you mean 'lora_r'?"),
+    (["--study", "rsicap_mini", "--set", "learning_rate"], "not of the form key=value"),
+    (["--study", "rsicap_mini", "--set", "learning_rate=fast"], "learning_rate: input should be a valid number"),
+    (["--study", "rsicap_mini", "--set", "data=/nowhere"], "the data folder '/nowhere' does not exist"),
+    (["--study", "rsicap_mini", "--set", "model=/nowhere"], "the model folder '/nowhere' does not exist"),
+    (["--study", "rsicap_mini", "--timeout", "soon"], "--timeout must be a time such as 2h"),
+    (["--study", "rsicap_mini", "--pruner", "hyperbnd"], "did you mean 'hyperband'?"),
+    (["--study", "rsicap_mini", "--storage", "nonsense"], "is no database URL"),
+    (["--study", "rsicap_mini", "--storage", "postgresql://u:secret@127.0.0.1:1/x"], "cannot reach the database"),
+    (["--study", "rsicap_mini", "--tracking-uri", "http://127.0.0.1:1"], "127.0.0.1:1"),
+    (["--study", "rsicap_mini", "--strategy", "stagd"], "'stagd' is not one of"),
+    (["--study", "rsicap_mini", "--trials", "0"], "Invalid value"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD, ids=[" ".join(a) or "nothing" for a, _ in BAD])
+def test_bad_input_gets_one_message(tmp_path: Path, arguments: list[str], said: str) -> None:
+    import sys
+
+    runs = tmp_path / "runs"
+    done = run([sys.executable, "-m", "search.run", "--runs-dir", str(runs), *arguments])
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr and "secret" not in done.stderr
+    assert not list(runs.rglob("*.safetensors")) and not (runs / "rsicap_mini" / "trials").exists()
+    if "--tracking-uri" not in arguments:
+        assert not runs.exists() or not any(runs.iterdir()), "something was written"
+
+
+def test_missing_model_and_data_are_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import sys
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    done = run([sys.executable, "-m", "search.run", "--study", "rsicap", "--runs-dir", str(tmp_path / "runs")])
+    assert done.returncode == 2
+    for part in ("- model:", "- data:", "hf download", "RSICAP_ROOT", "rsicap_mini"):
+        assert part in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    done = run(command(tmp_path / "runs", "--dry-run"))
+    assert done.returncode == 0 and "the first sampled trial would be" in done.stdout
+    assert not (tmp_path / "runs").exists()
