@@ -56,6 +56,7 @@ def attached(model: Any, config: TrainConfig) -> Iterator[tuple[Any, tuple[str, 
     from peft import LoraConfig, get_peft_model
 
     modules = resolve_targets(model, config.target_modules)
+    training = model.training
     torch.manual_seed(config.seed)  # lora_A's initial values
     lora = LoraConfig(
         r=config.lora_r,
@@ -78,6 +79,7 @@ def attached(model: Any, config: TrainConfig) -> Iterator[tuple[Any, tuple[str, 
         if hasattr(model, "peft_config"):
             del model.peft_config
         model.requires_grad_(False)
+        model.train(training)
 
 
 def parameters(peft_model: Any) -> dict[str, nn.Parameter]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 
 from trainer import dataset, runtime
 from trainer.config import TrainConfig
-from trainer.data import CaptionDataset, Tokenizer
+from trainer.data import CaptionDataset, Pixels, Tokenizer
 from trainer.dataset import Examined
 from trainer.model import Base, load_base
 
@@ -24,6 +23,7 @@ class Workbench:
         self._base: tuple[tuple[str, str, str], Base] | None = None
         self._datasets: dict[tuple[object, ...], tuple[CaptionDataset, CaptionDataset]] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
+        self._pixels: Pixels | None = None
 
     def base(self, config: TrainConfig) -> Base:
         """The frozen base of this configuration."""
@@ -33,6 +33,7 @@ class Workbench:
             if self._base is not None and self._base[0][0] != config.model:
                 self._tokenizers.clear()
                 self._datasets.clear()
+                self._pixels = None
             self._base = None
             gc.collect()  # the old base goes before the new one comes: two would not fit on a GPU
             dtype = runtime.DTYPES[config.torch_dtype]
@@ -43,6 +44,7 @@ class Workbench:
         """The data folder, checked once."""
         if self._examined is None or self._examined[0] != config.data:
             self._datasets.clear()
+            self._pixels = None
             self._examined = (config.data, dataset.examine(config.data))
         return self._examined[1]
 
@@ -56,21 +58,14 @@ class Workbench:
 
     def datasets(self, config: TrainConfig) -> tuple[CaptionDataset, CaptionDataset]:
         """(training, validation) rows of this configuration, tokenized."""
-        examined = self.examined(config)
+        examined = dataset.usable(self.examined(config), config)
         tokenizer = self.tokenizer(config)
         key = (config.data, config.max_samples, config.val_fraction, config.split_seed, config.max_target_length)
         if key not in self._datasets:
             parts = dataset.split(examined, config)
-            processor = self.base(config).processor.image_processor
+            self._pixels = self._pixels or Pixels(self.base(config).processor.image_processor)
             self._datasets[key] = (
-                CaptionDataset(parts.train, tokenizer, processor),
-                CaptionDataset(parts.val, tokenizer, processor),
+                CaptionDataset(parts.train, tokenizer, self._pixels),
+                CaptionDataset(parts.val, tokenizer, self._pixels),
             )
         return self._datasets[key]
-
-
-def run_folder(out_dir: str | Path) -> Path:
-    """The output folder of a run, made if missing."""
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

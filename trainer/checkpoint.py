@@ -5,8 +5,9 @@
         optimizer.safetensors   AdamW's moments and step counts by parameter name
         state.json       config, position, history of epochs, hashes of the other files
 
-There is no generator state to save: data order is a function of (seed, epoch) and dropout of (seed, step).
-A checkpoint is written beside its place, flushed to disk and renamed; only the last and the best are kept.
+There is no generator state to save: data order is a function of (seed, epoch), dropout of (seed, step) and the
+learning rate of the step. A checkpoint is written beside its place, flushed to disk and renamed; only the last and the
+best are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 from trainer import adapters
-from trainer.config import TrainConfig
+from trainer.config import MACHINE_FIELDS, TrainConfig
 from trainer.errors import CheckpointError
 from trainer.events import EpochEnded, NonFinite, epoch_from_dict, to_dict
 
@@ -41,11 +43,39 @@ class State:
     first_bad: NonFinite | None = None
     """What went bad at the first step of the series."""
     history: list[EpochEnded] = field(default_factory=list)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Of `data` and `model`: a run goes on only with what it began with."""
 
     def best_epoch(self) -> int | None:
         """The epoch with the lowest validation loss, the first of equals; None without a finite one."""
         finite = [e for e in self.history if e.val_loss == e.val_loss and abs(e.val_loss) != float("inf")]
         return min(finite, key=lambda e: (e.val_loss, e.epoch)).epoch if finite else None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an output folder holds."""
+
+    state: State
+    """Of the newest sound checkpoint; a fresh one without any."""
+    folder: Path | None
+    """Its folder."""
+    problems: tuple[str, ...]
+    """Newer checkpoints that are damaged, each with what is wrong: the run goes back behind them."""
+
+
+def claim(out_dir: Path) -> None:
+    """Make the output folder, before a run spends an epoch on what it could not save.
+
+    Raises:
+        CheckpointError: it cannot be made or written.
+    """
+    try:
+        (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"the output folder {str(out_dir)!r} cannot be made: {error}") from None
+    if not os.access(out_dir / "checkpoints", os.W_OK | os.X_OK):
+        raise CheckpointError(f"the output folder {str(out_dir)!r} may not be written (permission denied)")
 
 
 def folder_of(out_dir: Path, epoch: int) -> Path:
@@ -79,28 +109,35 @@ def save(
             shutil.rmtree(final)
         temporary.rename(final)
         _flush_folder(final.parent)
+        _flush_folder(out_dir)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     keep = {state.epoch, state.best_epoch()}
-    for other in final.parent.iterdir():
-        if other.name.startswith(".") or (other.name.startswith("epoch-") and int(other.name[6:]) not in keep):
-            shutil.rmtree(other, ignore_errors=True)
+    left = [folder for epoch, folder in _epochs(out_dir) if epoch not in keep]
+    for other in (*left, *final.parent.glob(".epoch-*.tmp")):  # the latter: of a process that was killed
+        shutil.rmtree(other, ignore_errors=True)
     return final
 
 
-def load(out_dir: Path, config: TrainConfig) -> tuple[State, Path] | tuple[None, list[str]]:
-    """(state, folder) of the newest sound checkpoint, or (None, what was wrong with each there was).
+def _epochs(out_dir: Path) -> list[tuple[int, Path]]:
+    """(epoch, folder) of all checkpoints, the newest first."""
+    named = [(re.fullmatch(r"epoch-(\d+)", path.name), path) for path in (out_dir / "checkpoints").glob("epoch-*")]
+    return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
+
+
+def load(out_dir: Path, config: TrainConfig) -> Found:
+    """The newest sound checkpoint of an output folder, and what was wrong with the newer ones.
 
     Raises:
-        CheckpointError: the checkpoints belong to another configuration.
+        CheckpointError: the checkpoint belongs to another configuration.
     """
-    problems = []
-    for folder in sorted((out_dir / "checkpoints").glob("epoch-*"), reverse=True):
+    problems: list[str] = []
+    for _, folder in _epochs(out_dir):
         try:
             data = _verified(folder)
-        except (OSError, ValueError, KeyError) as error:
-            problems.append(f"{folder}: {error}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problems.append(f"{folder}: {f'state.json lacks {error}' if isinstance(error, KeyError) else error}")
             continue
         if data["identity"] != config.identity():
             raise CheckpointError(
@@ -115,9 +152,20 @@ def load(out_dir: Path, config: TrainConfig) -> tuple[State, Path] | tuple[None,
             nonfinite_in_a_row=data["nonfinite_in_a_row"],
             first_bad=NonFinite(**data["first_bad"]) if data["first_bad"] else None,
             history=history,
+            fingerprints=data["fingerprints"],
         )
-        return state, folder
-    return None, problems
+        return Found(state, folder, tuple(problems))
+    return Found(State(), None, tuple(problems))
+
+
+def check_fingerprints(found: Found, now: dict[str, str]) -> None:
+    """Raise CheckpointError if the checkpoint was made with other data or another model than there are now."""
+    changed = [what for what, value in now.items() if found.state.fingerprints.get(what) != value]
+    if found.folder is not None and changed:
+        raise CheckpointError(
+            f"{found.folder}: the {' and the '.join(changed)} changed since this checkpoint was made; "
+            "choose another output folder or delete it"
+        )
 
 
 def restore(folder: Path, peft_model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -158,8 +206,10 @@ def _write_state(folder: Path, state: State, config: TrainConfig) -> None:
         "nonfinite_in_a_row": state.nonfinite_in_a_row,
         "first_bad": asdict(state.first_bad) if state.first_bad else None,
         "history": [to_dict(e) for e in state.history],
+        "fingerprints": state.fingerprints,
         "files": files,
     }
+    data["checksum"] = _checksum(data)
     (folder / "state.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
 
 
@@ -168,14 +218,21 @@ def _verified(folder: Path) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if data["format"] != FORMAT:
         raise ValueError(f"has format {data['format']}, but this version reads {FORMAT}")
+    if data.pop("checksum") != _checksum(data):
+        raise ValueError("state.json is damaged: its checksum does not match")
     for name, digest in data["files"].items():
         if _hash(folder / name) != digest:
             raise ValueError(f"{name} is damaged: its hash does not match")
     return data
 
 
+def _checksum(data: dict[str, Any]) -> str:
+    """Of the state itself; floats are written so that they read back exactly."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 def _difference(stored: dict[str, Any], config: TrainConfig) -> str:
-    now = config.model_dump(mode="json")
+    now = config.model_dump(mode="json", exclude=set(MACHINE_FIELDS))
     changed = [f"{k}: {stored.get(k)!r} there, {now.get(k)!r} now" for k in now if stored.get(k) != now.get(k)]
     return "; ".join(changed) or "written by another version"
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from trainer.errors import ConfigError
 
@@ -37,9 +37,9 @@ class TrainConfig(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
 
-    model: str = EMBEDDED
+    model: Annotated[str, Field(min_length=1)] = EMBEDDED
     """InstructBLIP checkpoint: a folder, a hub id, or `mini` for the embedded model."""
-    data: str = EMBEDDED
+    data: Annotated[str, Field(min_length=1)] = EMBEDDED
     """Data folder: RSICap (`captions.json` and `images/`), an image folder with `metadata.jsonl`, or `mini`."""
     max_samples: Annotated[int, Field(ge=2)] | None = None
     """Rows used, training and validation together; None for all."""
@@ -76,7 +76,7 @@ class TrainConfig(BaseModel):
     """Gradients are clipped to this global L2 norm."""
     max_nonfinite_steps: Annotated[int, Field(ge=1)] = 3
     """Consecutive steps with a loss, query output or gradient that is not finite before the run ends."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of adapter initialisation, data order and dropout."""
 
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 8
@@ -106,11 +106,14 @@ class TrainConfig(BaseModel):
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """A validation loss is a new best if it is lower by more than this."""
 
-    @model_validator(mode="after")
-    def _micro_batch_fits(self) -> TrainConfig:
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(f"micro_batch_size={self.micro_batch_size} is larger than batch_size={self.batch_size}")
-        return self
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _micro_batch_fits(cls, size: int | None, info: ValidationInfo) -> int | None:
+        # A validator of the field, not of the model: that one would be silent as long as any field is wrong.
+        batch_size = info.data.get("batch_size")
+        if size is not None and batch_size is not None and size > batch_size:
+            raise ValueError(f"must not be larger than batch_size={batch_size}")
+        return size
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -126,8 +129,19 @@ class TrainConfig(BaseModel):
 
     @classmethod
     def parse_settings(cls, settings: Iterable[str], base: Mapping[str, Any] | None = None) -> TrainConfig:
-        """The configuration from `key=value` strings over `base` over the defaults. See `read_settings`."""
-        return cls.parse({**(base or {}), **read_settings(settings)})
+        """The configuration from `key=value` strings over `base` over the defaults.
+
+        Raises:
+            ConfigError: everything that is wrong, in one message: with the form of the settings and with the values.
+        """
+        values, errors = _scan(settings)
+        try:
+            config = cls(**{**(base or {}), **values})
+        except ValidationError as error:
+            errors += _problems(error)
+        if errors:
+            raise ConfigError(_listed("the configuration", errors))
+        return config
 
     def identity(self) -> str:
         """Hash of all fields that can change the result: the same identity on the same machine, the same run."""
@@ -143,6 +157,16 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 def describe(error: ValidationError) -> str:
     """One line for each thing wrong with a TrainConfig: the field, the rule and the value."""
+    return _listed("the configuration", _problems(error))
+
+
+def _listed(what: str, errors: Iterable[str]) -> str:
+    lines = list(dict.fromkeys(errors))
+    head = f"{what} has one error:" if len(lines) == 1 else f"{what} has {len(lines)} errors:"
+    return "\n".join([head, *(f"  - {line}" for line in lines)])
+
+
+def _problems(error: ValidationError) -> list[str]:
     valid = list(TrainConfig.model_fields)
     lines = []
     for problem in error.errors():
@@ -155,16 +179,24 @@ def describe(error: ValidationError) -> str:
         message = message[0].lower() + message[1:]
         given = "" if where == "configuration" else f", but got {name}={problem['input']!r}"
         lines.append(f"{where}: {message}{given}")
-    head = "the configuration has one error:" if len(lines) == 1 else f"the configuration has {len(lines)} errors:"
-    return "\n".join([head, *(f"  - {line}" for line in dict.fromkeys(lines))])
+    return lines
 
 
 def read_settings(settings: Iterable[str]) -> dict[str, Any]:
     """`["learning_rate=2e-4", "target_modules=query,value"]` as field values.
 
     Raises:
-        ConfigError: entries without `=`, unknown keys and unreadable values, all in one message.
+        ConfigError: entries without `=` and keys set twice, all in one message. Names and values are for
+            `TrainConfig.parse` to judge.
     """
+    values, errors = _scan(settings)
+    if errors:
+        raise ConfigError(_listed("the list of settings", errors))
+    return values
+
+
+def _scan(settings: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """(values by key, what is wrong with the form of the settings)."""
     values: dict[str, Any] = {}
     errors = []
     for setting in settings:
@@ -176,9 +208,7 @@ def read_settings(settings: Iterable[str]) -> dict[str, Any]:
         if key in values:
             errors.append(f"{key!r} is set twice")
         values[key] = _read_value(key, text.strip())
-    if errors:
-        raise ConfigError("\n".join(["the settings cannot be read:", *(f"  - {e}" for e in errors)]))
-    return values
+    return values, errors
 
 
 def _read_value(key: str, text: str) -> Any:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from trainer.config import TrainConfig
-from trainer.dataset import Row, open_image
-from trainer.errors import ModelError
+from trainer.dataset import Row
+from trainer.errors import DataError, ModelError
+from trainer.images import open_image
 
 IGNORE = -100
 """Label of positions that take no part in the loss, as in Transformers."""
 PIXEL_CACHE_BYTES = 1 << 30
-"""Decoded and resized images are kept in memory up to this; a data set that fits is decoded once, not every epoch."""
+"""Decoded and resized images are kept in memory up to this, by all DataLoader workers of a loader together; a data
+set that fits is decoded once, not every epoch."""
 
 
 @dataclass(frozen=True)
@@ -96,29 +99,55 @@ class Tokenizer:
         return Tokens(tuple(instruction), tuple(prompt), (*caption, self.text.eos_token_id))
 
 
-class CaptionDataset(Dataset[tuple[torch.Tensor, Tokens]]):
-    """Rows with their tokens; images are decoded on demand and kept while they fit in `PIXEL_CACHE_BYTES`."""
+class Pixels:
+    """Images as the model takes them, kept while they fit in `PIXEL_CACHE_BYTES`. One store serves all data sets of a
+    workbench, so that a study over `max_samples` does not keep a copy for each."""
 
-    def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, image_processor: Any) -> None:
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+        self._kept: dict[Path, torch.Tensor] = {}
+        self._kept_bytes = 0
+
+    def __call__(self, path: Path) -> torch.Tensor:
+        """(3, height, width), float.
+
+        Raises:
+            DataError: the image went bad after the data folder was examined.
+        """
+        pixels = self._kept.get(path)
+        if pixels is None:
+            pixels = self.image_processor(images=open_image(path), return_tensors="pt")["pixel_values"][0]
+            size = pixels.numel() * pixels.element_size()
+            worker = get_worker_info()
+            if self._kept_bytes + size <= PIXEL_CACHE_BYTES // (worker.num_workers if worker else 1):
+                self._kept[path] = pixels
+                self._kept_bytes += size
+        return pixels
+
+
+Sample = tuple[torch.Tensor, Tokens]
+
+
+class CaptionDataset(Dataset["Sample | DataError"]):
+    """Rows with their tokens and pixels.
+
+    An image that went bad gives its error as a value: raised in a DataLoader worker, it would come back with the
+    worker's traceback in its message. `batches` raises it.
+    """
+
+    def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, pixels: Pixels) -> None:
         self.rows = tuple(rows)
         self.tokens = tuple(tokenizer(row) for row in rows)
-        self.image_processor = image_processor
-        self._pixels: dict[int, torch.Tensor] = {}
-        self._cached_bytes = 0
+        self.pixels = pixels
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Tokens]:
-        pixels = self._pixels.get(index)
-        if pixels is None:
-            image = open_image(self.rows[index].image)
-            pixels = self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
-            size = pixels.numel() * pixels.element_size()
-            if self._cached_bytes + size <= PIXEL_CACHE_BYTES:
-                self._pixels[index] = pixels
-                self._cached_bytes += size
-        return pixels, self.tokens[index]
+    def __getitem__(self, index: int) -> Sample | DataError:
+        try:
+            return self.pixels(self.rows[index].image), self.tokens[index]
+        except DataError as error:
+            return error.with_traceback(None)
 
 
 class EpochSampler(Sampler[int]):
@@ -138,7 +167,7 @@ class EpochSampler(Sampler[int]):
 
 
 class Collator:
-    """Pads samples to a Batch."""
+    """Pads samples to a Batch; the first error among them goes on in its place."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         pad = tokenizer.text.pad_token_id
@@ -147,7 +176,12 @@ class Collator:
         self.qformer_pad = tokenizer.qformer.pad_token_id or 0
         self.decoder_only = tokenizer.decoder_only
 
-    def __call__(self, samples: Sequence[tuple[torch.Tensor, Tokens]]) -> Batch:
+    def __call__(self, items: Sequence[Sample | DataError]) -> Batch | DataError:
+        samples: list[Sample] = []
+        for item in items:
+            if isinstance(item, DataError):
+                return item
+            samples.append(item)
         tokens = [t for _, t in samples]
         if self.decoder_only:
             text = [t.prompt + t.target for t in tokens]
@@ -176,6 +210,18 @@ def _pad(sequences: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, 
         ids[i, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[i, : len(sequence)] = 1
     return ids, mask
+
+
+def batches(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """One pass over a loader.
+
+    Raises:
+        DataError: an image went bad after the data folder was examined; names it.
+    """
+    for item in loader:
+        if isinstance(item, DataError):
+            raise item
+        yield item
 
 
 def train_loader(

@@ -13,24 +13,21 @@ Two formats:
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import random
-import warnings
+import reprlib
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from trainer.config import EMBEDDED, TrainConfig
 from trainer.errors import DataError
+from trainer.images import IMAGE_ERRORS, content_of, decode, problem_of
 
 DEFAULT_PROMPT = "Describe this image in detail."
-MAX_PIXELS = 89_478_485
-"""Pillow's own limit against decompression bombs; Pillow warns above it, here the row is refused."""
 MAX_LISTED = 100
 """Bad rows listed in one message; beyond that they are counted."""
 
@@ -56,7 +53,7 @@ class Examined:
     rows: tuple[Row, ...]
     bad: tuple[str, ...]
     fingerprint: str
-    """Hash of all prompts, captions and image bytes."""
+    """Hash of all prompts, captions, scenes (they decide the split) and image bytes, whatever the folder's path."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,10 @@ def resolve_folder(data: str) -> Path:
         from trainer.mini import ensure_data
 
         return ensure_data()
-    return Path(data).expanduser()
+    try:
+        return Path(data).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise DataError(f"the data folder {data!r} cannot be found: {error}") from None
 
 
 def examine(data: str) -> Examined:
@@ -96,7 +96,7 @@ def examine(data: str) -> Examined:
                 digests.append(digest)
     whole = hashlib.sha256()
     for row, digest in zip(rows, digests, strict=True):
-        whole.update(json.dumps([row.prompt, row.caption, digest]).encode())
+        whole.update(json.dumps([row.prompt, row.caption, row.scene, digest]).encode())
     return Examined(str(folder), tuple(rows), tuple(problems), whole.hexdigest()[:16])
 
 
@@ -143,83 +143,47 @@ def split(examined: Examined, config: TrainConfig) -> Split:
         )
     names = sorted(scenes)
     rng.shuffle(names)
-    held: list[str] = []
+    val: set[str] = set()
     count, wanted = 0, len(chosen) * config.val_fraction
     for name in names[:-1]:  # the last scene always trains
         size = len(scenes[name])
-        if not held or abs(count + size - wanted) < abs(count - wanted):
-            held.append(name)
+        if abs(count + size - wanted) < abs(count - wanted):
+            val.add(name)
             count += size
-    val = set(held)
+    if not val:  # every scene but the last is too large for the fraction: the smallest comes nearest
+        val.add(min(names, key=lambda name: len(scenes[name])))
     return Split(
         train=tuple(row for row in chosen if row.scene not in val),
         val=tuple(row for row in chosen if row.scene in val),
     )
 
 
-def open_image(path: Path) -> Image.Image:
-    """The whole image, decoded, as RGB (some RSICap images are panchromatic).
-
-    Raises:
-        DataError: missing, unreadable, truncated, or more than `MAX_PIXELS`. Never replaced by a black one.
-    """
-    try:
-        return _decode(path.read_bytes())
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: {_image_problem(error)}") from error
-
-
-def _decode(content: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        # Pillow's warning about size comes before anything is decoded; as an error it stops the decoding.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(io.BytesIO(content))
-        except Image.DecompressionBombWarning as warning:
-            raise Image.DecompressionBombError(str(warning)) from None
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        return image.convert("RGB")
-
-
-def _image_problem(error: Exception) -> str:
-    match error:
-        case FileNotFoundError():
-            return "the image is missing"
-        case IsADirectoryError():
-            return "the image is a folder"
-        case PermissionError():
-            return "the image may not be read (permission denied)"
-        case Image.DecompressionBombError():
-            return f"the image is too large and might be a decompression bomb (limit {MAX_PIXELS} pixels)"
-        case UnidentifiedImageError():
-            return "the file is no image that Pillow can read"
-    text = str(error)
-    if "truncated" in text or "Truncated" in text:
-        return "the image is truncated"
-    return f"the image is broken ({text or type(error).__name__})"
-
-
 def _check_image(row: Row, images: Path) -> tuple[str, str | None]:
     """(hash of the image's bytes, None) or ("", what is wrong with it)."""
-    if not row.image.resolve().is_relative_to(images):
-        return "", f"the file name {str(row.image.relative_to(images))!r} leads out of the images folder"
     try:
-        content = row.image.read_bytes()
-        _decode(content)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return "", f"{row.image.name}: {_image_problem(error)}"
+        if not row.image.resolve().is_relative_to(images):
+            return "", f"the file name {str(row.image.relative_to(images))!r} leads out of the images folder"
+        content = content_of(row.image)
+        decode(content)
+    except IMAGE_ERRORS as error:
+        return "", f"{row.image.name}: {problem_of(error)}"
     return hashlib.sha256(content).hexdigest(), None
 
 
 def _read(folder: Path) -> tuple[list[Row], Path, list[str]]:
     """(rows whose entries are sound, the folder their images must lie in, problems of the other entries)."""
-    if not folder.exists():
-        raise DataError(f"the data folder {str(folder)!r} does not exist")
-    if not folder.is_dir():
+    try:
+        kind = folder.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"the data folder {str(folder)!r} does not exist") from None
+    except (OSError, ValueError) as error:  # no permission, a name too long, a null character
+        raise DataError(f"the data folder {str(folder)!r} cannot be read: {error}") from None
+    if not stat.S_ISDIR(kind):
         raise DataError(f"{folder}: the data must be a folder, but this is a file")
     problems: list[str] = []
     if (folder / "captions.json").is_file():
+        if not (folder / "images").is_dir():
+            raise DataError(f"{folder}: there is captions.json, but no folder images/ beside it")
         images = (folder / "images").resolve()
         rows = _read_rsicap(folder / "captions.json", images, problems)
     elif (folder / "metadata.jsonl").is_file():
@@ -236,8 +200,8 @@ def _read(folder: Path) -> tuple[list[Row], Path, list[str]]:
 
 def _read_rsicap(path: Path, images: Path, problems: list[str]) -> list[Row]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError, OSError) as error:
         raise DataError(f"{path}: is not readable as JSON ({error})") from None
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
@@ -254,7 +218,8 @@ def _read_rsicap(path: Path, images: Path, problems: list[str]) -> list[Row]:
 def _read_image_folder(path: Path, images: Path, problems: list[str]) -> list[Row]:
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON texts may hold U+2028 and the like as they are.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: is not readable as UTF-8 text ({error})") from None
     for number, line in enumerate(lines, start=1):
@@ -263,7 +228,7 @@ def _read_image_folder(path: Path, images: Path, problems: list[str]) -> list[Ro
         where = f"metadata.jsonl, line {number}"
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{where}: is no JSON ({error})")
             continue
         row = _row(entry, where, images, "file_name", ("text", "caption"), ("prompt",), problems)
@@ -290,22 +255,31 @@ def _row(
     prompt = next((entry[key] for key in prompt_keys if key in entry), DEFAULT_PROMPT)
     for key, value in ((name_key, name), (caption_keys[0], caption), (prompt_keys[0], prompt)):
         if not isinstance(value, str) or not value.strip():
-            problems.append(f"{where}: {key!r} must be a text, but is {value!r}")
+            problems.append(f"{where}: {key!r} must be a text, but is {reprlib.repr(value)}")
+            return None
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            problems.append(f"{where}: {key!r} holds half a surrogate pair, which is no text")
             return None
     assert isinstance(name, str) and isinstance(caption, str) and isinstance(prompt, str)
     if "\0" in name:
         problems.append(f"{where}: {name_key!r} holds a null character")
         return None
     pure = PurePosixPath(name.replace("\\", "/"))
+    if not pure.name:
+        problems.append(f"{where}: {name_key!r} must name a file, but is {name!r}")
+        return None
     if pure.is_absolute() or ".." in pure.parts:
         problems.append(f"{where}: the file name {name!r} leads out of the images folder")
         return None
     scene = entry.get("scene")
+    if not isinstance(scene, str | int | None):
+        problems.append(f"{where}: 'scene' must be a text or a whole number, but is {reprlib.repr(scene)}")
+        return None
     return Row(
         image=images / pure,
         prompt=_clean(prompt),
         caption=_clean(caption),
-        scene=scene if isinstance(scene, str) else _scene(pure, by_prefix=name_key == "filename"),
+        scene=_scene(pure, by_prefix=name_key == "filename") if scene is None else str(scene),
         where=where,
     )
 

@@ -4,13 +4,20 @@ One clock runs through all of them: `step` is the number of optimizer steps atte
 gradients were not finite counts as attempted, yet updates nothing); `epoch` counts from 1, as in the hand-run log.
 
 Timings are facts of the machine rather than of the configuration. They live in `Timing` fields that do not
-take part in comparison, so `==` between two runs' events asks exactly "were the numbers bit-identical?".
+take part in comparison, so `==` between two runs' events asks exactly "were the numbers bit-identical?" (a NaN is
+the same as a NaN here).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two events of one type hold the same facts."""
+    pairs = ((getattr(one, f.name), getattr(other, f.name)) for f in fields(one) if f.compare)
+    return all(a == b or (a != a and b != b) for a, b in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +67,8 @@ class RunStarted:
     num_threads: int
     resumed_from_epoch: int
     """0 for a fresh run, else the last epoch whose checkpoint was loaded."""
+    damaged_checkpoints: tuple[str, ...] = field(default=(), compare=False)
+    """Newer checkpoints that could not be used, each with what is wrong; their epochs are trained again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +102,9 @@ class StepEnded:
     """Set if the step updated nothing because something was not finite."""
     timing: StepTiming = field(compare=False)
 
+    def __eq__(self, other: object) -> bool:
+        return _same(self, other) if isinstance(other, StepEnded) else NotImplemented
+
 
 @dataclass(frozen=True, kw_only=True)
 class EpochEnded:
@@ -111,6 +123,9 @@ class EpochEnded:
     """Over the epoch's finite steps, before clipping (nan if there was none)."""
     nonfinite_steps: int
     timing: EpochTiming = field(compare=False)
+
+    def __eq__(self, other: object) -> bool:
+        return _same(self, other) if isinstance(other, EpochEnded) else NotImplemented
 
 
 @dataclass(frozen=True, kw_only=True)

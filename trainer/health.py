@@ -17,23 +17,29 @@ def explain(
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     *,
-    query_output_finite: bool,
+    query_peak: float,
     loss: float,
 ) -> NonFinite:
     """The first tensor of a bad step that is not finite, in the order of computation.
 
     A parameter that is not finite was made so by an earlier update (every step begins with the parameters the last
     update left); otherwise the forward pass or else the backward pass did it.
+
+    Args:
+        parameters: the adapter's, with gradients as the backward pass left them: clipping by a norm that is NaN would
+            make all of them NaN, and hide which was first.
+        query_peak: largest magnitude in the Q-Former's output.
+        loss: of the step.
     """
     for name, parameter in parameters.items():
         if not bool(torch.isfinite(parameter).all()):
             detail = _after_update(name, parameter, optimizer, config)
             return NonFinite(tensor=f"param: {_short(name)}", value=_kind(parameter), after_update=True, detail=detail)
     where = f"dtype {config.torch_dtype}, learning rate peak {config.learning_rate:g}"
-    if not query_output_finite:
+    if not math.isfinite(query_peak):
         return NonFinite(
             tensor="query_output",
-            value="nan",
+            value="nan" if math.isnan(query_peak) else "inf",
             after_update=False,
             detail=f"all parameters were finite; the Q-Former's output was not ({where})",
         )

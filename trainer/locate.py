@@ -21,7 +21,10 @@ def locate(name: str) -> str:
         from trainer.mini import CHECKPOINT
 
         return str(CHECKPOINT)
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise ModelError(f"the model folder {name!r} cannot be found: {error}") from None
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"the model folder {name!r} has no config.json: it is no Transformers checkpoint")

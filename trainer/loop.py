@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from trainer import adapters, checkpoint, health, runtime
 from trainer.bench import Workbench
 from trainer.config import TrainConfig
-from trainer.data import Batch, eval_loader, train_loader
+from trainer.data import Batch, batches, eval_loader, train_loader
 from trainer.events import (
     CheckpointSaved,
     Diverged,
@@ -47,13 +48,29 @@ def train(config: TrainConfig, bench: Workbench, out_dir: Path) -> Iterator[Even
     device = runtime.prepare(config)
     base = bench.base(config)
     with adapters.attached(base.model, config) as (peft_model, modules):
+        # The run is held by this frame alone: closing the generator frees it, DataLoader workers included.
         yield from _Run(config, bench, out_dir, device, peft_model, modules).events()
 
 
 def history_of(config: TrainConfig, out_dir: Path) -> list[EpochEnded]:
     """The whole epochs that a run's checkpoint remembers, so that nothing an epoch measured is lost."""
-    state, _ = checkpoint.load(out_dir, config)
-    return state.history if state else []
+    return checkpoint.load(out_dir, config).state.history
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Forward and backward over one step's samples; the gradients are in the parameters, not clipped yet."""
+
+    loss: float
+    """Mean over the step's label tokens."""
+    grad_norm: float
+    query_peak: float
+    """Largest magnitude in the Q-Former's output."""
+    num_tokens: int
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm) and math.isfinite(self.query_peak)
 
 
 class _Run:
@@ -81,6 +98,10 @@ class _Run:
             lr=config.learning_rate,
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            # One call for a tensor instead of ten; on CPU that is 7 ms of the embedded model's step. Only in float32:
+            # the fused kernel computes in float32 whatever the dtype, and float16 has to fail as it did in the
+            # hand-run. On CUDA the default is as fast.
+            fused=True if device.type == "cpu" and config.torch_dtype == "float32" else None,
         )
         self.train_set, self.val_set = bench.datasets(config)
         tokenizer = bench.tokenizer(config)
@@ -89,16 +110,19 @@ class _Run:
         self.val_loader = eval_loader(self.val_set, tokenizer, config, pin=pin)
         self.steps_per_epoch = math.ceil(len(self.loader) / config.gradient_accumulation_steps)
         self.total_steps = self.steps_per_epoch * config.num_epochs
-        loaded, folder = checkpoint.load(out_dir, config)
-        self.state = loaded or checkpoint.State()
-        if loaded is not None:
-            assert isinstance(folder, Path)
-            checkpoint.restore(folder, peft_model, self.optimizer)
+        self.found = checkpoint.load(out_dir, config)
+        fingerprints = {"data": bench.examined(config).fingerprint, "model": bench.base(config).fingerprint}
+        checkpoint.check_fingerprints(self.found, fingerprints)
+        self.state = self.found.state
+        self.state.fingerprints = fingerprints
+        if self.found.folder is not None:
+            checkpoint.restore(self.found.folder, peft_model, self.optimizer)
         self.eval_batch_size = config.eval_batch_size
         self.ended = False
 
     def events(self) -> Iterator[Event]:
         """All events of the run, from RunStarted to its end."""
+        checkpoint.claim(self.out_dir)
         yield self._started()
         for epoch in range(self.state.epoch + 1, self.config.num_epochs + 1):
             yield from self._epoch(epoch)
@@ -116,11 +140,12 @@ class _Run:
             trainable_parameters=sum(p.numel() for p in self.parameters.values()),
             adapted_modules=self.modules,
             skipped_rows=examined.bad,
-            data_fingerprint=examined.fingerprint,
-            model_fingerprint=self.bench.base(self.config).fingerprint,
+            data_fingerprint=self.state.fingerprints["data"],
+            model_fingerprint=self.state.fingerprints["model"],
             device=str(self.device),
             num_threads=torch.get_num_threads(),
             resumed_from_epoch=self.state.epoch,
+            damaged_checkpoints=self.found.problems,
         )
 
     def _epoch(self, epoch: int) -> Iterator[Event]:
@@ -128,10 +153,10 @@ class _Run:
         self.peft_model.train()
         self.sampler.epoch = epoch
         steps: list[StepEnded] = []
-        batches = iter(self.loader)
+        passing = batches(self.loader)
         while True:
             waiting = time.perf_counter()
-            group = list(islice(batches, self.config.gradient_accumulation_steps))
+            group = list(islice(passing, self.config.gradient_accumulation_steps))
             wait_s = time.perf_counter() - waiting
             if not group:
                 break
@@ -193,34 +218,34 @@ class _Run:
         while True:
             detail = ""
             try:
-                loss, norm, query_ok = self._gradients(group, step)
+                done = self._gradients(group, step)
             except (RuntimeError, MemoryError) as error:
                 if not runtime.is_out_of_memory(error):
                     raise
-                detail = str(error).splitlines()[0]
+                detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if not detail:
                 break
             # Outside the except block: there the traceback would still hold the tensors of the failed pass.
             self.optimizer.zero_grad(set_to_none=True)
             runtime.release_memory(self.device)
-            size = self._micro_batch_size() // 2
+            size = min(self._micro_batch_size(), max(len(batch) for batch in group)) // 2
             if size < 1:
                 self.ended = True
                 yield OutOfMemory(step=step, detail=detail)
                 return
             self.state.micro_batch_size = size
             yield MicroBatchReduced(step=step, micro_batch_size=size)
-        yield from self._update(group, epoch, step, loss, norm, query_ok, wait_s, began)
+        yield from self._update(group, epoch, step, done, wait_s, began)
 
     def _micro_batch_size(self) -> int:
         return self.state.micro_batch_size or self.config.micro_batch_size or self.config.batch_size
 
-    def _gradients(self, group: Sequence[Batch], step: int) -> tuple[float, float, bool]:
-        """Clipped gradients of one step: (mean loss per label token, norm before clipping, query output finite?)."""
+    def _gradients(self, group: Sequence[Batch], step: int) -> _Pass:
+        """Gradients of one step, micro-batch by micro-batch."""
         runtime.seed_step(self.config.seed, step)
         tokens = sum(batch.num_tokens() for batch in group)
         loss = torch.zeros((), device=self.device)
-        query_ok = torch.ones((), device=self.device)
+        peak = torch.zeros((), device=self.device)
         for batch in group:
             for micro in batch.micro(self._micro_batch_size()):
                 out = forward(self.model, micro.to(self.device))
@@ -228,33 +253,35 @@ class _Run:
                 share = out.loss_sum / tokens
                 share.backward()
                 loss += share.detach()
-                query_ok *= torch.isfinite(out.query_output.detach()).all()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.max_grad_norm)
-        values = torch.stack([loss, norm.float(), query_ok]).tolist()  # the step's only synchronisation
-        return values[0], values[1], bool(values[2])
+                # NaN goes through abs, amax and maximum.
+                peak = torch.maximum(peak, out.query_output.detach().abs().amax().float())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        # The step's only synchronisation.
+        mean_loss, grad_norm, query_peak = torch.stack([loss, norm.float(), peak]).tolist()
+        return _Pass(mean_loss, grad_norm, query_peak, tokens)
 
     def _update(
         self,
         group: Sequence[Batch],
         epoch: int,
         step: int,
-        loss: float,
-        norm: float,
-        query_ok: bool,
+        done: _Pass,
         wait_s: float,
         began: float,
     ) -> Iterator[Event]:
-        """Apply the gradients if all was finite, else count the step and end the run after too many in a row."""
+        """Clip and apply the gradients if all was finite, else count the step; too many in a row end the run."""
         rate = learning_rate(self.config, step, self.total_steps)
         nonfinite = None
-        if math.isfinite(loss) and math.isfinite(norm) and query_ok:
+        if done.finite:
+            norm = torch.tensor(done.grad_norm, device=self.device)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
             for param_group in self.optimizer.param_groups:
                 param_group["lr"] = rate
             self.optimizer.step()
             self.state.nonfinite_in_a_row, self.state.first_bad = 0, None
         else:
             nonfinite = health.explain(
-                self.parameters, self.optimizer, self.config, query_output_finite=query_ok, loss=loss
+                self.parameters, self.optimizer, self.config, query_peak=done.query_peak, loss=done.loss
             )
             self.state.nonfinite_in_a_row += 1
             self.state.first_bad = self.state.first_bad or nonfinite
@@ -263,11 +290,11 @@ class _Run:
         yield StepEnded(
             step=step,
             epoch=epoch,
-            loss=loss,
-            grad_norm=norm,
+            loss=done.loss,
+            grad_norm=done.grad_norm,
             learning_rate=rate,
             num_samples=sum(len(batch) for batch in group),
-            num_tokens=sum(batch.num_tokens() for batch in group),
+            num_tokens=done.num_tokens,
             nonfinite=nonfinite,
             timing=StepTiming(step_s=time.perf_counter() - began + wait_s, data_wait_s=wait_s),
         )
@@ -283,7 +310,7 @@ class _Run:
         self.peft_model.eval()
         total, tokens = 0.0, 0
         with torch.no_grad():
-            for batch in self.val_loader:
+            for batch in batches(self.val_loader):
                 total += self._evaluate_batch(batch)
                 tokens += batch.num_tokens()
         return total / tokens, time.perf_counter() - began

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer import cli
+from trainer import cli, dataset, locate
 from trainer.config import TrainConfig
+from trainer.dataset import Examined
+from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.events import Event
@@ -27,22 +30,60 @@ def main(
     ),
     show: Annotated[bool, typer.Option("--show", help="Print the resolved configuration and stop.")] = False,
 ) -> None:
-    """Train one configuration of LoRA on an InstructBLIP and print its losses by epoch."""
+    """Train one configuration of LoRA on an InstructBLIP and print its losses by epoch.
+
+    Exit codes: 0 all epochs done, 2 wrong input (one message, nothing written), 3 ended early: losses or gradients
+    that were not finite, or out of memory.
+    """
     config = TrainConfig.parse_settings(settings or [])
     if show:
         print(json.dumps(config.model_dump(mode="json"), indent=1))
         return
+    examined = _check(config)
+    from trainer import events
     from trainer.bench import Workbench
+    from trainer.checkpoint import folder_of
     from trainer.loop import history_of, train
 
-    bench = Workbench()
-    bench.datasets(config)  # what is wrong with model or data is said before anything is written
-    for epoch in history_of(config, out):
+    epochs = history_of(config, out)
+    for epoch in epochs:
         print(f"{_line(epoch)}  (from the checkpoint)")
-    for event in train(config, bench, out):
+    ended_early = False
+    for event in train(config, Workbench(examined, config.data), out):
         line = _line(event)
         if line:
             print(line, flush=True)
+        if isinstance(event, events.EpochEnded):
+            epochs.append(event)
+        ended_early = isinstance(event, events.Diverged | events.OutOfMemory)
+    best = min((e for e in epochs if math.isfinite(e.val_loss)), key=lambda e: e.val_loss, default=None)
+    if best is not None:
+        print(
+            f"Best: epoch {best.epoch}, Val={best.val_loss:.4f}; adapter in {folder_of(out, best.epoch) / 'adapter'}"
+        )
+    if ended_early:
+        raise typer.Exit(3)
+
+
+def _check(config: TrainConfig) -> Examined:
+    """Examine model and data before torch is loaded.
+
+    Raises:
+        UserError: what is wrong with either, in one message.
+    """
+    problems: list[UserError] = []
+    try:
+        locate.check(config.model)
+    except UserError as error:
+        problems.append(error)
+    try:
+        examined = dataset.examine(config.data)
+        dataset.split(examined, config)
+    except UserError as error:
+        problems.append(error)
+    if problems:
+        raise UserError("\n".join(str(problem) for problem in problems))
+    return examined
 
 
 def _line(event: Event) -> str:
@@ -51,10 +92,16 @@ def _line(event: Event) -> str:
 
     match event:
         case events.RunStarted():
+            damaged = "".join(f"not used, damaged: {problem}\n" for problem in event.damaged_checkpoints)
+            skipped = "".join(f"skipped: {row}\n" for row in event.skipped_rows)
             return (
-                f"{event.num_train_samples} training and {event.num_val_samples} validation samples, "
-                f"{event.total_steps} steps; LoRA on {len(event.adapted_modules)} modules, "
-                f"{event.trainable_parameters:,} parameters; {event.device}"
+                damaged
+                + skipped
+                + (
+                    f"{event.num_train_samples} training and {event.num_val_samples} validation samples, "
+                    f"{event.total_steps} steps; LoRA on {len(event.adapted_modules)} modules, "
+                    f"{event.trainable_parameters:,} parameters; {event.device}"
+                )
             )
         case events.EpochEnded():
             return (
