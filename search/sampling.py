@@ -85,8 +85,8 @@ def mark_constraints(trial: optuna.Trial, violated: str | None) -> None:
 
     TPE ranks a trial by the sum of its positive constraint values, whatever its state among COMPLETE and PRUNED, and
     a trial without any as feasible. The others are set to 0 all the same, so that dashboards show them as held.
-    FAIL would be invisible to it: with the optimum beside a cliff of NaN, 45 of 50 trials fell off told as FAIL, 20 told
-    as PRUNED (mean of 8 seeds, tests/test_sampling.py).
+    FAIL would be invisible to it: with the optimum beside a cliff of NaN, 45 of 50 trials fell off told as FAIL, 20
+    told as PRUNED (mean of 8 seeds, tests/test_sampling.py).
 
     Raises:
         ValueError: there is no such constraint.
