@@ -1,0 +1,80 @@
+"""What the trainer's tests share: generated data in a folder of the session, small models that train in no time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The embedded data is generated into a folder of this session, not into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_SEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An InstructBLIP with the embedded model's processor and some 60,000 random weights, not blind; no dropout."""
+    import torch
+    from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
+
+    from trainer.mini import CHECKPOINT
+
+    config = InstructBlipConfig.from_pretrained(CHECKPOINT)
+    small_vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for name, value in {**small_vision, "patch_size": 16}.items():
+        setattr(config.vision_config, name, value)
+    small_qformer = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for name, value in {**small_qformer, "encoder_hidden_size": 32}.items():
+        setattr(config.qformer_config, name, value)
+    small_text = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+    for name, value in small_text.items():
+        setattr(config.text_config, name, value)
+    torch.manual_seed(0)
+    model = InstructBlipForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("vision_model", "query_tokens", "qformer", "language_projection")):
+                parameter.normal_(std=0.2)
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    model.save_pretrained(folder)
+    InstructBlipProcessor.from_pretrained(CHECKPOINT).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bench() -> Any:
+    """One workbench for all tests, as a worker has one for all its trials."""
+    import torch
+
+    from trainer.bench import Workbench
+
+    torch.set_num_threads(1)
+    return Workbench()
+
+
+@pytest.fixture(scope="session")
+def small(tiny_checkpoint: Path) -> Callable[..., Any]:
+    """`small(learning_rate=1e-3)`: a configuration of the tiny model on a few samples, without any dropout."""
+    from trainer.config import TrainConfig
+
+    def make(**fields: Any) -> TrainConfig:
+        base = {
+            "model": str(tiny_checkpoint),
+            "max_samples": 16,
+            "num_epochs": 2,
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "warmup_steps": 2,
+            "lora_dropout": 0.0,
+            "lora_r": 4,
+            "device": "cpu",
+        }
+        return TrainConfig.parse({**base, **fields})
+
+    return make
