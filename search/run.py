@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from search.display import Display
     from search.records import TrialRecord
+    from search.run_writer import Status
     from search.study import Study
     from search.worker import Job
 
@@ -24,8 +25,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 _log_file: Path | None = None
 
-ENDS = {0: "COMPLETE", 130: "WAITING", 143: "WAITING"}
-"""What an exit code makes of the study's own run in MLflow, in Optuna's words for trials."""
+ENDS: dict[int, Status] = {0: "FINISHED", 130: "KILLED", 143: "KILLED"}
+"""MLflow's status of the study's own run by exit code; FAILED for all others."""
 
 
 @app.command()
@@ -216,7 +217,7 @@ def _search(
             supervisor = Supervisor(job, workers=count, timeout_s=timeout_s, display=display, requeue=requeue)
             code = supervisor.run()
     records = lifecycle.read_trials(study)
-    tracking.end_run(parent, track.run_status(ENDS.get(code, "FAIL")), _study_tags(records))
+    tracking.end_run(parent, ENDS.get(code, "FAILED"), _study_tags(records))
     _sum_up(console, records, job, code)
     return code
 
