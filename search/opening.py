@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from search.tracking import Tracking
 
+ARTIFACTS = "dashboard"
+"""Folder below the runs folder with the files that trials' notes show (optuna-dashboard's `--artifact-dir`)."""
+
 StudyOption = Annotated[str, typer.Option(help="The study, or one generation of it, e.g. rsicap or rsicap-2.")]
 StorageOption = Annotated[str | None, typer.Option(help="Optuna's database URL; runs/optuna.db by default.")]
 TrackingOption = Annotated[str | None, typer.Option(help="MLflow's URI; runs/mlflow.db by default.")]

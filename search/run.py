@@ -166,6 +166,7 @@ def _search(
     from search import tracking as track
     from search.database import open_storage
     from search.display import Live_, Plain
+    from search.logkeeper import LogKeeper
     from search.supervisor import Supervisor, gpus
     from search.worker import HEARTBEAT_S, Job, set_up_logging
 
@@ -208,18 +209,38 @@ def _search(
 
     console = _console()
     display: Display = Live_(console, lambda: lifecycle.read_trials(study)) if console.is_terminal else Plain(console)
+    keeper = LogKeeper(study, tracking, job.folder, _options(storage_url, tracking_uri, runs_dir))
     waiting = requeue()
     done = lifecycle.counted(study)
     with display:
         display.say(_headline(job, study, done, waiting))
         code = 0
         if waiting or done < n_trials:
-            supervisor = Supervisor(job, workers=count, timeout_s=timeout_s, display=display, requeue=requeue)
+            keeper.start()
+            supervisor = Supervisor(
+                job, workers=count, timeout_s=timeout_s, display=display, requeue=requeue, trial_ended=keeper.due
+            )
             code = supervisor.run()
+    logs = keeper.close() if keeper.is_alive() else []
     records = lifecycle.read_trials(study)
     tracking.end_run(parent, ENDS.get(code, "FAILED"), _study_tags(records))
-    _sum_up(console, records, job, code)
+    _sum_up(console, records, job, code, logs)
     return code
+
+
+def _options(storage_url: str, tracking_uri: str, runs_dir: Path) -> tuple[str, ...]:
+    """The options that the commands in the log need to find this study again, none for the usual places.
+
+    URLs with a password are left to the environment of whoever reads the log.
+    """
+    options: list[str] = []
+    if runs_dir != Path("runs"):
+        options += ["--runs-dir", str(runs_dir)]
+    if storage_url != _sqlite(runs_dir / "optuna.db") and "@" not in storage_url:
+        options += ["--storage", storage_url]
+    if tracking_uri != _sqlite(runs_dir / "mlflow.db") and "@" not in tracking_uri:
+        options += ["--tracking-uri", tracking_uri]
+    return tuple(options)
 
 
 def _is_dead(tags: Any) -> bool:
@@ -265,10 +286,11 @@ def _study_tags(trials: Sequence[TrialRecord]) -> dict[str, str]:
     return tags
 
 
-def _sum_up(console: Any, trials: Sequence[TrialRecord], job: Job, code: int) -> None:
+def _sum_up(console: Any, trials: Sequence[TrialRecord], job: Job, code: int, logs: Sequence[Path]) -> None:
     """Leaderboard, best configuration, where everything lies, and how to look at it."""
     from search import leaderboard
     from search.mlflow_uri import masked
+    from search.opening import ARTIFACTS
 
     def say(text: str = "") -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -290,10 +312,12 @@ def _sum_up(console: Any, trials: Sequence[TrialRecord], job: Job, code: int) ->
         say(f"\nadapter  {folder}")
     say(f"files    {job.folder}")
     options = f" --runs-dir {job.runs_dir}" if job.runs_dir != Path("runs") else ""
-    say(f"log      {job.folder / 'search.log'}")
+    for path in logs:
+        if path.suffix == ".md":
+            say(f"log      {path}")
     say("\nLook at it:")
     say(f"  mlflow ui --backend-store-uri {masked(job.tracking_uri)}")
-    say(f"  optuna-dashboard {masked(job.storage_url)}")
+    say(f"  optuna-dashboard --artifact-dir {job.runs_dir / ARTIFACTS} {masked(job.storage_url)}")
     say(f"or both at once: python -m search.ui{options}")
     if code in (130, 143):
         say("\ninterrupted; the same command continues the study")

@@ -47,15 +47,30 @@ class Supervisor:
     """Runs a job on a number of worker processes."""
 
     def __init__(
-        self, job: Job, *, workers: int, timeout_s: float | None, display: Display, requeue: Callable[[], int]
+        self,
+        job: Job,
+        *,
+        workers: int,
+        timeout_s: float | None,
+        display: Display,
+        requeue: Callable[[], int],
+        trial_ended: Callable[[], None],
     ) -> None:
-        """Args:
-        requeue: fails the trials of dead workers and queues them again; returns how many trials are waiting.
+        """Set up; `run` starts the workers.
+
+        Args:
+            job: What each worker is given.
+            workers: Processes.
+            timeout_s: Seconds after which running trials finish their epoch and wait to be continued.
+            display: Where messages are shown.
+            requeue: Fails the trials of dead workers and queues them again; returns how many trials are waiting.
+            trial_ended: Called after each trial that ended.
         """
         self.job = job
         self.workers = workers
         self.display = display
         self._requeue = requeue
+        self._trial_ended = trial_ended
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._context = multiprocessing.get_context("spawn")
         self._seats: list[_Seat] = []
@@ -116,6 +131,7 @@ class Supervisor:
                     seat.gave = message
                 if isinstance(message, TrialEnded):
                     self._deaths = 0
+                    self._trial_ended()
                 self.display(message)
 
     def _ended(self, seat: _Seat) -> int:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.trial import TrialState
 
-from search import diagnosis, leaderboard, lifecycle, pruning, records, sampling, staged
+from search import diagnosis, leaderboard, lifecycle, notes, pruning, records, sampling, staged
 from search.diagnosis import messages
 from search.messages import EpochDone, Order, StepDone, TrialEnded, TrialStarted
 from search.pruning import Verdict
+from search.report.render import escape
 from search.tracking import run_status
 from trainer.events import Diverged, EpochEnded, Event, OutOfMemory, RunStarted, StepEnded
 from trainer.loop import history_of, train
@@ -108,6 +110,7 @@ class _TrialRun:
 
     def _start_tracking(self) -> RunRecorder:
         tracking = self.worker.tracking
+        self.experiment_id = tracking.experiment(self.worker.job.study_name)
         run_id = self.trial.user_attrs.get(records.RUN_ID)
         if run_id is not None:
             tracking.resume_run(run_id)
@@ -118,13 +121,14 @@ class _TrialRun:
                 if key in self.trial.user_attrs:
                     tags[key] = str(self.trial.user_attrs[key])
             run_id = tracking.start_run(
-                tracking.experiment(name),
+                self.experiment_id,
                 tracking.parent_run(name, {}),
                 name=self._name(),
                 config=self.config.model_dump(),
                 tags=tags,
             )
             self.trial.set_user_attr(records.RUN_ID, run_id)
+        self.run_id: str = run_id
         return tracking.recorder(run_id)
 
     def _name(self) -> str:
@@ -245,9 +249,8 @@ class _TrialRun:
             lifecycle.park(self.study, self.trial)
             return
         best = self._best()
-        self.findings = diagnosis.diagnose(
-            diagnosis.curve_from_events(self.config, self.events, reason=outcome.reason)
-        )
+        curve = diagnosis.curve_from_events(self.config, self.events, reason=outcome.reason)
+        self.findings = diagnosis.diagnose(curve)
         self.trial.set_user_attr(records.REASON, outcome.reason)
         self.trial.set_user_attr(records.DETAIL, outcome.detail)
         self.trial.set_user_attr(records.FINDINGS, [finding.to_dict() for finding in self.findings])
@@ -256,11 +259,27 @@ class _TrialRun:
         if best is not None:
             self.trial.set_user_attr(records.BEST_EPOCH, best[1])
         sampling.mark_constraints(self.trial, outcome.violated)
+        self._annotate(outcome, curve.epochs)
         if outcome.state == "COMPLETE":
             assert best is not None
             self.study.tell(self.trial, best[0], state=TrialState.COMPLETE)
         else:
             self.study.tell(self.trial, state=TrialState.PRUNED)
+
+    def _annotate(self, outcome: Outcome, epochs: Sequence[records.EpochRecord]) -> None:
+        """The trial's note and plot on optuna-dashboard."""
+        try:
+            notes.annotate_trial(
+                self.trial,
+                runs_dir=self.worker.job.runs_dir,
+                outcome=outcome,
+                findings=self.findings,
+                epochs=epochs,
+                config=self.config.model_dump(mode="json"),
+                run=(notes.pages_of(self.worker.job.tracking_uri), self.experiment_id, self.run_id),
+            )
+        except Exception:  # a note is worth no trial
+            log.exception("trial %d: its note could not be written", self.trial.number)
 
     def _end_tracking(self, recorder: RunRecorder, outcome: Outcome | None) -> None:
         """End the MLflow run, whatever happened."""
@@ -284,8 +303,8 @@ class _TrialRun:
 
     def _description(self, outcome: Outcome) -> str:
         """Markdown for the run's page: how it ended, and each finding with its evidence."""
-        lines = [f"**{outcome.state}** ({outcome.reason}): {outcome.detail}"]
-        lines += [f"- `{finding.id}`: {messages.sentence(finding)}" for finding in self.findings]
+        lines = [f"**{outcome.state}** ({outcome.reason}): {escape(outcome.detail)}", ""]
+        lines += [f"- `{finding.id}`: {escape(messages.sentence(finding))}" for finding in self.findings]
         return "\n".join(lines)
 
     def _announce(self, outcome: Outcome) -> None:

@@ -24,6 +24,7 @@ from typing import IO, Annotated, Any
 import typer
 
 from search.errors import StorageError
+from search.opening import ARTIFACTS
 from trainer import cli
 from trainer.errors import UserError
 
@@ -93,9 +94,10 @@ def main(
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with contextlib.ExitStack() as stack:
+            artifacts = runs_dir / ARTIFACTS
             print("starting ...", file=sys.stderr, flush=True)
             servers = [] if remote else [stack.enter_context(mlflow_server(tracking_uri, mlflow_port))]
-            servers.append(stack.enter_context(optuna_dashboard(storage, optuna_port)))
+            servers.append(stack.enter_context(optuna_dashboard(storage, optuna_port, artifacts)))
             wait_until_ready(servers)
             show(servers, tracking_uri if remote else None)
             while True:
@@ -186,7 +188,7 @@ def mlflow_server(tracking_uri: str, port: int) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def optuna_dashboard(storage: str, port: int) -> Iterator[Server]:
+def optuna_dashboard(storage: str, port: int, artifacts: Path) -> Iterator[Server]:
     """optuna-dashboard on a database."""
     beside = Path(sys.executable).parent
     program = shutil.which("optuna-dashboard", path=beside) or shutil.which("optuna-dashboard")
@@ -195,7 +197,10 @@ def optuna_dashboard(storage: str, port: int) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
         # A file only we can read, not an argument: the URL may hold a password. JSON strings are valid TOML.
         config = Path(folder) / "optuna-dashboard.toml"
-        config.write_text(f"[optuna_dashboard]\nstorage = {json.dumps(storage)}\n")
+        lines = ["[optuna_dashboard]", f"storage = {json.dumps(storage)}"]
+        if artifacts.is_dir():
+            lines.append(f"artifact_dir = {json.dumps(str(artifacts.resolve()))}")
+        config.write_text("\n".join(lines) + "\n")
         command = [program, "--from-config", str(config), "--host", HOST, "--port", str(port), "--server", "wsgiref"]
         with _started("optuna-dashboard", f"http://{HOST}:{port}/dashboard/", command, {}) as server:
             yield server

@@ -1,0 +1,86 @@
+"""Keeps the tuning log up to date while a study runs: from a thread of the supervisor, after trials that end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import optuna
+
+    from search.tracking import Tracking
+
+log = logging.getLogger("search.logkeeper")
+
+PAUSE_S = 10.0
+"""Trials that end within so many seconds are told of together: reading and drawing take a second or two."""
+
+
+class LogKeeper(threading.Thread):
+    """Writes `tuning-log.md`, its plots and the notes on the dashboards whenever trials have ended.
+
+    It only reads what is recorded, so whatever goes wrong here costs nothing of it: it is logged, and the next trial's
+    end, or `python -m search.report`, writes the log again.
+    """
+
+    def __init__(self, study: optuna.Study, tracking: Tracking, folder: Path, options: tuple[str, ...]) -> None:
+        super().__init__(name="tuning-log", daemon=True)
+        self._study, self._tracking, self._folder, self._options = study, tracking, folder, options
+        self._changed = threading.Condition()
+        self._due = False
+        self._closing = False
+
+    def due(self) -> None:
+        """A trial has ended."""
+        with self._changed:
+            self._due = True
+            self._changed.notify()
+
+    def close(self) -> list[Path]:
+        """Write once more, keep the log and its plots with the study's MLflow run, and end; returns the files."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self.join()
+        try:
+            written = self._write()
+            parent = self._tracking.find_parent(self._study.study_name)
+            if parent is not None:
+                for path in written:
+                    folder = None if path.parent == self._folder else path.parent.name
+                    self._tracking.log_artifact(parent, path, folder)
+        except Exception:  # the records are whole; the log can be written again from them
+            log.exception("the tuning log could not be written")
+            return []
+        return written
+
+    def run(self) -> None:
+        """Wait for trials to end, write, pause."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._due or self._closing)
+                if self._closing:
+                    return
+                self._due = False
+            began = time.monotonic()
+            try:
+                self._write()
+            except Exception:  # see the class
+                log.exception("the tuning log could not be written")
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing, timeout=max(0.0, PAUSE_S + began - time.monotonic()))
+
+    def _write(self) -> list[Path]:
+        from search import notes
+        from search.mlflow_uri import runs_page
+        from search.reading import read_study
+        from search.report.write import refresh
+
+        record = read_study(self._study, self._tracking)
+        written = refresh(record, self._folder, options=self._options)
+        page = runs_page(notes.pages_of(self._tracking.uri), record.experiment_id or "0")
+        notes.annotate_study(self._study, record.trials, page, written[0])
+        return written
