@@ -1,0 +1,84 @@
+"""A study, read back: states, values and reasons from Optuna's storage, curves and tags from MLflow.
+
+Optuna is the truth about trials. Where MLflow has no curve for an epoch (a run that is gone, a store that was moved),
+the losses that Optuna keeps itself stand in, so that a report never shows less than was recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import optuna
+
+from search import records, storage
+from search.curves import RunCurves
+from search.records import EpochRecord, StudyRecord, TrialRecord
+from search.tracking import Tracking
+
+
+def read_study(study: optuna.Study, tracking: Tracking | None = None) -> StudyRecord:
+    """Everything recorded about a study, in two bulk reads.
+
+    Args:
+        study: The Optuna study, see `search.storage.find_study`.
+        tracking: MLflow's store; None for what Optuna alone knows.
+
+    Raises:
+        StorageError: MLflow's store cannot be read.
+    """
+    experiment_id = tracking.find_experiment(study.study_name) if tracking is not None else None
+    runs: Mapping[str, RunCurves] = {}
+    parent = None
+    if tracking is not None and experiment_id is not None:
+        runs = tracking.runs(experiment_id)
+        parent = tracking.find_parent(study.study_name)
+    reported = {t.number: dict(t.intermediate_values) for t in study.get_trials(deepcopy=False)}
+    attrs = dict(study.user_attrs)
+    return StudyRecord(
+        name=study.study_name,
+        definition=dict(attrs.pop(storage.DEFINITION, {})),
+        attrs=attrs,
+        trials=tuple(
+            _with_run(trial, runs.get(trial.run_id or ""), reported[trial.number])
+            for trial in storage.read_trials(study)
+        ),
+        experiment_id=experiment_id,
+        parent_run_id=parent,
+        tracking_url=server_url(tracking.uri) if tracking is not None else None,
+    )
+
+
+def server_url(uri: str) -> str | None:
+    """The address of an MLflow server without user name and password; None for a database."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return None
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    where = f"{host}:{parts.port}" if parts.port else host
+    return urlunsplit((parts.scheme, where, quote(parts.path.rstrip("/"), safe="/%~"), "", ""))
+
+
+def _with_run(trial: TrialRecord, run: RunCurves | None, reported: Mapping[int, float]) -> TrialRecord:
+    """The trial with its run's curves and tags, gaps filled from Optuna's own values."""
+    known = {record.epoch: record for record in run.epochs} if run is not None else {}
+    train_losses = trial.attrs.get(records.TRAIN_LOSSES, ())
+    train = {epoch: loss for epoch, loss in enumerate(train_losses, start=1) if _finite(loss)}
+    val = {epoch: loss for epoch, loss in reported.items() if _finite(loss)}
+    epochs = []
+    for epoch in sorted({*known, *val, *range(1, len(train_losses) + 1)}):
+        record = known.get(epoch, EpochRecord(epoch=epoch))
+        if record.train_loss is None:
+            record = replace(record, train_loss=train.get(epoch))
+        if record.val_loss is None:
+            record = replace(record, val_loss=val.get(epoch))
+        epochs.append(record)
+    if run is None:
+        return replace(trial, epochs=tuple(epochs))
+    return replace(trial, epochs=tuple(epochs), steps=run.steps, tags=dict(run.tags))
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,98 @@
+"""`python -m search.report --study NAME`: write a study's tuning log from its records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from search.errors import StorageError
+from trainer import cli
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.storages import RDBStorage
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    study: Annotated[str, typer.Option(help="The study's name, e.g. rsicap_mini, or a generation: rsicap_mini-2.")],
+    lang: Annotated[Literal["en", "zh"], typer.Option(help="Language of the log.")] = "en",
+    format_: Annotated[
+        Literal["md", "html"], typer.Option("--format", help="Markdown with plots beside it, or one HTML file.")
+    ] = "md",
+    out: Annotated[Path | None, typer.Option(help="The file; RUNS_DIR/STUDY/tuning-log.md by default.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Optuna's database URL; runs/optuna.db by default.")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's URI; runs/mlflow.db by default.")] = None,
+    runs_dir: Annotated[Path, typer.Option(help="Folder of the studies and of both databases.")] = Path("runs"),
+) -> None:
+    """Write the tuning log of a study from what Optuna and MLflow recorded of it."""
+    import optuna
+
+    from search import reading
+    from search import storage as store
+    from search.report import write
+    from search.report.facts import gather
+    from search.tracking import open_tracking
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    found = _find(store.open_storage(_existing(storage, runs_dir / "optuna.db", "Optuna")), study)
+    tracking = open_tracking(_existing(tracking_uri, runs_dir / "mlflow.db", "MLflow"), runs_dir / "artifacts")
+    record = reading.read_study(found, tracking)
+    facts = gather(record, options=_options(storage, tracking_uri, runs_dir))
+    path = out or runs_dir / record.name / write.default_name(lang, format_)
+    if format_ == "html":
+        write.write_html(facts, lang, path)
+    else:
+        from search.report import plots
+
+        write.write_markdown(facts, lang, path, plots.draw(facts))
+    print(path)
+
+
+def _find(database: RDBStorage, study: str) -> optuna.Study:
+    """The study of this name, hyphen or underscore as on the search's command line."""
+    from search import storage as store
+
+    names = {found.study_name for found in database.get_all_studies()}
+    other = study.replace("-", "_")
+    return store.find_study(database, study if study in names or other not in names else other)
+
+
+def _existing(url: str | None, default: Path, what: str) -> str:
+    """The URL of a database that is there: a report creates none."""
+    import sqlalchemy
+
+    if url is not None:
+        try:
+            parsed = sqlalchemy.make_url(url)
+        except sqlalchemy.exc.ArgumentError:
+            return url  # whoever opens it says what is wrong
+        if parsed.get_backend_name() != "sqlite" or not parsed.database:
+            return url
+        default = Path(parsed.database)
+    if not default.is_file():
+        raise StorageError(
+            f"there is no {what} database {str(default)!r}; name the folder of the search with --runs-dir, "
+            "or its database with --storage and --tracking-uri"
+        )
+    return url or f"sqlite:///{default}"
+
+
+def _options(storage: str | None, tracking_uri: str | None, runs_dir: Path) -> list[str]:
+    """What the search's command line needs beside the study's name, passwords masked."""
+    from search.mlflow_uri import masked
+
+    options = []
+    if storage is not None:
+        options += ["--storage", masked(storage)]
+    if tracking_uri is not None:
+        options += ["--tracking-uri", masked(tracking_uri)]
+    return [*options, "--runs-dir", str(runs_dir)] if runs_dir != Path("runs") else options
+
+
+if __name__ == "__main__":
+    cli.run(app)

@@ -1,0 +1,71 @@
+"""A trial's epochs, each with the mark the hand-run log would give it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from search import records
+from search.diagnosis.noise import TRAIN_NOISE, VAL_NOISE, limit, relative, usable
+from search.records import TrialRecord
+
+Mark = Literal["good", "warning", "bad", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRow:
+    """One epoch with its mark.
+
+    bad: a loss is not finite, or the training loss lies above its lowest by more than noise; warning: the validation
+    loss lies above its best so far by more than one standard deviation of noise; good: neither; unknown: a loss was
+    not recorded. It is the hand-run log's use of the marks: in its experiment 3 a rise of validation alone is a
+    warning, one of training bad.
+    """
+
+    epoch: int
+    train_loss: float | None
+    val_loss: float | None
+    learning_rate: float | None
+    grad_norm_max: float | None
+    seconds: float | None
+    mark: Mark
+    is_best: bool
+    val_rise: float | None
+    """Share above the best so far, where it earned the mark."""
+    train_rise: float | None
+
+
+def epoch_rows(trial: TrialRecord) -> tuple[EpochRow, ...]:
+    """The trial's epochs with their marks."""
+    rows = []
+    broke = trial.reason == records.NON_FINITE or any(tag.startswith("nonfinite.") for tag in trial.tags)
+    best_val: float | None = None
+    best_train: float | None = None
+    for record in trial.epochs:
+        val = record.val_loss if usable(record.val_loss) else None
+        train = record.train_loss if usable(record.train_loss) else None
+        val_rise = None if val is None or best_val is None else relative(val, best_val)
+        train_rise = None if train is None or best_train is None else relative(train, best_train)
+        train_up = train_rise is not None and train_rise > limit(TRAIN_NOISE)
+        val_up = val_rise is not None and val_rise > VAL_NOISE
+        missing: Mark = "bad" if broke else "unknown"
+        mark: Mark = "bad" if train_up else "warning" if val_up else "good"
+        if (val is None or train is None) and mark != "bad":
+            mark = missing
+        rows.append(
+            EpochRow(
+                epoch=record.epoch,
+                train_loss=train,
+                val_loss=val,
+                learning_rate=record.learning_rate,
+                grad_norm_max=record.grad_norm_max,
+                seconds=record.epoch_seconds,
+                mark=mark,
+                is_best=record.epoch == trial.best_epoch,
+                val_rise=val_rise if val_up else None,
+                train_rise=train_rise if train_up else None,
+            )
+        )
+        best_val = val if best_val is None else min(best_val, val if val is not None else best_val)
+        best_train = train if best_train is None else min(best_train, train if train is not None else best_train)
+    return tuple(rows)

@@ -1,0 +1,141 @@
+"""All facts of the tuning log, each computed once; templates in any language only word them.
+
+records -> experiments -> what they say together -> Facts
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from search.diagnosis.advise import HIGH_RATE
+from search.leaderboard import state_of
+from search.records import StudyRecord
+from search.report import next_steps as steps
+from search.report import parameters, summary
+from search.report.experiment import UNFINISHED, Experiment, tell
+from search.report.importance import Importance, importances
+from search.report.next_steps import NextSteps
+from search.report.noise import Noise, measure
+from search.report.parameters import Table
+from search.report.summary import Budget, Lessons, Recommended, Sign, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipping:
+    """How often gradients were clipped, over the steps that are recorded one by one."""
+
+    steps: int
+    clipped: int
+    trials: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Everything the log says, without a word of any language."""
+
+    record: StudyRecord
+    experiments: tuple[Experiment, ...]
+    noise: Noise
+    states: tuple[tuple[str, int], ...]
+    """(state and reason, trials), in the order of the words."""
+    running: tuple[int, ...]
+    models: tuple[str, ...]
+    datasets: tuple[str, ...]
+    devices: tuple[str, ...]
+    samples: tuple[tuple[int, int], ...]
+    """(training samples, validation samples) as the runs had them, most trials first."""
+    main_samples: tuple[Any, ...] | None
+    """What most trials were validated on, see `experiment.SAMPLE_FIELDS`."""
+    comparable: int
+    """Trials whose losses are compared with one another in the tables."""
+    median_loss: float | None
+    """Of the trials that are compared."""
+    incomparable: tuple[int, ...]
+    """Trials with a loss that were validated on other samples than most."""
+    budget: Budget
+    tables: dict[str, Table]
+    importances: tuple[Importance, ...]
+    strategy: tuple[Stage, ...]
+    complete: int
+    clipping: Clipping
+    best: Recommended | None
+    next: NextSteps
+    health: tuple[Sign, ...]
+    trouble: tuple[Sign, ...]
+    tree: dict[str, tuple[int, ...]]
+    lessons: Lessons
+    updated_s: float | None
+    """When the latest of the trials began or ended, by its worker's clock; None before the first."""
+
+    def experiment(self, number: int) -> Experiment:
+        """The experiment of a trial."""
+        return next(e for e in self.experiments if e.number == number)
+
+
+def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
+    """The facts of a study. Pure: the same records, the same facts.
+
+    Args:
+        record: The study, see `search.reading.read_study`.
+        options: Further options of the search's command line, such as `--runs-dir`, that its continuation needs.
+    """
+    noise = measure(record.trials)
+    experiments = tell(record.trials, noise)
+    best = summary.recommended(experiments, noise)
+    samples = parameters.main_samples(experiments)
+    judged = [e for e in experiments if e.judged]
+    compared = [e.value for e in judged if e.samples == samples and e.value is not None]
+    ranked = importances(record, experiments)
+    times = [t for e in record.trials for t in (e.start_s, e.end_s) if t is not None]
+    sizes = Counter((e.tag("num_train_samples"), e.tag("num_val_samples")) for e in experiments)
+    return Facts(
+        record=record,
+        experiments=experiments,
+        noise=noise,
+        states=tuple(sorted(Counter(state_of(t) for t in record.trials).items())),
+        running=tuple(e.number for e in experiments if e.record.state in UNFINISHED),
+        models=_distinct(e.record.config.get("model") for e in experiments),
+        datasets=_distinct(e.record.config.get("data") for e in experiments),
+        devices=_distinct(e.record.tags.get("gpu") or e.record.tags.get("device") for e in experiments),
+        samples=tuple((a, b) for (a, b), _ in sizes.most_common() if a is not None and b is not None),
+        main_samples=samples,
+        comparable=len(compared),
+        median_loss=median(compared) if compared else None,
+        incomparable=tuple(e.number for e in judged if e.samples != samples),
+        budget=summary.budget(experiments),
+        tables=parameters.tables(experiments, noise),
+        importances=ranked,
+        strategy=summary.strategy(ranked),
+        complete=sum(1 for t in record.trials if t.state == "COMPLETE"),
+        clipping=_clipping(experiments),
+        best=best,
+        next=steps.next_steps(record, experiments, best, options),
+        health=summary.health(experiments),
+        trouble=summary.trouble(experiments),
+        tree=summary.tree(experiments),
+        lessons=summary.lessons(experiments, HIGH_RATE),
+        updated_s=max(times, default=None),
+    )
+
+
+def _distinct(values: Any) -> tuple[str, ...]:
+    """Values in the order in which they first come."""
+    return tuple(dict.fromkeys(str(value) for value in values if value))
+
+
+def _clipping(experiments: Sequence[Experiment]) -> Clipping:
+    steps = clipped = trials = 0
+    for e in experiments:
+        bound = e.record.config.get("max_grad_norm")
+        # A record of a window of steps is a mean: it does not say how many of them were clipped.
+        norms = [step.grad_norm for step in e.record.steps if step.grad_norm is not None]
+        if bound is None or not norms or e.record.tags.get("step_window", "1") != "1":
+            continue
+        trials += 1
+        steps += len(norms)
+        clipped += sum(norm > bound for norm in norms)
+    return Clipping(steps=steps, clipped=clipped, trials=trials)

@@ -1,0 +1,259 @@
+"""What to run next, as facts and commands: untested regions, parameters at the edge of their range, open doubts."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from search import records
+from search.diagnosis import finding as ids
+from search.leaderboard import LOG_FIELDS
+from search.records import StudyRecord
+from search.report.experiment import UNFINISHED, Experiment
+from search.report.summary import Recommended
+from trainer.config import EMBEDDED, MACHINE_FIELDS, TrainConfig
+
+NEAR_EDGE = 0.05
+"""Share of a range, on its own scale, within which a value lies at the edge."""
+WIDE_GAP = 0.25
+"""Share of a range without any trial that is called untested."""
+SETTINGS = "settings"
+"""Study attribute, where the search recorded it: its `--set` settings, as given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """The best trial lies at the edge of a parameter's range."""
+
+    name: str
+    value: float
+    edge: float
+    is_low: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """The widest part of a parameter's range in which no trial lies."""
+
+    name: str
+    low: float
+    high: float
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextSteps:
+    """What is open, and the commands that would settle it."""
+
+    waiting: tuple[int, ...]
+    edges: tuple[Edge, ...]
+    gaps: tuple[Gap, ...]
+    untried: tuple[tuple[str, tuple[Any, ...]], ...]
+    """(parameter, values of it that no trial had), for parameters of few values."""
+    more: str
+    """Command that continues the study."""
+    more_trials: int
+    longer: str | None
+    """Command that searches anew with more epochs, where the best trial had not finished falling."""
+    longer_epochs: int | None
+    repeats: tuple[str, ...]
+    """Commands that train the best configuration, and the runner-up if it is as good, with another seed."""
+
+
+def next_steps(
+    record: StudyRecord, experiments: Sequence[Experiment], best: Recommended | None, options: Sequence[str]
+) -> NextSteps:
+    """What to run next.
+
+    Args:
+        options: Further options of the search's command line, such as `--runs-dir`, that its continuation needs.
+    """
+    finished = [e for e in experiments if e.record.state not in UNFINISHED]
+    more = _more_trials(experiments)
+    longer = _longer(best)
+    return NextSteps(
+        waiting=tuple(e.number for e in experiments if e.record.state == "WAITING"),
+        edges=tuple(_edges(record.definition.get("space", {}), best)),
+        gaps=tuple(_gaps(record.definition.get("space", {}), finished)),
+        untried=tuple(_untried(record.definition.get("space", {}), finished)),
+        more=_search(record, experiments, ["--trials", str(more), *options]),
+        more_trials=more,
+        longer=None
+        if longer is None
+        else _search(record, experiments, ["--fresh", *options], {"num_epochs": str(longer)}),
+        longer_epochs=longer,
+        repeats=tuple(_repeats(best)),
+    )
+
+
+def _more_trials(experiments: Sequence[Experiment]) -> int:
+    """Half as many again, but at least six: TPE has then something to build on."""
+    done = sum(1 for e in experiments if records.RESUMES not in e.record.attrs)
+    return done + max(6, math.ceil(done / 2))
+
+
+def _longer(best: Recommended | None) -> int | None:
+    if best is None:
+        return None
+    for found in best.best.findings:
+        for item in found.advice:
+            if found.id == ids.TOO_SLOW and item.parameter == "num_epochs" and isinstance(item.after, int | float):
+                return int(item.after)
+    return None
+
+
+def _position(param: Mapping[str, Any], value: float) -> float:
+    """Where a value lies in its range, 0 to 1, on the range's own scale."""
+    low, high = param["low"], param["high"]
+    if high == low:
+        return 0.5
+    if param.get("log"):
+        return math.log(value / low) / math.log(high / low)
+    return float((value - low) / (high - low))
+
+
+def _value(param: Mapping[str, Any], position: float) -> float:
+    low, high = param["low"], param["high"]
+    if param.get("log"):
+        return float(low * (high / low) ** position)
+    return float(low + position * (high - low))
+
+
+def _edges(space: Mapping[str, Mapping[str, Any]], best: Recommended | None) -> list[Edge]:
+    found = []
+    for name, param in space.items():
+        if best is None:
+            break
+        value = best.best.record.config.get(name)
+        if param["type"] == "Multiple":
+            partner = best.best.record.config.get(param["of"])
+            factors = param["factors"]
+            if value and partner and len(factors) > 2 and value / partner in (min(factors), max(factors)):
+                factor = value / partner
+                found.append(
+                    Edge(name=f"{name}/{param['of']}", value=factor, edge=factor, is_low=factor == min(factors))
+                )
+        elif param["type"] in ("Float", "Int") and isinstance(value, int | float) and param["high"] > param["low"]:
+            position = _position(param, value) if value > 0 or not param.get("log") else 0.0
+            # Zero dropout or warmup is no edge that could be moved.
+            if position <= NEAR_EDGE and param["low"] > 0:
+                found.append(Edge(name=name, value=value, edge=param["low"], is_low=True))
+            elif position >= 1 - NEAR_EDGE:
+                found.append(Edge(name=name, value=value, edge=param["high"], is_low=False))
+    return found
+
+
+def _gaps(space: Mapping[str, Mapping[str, Any]], finished: Sequence[Experiment]) -> list[Gap]:
+    found = []
+    for name, param in space.items():
+        if param["type"] not in ("Float", "Int") or param["high"] <= param["low"]:
+            continue
+        values = [e.record.config[name] for e in finished if name in e.record.config]
+        inside = sorted({_position(param, v) for v in values if param["low"] <= v <= param["high"]})
+        points = [0.0, *inside, 1.0]
+        width, start = max(((b - a, a) for a, b in pairwise(points)), key=lambda item: (item[0], -item[1]))
+        if width > WIDE_GAP:
+            low, high = _value(param, start), _value(param, start + width)
+            found.append(Gap(name=name, low=low, high=high, share=width))
+    return found
+
+
+def _untried(
+    space: Mapping[str, Mapping[str, Any]], finished: Sequence[Experiment]
+) -> list[tuple[str, tuple[Any, ...]]]:
+    found = []
+    for name, param in space.items():
+        if param["type"] == "Choice":
+            tried = {e.record.config.get(name) for e in finished}
+            missing = tuple(v for v in param["values"] if v not in tried)
+        elif param["type"] == "Multiple":
+            configs = [e.record.config for e in finished if e.record.config.get(param["of"])]
+            tried = {c[name] / c[param["of"]] for c in configs if name in c}
+            missing = tuple(v for v in param["factors"] if v not in tried)
+            name = f"{name}/{param['of']}"
+        else:
+            continue
+        if missing:
+            found.append((name, missing))
+    return found
+
+
+def setting(name: str, value: Any) -> str:
+    """`name=value` as `--set` reads it back, quoted for a shell."""
+    if isinstance(value, list | tuple):
+        text = ",".join(map(str, value))
+    elif value is None:
+        text = "none"
+    elif isinstance(value, float) and value == int(value) and abs(value) < 1e15:
+        text = str(int(value))
+    else:
+        text = str(value)
+    return shlex.quote(f"{name}={text}")
+
+
+def _search(
+    record: StudyRecord,
+    experiments: Sequence[Experiment],
+    options: Sequence[str],
+    changes: Mapping[str, str] | None = None,
+) -> str:
+    """A command line of the search with the settings this study was made with."""
+    given = record.attrs.get(SETTINGS)
+    settings: dict[str, str] = {}
+    if isinstance(given, list):
+        for item in given:
+            name, _, text = str(item).partition("=")
+            settings[name] = shlex.quote(f"{name}={text}")
+    else:
+        settings = {name: setting(name, value) for name, value in _not_default(record, experiments).items()}
+    settings |= {name: f"{name}={text}" for name, text in (changes or {}).items()}
+    seed = record.definition.get("seed") or 0
+    words = ["python -m search.run", "--study", shlex.quote(str(record.attrs.get("study", record.name)))]
+    words += [f"--set {text}" for text in settings.values()]
+    words += ["--seed", str(seed)] if seed else []
+    strategy = record.attrs.get("strategy")
+    if isinstance(strategy, Mapping) and strategy.get("strategy", "joint") != "joint":
+        words += ["--strategy", str(strategy["strategy"])]
+    return " ".join([*words, *(shlex.quote(option) for option in options)])
+
+
+def _not_default(record: StudyRecord, experiments: Sequence[Experiment]) -> dict[str, Any]:
+    """Base values that are not TrainConfig's own: said again they change nothing, left out they might."""
+    defaults = TrainConfig().model_dump(mode="json")
+    base = record.definition.get("base", {})
+    space = record.definition.get("space", {})
+    found = {k: v for k, v in base.items() if k not in space and k in defaults and v != defaults[k]}
+    for name in ("model", "data"):
+        places = {e.record.config.get(name) for e in experiments if e.record.config}
+        if len(places) == 1 and (place := places.pop()) not in (None, EMBEDDED):
+            found[name] = place
+    return found
+
+
+def _repeats(best: Recommended | None) -> list[str]:
+    if best is None:
+        return []
+    tied = best.runner_up is not None and best.runner_up.number in best.within_noise
+    wanted = [best.best, *([best.runner_up] if best.runner_up is not None and tied else [])]
+    return [_train(e) for e in wanted]
+
+
+def _train(experiment: Experiment) -> str:
+    """The trial's configuration, as `python -m trainer.run` takes it, with the next seed."""
+    defaults = TrainConfig().model_dump(mode="json")
+    config = experiment.record.config
+    seed = int(config.get("seed", 42)) + 1
+    order = [*LOG_FIELDS, *(name for name in config if name not in LOG_FIELDS)]
+    words = [
+        f"--set {setting(name, config[name])}"
+        for name in order
+        if name in config
+        and name not in ("seed", *MACHINE_FIELDS)
+        and (name in LOG_FIELDS or config[name] != defaults.get(name))
+    ]
+    out = f"runs/repeats/trial-{experiment.number}-seed-{seed}"
+    return " ".join(["python -m trainer.run", *words, f"--set seed={seed}", "--out", out])

@@ -1,0 +1,72 @@
+"""By how much two validation losses must differ before the difference counts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from search.diagnosis.noise import SIGNIFICANT, VAL_NOISE
+from search.records import TrialRecord
+from trainer.config import MACHINE_FIELDS
+
+FEWEST_FREEDOMS = 3
+"""Degrees of freedom from which on a deviation measured on repeats is used: one from two runs is off by a factor of
+two and more in one case of two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """The standard deviation of a trial's best validation loss over seeds, as a share of the loss."""
+
+    deviation: float
+    measured: float | None
+    """What the study's own repeats say; None where nothing was repeated."""
+    trials: tuple[int, ...]
+    """The repeats."""
+    freedoms: int
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether `deviation` is the study's own."""
+        return self.measured is not None and self.freedoms >= FEWEST_FREEDOMS
+
+    @property
+    def difference(self) -> float:
+        """The least difference of two trials that counts as seen, a share."""
+        return SIGNIFICANT * self.deviation * math.sqrt(2)
+
+
+def measure(trials: Sequence[TrialRecord]) -> Noise:
+    """Noise from trials that differ in nothing but the seed; without enough of them the diagnosis' own figure.
+
+    The diagnosis' figure (search.diagnosis.noise.VAL_NOISE) is that of one epoch's validation loss on the recorded
+    real runs; seeds may well move a result by more.
+    """
+    groups: defaultdict[str, dict[int, tuple[int, float]]] = defaultdict(dict)
+    for trial in trials:
+        if trial.state != "COMPLETE" or trial.value is None or "seed" not in trial.config:
+            continue
+        same = {k: v for k, v in trial.config.items() if k != "seed" and k not in MACHINE_FIELDS}
+        # The same seed twice gives the same loss twice: that says nothing of noise.
+        groups[json.dumps(same, sort_keys=True)].setdefault(trial.config["seed"], (trial.number, trial.value))
+    squares, freedoms, repeats = 0.0, 0, []
+    for group in groups.values():
+        if len(group) < 2:
+            continue
+        mean = fmean(value for _, value in group.values())
+        squares += sum((value / mean - 1) ** 2 for _, value in group.values())
+        freedoms += len(group) - 1
+        repeats += [number for number, _ in group.values()]
+    measured = math.sqrt(squares / freedoms) if freedoms else None
+    enough = measured is not None and freedoms >= FEWEST_FREEDOMS
+    return Noise(
+        # Few repeats may show that there is more noise than the figure says, not that there is less.
+        deviation=measured if enough and measured is not None else max(VAL_NOISE, measured or 0.0),
+        measured=measured,
+        trials=tuple(sorted(repeats)),
+        freedoms=freedoms,
+    )

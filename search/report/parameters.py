@@ -1,0 +1,277 @@
+"""What the trials say of each parameter: measured ranges, what was seen there, and how sure that is. Facts only."""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+
+from search.diagnosis import finding as ids
+from search.diagnosis.noise import relative
+from search.report.experiment import UNFINISHED, Experiment
+from search.report.noise import Noise
+
+FEWEST = 3
+"""Trials from which on a range is said to be anything but "not yet known". Of two trials either may be the odd one."""
+SURE = 10
+"""Trials from which on a statement is not called an indication any more."""
+FEWEST_FOR_TREND = 8
+"""Trials from which on a rank correlation is given: with 7 even a perfect shuffle reaches 0.7 in one case of ten."""
+RESAMPLES = 500
+"""Bootstrap resamples of a correlation; its interval's ends then hold to about 0.03."""
+
+BROKEN = (ids.NON_FINITE, ids.EXPLODING_GRADIENT, ids.DIVERGED)
+AGGRESSIVE = (*BROKEN, ids.OSCILLATING, ids.OVERFITTING)
+SLOW = (ids.NOT_LEARNING, ids.TOO_SLOW)
+NEUTRAL = (ids.HEALTHY, ids.INCONCLUSIVE)
+
+Verdict = Literal["unknown", "unstable", "aggressive", "masked", "conservative", "good", "usable", "behind", "only"]
+"""unstable: of a rate one would say too aggressive. masked: slow, but the warmup kept the rate from being reached.
+only: there is no other range to compare it with."""
+
+EDGES = {
+    # Half decades, as the hand-run log went: 5e-6, 5e-4, 1e-3, 2e-4.
+    "learning_rate": tuple(m * 10.0**e for e in range(-8, 2) for m in (1, 3)),
+    "lora_r": tuple(2.0**e for e in range(11)),
+    "lora_alpha": tuple(2.0**e for e in range(13)),
+    "batch_size": tuple(2.0**e for e in range(13)),
+    "lora_dropout": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
+    "warmup_share": (0.0, 1e-9, 0.1, 0.25, 0.5, 1.0),
+}
+"""Where the ranges of a table begin; a row then gives the lowest and highest value tried in it."""
+EXACT_UP_TO = 4
+"""Parameters with at most so many different values get a row for each."""
+
+Read = Callable[[Experiment], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One range of a parameter."""
+
+    low: Any
+    high: Any
+    trials: tuple[int, ...]
+    """All finished trials in it."""
+    valued: int
+    """Those whose losses compare with the rest of the table."""
+    best: float | None
+    best_trial: int | None
+    best_epoch: int | None
+    median: float | None
+    findings: tuple[tuple[str, int], ...]
+    """(finding id, trials that have it as their main one), most frequent first."""
+    verdict: Verdict
+
+    @property
+    def n(self) -> int:
+        return len(self.trials)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trend:
+    """Spearman's rank correlation of a parameter with the lowest validation loss, and its 90 % bootstrap interval."""
+
+    n: int
+    rho: float
+    low: float
+    high: float
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval leaves the sign in no doubt."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One parameter."""
+
+    name: str
+    rows: tuple[Row, ...]
+    trend: Trend | None
+    spread: float | None
+    """How far the medians of the rows with enough trials lie apart, a share; None for fewer than two such rows."""
+    within_noise: bool | None
+
+    @property
+    def n(self) -> int:
+        return sum(row.n for row in self.rows)
+
+    @property
+    def known(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.valued >= FEWEST)
+
+
+def field(name: str) -> Read:
+    """Reads a configuration field."""
+    return lambda experiment: experiment.record.config.get(name)
+
+
+def ratio(experiment: Experiment) -> float | None:
+    """alpha / rank, the scale of LoRA's update."""
+    rank, alpha = experiment.record.config.get("lora_r"), experiment.record.config.get("lora_alpha")
+    return alpha / rank if rank and alpha else None
+
+
+def warmup_share(experiment: Experiment) -> float | None:
+    """Warmup as a share of all the steps that the run had planned."""
+    warmup, total = experiment.record.config.get("warmup_steps"), experiment.tag("total_steps")
+    return warmup / total if warmup is not None and total else None
+
+
+READERS: dict[str, Read] = {
+    "learning_rate": field("learning_rate"),
+    "lora_r": field("lora_r"),
+    "lora_alpha": field("lora_alpha"),
+    "alpha_per_r": ratio,
+    "lora_dropout": field("lora_dropout"),
+    "batch_size": field("batch_size"),
+    "warmup_share": warmup_share,
+    "torch_dtype": field("torch_dtype"),
+}
+"""The tables of the log, in its order."""
+
+
+def main_samples(experiments: Sequence[Experiment]) -> tuple[Any, ...] | None:
+    """What most judged trials were validated on: only their losses are compared with one another."""
+    counts = Counter(e.samples for e in experiments if e.judged)
+    first = {key: min(e.number for e in experiments if e.samples == key) for key in counts}
+    return min(counts, key=lambda key: (-counts[key], first[key]), default=None)
+
+
+def tables(experiments: Sequence[Experiment], noise: Noise) -> dict[str, Table]:
+    """One table for each of `READERS` that at least one trial has a value for."""
+    finished = [e for e in experiments if e.record.state not in UNFINISHED and e.record.state != "FAIL" and e.findings]
+    samples = main_samples(experiments)
+    found = {}
+    for name, read in READERS.items():
+        rows = _rows(name, read, finished, samples, noise)
+        if not rows:
+            continue
+        medians = [row.median for row in rows if row.valued >= FEWEST and row.median is not None]
+        spread = relative(max(medians), min(medians)) if len(medians) > 1 else None
+        found[name] = Table(
+            name=name,
+            rows=rows,
+            trend=_trend(read, finished, samples),
+            spread=spread,
+            within_noise=None if spread is None else spread <= noise.difference,
+        )
+    return found
+
+
+def _rows(
+    name: str, read: Read, finished: Sequence[Experiment], samples: tuple[Any, ...] | None, noise: Noise
+) -> tuple[Row, ...]:
+    valued = [(read(e), e) for e in finished if read(e) is not None]
+    comparable = [e for _, e in valued if e.judged and e.samples == samples]
+    best = min(comparable, key=lambda e: (e.value or 0.0, e.number), default=None)
+    edges = EDGES.get(name)
+    groups: dict[Any, list[tuple[Any, Experiment]]] = {}
+    exact = edges is None or len({value for value, _ in valued}) <= EXACT_UP_TO
+    for value, experiment in valued:
+        # A value on an edge belongs to the range above it, also where it is off by rounding.
+        key = value if exact or edges is None else bisect.bisect_right(edges, value * (1 + 1e-9))
+        groups.setdefault(key, []).append((value, experiment))
+    ordered = sorted(groups.items(), key=lambda item: item[0])
+    rows = tuple(_row(name, members, samples, best, noise) for _, members in ordered)
+    if sum(row.valued > 0 for row in rows) > 1:
+        return rows
+    return tuple(replace(row, verdict="only") if row.verdict in ("good", "usable", "behind") else row for row in rows)
+
+
+def _row(
+    name: str,
+    members: Sequence[tuple[Any, Experiment]],
+    samples: tuple[Any, ...] | None,
+    best: Experiment | None,
+    noise: Noise,
+) -> Row:
+    values = [value for value, _ in members]
+    compared = [e for _, e in members if e.judged and e.samples == samples]
+    losses = [e.value for e in compared if e.value is not None]
+    lowest = min(compared, key=lambda e: (e.value or 0.0, e.number), default=None)
+    findings = Counter(e.main_finding.id for _, e in members if e.main_finding is not None)
+    return Row(
+        low=min(values),
+        high=max(values),
+        trials=tuple(e.number for _, e in members),
+        valued=len(losses),
+        best=lowest.value if lowest is not None else None,
+        best_trial=lowest.number if lowest is not None else None,
+        best_epoch=lowest.record.best_epoch if lowest is not None else None,
+        median=median(losses) if losses else None,
+        findings=tuple(sorted(findings.items(), key=lambda item: (-item[1], ids.IDS.index(item[0])))),
+        verdict=_verdict(name, [e for _, e in members], losses, best, noise),
+    )
+
+
+def _verdict(
+    name: str, members: Sequence[Experiment], losses: Sequence[float], best: Experiment | None, noise: Noise
+) -> Verdict:
+    """First what most of a range's trials did, then how its losses lie to the best of all."""
+    if len(members) < FEWEST:
+        return "unknown"
+    main = [e.main_finding.id for e in members if e.main_finding is not None]
+    if 2 * sum(found in AGGRESSIVE for found in main) >= len(members):
+        return "aggressive" if name == "learning_rate" else "unstable"
+    if best is None or best.value is None or len(losses) < FEWEST:
+        return "unknown"
+    if relative(median(losses), best.value) <= noise.difference:
+        return "good"
+    if relative(min(losses), best.value) <= noise.difference:
+        return "usable"
+    return _why_behind(members, best) if name == "learning_rate" else "behind"
+
+
+def _why_behind(members: Sequence[Experiment], best: Experiment) -> Verdict:
+    """Rates below that of the best whose losses still fall are too conservative, unless the warmup held them back."""
+    slow = [e for e in members if e.main_finding is not None and e.main_finding.id in SLOW]
+    lower = max(e.record.config["learning_rate"] for e in members) < best.record.config["learning_rate"]
+    if not lower or 2 * len(slow) <= len(members):
+        return "behind"
+    masked = [e for e in slow if e.has(ids.WARMUP_EXCEEDS_TRAINING)]
+    return "masked" if 2 * len(masked) >= len(slow) else "conservative"
+
+
+def _trend(read: Read, finished: Sequence[Experiment], samples: tuple[Any, ...] | None) -> Trend | None:
+    pairs = [(read(e), e.value) for e in finished if e.judged and e.samples == samples]
+    known = [(x, y) for x, y in pairs if isinstance(x, int | float) and not isinstance(x, bool) and y is not None]
+    if len(known) < FEWEST_FOR_TREND or len({x for x, _ in known}) < 3:
+        return None
+    x, y = (np.unique(column, return_inverse=True)[1] for column in zip(*known, strict=True))
+    n = len(x)
+    rng = np.random.default_rng(0)  # seeded: the same records, the same interval
+    picks = np.vstack([np.arange(n), rng.integers(0, n, size=(RESAMPLES, n))])
+    rhos = _correlations(_ranks(x[picks]), _ranks(y[picks]))
+    if np.isnan(rhos[0]):
+        return None
+    low, high = np.nanquantile(rhos[1:], (0.05, 0.95))
+    return Trend(n=n, rho=float(rhos[0]), low=float(low), high=float(high))
+
+
+Matrix = np.ndarray[Any, Any]
+
+
+def _ranks(codes: Matrix) -> Matrix:
+    """Ranks within each row of a matrix of small whole numbers, ties sharing their mean rank; shape (rows, n) both."""
+    rows = np.arange(len(codes))[:, None]
+    counts = np.zeros((len(codes), int(codes.max()) + 1))
+    np.add.at(counts, (rows, codes), 1)
+    mean_rank = np.cumsum(counts, axis=1) - (counts - 1) / 2
+    ranks: Matrix = mean_rank[rows, codes]
+    return ranks
+
+
+def _correlations(a: Matrix, b: Matrix) -> Matrix:
+    """Pearson's correlation of each row of `a` with that of `b`; NaN where either does not vary."""
+    a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
+    scale = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+    rhos: Matrix = np.divide((a * b).sum(axis=1), scale, out=np.full(len(a), np.nan), where=scale > 0)
+    return rhos

@@ -1,0 +1,69 @@
+"""What all plots of the tuning log share: colours and shapes by outcome, a canvas, a legend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from search.report.experiment import UNFINISHED, Experiment
+from search.report.facts import Facts
+from search.report.parameters import BROKEN
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BEST, OTHER, ENDED, BROKE, CLIP, GOOD = "#0072B2", "#8a8a8a", "#E69F00", "#D55E00", "#CC79A7", "#009E73"
+"""Okabe and Ito's colours (2008), told apart by colour-blind eyes."""
+GROUPS = {
+    # outcome: (marker, colour, line, hatch)
+    "complete": ("o", OTHER, "-", ""),
+    "stopped": ("s", ENDED, "--", "//"),
+    "broken": ("X", BROKE, ":", "xx"),
+    "open": ("D", "#56B4E9", "-", ".."),
+    "other samples": ("v", "#bbbbbb", "-.", ""),
+}
+MOST_NAMED = 24
+"""Trials that a timeline names one by one; more would print over one another."""
+
+
+def group(experiment: Experiment, facts: Facts) -> str:
+    """The outcome, or `other samples` where the loss does not compare with the rest."""
+    kind = outcome(experiment)
+    return "other samples" if kind != "broken" and experiment.samples != facts.main_samples else kind
+
+
+def outcome(experiment: Experiment) -> str:
+    """complete, stopped (by design), broken (came to nothing) or open (not ended)."""
+    state = experiment.record.state
+    if state in UNFINISHED:
+        return "open"
+    if state == "FAIL" or experiment.record.violated or experiment.has(*BROKEN):
+        return "broken"
+    return "stopped" if state == "PRUNED" or experiment.record.stopped_early else "complete"
+
+
+def new(width: float = 8, height: float = 4.2) -> tuple[Figure, Axes]:
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(width, height))
+    return figure, axes
+
+
+def key(axes: Axes, handles: dict[str, Any]) -> None:
+    """A legend above the plot, where it covers nothing."""
+    axes.legend(
+        list(handles.values()),
+        list(handles),
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncol=min(4, len(handles)) if sum(map(len, handles)) < 70 else 3,
+        borderaxespad=0.3,
+        handlelength=2.2,
+        columnspacing=1.4,
+    )
+
+
+def alpha_of(drawn: Sequence[object]) -> float:
+    """Many lines are thinner, so that the crowd can be seen through."""
+    return 0.75 if len(drawn) <= MOST_NAMED else 0.3

@@ -1,0 +1,343 @@
+"""From facts to Markdown: a template for each language, and everything that comes from data escaped by default.
+
+Whatever a template prints and no filter here has marked as safe is escaped for Markdown and HTML at once: a label
+`<script>` or `# heading` stays the text it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import BytecodeCache, Environment, FileSystemLoader, StrictUndefined
+from jinja2.bccache import Bucket
+from markupsafe import Markup
+
+from search.diagnosis import messages
+from search.diagnosis.finding import NON_FINITE
+from search.diagnosis.messages import Lang, rate
+from search.diagnosis.tree import TREE
+from search.leaderboard import show_value, state_of, training_config
+from search.report import words
+from search.report.epochs import EpochRow, Mark
+from search.report.experiment import ConfigLine, Experiment
+from search.report.facts import Facts
+from trainer.config import TrainConfig
+
+TEMPLATES = Path(__file__).with_name("templates")
+MARKS: dict[Mark, str] = {"good": "✅", "warning": "⚠️", "bad": "❌", "unknown": "❔"}
+MOST_LISTED = 12
+"""Trials named one by one in a sentence; the rest are counted."""
+_SPECIAL = re.compile(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])")
+"""Characters that mean something to Markdown anywhere; an underscore within a word does not."""
+_AT_START = re.compile(r"^([#>+-]|\d+(?=[.)](\s|$)))")
+"""What would begin a heading, quote or list."""
+
+
+def escape(text: str) -> Markup:
+    """Text from data, as Markdown that shows just it, on one line."""
+    flat = re.sub(r"\s+", " ", text)
+    # Entities before backslashes: "&lt;" has nothing that a backslash would go in front of.
+    flat = flat.replace("&", "&amp;").replace("<", "&lt;")
+    flat = _SPECIAL.sub(lambda found: f"\\{found[0]}", flat)
+    flat = _AT_START.sub(lambda found: f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}", flat)
+    return Markup(flat)
+
+
+def code(text: Any) -> Markup:
+    """Text in a code span, fenced so that no backtick in it ends it. A pipe would end a table's cell."""
+    flat = " ".join(str(text).split()).replace("|", "¦") or " "
+    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", flat)), default=0))
+    pad = " " if flat.startswith("`") or flat.endswith("`") else ""
+    return Markup(f"{ticks}{pad}{flat}{pad}{ticks}")
+
+
+def fenced(text: str, language: str = "") -> Markup:
+    """A code block, fenced so that nothing in it ends it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return Markup(f"{fence}{language}\n{text.rstrip()}\n{fence}")
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def loss(value: float | None) -> Markup:
+    """A loss with four decimals."""
+    if value is None:
+        return Markup("–")
+    return Markup(f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}")
+
+
+def number(value: float | None, digits: int = 3) -> Markup:
+    """A plain number."""
+    return Markup("–" if value is None else f"{value:.{digits}g}")
+
+
+class _Compiled(BytecodeCache):
+    """Templates compiled once a process: a log is written after every trial, and compiling takes longer than that."""
+
+    def __init__(self) -> None:
+        self._code: dict[str, bytes] = {}
+
+    def load_bytecode(self, bucket: Bucket) -> None:
+        if bucket.key in self._code:
+            bucket.bytecode_from_string(self._code[bucket.key])
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        self._code[bucket.key] = bucket.bytecode_to_string()
+
+
+_COMPILED = _Compiled()
+
+
+class Writer:
+    """The filters and words of one language over one study's facts."""
+
+    def __init__(self, facts: Facts, lang: Lang, plots: Mapping[str, str]) -> None:
+        self.facts, self.lang, self.plots = facts, lang, plots
+        self.experiments = {e.number: e for e in facts.experiments}
+        self.zh = lang == "zh"
+
+    # ------------------------------------------------------------------ numbers
+
+    def pct(self, share: float) -> Markup:
+        """A share in percent, one decimal below ten."""
+        text = f"{100 * share:.1f}" if abs(share) < 0.0995 and share != 0 else f"{100 * share:.0f}"
+        return Markup(f"{text}%" if self.zh else f"{text} %")
+
+    def duration(self, seconds: float | None) -> Markup:
+        """Seconds, minutes or hours."""
+        if seconds is None:
+            return Markup("–")
+        second, minute, hour = (" 秒", " 分钟", " 小时") if self.zh else (" s", " min", " h")
+        if seconds >= 5400:
+            return Markup(f"{seconds / 3600:.3g}{hour}")
+        return Markup(f"{seconds / 60:.3g}{minute}" if seconds >= 120 else f"{seconds:.3g}{second}")
+
+    def value(self, value: Any, name: str = "") -> Markup:
+        """A value of a configuration, as the log writes it."""
+        if isinstance(value, list | tuple):
+            return escape(", ".join(map(str, value)))
+        return escape(show_value(name, value))
+
+    def span(self, row: Any, name: str) -> Markup:
+        """The measured range of a table's row; a share as percent."""
+
+        def one(value: Any) -> str:
+            return str(self.pct(value)) if name == "warmup_share" else show_value(name, value)
+
+        low, high = one(row.low), one(row.high)
+        return escape(low) if low == high else Markup(f"{escape(low)} – {escape(high)}")
+
+    def date(self, seconds: float | None) -> Markup:
+        """A moment in UTC."""
+        if seconds is None:
+            return Markup("–")
+        return Markup(datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC"))
+
+    # ------------------------------------------------------------------ trials
+
+    def url(self, run_id: str | None) -> str | None:
+        """A run's page on the tracking server; None without one."""
+        record = self.facts.record
+        if not (record.tracking_url and record.experiment_id and run_id):
+            return None
+        return f"{record.tracking_url}/#/experiments/{record.experiment_id}/runs/{run_id}"
+
+    def run(self, run_id: str | None) -> Markup:
+        """A run's id, with a link where there is a server that shows it."""
+        if not run_id:
+            return Markup("–")
+        url = self.url(run_id)
+        return Markup(f"[{code(run_id)}]({url})") if url else code(run_id)
+
+    def title(self, e: Experiment) -> str:
+        """The heading of an experiment: its number, its label, and what was found."""
+        label = f": {' '.join(e.label.split())}" if e.label else ""
+        what = e.main_finding
+        said = messages.title(what.id, self.lang) if what else words.state(state_of(e.record), self.lang)
+        return f"{'实验' if self.zh else 'Experiment'} {e.number}{label} ({said})"
+
+    def ref(self, n: int, epoch: int | None = None) -> Markup:
+        """A trial, linked to its run's page or to its section, with the epoch a figure is from."""
+        text = f"[{'实验' if self.zh else 'trial'} {n}]({self._target(n)})"
+        if epoch is not None:
+            text += f" epoch {epoch}" if self.zh else f", epoch {epoch}"
+        return Markup(text)
+
+    def refs(self, trials: Iterable[int]) -> Markup:
+        """Several trials, `–` for none."""
+        numbers = list(trials)
+        links = [f"[{n}]({self._target(n)})" for n in numbers[:MOST_LISTED]]
+        if not links:
+            return Markup("–")
+        more = len(numbers) - len(links)
+        if self.zh:
+            tail = f" 等共 {len(numbers)} 个" if more else ""
+            return Markup(f"实验 {'、'.join(links)}{tail}")
+        tail = f" and {more} more" if more else ""
+        return Markup(f"trial{'s' if len(numbers) > 1 else ''} {', '.join(links)}{tail}")
+
+    def _target(self, n: int) -> str:
+        e = self.experiments[n]
+        return self.url(e.record.run_id) or f"#{slug(str(self.title(e)))}"
+
+    def config_block(self, e: Experiment, was: str, blamed: str) -> Markup:
+        """The TRAINING_CONFIG of a trial with its changes marked."""
+        lines = [self._line(line, was, blamed) for line in e.lines]
+        return fenced("TRAINING_CONFIG = {\n" + "\n".join(lines) + "\n}", "python")
+
+    def _line(self, line: ConfigLine, was: str, blamed: str) -> str:
+        text = f'    "{line.name}": {literal(line.value, line.name)},'
+        remarks = [f"{was} {_inline(line.name, line.before)}"] if line.changed else []
+        remarks += [blamed] if line.blamed else []
+        return f"{text:<36}  # {'; '.join(remarks)}" if remarks else text
+
+    def epoch_line(self, row: EpochRow) -> str:
+        """One line of the raw data, as the log writes it."""
+        parts = [f"Train={loss(row.train_loss)}", f"Val={loss(row.val_loss)}"]
+        if row.learning_rate is not None:
+            parts.append(f"lr={rate(row.learning_rate)}")
+        if row.grad_norm_max is not None:
+            parts.append(f"grad_norm_max={row.grad_norm_max:.3g}")
+        if row.seconds is not None:
+            parts.append(f"{row.seconds:.1f} s")
+        best = ("  ← 最佳" if self.zh else "  ← best") if row.is_best else ""
+        return f"Epoch {row.epoch}: {', '.join(parts)} {MARKS[row.mark]}{best}"
+
+    def raw(self, e: Experiment) -> Markup:
+        """All that was recorded of a trial: its epochs; of one without any, its steps."""
+        lines = [self.epoch_line(row) for row in e.rows]
+        if not lines:
+            known = [step for step in e.record.steps if step.loss is not None][:MOST_LISTED]
+            lines = [f"Step {step.step}: Loss={step.loss:.6f} {MARKS['good']}" for step in known]
+            bad = next((f for f in e.findings if f.id == NON_FINITE and f.step is not None), None)
+            if bad is not None:
+                what = f"{bad.evidence.get('tensor')} = {bad.evidence.get('value')}"
+                lines.append(f"Step {bad.step}: {' '.join(what.split())} {MARKS['bad']}")
+        return fenced("\n".join(lines) or "–")
+
+    # ------------------------------------------------------------------ diagnosis
+
+    def tree_text(self, yes: str, no: str, one: str, many: str) -> Markup:
+        """The decision tree with the number of trials at each leaf, drawn as in the hand-run log."""
+        nodes = {node.name: node for node in TREE}
+        lines: list[str] = []
+
+        def leaf_of(name: str) -> str:
+            trials = self.facts.tree[name]
+            named = f": {', '.join(map(str, trials[:MOST_LISTED]))}{', …' if len(trials) > MOST_LISTED else ''}"
+            count = (one if len(trials) == 1 else many).format(len(trials))
+            return f"{messages.leaf_text(name, self.lang)}  [{count}{named if trials else ''}]"
+
+        def walk(name: str, indent: str) -> None:
+            node = nodes[name]
+            lines.append(f"{indent}{messages.question(name, self.lang)}")
+            for answer, branch, target in ((yes, "├─", node.yes), (no, "└─", node.no)):
+                if target in nodes:
+                    lines.append(f"{indent}    {branch} {answer} ↓")
+                    walk(target, indent + ("    │    " if branch == "├─" else "         "))
+                else:
+                    lines.append(f"{indent}    {branch} {answer} → {leaf_of(target)}")
+
+        walk(TREE[0].name, "")
+        return fenced("\n".join(lines))
+
+    def environment(self) -> Environment:
+        """Jinja's, with everything of this writer in it."""
+        lang = self.lang
+        env = Environment(
+            loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
+            autoescape=True,
+            finalize=_finalize,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+            bytecode_cache=_COMPILED,
+        )
+        own = ("pct", "duration", "value", "span", "date", "run", "ref", "refs", "config_block", "title", "epoch_line")
+        env.filters |= {name: getattr(self, name) for name in own}
+        env.filters |= {"loss": loss, "code": code, "num": number, "fenced": fenced}
+        env.filters |= {
+            "mark": lambda mark: Markup(MARKS[mark]),
+            "sentence": lambda finding: messages.sentence(finding, lang),
+            "finding_title": lambda name: messages.title(name, lang),
+            "cause": lambda finding: messages.cause(finding, lang),
+            "advices": lambda items: messages.advices(items, lang),
+            "reason": lambda name: words.reason(name, lang),
+            "state": lambda text: words.state(text, lang),
+            "state_of": state_of,
+            "verdict": lambda name: words.pick(words.VERDICTS[name], lang),
+            "sign": lambda name: words.pick(words.SIGNS[name], lang),
+            "parameter": lambda name: code(
+                words.pick(words.PARAMETERS[name], lang) if name in words.PARAMETERS else name
+            ),
+            "link": lambda path: Markup(quote(str(path), safe="/:.-_~%,;=+")),
+            "join_lines": "\n".join,
+            "raw": self.raw,
+            "lora_block": lora_block,
+            "training_config": lambda config: fenced(training_config(config), "python"),
+        }
+        env.globals |= {"tree_text": self.tree_text, "plots": self.plots, "defaults": TrainConfig().model_dump()}
+        return env
+
+
+def _finalize(value: Any) -> Markup:
+    """Whatever is printed without a filter that made it safe."""
+    if isinstance(value, Markup):
+        return value
+    return escape(value) if isinstance(value, str) else escape(str(value))
+
+
+def literal(value: Any, name: str = "") -> str:
+    """A value as Python: strings in double quotes on one line, numbers with four digits at most."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(literal(item) for item in value) + "]"
+    if isinstance(value, float) and name == "lora_alpha" and value == int(value):
+        return str(int(value))
+    if isinstance(value, float) and 0 < abs(value) < 0.01:
+        return short_rate(value)
+    return repr(value) if not isinstance(value, float) or len(repr(value)) <= 6 else f"{value:.4g}"
+
+
+def short_rate(value: float) -> str:
+    """A small number as the log writes rates, four digits at most: `2e-4`, `1.464e-4`."""
+    digits, exponent = f"{value:.3e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
+def lora_block(e: Experiment) -> Markup:
+    """PEFT's LoraConfig of a trial."""
+    config = e.record.config
+    fields = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+    lines = [f"    {name}={literal(config.get(field), field)}," for name, field in fields.items()]
+    lines += [f"    target_modules={literal(config.get('target_modules', []))},", "    task_type=None,"]
+    return fenced("lora_config = LoraConfig(\n" + "\n".join(lines) + "\n)", "python")
+
+
+def _inline(name: str, value: Any) -> str:
+    return literal(value) if isinstance(value, str | list) else show_value(name, value)
+
+
+def markdown(facts: Facts, lang: Lang, plots: Mapping[str, str]) -> str:
+    """The tuning log in Markdown.
+
+    Args:
+        facts: See `search.report.facts.gather`.
+        lang: en or zh.
+        plots: Address of each plot by its name, such as `loss-curves`; plots that are missing are left out.
+    """
+    writer = Writer(facts, lang, plots)
+    text = writer.environment().get_template(f"tuning-log.{lang}.md.jinja").render(facts=facts, record=facts.record)
+    # Blocks that came to nothing leave blank lines behind.
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -1,0 +1,290 @@
+"""What the trials say together: budget, health, decision tree, recommended configuration, lessons. Facts only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from search import records
+from search.diagnosis import Finding
+from search.diagnosis import finding as ids
+from search.diagnosis.noise import relative
+from search.diagnosis.tree import LEAVES
+from search.report.experiment import UNFINISHED, Experiment
+from search.report.importance import Importance
+from search.report.noise import Noise
+from search.report.parameters import AGGRESSIVE, BROKEN
+
+SAVING = (records.RISING, records.DIVERGED, records.SUPERSEDED)
+"""Reasons for which a trial was stopped before its epochs were done, on purpose."""
+LOSING = (records.NON_FINITE, records.OUT_OF_MEMORY, records.DIVERGED, records.LOST, records.ERROR)
+"""Reasons for which the epochs of a trial came to nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Trials, epochs and time of one kind; `seconds` is None where nothing was timed."""
+
+    reason: str
+    trials: tuple[int, ...]
+    epochs: int
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the study cost, what stopping early saved of it, what failures cost."""
+
+    epochs: int
+    seconds: float
+    saved: tuple[Share, ...]
+    """Planned epochs that were not run; time at each trial's own median epoch."""
+    lost: tuple[Share, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sign:
+    """One sign of health or trouble, and the trials that show it."""
+
+    name: str
+    yes: tuple[int, ...]
+    no: tuple[int, ...]
+    unknown: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommended:
+    """The best trial, and how far it is from the next."""
+
+    best: Experiment
+    runner_up: Experiment | None
+    """The next best on the same samples."""
+    gap: float | None
+    """By what share of the loss it lies behind."""
+    within_noise: tuple[int, ...]
+    """Trials whose loss cannot be told from the best's, by `Noise.difference`."""
+    compared: int
+    """Trials on the same samples that have a loss."""
+    elsewhere: tuple[int, ...]
+    """Trials validated on other samples, which it was not compared with."""
+
+
+def budget(experiments: Sequence[Experiment]) -> Budget:
+    """Epochs and time in all, saved and lost."""
+    saved: list[Share] = []
+    lost: list[Share] = []
+    for reason in SAVING:
+        stopped = [e for e in experiments if e.record.reason == reason and e.record.state in ("COMPLETE", "PRUNED")]
+        left = [(e, max(0, e.planned_epochs - len(e.rows))) for e in stopped]
+        _add(saved, reason, [(e, n, None if e.epoch_seconds is None else n * e.epoch_seconds) for e, n in left])
+    for reason in LOSING:
+        failed = [e for e in experiments if e.record.reason == reason and e.record.state not in UNFINISHED]
+        # What a lost trial had done up to its checkpoint, its successor has not done again.
+        bad = [e for e in failed if e.record.state == "FAIL" or e.record.violated or reason == records.DIVERGED]
+        _add(lost, reason, [(e, e.own_epochs, e.seconds) for e in bad if e.resumed_by is None])
+    return Budget(
+        epochs=sum(e.own_epochs for e in experiments),
+        seconds=sum(e.seconds or 0.0 for e in experiments),
+        saved=tuple(saved),
+        lost=tuple(lost),
+    )
+
+
+def _add(shares: list[Share], reason: str, parts: Sequence[tuple[Experiment, int, float | None]]) -> None:
+    if not parts:
+        return
+    times = [seconds for _, _, seconds in parts if seconds is not None]
+    shares.append(
+        Share(
+            reason=reason,
+            trials=tuple(e.number for e, _, _ in parts),
+            epochs=sum(epochs for _, epochs, _ in parts),
+            seconds=sum(times) if times else None,
+        )
+    )
+
+
+def _sign(experiments: Sequence[Experiment], name: str, judge: Callable[[Experiment], bool | None]) -> Sign:
+    judged = [(e.number, judge(e)) for e in experiments if e.findings]
+    return Sign(
+        name=name,
+        yes=tuple(n for n, verdict in judged if verdict is True),
+        no=tuple(n for n, verdict in judged if verdict is False),
+        unknown=tuple(n for n, verdict in judged if verdict is None),
+    )
+
+
+def _train_falls(e: Experiment) -> bool | None:
+    """Whether the training loss never rose above its lowest by more than noise."""
+    rows = [row for row in e.rows if row.train_loss is not None]
+    if e.has(*BROKEN):
+        return False
+    if len(rows) < 2:
+        return None
+    return all(row.train_rise is None for row in rows) and (rows[-1].train_loss or 0) < (rows[0].train_loss or 0)
+
+
+def _val_follows(e: Experiment) -> bool | None:
+    """Whether the validation loss fell, and ended at its best within noise."""
+    rows = [row for row in e.rows if row.val_loss is not None]
+    if e.has(ids.OVERFITTING, *BROKEN):
+        return False
+    if len(rows) < 2:
+        return None
+    return rows[-1].val_rise is None and (rows[-1].val_loss or 0) < (rows[0].val_loss or 0)
+
+
+def _gradients_stable(e: Experiment) -> bool | None:
+    if e.has(ids.EXPLODING_GRADIENT, ids.NON_FINITE):
+        return False
+    known = any(step.grad_norm is not None for step in e.record.steps) or any(
+        row.grad_norm_max is not None for row in e.rows
+    )
+    return True if known else None
+
+
+def health(experiments: Sequence[Experiment]) -> tuple[Sign, ...]:
+    """The hand-run log's four signs of health."""
+    return (
+        _sign(experiments, "train_falls", _train_falls),
+        _sign(experiments, "val_follows", _val_follows),
+        _sign(experiments, "finite", lambda e: not e.has(ids.NON_FINITE)),
+        _sign(experiments, "gradients_stable", _gradients_stable),
+    )
+
+
+def trouble(experiments: Sequence[Experiment]) -> tuple[Sign, ...]:
+    """The hand-run log's four signs of trouble, and the two of a plan that cannot work."""
+    signs: Mapping[str, tuple[str, ...]] = {
+        "train_rises": (ids.OSCILLATING, ids.DIVERGED),
+        "val_rises": (ids.OVERFITTING,),
+        "exploding": (ids.EXPLODING_GRADIENT,),
+        "too_slow": (ids.TOO_SLOW, ids.NOT_LEARNING),
+        "warmup": (ids.WARMUP_EXCEEDS_TRAINING,),
+        "slow_epoch": (ids.SLOW_EPOCH,),
+    }
+
+    def shows(wanted: tuple[str, ...]) -> Callable[[Experiment], bool]:
+        return lambda e: e.has(*wanted)
+
+    return tuple(_sign(experiments, name, shows(wanted)) for name, wanted in signs.items())
+
+
+def tree(experiments: Sequence[Experiment]) -> dict[str, tuple[int, ...]]:
+    """The trials in each leaf of the decision tree."""
+    return {
+        name: tuple(e.number for e in experiments if e.leaf is not None and e.leaf.name == name) for name in LEAVES
+    }
+
+
+def recommended(experiments: Sequence[Experiment], noise: Noise) -> Recommended | None:
+    """The COMPLETE trial with the lowest validation loss, as the leaderboard has it; None if none is complete."""
+    complete = [e for e in experiments if e.record.state == "COMPLETE" and e.value is not None]
+    ordered = sorted(complete, key=lambda e: (e.value or 0.0, e.number))
+    if not ordered:
+        return None
+    best = ordered[0]
+    same = [e for e in ordered[1:] if e.samples == best.samples]
+    gaps = [(relative(e.value or 0.0, best.value or 0.0), e) for e in same]
+    return Recommended(
+        best=best,
+        runner_up=same[0] if same else None,
+        gap=gaps[0][0] if gaps else None,
+        within_noise=tuple(e.number for gap, e in gaps if gap <= noise.difference),
+        compared=1 + len(same),
+        elsewhere=tuple(sorted(e.number for e in ordered if e.samples != best.samples)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dtype:
+    """How one dtype fared."""
+
+    name: str
+    trials: int
+    broke: int
+    shown: tuple[int, Finding] | None
+    """(trial, finding) of the first trial in which the dtype itself was shown to be the cause: one such run says more
+    than a count."""
+
+
+DTYPE_CAUSES = ("zero_over_zero", "square_underflow")
+"""Causes that the diagnosis proves from a run's own numbers, and that lie in the dtype (search.diagnosis.faults)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lessons:
+    """What this study has to say to the hand-run log's three lessons."""
+
+    judged: int
+    broke: tuple[int, ...]
+    """Trials with NaN, exploding gradients or divergence."""
+    dtypes: tuple[Dtype, ...]
+    overfitted: tuple[int, ...]
+    late: tuple[int, ...]
+    """Trials whose last epoch was worse than their best by more than one deviation of noise, training loss at its
+    lowest all the same: the training loss alone would have chosen the wrong epoch."""
+    high: tuple[int, int]
+    """(trials that were too aggressive, trials) at learning rates counted as high."""
+    low: tuple[int, int]
+    """The same below."""
+
+
+def lessons(experiments: Sequence[Experiment], high_rate: float) -> Lessons:
+    """Counts for the three lessons."""
+    judged = [e for e in experiments if e.findings]
+    broke = tuple(e.number for e in judged if e.has(*BROKEN))
+    rates = [(e.record.config.get("learning_rate"), e.has(*AGGRESSIVE)) for e in judged]
+    high = [bad for rate, bad in rates if rate is not None and rate >= high_rate]
+    low = [bad for rate, bad in rates if rate is not None and rate < high_rate]
+    return Lessons(
+        judged=len(judged),
+        broke=broke,
+        dtypes=_dtypes(judged),
+        overfitted=tuple(e.number for e in judged if e.has(ids.OVERFITTING)),
+        late=tuple(e.number for e in judged if _misled(e)),
+        high=(sum(high), len(high)),
+        low=(sum(low), len(low)),
+    )
+
+
+def _dtypes(judged: Sequence[Experiment]) -> tuple[Dtype, ...]:
+    found = []
+    for name in sorted({str(e.record.config.get("torch_dtype")) for e in judged}):
+        mine = [e for e in judged if str(e.record.config.get("torch_dtype")) == name]
+        proven = ((e.number, f) for e in mine for f in e.findings if f.cause in DTYPE_CAUSES)
+        broke = sum(e.has(*BROKEN) for e in mine)
+        found.append(Dtype(name=name, trials=len(mine), broke=broke, shown=next(proven, None)))
+    return tuple(found)
+
+
+def _misled(e: Experiment) -> bool:
+    rows = [row for row in e.rows if row.train_loss is not None and row.val_loss is not None]
+    if len(rows) < 2 or e.has(*BROKEN):
+        return False
+    lowest_train = min(rows, key=lambda row: row.train_loss or 0.0)
+    return lowest_train.val_rise is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of the order in which to tune, and what this study says for its place."""
+
+    name: str
+    """stability, rate, capacity or overfitting."""
+    share: float | None
+    """Importance of its parameters together; None where that is not known."""
+
+
+RATE_PARAMS = ("learning_rate", "warmup_steps", "batch_size")
+
+
+def strategy(importances: Sequence[Importance]) -> tuple[Stage, ...]:
+    """The order of tuning: the hand-run log's, its second and third steps exchanged where the importances say so."""
+    if not importances:
+        return tuple(Stage(name=name, share=None) for name in ("stability", "rate", "capacity", "overfitting"))
+    rate = sum(i.share for i in importances if i.name in RATE_PARAMS)
+    capacity = sum(i.share for i in importances if i.name.startswith("lora_"))
+    middle = [Stage(name="rate", share=rate), Stage(name="capacity", share=capacity)]
+    middle.sort(key=lambda stage: -(stage.share or 0.0))
+    return (Stage(name="stability", share=None), *middle, Stage(name="overfitting", share=None))

@@ -1,0 +1,87 @@
+"""Short words of the tuning log, in English and Chinese side by side; its sentences are in the templates."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from search import records
+from search.diagnosis.messages import LANGS, Lang
+
+# Each entry: (English, Chinese).
+REASONS: Final = {
+    records.FINISHED: ("all epochs done", "全部 epoch 完成"),
+    records.RISING: ("validation loss rising", "验证 loss 持续上升"),
+    records.DIVERGED: ("diverged", "训练发散"),
+    records.NON_FINITE: ("NaN or infinity", "出现 NaN/Inf"),
+    records.OUT_OF_MEMORY: ("out of memory", "显存不足"),
+    records.SUPERSEDED: ("behind other trials", "落后于其他实验"),
+    records.PROBE: ("probe of stability, done", "稳定性试探，已完成"),
+    records.INTERRUPTED: ("interrupted, goes on later", "已中断，稍后继续"),
+    records.LOST: ("its process was lost", "进程丢失"),
+    records.ERROR: ("a fault of the program", "程序错误"),
+}
+
+STATES: Final = {
+    "COMPLETE": ("complete", "完成"),
+    "PRUNED": ("pruned", "提前终止"),
+    "FAIL": ("failed", "失败"),
+    "RUNNING": ("running", "进行中"),
+    "WAITING": ("waiting", "等待中"),
+    "COMPLETE, stopped early": ("complete, stopped early", "完成（早停）"),
+}
+
+VERDICTS: Final = {
+    "unknown": ("not yet known", "尚不清楚"),
+    "unstable": ("mostly unstable", "多数不稳定"),
+    "aggressive": ("too aggressive", "太激进"),
+    "masked": ("not known: the warmup kept the rate from being reached", "无法判断：warmup 未结束，达不到设定值"),
+    "conservative": ("too conservative", "太保守"),
+    "good": ("good: as low as the best, within noise", "合适：与最佳相当（噪声范围内）"),
+    "usable": ("usable: its best is as low as the best, its median is not", "可用：最好的一次接近最佳，中位数不及"),
+    "only": ("the only one with losses: nothing to compare it with", "只有这一档有结果，无从比较"),
+    "behind": ("behind the best by more than noise", "逊于最佳，超出噪声"),
+}
+
+SIGNS: Final = {
+    "train_falls": ("the training loss falls steadily", "训练 loss 平稳下降"),
+    "val_follows": ("the validation loss follows", "验证 loss 跟随下降"),
+    "finite": ("no NaN or infinity", "无 NaN/Inf 出现"),
+    "gradients_stable": ("the gradient norm stays stable", "梯度范数稳定"),
+    "train_rises": ("the training loss oscillates or rises", "训练 loss 震荡或上升"),
+    "val_rises": ("the validation loss begins to rise (overfitting)", "验证 loss 开始上升（过拟合）"),
+    "exploding": ("the gradient explodes", "梯度爆炸"),
+    "too_slow": ("convergence is too slow, or nothing is learnt", "收敛过慢或没有学到东西"),
+    "warmup": ("the warmup is longer than the training", "warmup 超过总训练步数"),
+    "slow_epoch": ("an epoch takes too long", "每个 epoch 过慢"),
+}
+
+PARAMETERS: Final = {
+    "alpha_per_r": ("lora_alpha / lora_r", "lora_alpha / lora_r"),
+    "warmup_share": ("warmup / all steps", "warmup / 总步数"),
+    "lora_alpha_per_lora_r": ("lora_alpha / lora_r", "lora_alpha / lora_r"),
+}
+
+
+def pick(texts: tuple[str, str], lang: Lang) -> str:
+    """The text in a language."""
+    return texts[LANGS.index(lang)]
+
+
+def reason(name: str | None, lang: Lang) -> str:
+    """A trial's reason in words; one that is not known here as it is."""
+    return pick(REASONS[name], lang) if name in REASONS else str(name or "")
+
+
+def parameter(name: str, lang: Lang) -> str:
+    """What a table of the log is about: a field's name, or what was made of several."""
+    return pick(PARAMETERS[name], lang) if name in PARAMETERS else name
+
+
+def state(text: str, lang: Lang) -> str:
+    """A state, with or without its reason, as `search.leaderboard.state_of` gives it: `PRUNED (rising)`."""
+    if text in STATES:
+        return pick(STATES[text], lang)
+    name, _, why = text.partition(" (")
+    known = pick(STATES[name], lang) if name in STATES else name
+    left, right = ("（", "）") if lang == "zh" else (" (", ")")
+    return f"{known}{left}{reason(why.rstrip(')'), lang)}{right}"

@@ -1,0 +1,88 @@
+"""The tuning log as files, each replaced as a whole: whoever reads one while it is written sees the old or the new."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from search.diagnosis.messages import LANGS, Lang
+from search.records import StudyRecord
+from search.report import plots, render
+from search.report.facts import Facts, gather
+
+NAME = "tuning-log"
+
+
+def default_name(lang: Lang, suffix: str = "md") -> str:
+    """`tuning-log.md`, `tuning-log.zh.md`."""
+    return f"{NAME}.{suffix}" if lang == "en" else f"{NAME}.{lang}.{suffix}"
+
+
+def refresh(
+    record: StudyRecord,
+    folder: Path,
+    langs: Sequence[Lang] = LANGS,
+    *,
+    with_plots: bool = True,
+    options: Sequence[str] = (),
+) -> list[Path]:
+    """Write the log in every language, and its plots beside it, into a study's folder.
+
+    Args:
+        record: The study, see `search.reading.read_study`.
+        folder: The study's folder; made if it does not exist.
+        langs: Languages.
+        with_plots: False to leave the plots as they are: a text that links plots of an earlier moment is soon put
+            right, and drawing costs ten times as much as the rest.
+        options: Further options of the search's command line for the commands in the log, such as `--runs-dir`.
+
+    Returns:
+        The files written: the logs, then the plots.
+    """
+    facts = gather(record, options=options)
+    drawn = plots.draw(facts) if with_plots else {}
+    written = [write_markdown(facts, lang, folder / default_name(lang), drawn, with_plots) for lang in langs]
+    return [*written, *(folder / plots_folder(NAME) / name for name in drawn)]
+
+
+def plots_folder(stem: str) -> str:
+    """The folder of the plots of a log, beside it: one for all languages."""
+    return f"{stem.partition('.')[0]}-plots"
+
+
+def write_markdown(facts: Facts, lang: Lang, path: Path, drawn: dict[str, bytes], with_plots: bool = True) -> Path:
+    """Write one log as Markdown with its plots as files beside it."""
+    folder = path.parent / plots_folder(path.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in drawn.items():
+        replace(folder / name, data)
+    names = drawn if with_plots else sorted(file.name for file in folder.glob("*.png"))
+    links = {Path(name).stem: f"{folder.name}/{name}" for name in names}
+    replace(path, render.markdown(facts, lang, links).encode())
+    return path
+
+
+def write_html(facts: Facts, lang: Lang, path: Path) -> Path:
+    """Write one log as a single HTML file."""
+    from search.report import page
+
+    drawn = plots.draw(facts)
+    links = {Path(name).stem: name for name in drawn}
+    text = render.markdown(facts, lang, links)
+    title = f"{'调参记录' if lang == 'zh' else 'Tuning log'}: {facts.record.name}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, page.html(text, lang, title, drawn).encode())
+    return path
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file beside its place, and move it there in one step; a file that has these bytes already stays."""
+    if path.is_file() and path.read_bytes() == data:
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(data)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
