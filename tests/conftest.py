@@ -35,6 +35,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small_text = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
     for name, value in small_text.items():
         setattr(config.text_config, name, value)
+    config.qformer_config.hidden_dropout_prob = config.qformer_config.attention_probs_dropout_prob = 0.0
+    config.text_config.dropout_rate = 0.0
     torch.manual_seed(0)
     model = InstructBlipForConditionalGeneration(config)
     with torch.no_grad():
