@@ -188,7 +188,7 @@ def build(out: Path, recipe: Recipe) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the embedded InstructBLIP.")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder to write (default: the embedded one)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads; another number rounds differently")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number rounds differently")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     build(arguments.out, Recipe())

@@ -15,9 +15,9 @@ class Recipe:
     """Sizes of the pretraining."""
 
     tiles: int = 16_000
-    vision_steps: int = 1_000
+    vision_steps: int = 800
     vision_rate: float = 2e-3
-    caption_steps: int = 2_000
+    caption_steps: int = 1_400
     caption_rate: float = 1.5e-3
     batch_size: int = 32
     question_share: float = 0.3
