@@ -9,7 +9,7 @@ from typing import Any
 
 from search import records
 from search.diagnosis.finding import NON_FINITE
-from search.diagnosis.noise import usable
+from search.diagnosis.noise import train_noise, usable
 from search.records import EpochRecord, StepRecord, TrialRecord
 from trainer.config import TrainConfig
 from trainer.events import Diverged, EpochEnded, Event, NonFinite, OutOfMemory, RunStarted, StepEnded
@@ -67,6 +67,11 @@ class Curve:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
         return value if usable(value) else None
+
+    @property
+    def train_noise(self) -> float:
+        """Standard deviation of an epoch's training loss by chance, as a share of it."""
+        return train_noise(self.num_samples or self.number("max_samples"))
 
     @property
     def last_epoch(self) -> int:

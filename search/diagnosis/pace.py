@@ -11,7 +11,6 @@ from search.diagnosis.faults import clipped_fraction
 from search.diagnosis.finding import HEALTHY, INCONCLUSIVE, NOT_LEARNING, TOO_SLOW, Advice, Finding, Scalar
 from search.diagnosis.noise import (
     SIGNIFICANT,
-    TRAIN_NOISE,
     VAL_NOISE,
     best,
     calm,
@@ -40,7 +39,7 @@ def finding(seen: Signals) -> Finding:
 
 def not_learning(seen: Signals) -> Finding | None:
     """Neither loss ever fell by more than noise."""
-    for points, noise in ((seen.train, TRAIN_NOISE), (seen.val, VAL_NOISE)):
+    for points, noise in ((seen.train, seen.curve.train_noise), (seen.val, VAL_NOISE)):
         if points and relative(points[0][1], best(points)[1]) > limit(noise):
             return None
     if _fell_within_first_epoch(seen):
@@ -87,7 +86,7 @@ def _fell_within_first_epoch(seen: Signals) -> bool:
 def too_slow(seen: Signals) -> Finding | None:
     """Still improving at the last epoch, by so much that going on would show."""
     by_val = len(seen.val) >= FEWEST_EPOCHS
-    points = calm(seen.val, VAL_NOISE) if by_val else calm(seen.train, TRAIN_NOISE)
+    points = calm(seen.val, VAL_NOISE) if by_val else calm(seen.train, seen.curve.train_noise)
     # A gain is worth waiting for if the validation loss can show it, whichever curve it is read from.
     noise = VAL_NOISE
     last = points[-1][0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from search.diagnosis import advise
 from search.diagnosis.curve import Curve
 from search.diagnosis.finding import Scalar
-from search.diagnosis.noise import TRAIN_NOISE, VAL_NOISE, Excursion, Rise, Series, best, excursions, rise, series
+from search.diagnosis.noise import VAL_NOISE, Excursion, Rise, Series, best, excursions, rise, series
 
 FEWEST_EPOCHS = 3
 """Two epochs give a direction but no trend: of the recorded runs all fall from the first to the second, whatever came
@@ -38,7 +38,7 @@ def read(curve: Curve) -> Signals:
         curve=curve,
         train=train,
         val=val,
-        train_moves=excursions(train, TRAIN_NOISE),
+        train_moves=excursions(train, curve.train_noise),
         val_moves=excursions(val, VAL_NOISE),
         val_rise=rise(val, VAL_NOISE),
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from search import records
 from search.diagnosis import advise
 from search.diagnosis.finding import DIVERGED, OSCILLATING, OVERFITTING, Advice, Finding, Scalar
-from search.diagnosis.noise import TRAIN_NOISE, VAL_NOISE, Excursion, best, limit, relative
+from search.diagnosis.noise import VAL_NOISE, Excursion, best, limit, relative
 from search.diagnosis.signals import FEWEST_EPOCHS, Signals, high_rate, rate_evidence
 
 GIVEN_BACK = 0.5
@@ -37,7 +37,7 @@ def diverged(seen: Signals) -> Finding | None:
     if given_back < GIVEN_BACK or up < JUMP or doubted:
         return _stopped_as_diverged(seen)
     since = [value for epoch, value in points if epoch >= move.start[0]]
-    flat = len(since) > 1 and relative(max(since), min(since)) < 2 * limit(TRAIN_NOISE)
+    flat = len(since) > 1 and relative(max(since), min(since)) < 2 * limit(seen.curve.train_noise)
     evidence: dict[str, Scalar] = {
         "epoch": move.start[0],
         "train_before": move.best[1],
@@ -92,7 +92,7 @@ def oscillating(seen: Signals) -> Finding | None:
     if diverged(seen) is not None:
         return None
     move = seen.train_open
-    fell = bool(seen.train) and -relative(best(seen.train)[1], seen.train[0][1]) > limit(TRAIN_NOISE)
+    fell = bool(seen.train) and -relative(best(seen.train)[1], seen.train[0][1]) > limit(seen.curve.train_noise)
     evidence: dict[str, Scalar]
     if move is not None and fell and len(seen.train) >= FEWEST_EPOCHS:
         up = relative(seen.train[-1][1], move.best[1])
