@@ -18,8 +18,6 @@ from trainer.config import MACHINE_FIELDS
 
 SAMPLE_FIELDS = ("data", "max_samples", "val_fraction", "split_seed", "max_target_length", "skip_bad_rows")
 """Trials that differ in one of these are validated on other samples: their losses cannot be compared."""
-NOTE = "note"
-"""User attribute: what the study file says of a trial given by hand."""
 UNFINISHED = ("RUNNING", "WAITING")
 
 
@@ -190,7 +188,7 @@ def _experiment(
     inherited = len(continued.epochs) if continued is not None else 0
     own = max(0, len(rows) - inherited)
     seconds = sum(times[-own:]) if own and len(times) >= own else lasted
-    label, note = trial.attrs.get(records.LABEL), trial.attrs.get(NOTE)
+    label, note = trial.attrs.get(records.LABEL), trial.attrs.get(records.NOTE)
     return Experiment(
         record=trial,
         label=str(label) if label else None,

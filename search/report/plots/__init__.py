@@ -32,18 +32,14 @@ PLOTS: dict[str, Callable[[Facts], Any]] = {
 
 def draw(facts: Facts) -> dict[str, bytes]:
     """File name and PNG of every plot that the facts have something for."""
-    import matplotlib
-
-    matplotlib.use("agg", force=False)
-    from matplotlib import pyplot as plt
+    from matplotlib import style
 
     found = {}
-    with plt.style.context(STYLE):
+    with style.context(STYLE):
         for name, plot in PLOTS.items():
             figure = plot(facts)
             if figure is not None:
                 found[f"{name}.png"] = _png(figure)
-                plt.close(figure)
     return found
 
 

@@ -44,10 +44,12 @@ def outcome(experiment: Experiment) -> str:
 
 
 def new(width: float = 8, height: float = 4.2) -> tuple[Figure, Axes]:
-    from matplotlib import pyplot as plt
+    """A canvas of that many inches."""
+    # Without pyplot, which keeps a list of figures for all threads: the log is written from a thread of its own.
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(width, height))
-    return figure, axes
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots()
 
 
 def key(axes: Axes, handles: dict[str, Any]) -> None:
