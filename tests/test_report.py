@@ -158,6 +158,12 @@ class TestParameters:
         assert not trend.shown
         assert sixty.tables["lora_r"].within_noise
 
+    def test_a_spread_that_shuffling_reproduces_is_not_the_parameters_doing(self, sixty: Facts) -> None:
+        rate, dropout = sixty.tables["learning_rate"], sixty.tables["lora_dropout"]
+        assert rate.chance is not None
+        assert dropout.chance is not None
+        assert rate.chance < 0.01 < 0.05 < dropout.chance
+
     def test_a_planted_direction_is_shown(self) -> None:
         made = [
             trial(i, falling(2.0, 1.2 + 0.01 * r, 8), values={"lora_r": r, "lora_alpha": r})

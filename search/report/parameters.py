@@ -23,7 +23,9 @@ SURE = 10
 FEWEST_FOR_TREND = 8
 """Trials from which on a rank correlation is given: with 7 even a perfect shuffle reaches 0.7 in one case of ten."""
 RESAMPLES = 500
-"""Bootstrap resamples of a correlation; its interval's ends then hold to about 0.03."""
+"""Bootstrap resamples of a correlation, whose interval's ends then hold to about 0.03, and shuffles of losses."""
+CHANCE = 0.05
+"""Share of shuffles up to which a difference between ranges is not put down to chance."""
 
 BROKEN = (ids.NON_FINITE, ids.EXPLODING_GRADIENT, ids.DIVERGED)
 AGGRESSIVE = (*BROKEN, ids.OSCILLATING, ids.OVERFITTING)
@@ -98,6 +100,9 @@ class Table:
     spread: float | None
     """How far the medians of the rows with enough trials lie apart, a share; None for fewer than two such rows."""
     within_noise: bool | None
+    chance: float | None
+    """How often the medians lie as far apart when the losses are shuffled among those trials: all other parameters
+    vary as well, and with few trials to a row that alone moves medians."""
 
     @property
     def n(self) -> int:
@@ -154,16 +159,32 @@ def tables(experiments: Sequence[Experiment], noise: Noise) -> dict[str, Table]:
         rows = _rows(name, read, finished, samples, noise)
         if not rows:
             continue
-        medians = [row.median for row in rows if row.valued >= FEWEST and row.median is not None]
-        spread = relative(max(medians), min(medians)) if len(medians) > 1 else None
+        spread, chance = _spread(rows, {e.number: e.value for e in finished if e.judged and e.samples == samples})
         found[name] = Table(
             name=name,
             rows=rows,
             trend=_trend(read, finished, samples),
             spread=spread,
             within_noise=None if spread is None else spread <= noise.difference,
+            chance=chance,
         )
     return found
+
+
+def _spread(rows: Sequence[Row], losses: dict[int, float | None]) -> tuple[float | None, float | None]:
+    """(how far the medians of the rows with enough trials lie apart, how often shuffled losses do)."""
+    groups = [[losses[n] for n in row.trials if losses.get(n) is not None] for row in rows if row.valued >= FEWEST]
+    if len(groups) < 2:
+        return None, None
+    pooled = np.array([value for group in groups for value in group], dtype=float)
+    rng = np.random.default_rng(0)  # seeded: the same records, the same share
+    shuffled = np.vstack([pooled, rng.permuted(np.tile(pooled, (RESAMPLES, 1)), axis=1)])
+    ends = np.cumsum([len(group) for group in groups])[:-1]
+    medians = np.stack([np.median(part, axis=1) for part in np.split(shuffled, ends, axis=1)])
+    spreads = medians.max(axis=0) - medians.min(axis=0)
+    # The order that was measured counts as one of the shuffles: without it the share could be a bold 0.
+    chance = (1 + int((spreads[1:] >= spreads[0] * (1 - 1e-12)).sum())) / (1 + RESAMPLES)
+    return relative(float(medians[:, 0].max()), float(medians[:, 0].min())), chance
 
 
 def _rows(

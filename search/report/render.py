@@ -23,11 +23,10 @@ from search.diagnosis.finding import NON_FINITE
 from search.diagnosis.messages import Lang, rate
 from search.diagnosis.tree import TREE
 from search.leaderboard import show_value, state_of, training_config
-from search.report import words
+from search.report import importance, parameters, words
 from search.report.epochs import EpochRow, Mark
 from search.report.experiment import ConfigLine, Experiment
 from search.report.facts import Facts
-from trainer.config import TrainConfig
 
 TEMPLATES = Path(__file__).with_name("templates")
 MARKS: dict[Mark, str] = {"good": "✅", "warning": "⚠️", "bad": "❌", "unknown": "❔"}
@@ -110,6 +109,8 @@ class Writer:
     def pct(self, share: float) -> Markup:
         """A share in percent, one decimal below ten."""
         text = f"{100 * share:.1f}" if abs(share) < 0.0995 and share != 0 else f"{100 * share:.0f}"
+        if text == "0.0":
+            text = "&lt;0.1"
         return Markup(f"{text}%" if self.zh else f"{text} %")
 
     def duration(self, seconds: float | None) -> Markup:
@@ -286,7 +287,15 @@ class Writer:
             "lora_block": lora_block,
             "training_config": lambda config: fenced(training_config(config), "python"),
         }
-        env.globals |= {"tree_text": self.tree_text, "plots": self.plots, "defaults": TrainConfig().model_dump()}
+        env.globals |= {
+            "tree_text": self.tree_text,
+            "plots": self.plots,
+            "fewest": parameters.FEWEST,
+            "sure_from": parameters.SURE,
+            "chance_below": parameters.CHANCE,
+            "fewest_complete": importance.FEWEST,
+            "resamples": importance.RESAMPLES,
+        }
         return env
 
 

@@ -224,8 +224,10 @@ class Lessons:
     late: tuple[int, ...]
     """Trials whose last epoch was worse than their best by more than one deviation of noise, training loss at its
     lowest all the same: the training loss alone would have chosen the wrong epoch."""
+    high_rate: float
+    """From here on a learning rate counts as high."""
     high: tuple[int, int]
-    """(trials that were too aggressive, trials) at learning rates counted as high."""
+    """(trials that were too aggressive, trials) at high learning rates."""
     low: tuple[int, int]
     """The same below."""
 
@@ -243,6 +245,7 @@ def lessons(experiments: Sequence[Experiment], high_rate: float) -> Lessons:
         dtypes=_dtypes(judged),
         overfitted=tuple(e.number for e in judged if e.has(ids.OVERFITTING)),
         late=tuple(e.number for e in judged if _misled(e)),
+        high_rate=high_rate,
         high=(sum(high), len(high)),
         low=(sum(low), len(low)),
     )
