@@ -175,13 +175,13 @@ def library_loss(model: Any, batch: data.Batch) -> torch.Tensor:
 
 
 def test_equals_a_plain_loop_over_the_librarys_forward(bench: Workbench, small: Small, tmp_path: Path) -> None:
-    config = small(num_epochs=3, lr_scheduler_type="linear", max_grad_norm=0.1)
+    config = small(num_epochs=3, lr_scheduler_type="linear", max_grad_norm=0.1, weight_decay=0.5)
     ours = steps(run(config, bench, tmp_path))
     train_set, _ = bench.datasets(config)
     with adapters.attached(bench.base(config).model, config) as (peft_model, _):
         peft_model.train()
         parameters = [p for p in peft_model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=False)
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.5, fused=False)
         collate = data.Collator(bench.tokenizer(config))
         expected = []
         for epoch in (1, 2, 3):
