@@ -39,7 +39,7 @@ def ended_at(record: TrialRecord, value: float, **config: Any) -> TrialRecord:
 
 class TestEpochs:
     def test_experiment_3_gets_the_marks_its_author_gave_it(self) -> None:
-        rows = epoch_rows(trial(0, EXPERIMENT_3))
+        rows = gather(study([trial(0, EXPERIMENT_3)])).experiment(0).rows
         assert "".join(MARKS[row.mark] for row in rows) == "✅✅⚠️❌"
         assert rows[2].val_rise == pytest.approx(0.03 / 1.57)
         assert rows[3].train_rise == pytest.approx(0.18 / 1.69)
@@ -47,6 +47,11 @@ class TestEpochs:
     def test_a_rise_within_noise_is_good(self) -> None:
         rows = epoch_rows(trial(0, [(2.0, 1.5), (1.9, 1.5 * (1 + 0.9 * VAL_NOISE)), (1.8, 1.4)]))
         assert [row.mark for row in rows] == ["good", "good", "good"]
+
+    def test_a_noisy_training_loss_alone_is_no_failure(self) -> None:
+        losses = [(0.587, 0.515), (0.575, 0.514), (0.596, 0.513), (0.570, 0.512), (0.579, 0.511)]
+        rows = gather(study([trial(0, losses)])).experiment(0).rows
+        assert [row.mark for row in rows] == ["good", "good", "warning", "good", "warning"]
 
     def test_what_was_not_recorded_is_not_called_bad(self) -> None:
         assert [row.mark for row in epoch_rows(trial(0, [(2.0, 1.5), (1.9, None)]))] == ["good", "unknown"]
@@ -91,6 +96,15 @@ class TestExperiments:
         assert facts.experiment(1).learnt[0].kind == "within_noise"
         assert facts.experiment(2).learnt[0].kind == "better"
         assert facts.experiment(1).learnt[1].kind == "one_change"
+
+    def test_a_stopped_trial_sets_no_record(self) -> None:
+        made = [trial(0, falling(2.0, 1.7, 8)), trial(1, EXPERIMENT_3, state="PRUNED", reason=records.DIVERGED)]
+        low = [(a, b - 0.6) for a, b in EXPERIMENT_3]
+        made.append(trial(2, low, state="PRUNED", reason=records.DIVERGED))
+        facts = gather(study(made))
+        assert facts.experiment(2).learnt[0].kind == "pruned_lower"
+        assert facts.best is not None
+        assert facts.best.best.number == 0
 
     def test_advice_is_given_once(self, hand: Facts) -> None:
         given = [item for _, advice in hand.experiment(2).analysis for item in advice]

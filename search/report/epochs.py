@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from search import records
+from search.diagnosis import Finding
+from search.diagnosis import finding as ids
 from search.diagnosis.noise import TRAIN_NOISE, VAL_NOISE, limit, relative, usable
 from search.records import TrialRecord
 
 Mark = Literal["good", "warning", "bad", "unknown"]
+
+UNSTABLE = (ids.NON_FINITE, ids.EXPLODING_GRADIENT, ids.DIVERGED, ids.OSCILLATING, ids.OVERFITTING)
+"""Findings of runs that went wrong, rather than not far enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRow:
     """One epoch with its mark.
 
-    bad: a loss is not finite, or the training loss lies above its lowest by more than noise; warning: the validation
-    loss lies above its best so far by more than one standard deviation of noise; good: neither; unknown: a loss was
-    not recorded. It is the hand-run log's use of the marks: in its experiment 3 a rise of validation alone is a
-    warning, one of training bad.
+    bad: a loss is not finite, or the training loss lies above its lowest by more than noise, in a run that the
+    diagnosis finds unstable; warning: the same in any other run, or the validation loss lies above its best so far by
+    more than one standard deviation of noise; good: none of these; unknown: a loss was not recorded. It is the
+    hand-run log's use of the marks: in its experiment 3 a rise of validation alone is a warning, one of training bad.
+
+    Why the diagnosis is asked: the noise is that of the recorded runs, of 320 training samples and more. With a few
+    dozen the training loss goes up and down by more than that, and a run that stays calm is not a broken one.
     """
 
     epoch: int
@@ -35,9 +44,10 @@ class EpochRow:
     train_rise: float | None
 
 
-def epoch_rows(trial: TrialRecord) -> tuple[EpochRow, ...]:
+def epoch_rows(trial: TrialRecord, findings: Sequence[Finding] = ()) -> tuple[EpochRow, ...]:
     """The trial's epochs with their marks."""
     rows = []
+    unstable = any(finding.id in UNSTABLE for finding in findings)
     broke = trial.reason == records.NON_FINITE or any(tag.startswith("nonfinite.") for tag in trial.tags)
     best_val: float | None = None
     best_train: float | None = None
@@ -49,7 +59,7 @@ def epoch_rows(trial: TrialRecord) -> tuple[EpochRow, ...]:
         train_up = train_rise is not None and train_rise > limit(TRAIN_NOISE)
         val_up = val_rise is not None and val_rise > VAL_NOISE
         missing: Mark = "bad" if broke else "unknown"
-        mark: Mark = "bad" if train_up else "warning" if val_up else "good"
+        mark: Mark = "bad" if train_up and unstable else "warning" if train_up or val_up else "good"
         if (val is None or train is None) and mark != "bad":
             mark = missing
         rows.append(

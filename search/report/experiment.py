@@ -84,8 +84,9 @@ class Experiment:
 
     @property
     def told(self) -> str | None:
-        """The reason in the worker's own words; None where it says no more than the state."""
-        return None if self.record.reason == records.FINISHED else self.record.detail
+        """The reason in the worker's own words; None where the state or the findings say the same."""
+        judged = self.record.reason in (records.FINISHED, records.RISING, records.DIVERGED, records.NON_FINITE)
+        return None if judged and self.findings else self.record.detail
 
     @property
     def planned_epochs(self) -> int:
@@ -181,7 +182,7 @@ def _experiment(
 ) -> Experiment:
     findings = _findings(trial)
     reference = best or previous
-    rows = epoch_rows(trial)
+    rows = epoch_rows(trial, findings)
     lines = _config_lines(trial, reference, varied, findings)
     times = [row.seconds for row in rows if row.seconds is not None]
     lasted = trial.end_s - trial.start_s if trial.start_s is not None and trial.end_s is not None else None
@@ -294,6 +295,8 @@ def _compared(trial: TrialRecord, best: Experiment | None, noise: Noise) -> Lear
         return Learnt(kind="incomparable", values=values)
     share = relative(trial.value, best.value)
     values["share"] = abs(share)
+    if trial.state != "COMPLETE" and share < 0:
+        return Learnt(kind="pruned_lower", values={**values, "epoch": trial.best_epoch})
     if abs(share) <= noise.difference:
         return Learnt(kind="within_noise", values=values)
     return Learnt(kind="better" if share < 0 else "worse", values=values)

@@ -13,6 +13,7 @@ import numpy as np
 
 from search.diagnosis import finding as ids
 from search.diagnosis.noise import relative
+from search.report.epochs import UNSTABLE
 from search.report.experiment import UNFINISHED, Experiment
 from search.report.noise import Noise
 
@@ -28,7 +29,7 @@ CHANCE = 0.05
 """Share of shuffles up to which a difference between ranges is not put down to chance."""
 
 BROKEN = (ids.NON_FINITE, ids.EXPLODING_GRADIENT, ids.DIVERGED)
-AGGRESSIVE = (*BROKEN, ids.OSCILLATING, ids.OVERFITTING)
+AGGRESSIVE = UNSTABLE
 SLOW = (ids.NOT_LEARNING, ids.TOO_SLOW)
 NEUTRAL = (ids.HEALTHY, ids.INCONCLUSIVE)
 
