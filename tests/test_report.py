@@ -286,6 +286,11 @@ class TestNextSteps:
         assert (gap.low, gap.high) == (pytest.approx(5e-6), pytest.approx(2e-4))
         assert ("lora_alpha/lora_r", (1, 4)) in hand.next.untried
 
+    def test_long_warmups_are_to_be_shortened(self) -> None:
+        slow = {"warmup_steps": 5000}
+        facts = gather(study([trial(i, falling(2.0, 1.6, 15), values=slow) for i in range(2)]))
+        assert (facts.next.long_warmups, facts.next.warmup_limit) == ((0, 1), 120)
+
     def test_an_even_cover_leaves_no_gap(self, sixty: Facts) -> None:
         assert [gap.name for gap in sixty.next.gaps] == []
 

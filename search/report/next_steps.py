@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from search import records
@@ -52,6 +53,10 @@ class NextSteps:
     waiting: tuple[int, ...]
     edges: tuple[Edge, ...]
     gaps: tuple[Gap, ...]
+    long_warmups: tuple[int, ...]
+    """Trials whose warmup was longer than their training, where they are half of all and more."""
+    warmup_limit: int | None
+    """A tenth of the steps of such a trial, the hand-run log's own share."""
     untried: tuple[tuple[str, tuple[Any, ...]], ...]
     """(parameter, values of it that no trial had), for parameters of few values."""
     more: str
@@ -75,10 +80,15 @@ def next_steps(
     finished = [e for e in experiments if e.record.state not in UNFINISHED]
     more = _more_trials(experiments)
     longer = _longer(best)
+    long_warmups = [e for e in finished if e.has(ids.WARMUP_EXCEEDS_TRAINING)]
+    often = bool(long_warmups) and 2 * len(long_warmups) >= len(finished)
+    totals = [total for e in long_warmups if (total := e.tag("total_steps")) is not None]
     return NextSteps(
         waiting=tuple(e.number for e in experiments if e.record.state == "WAITING"),
         edges=tuple(_edges(record.definition.get("space", {}), best)),
         gaps=tuple(_gaps(record.definition.get("space", {}), finished)),
+        long_warmups=tuple(e.number for e in long_warmups) if often else (),
+        warmup_limit=int(median(totals) / 10) if often and totals else None,
         untried=tuple(_untried(record.definition.get("space", {}), finished)),
         more=_search(record, experiments, ["--trials", str(more), *options]),
         more_trials=more,

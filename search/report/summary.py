@@ -115,13 +115,13 @@ def _sign(experiments: Sequence[Experiment], name: str, judge: Callable[[Experim
 
 
 def _train_falls(e: Experiment) -> bool | None:
-    """Whether the training loss never rose above its lowest by more than noise."""
+    """Whether the training loss fell, and the diagnosis saw neither a break nor oscillation on the way."""
     rows = [row for row in e.rows if row.train_loss is not None]
-    if e.has(*BROKEN):
+    if e.has(ids.OSCILLATING, *BROKEN):
         return False
     if len(rows) < 2:
         return None
-    return all(row.train_rise is None for row in rows) and (rows[-1].train_loss or 0) < (rows[0].train_loss or 0)
+    return (rows[-1].train_loss or 0) < (rows[0].train_loss or 0)
 
 
 def _val_follows(e: Experiment) -> bool | None:

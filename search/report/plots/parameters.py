@@ -11,11 +11,17 @@ from search.diagnosis.messages import rate
 from search.leaderboard import show_value
 from search.report.experiment import Experiment
 from search.report.facts import Facts
-from search.report.plots.canvas import BEST, BROKE, GOOD, GROUPS, MOST_NAMED, OTHER, group, key, new, outcome
+from search.report.plots.canvas import BEST, BROKE, GOOD, GROUPS, OTHER, group, key, new, outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Cells = dict[tuple[float, float], float | None]
+"""Lowest validation loss by (rank, alpha)."""
+
+LABEL_SPACE = (0.35, 0.3)
+"""Least distance of two labels of the rank by alpha map, in powers of two of either axis."""
 
 Span = tuple[float, float, bool]
 """(lowest, highest, whether on a log scale) of an axis."""
@@ -91,7 +97,6 @@ def rank_by_alpha(facts: Facts) -> Figure | None:
     if not losses:
         return None
     figure, axes = new(8, 4.8)
-    few = len(cells) <= MOST_NAMED
     known = [(key, value) for key, value in best.items() if value is not None]
     top = min(max(losses), median(losses) + 3 * max(median(losses) - min(losses), 1e-9))
     shown = axes.scatter(
@@ -109,29 +114,29 @@ def rank_by_alpha(facts: Facts) -> Figure | None:
     for (rank, alpha), value in best.items():
         if value is None:
             axes.plot(rank, alpha, "X", color=BROKE, markersize=11, markeredgecolor="#333333", zorder=4)
-        if few or value == min(losses):
-            text = (
-                "no loss"
-                if value is None
-                else f"{value:.3f}" + (f" ({len(cells[rank, alpha])})" if len(cells[rank, alpha]) > 1 else "")
-            )
-            axes.annotate(
-                text,
-                (rank, alpha),
-                xytext=(0, 11),
-                textcoords="offset points",
-                ha="center",
-                fontsize=9,
-                fontweight="bold" if value == min(losses) else "normal",
-            )
-        if value == min(losses):
+        elif value == min(losses):
             axes.plot(rank, alpha, "*", color="white", markersize=10, markeredgecolor="black", zorder=5)
+    _label(axes, best, {key: len(members) for key, members in cells.items()})
     _ratio_lines(axes, [key[0] for key in cells], [key[1] for key in cells])
     figure.colorbar(
         shown, ax=axes, label="lowest val_loss", pad=0.02, extend="max" if max(losses) > top else "neither"
     )
     axes.set(xlabel="lora_r", ylabel="lora_alpha")
     return figure
+
+
+def _label(axes: Axes, best: Cells, counts: dict[tuple[float, float], int]) -> None:
+    """Loss and number of trials above each cell, the lowest first; a label that would cover another is left out."""
+    placed: list[tuple[float, float]] = []
+    for (rank, alpha), value in sorted(best.items(), key=lambda cell: (cell[1] is None, cell[1] or 0.0, cell[0])):
+        x, y = math.log2(rank), math.log2(alpha)
+        if any(abs(x - a) < LABEL_SPACE[0] and abs(y - b) < LABEL_SPACE[1] for a, b in placed):
+            continue
+        several = f" ({counts[rank, alpha]})" if counts[rank, alpha] > 1 else ""
+        text = "no loss" if value is None else f"{value:.3f}{several}"
+        style = {"ha": "center", "fontsize": 9, "fontweight": "normal" if placed else "bold"}
+        axes.annotate(text, (rank, alpha), xytext=(0, 11), textcoords="offset points", **style)
+        placed.append((x, y))
 
 
 def _lowest(experiments: Sequence[Experiment], facts: Facts) -> float | None:
