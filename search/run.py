@@ -76,6 +76,7 @@ def main(
         tracking_uri=tracking_uri or _sqlite(runs_dir / "mlflow.db"),
         runs_dir=runs_dir,
         fresh=fresh,
+        settings=settings or [],
     )
     raise typer.Exit(code)
 
@@ -152,6 +153,7 @@ def _search(
     tracking_uri: str,
     runs_dir: Path,
     fresh: bool,
+    settings: Sequence[str],
 ) -> int:
     """Open everything, run the workers, sum up; returns the exit code."""
     global _log_file
@@ -182,6 +184,7 @@ def _search(
         pruner=pruning.pruner_for(pruner, definition.base_config()),
     )
     store.check_strategy(study, strategy)
+    study.set_user_attr("settings", list(settings))  # for the commands that the tuning log proposes
     name = study.study_name
     set_up_logging(runs_dir / name)
     _log_file = runs_dir / name / "search.log"

@@ -28,8 +28,6 @@ from trainer.errors import DataError
 from trainer.images import IMAGE_ERRORS, content_of, decode, problem_of
 
 DEFAULT_PROMPT = "Describe this image in detail."
-MAX_LISTED = 100
-"""Bad rows listed in one message; beyond that they are counted."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,7 @@ def usable(examined: Examined, config: TrainConfig) -> Examined:
         DataError: bad rows without `skip_bad_rows`, all in one message, or fewer than two good ones.
     """
     if examined.bad and not config.skip_bad_rows:
-        listed = [f"  - {problem}" for problem in examined.bad[:MAX_LISTED]]
-        if len(examined.bad) > MAX_LISTED:
-            listed.append(f"  ... and {len(examined.bad) - MAX_LISTED} more")
+        listed = [f"  - {problem}" for problem in examined.bad]
         total = len(examined.bad) + len(examined.rows)
         raise DataError(
             f"{examined.folder}: {len(examined.bad)} of {total} rows cannot be used:\n"
