@@ -20,7 +20,7 @@ PAUSE_S = 10.0
 
 
 class LogKeeper(threading.Thread):
-    """Writes `tuning-log.md`, its plots and the notes on the dashboards whenever trials have ended.
+    """Writes the tuning log, its plots, their copies with the study's MLflow run, and the study's note after trials.
 
     It only reads what is recorded, so whatever goes wrong here costs nothing of it: it is logged, and the next trial's
     end, or `python -m search.report`, writes the log again.
@@ -40,22 +40,12 @@ class LogKeeper(threading.Thread):
             self._changed.notify()
 
     def close(self) -> list[Path]:
-        """Write once more, keep the log and its plots with the study's MLflow run, and end; returns the files."""
+        """Write once more, and end; returns the files, none if they could not be written."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self.join()
-        try:
-            written = self._write()
-            parent = self._tracking.find_parent(self._study.study_name)
-            if parent is not None:
-                for path in written:
-                    folder = None if path.parent == self._folder else path.parent.name
-                    self._tracking.log_artifact(parent, path, folder)
-        except Exception:  # the records are whole; the log can be written again from them
-            log.exception("the tuning log could not be written")
-            return []
-        return written
+        return self._try_to_write()
 
     def run(self) -> None:
         """Wait for trials to end, write, pause."""
@@ -66,12 +56,16 @@ class LogKeeper(threading.Thread):
                     return
                 self._due = False
             began = time.monotonic()
-            try:
-                self._write()
-            except Exception:  # see the class
-                log.exception("the tuning log could not be written")
+            self._try_to_write()
             with self._changed:
                 self._changed.wait_for(lambda: self._closing, timeout=max(0.0, PAUSE_S + began - time.monotonic()))
+
+    def _try_to_write(self) -> list[Path]:
+        try:
+            return self._write()
+        except Exception:  # the records are whole; the log can be written again from them
+            log.exception("the tuning log could not be written")
+            return []
 
     def _write(self) -> list[Path]:
         from search import notes
@@ -83,4 +77,8 @@ class LogKeeper(threading.Thread):
         written = refresh(record, self._folder, options=self._options)
         page = runs_page(notes.pages_of(self._tracking.uri), record.experiment_id or "0")
         notes.annotate_study(self._study, record.trials, page, written[0])
+        if record.parent_run_id is not None:
+            for path in written:
+                inside = None if path.parent == self._folder else path.parent.name
+                self._tracking.log_artifact(record.parent_run_id, path, inside)
         return written

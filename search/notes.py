@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import io
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
-from optuna_dashboard import save_note
+from optuna_dashboard import get_note, save_note
 from optuna_dashboard.artifact import get_artifact_path
 
 from search import leaderboard
@@ -21,11 +22,16 @@ from search.diagnosis import Finding, leaf, messages
 from search.mlflow_uri import run_page
 from search.opening import ARTIFACTS
 from search.records import EpochRecord, TrialRecord
-from search.report.render import escape
+from search.report.render import code, escape, fenced
 
 if TYPE_CHECKING:
     from search.trial import Outcome
 
+WIDTH = 110
+"""Characters in a line of a trial's note. optuna-dashboard makes its page as wide as the longest user attribute,
+thousands of pixels, and what it does not break itself would run out of the window."""
+OWN = "---\n\nYour own notes, below this line, are kept."
+"""What is below it in a study's note was written by hand. One without it is all theirs."""
 LOCAL_MLFLOW = "http://127.0.0.1:5000"
 """Where `python -m search.ui` serves a database's MLflow pages unless told otherwise."""
 
@@ -47,40 +53,48 @@ def annotate_trial(
         run: (address of MLflow's pages, experiment id, run id).
     """
     plot = ""
-    if epochs:
+    if any(loss is not None for e in epochs for loss in (e.train_loss, e.val_loss)):
         plot = _keep(trial, runs_dir, loss_curve(epochs, trial.number), f"trial-{trial.number:03d}-losses.png")
         best = min((e.val_loss for e in epochs if e.val_loss is not None), default=None)
         seen = "" if best is None else f", lowest validation loss {best:.4f}"
         plot = f"![Losses of {len(epochs)} epochs{seen}]({plot})"
-    end = leaf(findings)
-    lines = [f"**{outcome.state}** ({outcome.reason}): {escape(outcome.detail)}", ""]
+    lines = [_text(outcome.detail, f"**{outcome.state}** ({outcome.reason}): "), ""]
     for finding in findings:
-        lines.append(f"- **{messages.title(finding.id)}** (`{finding.id}`): {escape(messages.sentence(finding))}")
+        head = f"**{messages.title(finding.id)}** (`{finding.id}`): "
+        lines.append(_text(messages.sentence(finding), f"- {head}", "  "))
         cause = messages.cause(finding)
-        if cause:
-            lines.append(f"  - cause: {escape(cause)}")
-        lines += [f"  - advice: {escape(text)}" for text in messages.advices(finding.advice)]
-    lines += ["", f"Decision tree: {escape(messages.leaf_text(end))}", ""]
+        lines += [_text(cause, "  - cause: ", "    ")] if cause else []
+        lines += [_text(text, "  - advice: ", "    ") for text in messages.advices(finding.advice)]
+    lines += ["", _text(messages.leaf_text(leaf(findings)), "Decision tree: "), ""]
     address, experiment_id, run_id = run
     lines += [plot, "", f"[Curves in MLflow]({run_page(address, experiment_id, run_id)})", ""]
-    lines += ["```python", leaderboard.training_config(config), "```"]
+    lines.append(fenced(leaderboard.training_config(config), "python"))
     save_note(trial, "\n".join(lines))
 
 
+def _text(text: str, before: str = "", indent: str = "") -> str:
+    """Text from data as Markdown after what we say before it, in lines of `WIDTH`; further lines are indented."""
+    room = "." * len(before)
+    lines = textwrap.wrap(text, WIDTH, initial_indent=room, break_long_words=False, break_on_hyphens=False) or [room]
+    first, *rest = (escape(line) for line in [lines[0][len(room) :], *lines[1:]])
+    return "  \n".join([before + first, *(indent + line for line in rest)])
+
+
 def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page: str, log: Path) -> None:
-    """Write the study's note: where it stands, its best configuration, where its log lies."""
+    """Write the study's note: where it stands, its best configuration, where its log lies. Keeps what others wrote."""
+    theirs = get_note(study).rpartition(OWN)[2].strip()
     lines = [escape(leaderboard.summary(trials)), ""]
     best = leaderboard.best(trials)
     if best is not None:
         where = f"trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}"
-        lines += [f"**Best: {where}**", "", "```python", leaderboard.training_config(best.config), "```", ""]
+        lines += [f"**Best: {where}**", "", fenced(leaderboard.training_config(best.config), "python"), ""]
     heads, rows = leaderboard.rows([t for t in trials if t.state in ("COMPLETE", "PRUNED", "FAIL")])
     if rows:
         lines.append("| " + " | ".join(escape(head) for head in heads) + " |")
         lines.append("|" + "---|" * len(heads))
         lines += ["| " + " | ".join(escape(cell) for cell in row) + " |" for row in rows[:20]]
         lines.append("")
-    lines += [f"[All curves in MLflow]({runs_page})", "", f"Tuning log: `{log}`"]
+    lines += [f"[All curves in MLflow]({runs_page})", "", f"Tuning log: {code(log)}", "", OWN, "", theirs]
     save_note(study, "\n".join(lines))
 
 
@@ -92,14 +106,14 @@ def pages_of(tracking_uri: str) -> str:
 
 
 def loss_curve(epochs: Sequence[EpochRecord], number: int) -> bytes:
-    """PNG of a trial's training and validation loss by epoch, the best epoch marked."""
-    import matplotlib
+    """PNG of a trial's training and validation loss by epoch, the best epoch marked. At least one is to be known.
 
-    matplotlib.use("Agg")
+    Costs 0.1 s of CPU, and matplotlib's import once a process; half as much again with its automatic layout.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.2), dpi=100, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(6, 3.2), dpi=100)
+    axes = figure.subplots(gridspec_kw={"left": 0.12, "right": 0.98, "bottom": 0.15, "top": 0.91})
     for name, values, style in (
         ("training", [e.train_loss for e in epochs], "s--"),
         ("validation", [e.val_loss for e in epochs], "o-"),

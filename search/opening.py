@@ -47,15 +47,14 @@ def opened(
     from search.storage import find_study
     from search.tracking import open_tracking
 
-    for option, given, file in (
-        ("--storage", storage, runs_dir / "optuna.db"),
-        ("--tracking-uri", tracking, runs_dir / "mlflow.db"),
-    ):
-        if given is None and not file.is_file():
+    storage, tracking = storage_url(storage, runs_dir), tracking_uri(tracking, runs_dir)
+    for option, url in (("--storage", storage), ("--tracking-uri", tracking)):
+        file = Path(url.removeprefix("sqlite:///"))
+        if url.startswith("sqlite:///") and not file.is_file():
             raise StudyError(f"there is no {file}: run a study first, or name its records with --runs-dir or {option}")
-    opened_storage = open_storage(storage_url(storage, runs_dir))
+    opened_storage = open_storage(storage)
     try:
         study = find_study(opened_storage, name)
-        yield study, open_tracking(tracking_uri(tracking, runs_dir), runs_dir / "artifacts")
+        yield study, open_tracking(tracking, runs_dir / "artifacts")
     finally:
         close_storage(opened_storage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from search import records
 from search.errors import StudyError
 from search.opening import RunsOption, StorageOption, StudyOption, TrackingOption, opened
 from trainer import cli
@@ -19,12 +21,26 @@ if TYPE_CHECKING:
     from search.run_writer import Point, Status
     from search.tracking import Tracking
     from trainer.config import TrainConfig
+    from trainer.events import Event
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 COMPARED = ("train_loss", "val_loss", "grad_norm_mean", "grad_norm_max", "step/loss", "step/grad_norm")
 """Metrics that must be the same to the last bit. Timings are facts of the day, not of the trial."""
-FACTS = ("device", "num_threads", "cpu", "gpu", "platform", "python", "data_fingerprint", "model_fingerprint")
+ENDS = ("nonfinite.step", "nonfinite.tensor", "nonfinite.value", "diverged.step", "out_of_memory.step")
+"""Tags that say how a run ended that did not go on to its last epoch: its losses alone may be one or none."""
+FACTS = (
+    "device",
+    "num_threads",
+    "micro_batch_size",
+    "cpu",
+    "gpu",
+    "platform",
+    "python",
+    "git_commit",
+    "data_fingerprint",
+    "model_fingerprint",
+)
 """Tags that can explain a difference, beside the packages' versions."""
 
 Losses = Mapping[tuple[str, int], float]
@@ -41,11 +57,15 @@ class Comparison:
     """(metric, step, recorded, replayed) where they first depart; None if they never do."""
     changed: tuple[str, ...]
     """Facts of the environment that differ."""
+    ends: tuple[str, ...] = ()
+    """Tags of `ENDS` that came again, as `name=value`."""
+    other_ends: tuple[str, ...] = ()
+    """Tags of `ENDS` that did not, as `name: then -> now`."""
 
     @property
     def identical(self) -> bool:
-        """Whether every recorded value came again, to the last bit."""
-        return self.first is None and self.compared > 0
+        """Whether every recorded value came again, to the last bit, and the run ended in the same way."""
+        return self.first is None and not self.other_ends and (self.compared > 0 or bool(self.ends))
 
 
 class _Memory:
@@ -90,30 +110,62 @@ def main(
 
 
 def replay(record: TrialRecord, config: TrainConfig, tracking: Tracking) -> Comparison:
-    """Train the configuration as far as the record goes, and compare."""
+    """Train the configuration as far as the record goes, or to where the losses depart, and compare."""
     import torch
 
     from search.environment import environment
     from search.recorder import RunRecorder
     from trainer.bench import Workbench
-    from trainer.events import EpochEnded
     from trainer.loop import train
 
     assert record.run_id is not None
     recorded = recorded_losses(tracking, record.run_id)
     tags = tracking.tags(record.run_id)
     torch.set_num_threads(int(tags.get("num_threads", "1")))  # sums are rounded by how they are split
-    last_epoch = max((step for key, step in recorded if key == "val_loss"), default=config.num_epochs)
     memory = _Memory()
     recorder = RunRecorder(memory, "replay")
-    with tempfile.TemporaryDirectory() as folder:
-        for event in train(config, Workbench(), Path(folder)):
+    exact = tags.get("step_window", "1") == "1"
+    departed = False
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as closing:
+        events = train(config, Workbench(), Path(folder))
+        closing.callback(events.close)  # type: ignore[attr-defined]  # a generator
+        for event in events:
             recorder(event)
-            if isinstance(event, EpochEnded) and event.epoch >= last_epoch and record.reason != "non_finite":
+            departed = departs(event, recorded, exact=exact)
+            if departed or is_past(event, recorded, tags):
                 break
     recorder.finish("FINISHED", state="COMPLETE")
+    if departed:  # what comes after it was not trained again
+        recorded = {key: value for key, value in recorded.items() if key in memory.points}
+    # The run of a trial that went on from another's checkpoint does not have the other's bad steps.
+    names = () if departed else ENDS if records.RESUMES not in record.attrs else ENDS[3:]
     now = {**environment(), **memory.tags}
-    return compare(recorded, memory.points, changed_facts(tags, now))
+    return compare(recorded, memory.points, changed_facts(tags, now), _pairs(names, tags, now))
+
+
+def departs(event: Event, recorded: Losses, *, exact: bool) -> bool:
+    """Whether an event's values differ from those recorded; `exact` if each step is recorded by itself."""
+    from trainer.events import EpochEnded, StepEnded
+
+    values: dict[tuple[str, int], float] = {}
+    if isinstance(event, EpochEnded):
+        values = {(key, event.epoch): getattr(event, key) for key in COMPARED if not key.startswith("step/")}
+    elif isinstance(event, StepEnded) and exact:
+        values = {("step/loss", event.step): event.loss, ("step/grad_norm", event.step): event.grad_norm}
+    return any(key in recorded and recorded[key] != value for key, value in values.items())
+
+
+def is_past(event: Event, recorded: Losses, tags: Mapping[str, str]) -> bool:
+    """Whether the record has nothing after this event."""
+    from trainer.events import EpochEnded, StepEnded
+
+    ends = [int(tags[name]) for name in ENDS if name.endswith(".step") and name in tags]
+    last_step = max([step for key, step in recorded if key.startswith("step/")] + ends, default=0)
+    last_epoch = max((epoch for key, epoch in recorded if not key.startswith("step/")), default=0)
+    if isinstance(event, EpochEnded):
+        return event.epoch >= last_epoch and event.step >= last_step
+    # A run that ended within an epoch ends again by itself; if it does not, it has come too far.
+    return isinstance(event, StepEnded) and event.epoch > last_epoch and event.step > last_step
 
 
 def recorded_losses(tracking: Tracking, run_id: str) -> dict[tuple[str, int], float]:
@@ -131,37 +183,67 @@ def recorded_losses(tracking: Tracking, run_id: str) -> dict[tuple[str, int], fl
     return found
 
 
-def compare(recorded: Losses, replayed: Losses, changed: tuple[str, ...]) -> Comparison:
-    """Where two records of a run first depart, steps before the epochs they belong to."""
+def compare(
+    recorded: Losses,
+    replayed: Losses,
+    changed: tuple[str, ...],
+    ends: Mapping[str, tuple[str | None, str | None]] | None = None,
+) -> Comparison:
+    """Where two records of a run first depart, steps before the epochs they belong to.
+
+    Args:
+        ends: (then, now) of the tags that say how the run ended, None for a tag it does not have.
+    """
     shared = [key for key in recorded if key in replayed]
-    departs = [key for key in recorded if key not in replayed or replayed[key] != recorded[key]]
-    if not departs:
-        return Comparison(len(shared), None, changed)
-    key = min(departs, key=lambda k: (not k[0].startswith("step/"), k[1], COMPARED.index(k[0])))
-    return Comparison(len(shared), (*key, recorded[key], replayed.get(key, float("nan"))), changed)
+    differing = [key for key in recorded if key not in replayed or replayed[key] != recorded[key]]
+    first = None
+    if differing:
+        key = min(differing, key=lambda k: (not k[0].startswith("step/"), k[1], COMPARED.index(k[0])))
+        first = (*key, recorded[key], replayed.get(key, float("nan")))
+    known = {name: pair for name, pair in (ends or {}).items() if pair != (None, None)}
+    return Comparison(
+        compared=len(shared),
+        first=first,
+        changed=changed,
+        ends=tuple(f"{name}={then}" for name, (then, now) in known.items() if then == now),
+        other_ends=tuple(
+            f"{name}: {then or 'none'} -> {now or 'none'}" for name, (then, now) in known.items() if then != now
+        ),
+    )
 
 
 def changed_facts(then: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
     """Facts that differ, each as `name: then -> now`."""
     names = [*FACTS, *sorted(k for k in {*then, *now} if k.startswith("version."))]
     return tuple(
-        f"{name}: {then.get(name, 'not recorded')} -> {now.get(name, 'none')}"
-        for name in names
-        if then.get(name) != now.get(name)
+        f"{name}: {before or 'not recorded'} -> {after or 'none'}"
+        for name, (before, after) in _pairs(names, then, now).items()
+        if before != after
     )
+
+
+def _pairs(
+    names: Iterable[str], then: Mapping[str, str], now: Mapping[str, str]
+) -> dict[str, tuple[str | None, str | None]]:
+    """(then, now) of each of these tags."""
+    return {name: (then.get(name), now.get(name)) for name in names}
 
 
 def describe(number: int, result: Comparison) -> str:
     """The result in words."""
     if result.identical:
         lines = [f"trial {number}: bit-identical, all {result.compared} recorded values"]
-    elif result.first is None:
-        lines = [f"trial {number}: nothing to compare, its run has no recorded losses"]
-    else:
+        lines += [f"it ended as it did: {', '.join(result.ends)}"] if result.ends else []
+    elif result.first is not None:
         key, step, then, now = result.first
         what = "step" if key.startswith("step/") else "epoch"
         name = key.removeprefix("step/")
         lines = [f"trial {number}: departs at {what} {step}: {name} was {then!r}, is {now!r}"]
+    elif result.other_ends:
+        lines = [f"trial {number}: ended otherwise, after {result.compared} values that are bit-identical"]
+    else:
+        lines = [f"trial {number}: nothing to compare, its run has no recorded losses"]
+    lines += [f"  - {other}" for other in result.other_ends]
     if result.changed:
         lines += ["what differs in the environment:", *(f"  - {change}" for change in result.changed)]
     elif not result.identical:
@@ -172,7 +254,8 @@ def describe(number: int, result: Comparison) -> str:
 def _find(trials: Iterable[TrialRecord], number: int, study: str) -> TrialRecord:
     known = {t.number: t for t in trials}
     if number not in known:
-        raise StudyError(f"the study {study!r} has no trial {number}; it has 0 to {max(known, default=-1)}")
+        has = f"it has {min(known)} to {max(known)}" if known else "it has none yet"
+        raise StudyError(f"the study {study!r} has no trial {number}; {has}")
     record = known[number]
     if record.state not in ("COMPLETE", "PRUNED") or record.run_id is None:
         raise StudyError(f"trial {number} is {record.state}: only a finished trial can be replayed")
