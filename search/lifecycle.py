@@ -259,7 +259,8 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         best_epoch=attrs.get(records.BEST_EPOCH),
         stopped_early=bool(attrs.get(records.STOPPED_EARLY, False)),
         attrs=dict(attrs),
-        violated=tuple(name for name, amount in trial.constraints.items() if amount > 0),
+        # Without "0", the copy that search.notes makes for optuna-dashboard.
+        violated=tuple(name for name, amount in trial.constraints.items() if amount > 0 and name != "0"),
         start_s=trial.datetime_start.timestamp() if trial.datetime_start else None,
         end_s=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
         run_id=attrs.get(records.RUN_ID),

@@ -52,6 +52,9 @@ def annotate_trial(
         runs_dir: Artifacts go to `ARTIFACTS` below it.
         run: (address of MLflow's pages, experiment id, run id).
     """
+    # Where optuna-dashboard (0.21) looks for constraints; Optuna 5 keeps them one by one, by name. Optuna still reads
+    # this form too, as a constraint named "0".
+    trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [1.0 if outcome.violated else 0.0])
     plot = ""
     if any(loss is not None for e in epochs for loss in (e.train_loss, e.val_loss)):
         plot = _keep(trial, runs_dir, loss_curve(epochs, trial.number), f"trial-{trial.number:03d}-losses.png")
@@ -87,13 +90,15 @@ def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page
     best = leaderboard.best(trials)
     if best is not None:
         where = f"trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}"
-        lines += [f"**Best: {where}**", "", fenced(leaderboard.training_config(best.config), "python"), ""]
+        lines += [f"**Best: {where}**", ""]
     heads, rows = leaderboard.rows([t for t in trials if t.state in ("COMPLETE", "PRUNED", "FAIL")])
     if rows:
         lines.append("| " + " | ".join(escape(head) for head in heads) + " |")
         lines.append("|" + "---|" * len(heads))
         lines += ["| " + " | ".join(escape(cell) for cell in row) + " |" for row in rows[:20]]
         lines.append("")
+    if best is not None:
+        lines += [fenced(leaderboard.training_config(best.config), "python"), ""]
     lines += [f"[All curves in MLflow]({runs_page})", "", f"Tuning log: {code(log)}", "", OWN, "", theirs]
     save_note(study, "\n".join(lines))
 

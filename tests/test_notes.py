@@ -16,8 +16,9 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from optuna_dashboard import get_note, save_note
 from optuna_dashboard._note import get_note_from_system_attrs
+from optuna_dashboard._serializer import serialize_frozen_trial
 
-from search import notes, records
+from search import lifecycle, notes, records, sampling
 from search.database import close_storage, open_storage
 from search.diagnosis import Curve, Finding, curve_from_events, diagnose
 from search.opening import ARTIFACTS
@@ -159,6 +160,18 @@ def test_a_trial_that_broke_before_its_first_epoch_has_a_note_without_plot(
     note = annotate(study.ask(), tmp_path, broken, outcome=outcome)
     assert note.startswith("**PRUNED** (non_finite): step 2") and "(`non_finite`)" in note
     assert "![" not in note and not (tmp_path / ARTIFACTS).exists()
+
+
+def test_optuna_dashboard_sees_which_trials_violated_a_constraint(study: optuna.Study, tmp_path: Path) -> None:
+    for violated in (records.NON_FINITE, None):
+        trial = study.ask()
+        sampling.mark_constraints(trial, violated)
+        outcome = Outcome(state="PRUNED", reason=records.NON_FINITE, detail="", violated=violated)
+        annotate(trial, tmp_path, curve([(2.0, 1.8), (1.9, 1.7)]), outcome=outcome)
+        study.tell(trial, state=TrialState.PRUNED)
+    shown = [serialize_frozen_trial(study._study_id, trial, {}) for trial in study.trials]
+    assert [trial["constraints"] for trial in shown] == [[1.0], [0.0]]
+    assert [trial.violated for trial in lifecycle.read_trials(study)] == [(records.NON_FINITE,), ()]
 
 
 def test_epochs_without_finite_losses_are_drawn_as_far_as_they_are_known(study: optuna.Study, tmp_path: Path) -> None:
