@@ -54,7 +54,9 @@ def opened(
             raise StudyError(f"there is no {file}: run a study first, or name its records with --runs-dir or {option}")
     opened_storage = open_storage(storage)
     try:
-        study = find_study(opened_storage, name)
+        names = {found.study_name for found in opened_storage.get_all_studies()}
+        other = name.replace("-", "_")  # as search.run takes it
+        study = find_study(opened_storage, other if name not in names and other in names else name)
         yield study, open_tracking(tracking, runs_dir / "artifacts")
     finally:
         close_storage(opened_storage)

@@ -13,7 +13,8 @@ from PIL import Image
 from tests import browser
 from tests.browser import Dashboards
 
-WIDTH, HEIGHT = 1200, 760
+WIDTH = 1200
+"""Of the pictures, in pixels; the windows are wider, so that more is on them."""
 
 
 def main(
@@ -26,7 +27,7 @@ def main(
     if browser.CHROMIUM is None:
         raise SystemExit("no chromium is installed")
     out.mkdir(parents=True, exist_ok=True)
-    with browser.dashboards(runs_dir) as served, browser.page(WIDTH, HEIGHT) as (page, _):
+    with browser.dashboards(runs_dir) as served, browser.page() as (page, _):
         name = study or largest(runs_dir, served)
         for file, take in (("mlflow-trials", mlflow_trials), ("optuna-study", optuna_study)):
             take(page, served, name)
@@ -52,13 +53,17 @@ def best(page: Any, served: Dashboards, name: str) -> int:
 
 def mlflow_trials(page: Any, served: Dashboards, name: str) -> None:
     """Losses and gradient norms of the trials, epoch by epoch."""
+    page.set_viewport_size({"width": 1500, "height": 700})
     browser.show_charts(page, served.runs_pages[name], "^(train_loss|val_loss|grad_norm_max)$", 3)
-    page.add_style_tag(content="[aria-label='MLflow Assistant'] { display: none }")
+    page.get_by_role("button", name="Toggle sidebar").click()
+    page.add_style_tag(content="[data-assistant-ui] { display: none !important }")
+    page.evaluate("document.activeElement.blur()")
     page.mouse.move(0, 0)  # no tooltips
 
 
 def optuna_study(page: Any, served: Dashboards, name: str) -> None:
     """The study's main page: history, importance, timeline."""
+    page.set_viewport_size({"width": 1500, "height": 1120})
     page.goto(served.study_page(name))
     page.get_by_text("Intermediate values").wait_for()
     page.wait_for_function("document.querySelectorAll('.js-plotly-plot .plot-container').length >= 4")
@@ -66,16 +71,18 @@ def optuna_study(page: Any, served: Dashboards, name: str) -> None:
 
 def optuna_trial(page: Any, served: Dashboards, name: str, number: int) -> None:
     """A trial's page with its note: findings, cause, advice, plot."""
+    page.set_viewport_size({"width": 1400, "height": 1000})
     page.goto(f"{served.study_page(name)}/trials?numbers={number}")
     page.get_by_text("Decision tree:").wait_for()
     page.wait_for_function("[...document.images].every(image => image.complete)")
 
 
 def keep(page: Any, path: Path) -> None:
-    """The window as a PNG of 256 colours, a third of the size."""
+    """The window as a PNG of `WIDTH`."""
     page.wait_for_timeout(1_500)  # animations of charts and ripples of buttons
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
+    picture.save(path, optimize=True)
     print(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
 
 

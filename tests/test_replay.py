@@ -178,7 +178,7 @@ def test_a_moved_data_folder_and_model_may_be_named(small_study: Small, copy: Pa
             database.execute(
                 "update trial_user_attributes set value_json = ? where trial_user_attribute_id = ?", [moved, number]
             )
-    result = command(copy, GOOD, "--model", str(tiny_checkpoint))
+    result = command(copy, GOOD, "--model", str(tiny_checkpoint), study="small-real")
     assert result.exit_code == 0, result.output
 
 
