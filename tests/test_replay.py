@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from search import lifecycle, replay
@@ -26,6 +28,14 @@ from trainer.config import TrainConfig
 @pytest.fixture(scope="session")
 def small_study(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Small:
     return build(tmp_path_factory, tiny_checkpoint)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A replay takes as many threads as the trial had; the tests after it have theirs."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
