@@ -9,10 +9,11 @@ STUDY = Study(
     base={
         "model": "mini",
         "data": "mini",
+        "max_samples": 160,
         "num_epochs": 4,
-        "learning_rate": 5e-4,
+        "learning_rate": 4e-4,
         "batch_size": 4,
-        "warmup_steps": 20,
+        "warmup_steps": 10,
     },
     space={
         "lora_r": Choice((4, 8, 16, 32)),

@@ -81,3 +81,6 @@ class Search:
         if self.process.poll() is None:
             os.killpg(self.process.pid, 9)
             self.process.wait()
+        self._reader.join(timeout=10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()

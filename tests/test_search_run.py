@@ -86,7 +86,7 @@ def test_a_study_ends_with_its_leaderboard(finished: tuple[Path, str]) -> None:
     assert all(t.state in ("COMPLETE", "PRUNED") for t in trials)
     best = min((t for t in trials if t.state == "COMPLETE"), key=lambda t: t.value or 9e9)
     assert f"Best: trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}" in output
-    assert "TRAINING_CONFIG = {" in output and "optuna-dashboard sqlite:///" in output
+    assert "TRAINING_CONFIG = {" in output and "optuna-dashboard --artifact-dir" in output
     adapter = re.search(r"^adapter +(\S+)$", output, re.MULTILINE)
     assert adapter and (Path(adapter[1]) / "adapter_model.safetensors").is_file()
 

@@ -25,7 +25,7 @@ from trainer.mini import scenes
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 """Folder of the embedded InstructBLIP with its processor, as `from_pretrained` takes it."""
 
-STUDY_SCENES = 75
+STUDY_SCENES = 160
 STUDY_TILES_PER_SCENE = 4
 STUDY_SEED = 20260101
 

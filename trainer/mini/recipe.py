@@ -25,6 +25,8 @@ class Recipe:
     dropout_from: float = 0.5
     """Share of step 4 that goes without dropout: it learns to see in half the steps. The rest has it, as the
     fine-tuning will."""
+    gain: float = 8.0
+    """Scale of the Q-Former's states, see `build.rescale`."""
 
 
 def batches(count: int, batch_size: int, steps: int) -> Iterator[Tensor]:
