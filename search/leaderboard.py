@@ -60,7 +60,7 @@ def show_value(name: str, value: Any) -> str:
 def state_of(trial: TrialRecord) -> str:
     """State and reason in one word or two."""
     if trial.state == "COMPLETE":
-        return "COMPLETE, stopped early" if trial.stopped_early else "COMPLETE"
+        return "COMPLETE (stopped early)" if trial.stopped_early else "COMPLETE"
     return f"{trial.state} ({trial.reason})" if trial.reason else trial.state
 
 

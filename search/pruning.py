@@ -55,7 +55,7 @@ class Verdict:
     state: Literal["COMPLETE", "PRUNED"]
     """COMPLETE with its best value (`stopped_early`), so that a record is not thrown away, or PRUNED."""
     reason: str
-    """`records.RISING`, `records.DIVERGED` or `records.SUPERSEDED`."""
+    """`records.RISING`, `records.DIVERGED`, `records.NON_FINITE` or `records.SUPERSEDED`."""
     detail: str
     """The values and epochs that show it, in words."""
 
@@ -179,10 +179,11 @@ class RisingLossPruner(BasePruner):
         shown = _describe_rise(val, patience)
         best = best_value(trial)
         peers = _peer_values(study, trial)
-        if best is None:
-            return Verdict(True, "PRUNED", records.RISING, shown)
+        if best is None:  # a cliff that TPE is to learn of, not a curve that rises
+            return Verdict(True, "PRUNED", records.NON_FINITE, shown)
         if len(peers) < self._min_peers:
-            kept = f"its best counts, as only {len(peers)} finished trials are there to compare with"
+            number = f"{len(peers)} finished trial" + ("" if len(peers) == 1 else "s")
+            kept = f"its best counts, with only {number} to compare with"
             return Verdict(True, "COMPLETE", records.RISING, f"{shown}; {kept}")
         median = statistics.median(peers)
         place = f"the median of {len(peers)} finished trials, {median:.4f}"

@@ -31,6 +31,19 @@ log = logging.getLogger("search.trial")
 
 SHOW_EVERY_S = 0.5
 """Steps are shown at most this often."""
+COLOURS = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#d55e00",
+    "#cc79a7",
+    "#56b4e9",
+    "#000000",
+    "#8c510a",
+    "#762a83",
+    "#a6761d",
+)
+"""Colours of runs in MLflow's charts, which by itself gave two of five trials the same."""
 FOLDER = "folder"
 """User attribute: the trial's folder below the study's; one that resumes another's work shares it."""
 
@@ -116,7 +129,8 @@ class _TrialRun:
             tracking.resume_run(run_id)
         else:
             name = self.worker.job.study_name
-            tags = {"trial": str(self.trial.number), "study": name}
+            colour = COLOURS[self.trial.number % len(COLOURS)]
+            tags = {"trial": str(self.trial.number), "study": name, "mlflow.runColor": colour}
             for key in (records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT):
                 if key in self.trial.user_attrs:
                     tags[key] = str(self.trial.user_attrs[key])
@@ -221,6 +235,8 @@ class _TrialRun:
         return self._judged(verdict) if verdict else None
 
     def _judged(self, verdict: Verdict) -> Outcome:
+        if verdict.reason == records.NON_FINITE:
+            return self._constrained(verdict.reason, verdict.detail)
         early = verdict.state == "COMPLETE"
         return Outcome(state=verdict.state, reason=verdict.reason, detail=verdict.detail, stopped_early=early)
 

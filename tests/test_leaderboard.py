@@ -46,7 +46,7 @@ def test_complete_trials_come_first_and_violations_last() -> None:
 def test_only_what_differs_has_a_column() -> None:
     heads, rows = leaderboard.rows(TRIALS)
     assert heads == ["rank", "trial", "val_loss", "epoch", "lora_r", "state", "findings"]
-    assert rows[0] == ["1", "2 (recommended)", "1.5000", "2", "16", "COMPLETE, stopped early", ""]
+    assert rows[0] == ["1", "2 (recommended)", "1.5000", "2", "16", "COMPLETE (stopped early)", ""]
     assert rows[2][0] == "-" and rows[2][5] == "PRUNED (rising)"
     assert leaderboard.as_text(TRIALS).splitlines()[1].startswith("1     2 (recommended)  1.5000")
 
@@ -68,4 +68,4 @@ def test_rates_are_written_as_in_the_log() -> None:
 
 
 def test_the_summary_counts_states() -> None:
-    assert leaderboard.summary(TRIALS).startswith("5 trials (1 COMPLETE, 1 COMPLETE, stopped early, 1 FAIL (lost)")
+    assert leaderboard.summary(TRIALS).startswith("5 trials (1 COMPLETE, 1 COMPLETE (stopped early), 1 FAIL (lost)")

@@ -200,7 +200,7 @@ def test_pruned_peers_count_with_their_best_and_probes_and_violations_not_at_all
 
 def test_a_curve_without_any_finite_value_is_pruned():
     found = RisingLossPruner().verdict(study_with(), running([NAN, NAN, NAN]))
-    assert (found.state, found.reason) == ("PRUNED", records.RISING)
+    assert (found.state, found.reason) == ("PRUNED", records.NON_FINITE)
     assert found.detail == "no finite validation loss in 3 epochs"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -83,6 +83,9 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         record: The study, see `search.reading.read_study`.
         options: Further options of the search's command line, such as `--runs-dir`, that its continuation needs.
     """
+    # A trial that another program added to the study has no configuration of ours, and nothing can be said of it.
+    ours = tuple(t for t in record.trials if t.config or t.state != "COMPLETE")
+    record = replace(record, trials=ours)
     noise = measure(record.trials)
     experiments = tell(record.trials, noise)
     best = summary.recommended(experiments, noise)

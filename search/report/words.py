@@ -27,7 +27,7 @@ STATES: Final = {
     "FAIL": ("failed", "失败"),
     "RUNNING": ("running", "进行中"),
     "WAITING": ("waiting", "等待中"),
-    "COMPLETE, stopped early": ("complete, stopped early", "完成（早停）"),
+    "COMPLETE (stopped early)": ("complete (stopped early)", "完成（早停）"),
 }
 
 VERDICTS: Final = {

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     BertTokenizerFast,
@@ -36,19 +35,16 @@ def make_t5_tokenizer(texts: Sequence[str]) -> T5Tokenizer:
     return T5Tokenizer(vocab=list(pieces.items()), extra_ids=0, model_max_length=512)
 
 
-def train_qformer_tokenizer(texts: Sequence[str]) -> BertTokenizerFast:
-    """A lower-casing WordPiece tokenizer of at most 600 pieces."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=600,
-        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
-        initial_alphabet=ASCII,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return BertTokenizerFast(vocab=tokenizer.get_vocab(), model_max_length=64)
+def make_qformer_tokenizer(texts: Sequence[str]) -> BertTokenizerFast:
+    """A lower-casing WordPiece tokenizer with a piece for every word of the texts and every printable ASCII character.
+
+    Written out rather than trained: the trainer breaks ties at random, and the recipe is to give the same each time.
+    """
+    words = sorted({word.strip(".,?").lower() for text in texts for word in text.split()})
+    letters = [character for character in ASCII if not character.isupper()]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    vocab = {piece: index for index, piece in enumerate(dict.fromkeys([*pieces, *words]))}
+    return BertTokenizerFast(vocab=vocab, model_max_length=64)
 
 
 def make_processor(texts: Sequence[str]) -> InstructBlipProcessor:
@@ -57,7 +53,7 @@ def make_processor(texts: Sequence[str]) -> InstructBlipProcessor:
     return InstructBlipProcessor(
         BlipImageProcessorPil(size=size),
         make_t5_tokenizer(texts),
-        train_qformer_tokenizer(texts),
+        make_qformer_tokenizer(texts),
         num_query_tokens=NUM_QUERY_TOKENS,
     )
 
