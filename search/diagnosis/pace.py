@@ -113,7 +113,7 @@ def too_slow(seen: Signals) -> Finding | None:
         cause = "low_rate"
     elif planned is not None and warmup is not None and warmup > LONG_WARMUP * planned[0] > 0:
         cause = "long_warmup"
-        evidence |= {"warmup_steps": int(warmup), "total_steps": planned[0]}
+        evidence |= {"warmup_steps": min(int(warmup), planned[0]), "total_steps": planned[0]}
         first = (Advice(action="lower", parameter="warmup_steps", before=int(warmup), after=planned[0] // 10),)
     moves = (
         *first,
