@@ -75,7 +75,9 @@ def test_a_finished_trial_is_bit_identical(small_study: Small, trial: int, reaso
     trained = len(record.attrs["train_losses"])
     assert trained == (epochs or trained)
     # Four metrics an epoch, two a step of which there are five an epoch: none is left out.
-    assert result.output.splitlines()[0] == f"trial {trial}: bit-identical, all {trained * (4 + 2 * 5)} recorded values"
+    assert (
+        result.output.splitlines()[0] == f"trial {trial}: bit-identical, all {trained * (4 + 2 * 5)} recorded values"
+    )
     assert files(small_study.runs) == before
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from statistics import fmean, median
 
 VAL_NOISE = 0.004
@@ -159,6 +159,15 @@ def calm(points: Series, noise: float) -> Series:
     """The curve without the epochs of excursions that came back: they say nothing of the pace."""
     left = [(move.start[0], move.end[0]) for move in excursions(points, noise) if move.end is not None]
     return tuple(p for p in points if not any(start <= p[0] < end for start, end in left))
+
+
+def steady(points: Series) -> bool:
+    """Whether a loss fell at every single epoch, of six at least, however little.
+
+    By chance alone n values come in falling order once in n! times: for six once in 720, as rare as SIGNIFICANT
+    standard deviations. A rate that is far too low shows just this: a line that falls by less than any noise.
+    """
+    return len(points) >= 6 and all(b[1] < a[1] for a, b in pairwise(points))
 
 
 def straightness(points: Series) -> float:

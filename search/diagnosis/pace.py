@@ -9,16 +9,7 @@ from search import records
 from search.diagnosis import advise
 from search.diagnosis.faults import clipped_fraction
 from search.diagnosis.finding import HEALTHY, INCONCLUSIVE, NOT_LEARNING, TOO_SLOW, Advice, Finding, Scalar
-from search.diagnosis.noise import (
-    SIGNIFICANT,
-    VAL_NOISE,
-    best,
-    calm,
-    limit,
-    log_gain,
-    relative,
-    straightness,
-)
+from search.diagnosis.noise import SIGNIFICANT, VAL_NOISE, best, calm, limit, log_gain, relative, steady, straightness
 from search.diagnosis.signals import FEWEST_EPOCHS, Signals, ends, losses, rate_evidence
 
 STRAIGHT = 0.75
@@ -42,7 +33,7 @@ def not_learning(seen: Signals) -> Finding | None:
     for points, noise in ((seen.train, seen.curve.train_noise), (seen.val, VAL_NOISE)):
         if points and relative(points[0][1], best(points)[1]) > limit(noise):
             return None
-    if _fell_within_first_epoch(seen):
+    if steady(seen.val) or _fell_within_first_epoch(seen):
         return None
     rate = seen.curve.peak_rate
     kind = "flat"
@@ -97,7 +88,7 @@ def too_slow(seen: Signals) -> Finding | None:
     # Under the log law an epoch's gain is gain / epoch; it is converged when that is half a standard deviation.
     wanted = min(gain / (noise / 2), 1e6)
     straight = straightness(points)
-    fell = relative(points[0][1], points[-1][1]) > limit(noise)
+    fell = relative(points[0][1], points[-1][1]) > limit(noise) or steady(points)
     unbent = fell and straight > STRAIGHT
     if not unbent and not (ahead > SIGNIFICANT * noise and wanted > last):
         return None

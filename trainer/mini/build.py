@@ -153,7 +153,7 @@ def rescale(model: InstructBlipForConditionalGeneration, gain: float) -> None:
 
     What changes is how far an update of a given size moves the outputs. Adam moves each weight by about the learning
     rate whatever its gradient, so in a Q-Former of width 128 the same rate does less than in the real one of width
-    768. With a gain of 8 the learning rates of the hand-run log mean here what they mean there: 5e-6 hardly moves,
+    768. With a gain of 16 the learning rates of the hand-run log mean here what they mean there: 5e-6 hardly moves,
     2e-4 to 5e-4 are best, 1e-3 is too much and with a large rank and alpha diverges (docs/mini-behaviour.md).
     A power of two, so that no weight is rounded.
     """

@@ -25,7 +25,7 @@ class Recipe:
     dropout_from: float = 0.5
     """Share of step 4 that goes without dropout: it learns to see in half the steps. The rest has it, as the
     fine-tuning will."""
-    gain: float = 8.0
+    gain: float = 16.0
     """Scale of the Q-Former's states, see `build.rescale`."""
 
 
