@@ -12,7 +12,7 @@ from studies.rsicap import STUDY as RSICAP
 
 EXPERIMENTS = (
     Fixed(
-        label="1",
+        label="hand-run 1",
         config={
             "num_epochs": 10,
             "batch_size": 2,
@@ -26,7 +26,7 @@ EXPERIMENTS = (
         },
     ),
     Fixed(
-        label="2",
+        label="hand-run 2",
         config={
             "num_epochs": 10,
             "batch_size": 8,
@@ -39,7 +39,7 @@ EXPERIMENTS = (
         },
     ),
     Fixed(
-        label="3",
+        label="hand-run 3",
         config={
             "num_epochs": 15,
             "batch_size": 4,
@@ -53,7 +53,7 @@ EXPERIMENTS = (
         },
     ),
     Fixed(
-        label="4",
+        label="hand-run 4",
         config={
             "num_epochs": 15,
             "batch_size": 4,
@@ -68,7 +68,7 @@ EXPERIMENTS = (
         },
     ),
     Fixed(
-        label="5",
+        label="hand-run 5",
         config={
             "num_epochs": 15,
             "batch_size": 8,
@@ -83,11 +83,13 @@ EXPERIMENTS = (
         },
         note=(
             "The log contradicts itself here: max_samples is 100 in its configuration, while its text counts 312 "
-            "batches of 8, which are 2,500 samples. This is the configuration; 5-text is the text."
+            "batches of 8, which are 2,500 samples. This is the configuration; 5-text is the text. "
+            "原记录自相矛盾：配置中 max_samples 为 100，正文却写 312 个 batch，每个 8 个样本，即 2500 个。"
+            "本实验按配置，5-text 按正文。"
         ),
     ),
     Fixed(
-        label="5-text",
+        label="hand-run 5-text",
         config={
             "num_epochs": 15,
             "batch_size": 8,
@@ -100,10 +102,13 @@ EXPERIMENTS = (
             "max_grad_norm": 1.0,
             "torch_dtype": "float32",
         },
-        note="Experiment 5 as its text has it: 312 batches of 8, which are 2,500 samples, not the configured 100.",
+        note=(
+            "Experiment 5 as its text has it: 312 batches of 8, which are 2,500 samples, not the configured 100. "
+            "实验 5 按正文：312 个 batch × 8 = 2500 个样本，而不是配置中的 100。"
+        ),
     ),
     Fixed(
-        label="5b",
+        label="hand-run 5b",
         config={
             "num_epochs": 15,
             "batch_size": 16,

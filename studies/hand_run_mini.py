@@ -22,7 +22,8 @@ STUDY = Study(
         replace(
             each,
             config={**each.config, "max_samples": each.config["max_samples"] // FACTOR},
-            note=(each.note + " " if each.note else "") + f"Sample counts are the log's divided by {FACTOR}.",
+            note=(each.note + " " if each.note else "")
+            + f"Sample counts are the log's divided by {FACTOR}. 样本数为原记录的 1/{FACTOR}。",
         )
         for each in EXPERIMENTS
     ),
