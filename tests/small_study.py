@@ -19,11 +19,11 @@ from search.study import Fixed, Study
 
 BASE = {
     "model": MODEL, "data": "mini", "max_samples": 24, "num_epochs": 4, "batch_size": 4, "warmup_steps": 0,
-    "lora_dropout": 0.0, "patience": 2, "min_delta": 0.01, "max_nonfinite_steps": 2, "device": "cpu",
+    "lora_dropout": 0.0, "patience": 2, "min_delta": 0.05, "max_nonfinite_steps": 2, "device": "cpu",
 }
 TRIALS = {
     "good": {"learning_rate": 2e-3, "lora_r": 8},
-    "rises": {"learning_rate": 0.3, "lora_r": 16, "num_epochs": 8},
+    "stalls": {"learning_rate": 0.3, "lora_r": 16, "num_epochs": 8},
     LABEL: {"learning_rate": 1e-5, "lora_r": 4},
     "worse": {"learning_rate": 2e-5, "lora_r": 4, "num_epochs": 8},
     "float16": {"learning_rate": 5e-6, "lora_r": 4, "torch_dtype": "float16"},
@@ -38,7 +38,7 @@ STUDY = Study(
 )
 """
 
-GOOD, RISES, SLOW, WORSE, FLOAT16 = range(5)
+GOOD, STALLS, SLOW, WORSE, FLOAT16 = range(5)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 
 from tests import browser
 from tests.browser import Dashboards
-from tests.small_study import FLOAT16, LABEL, NAME, RISES, SLOW, WORSE, Small, build
+from tests.small_study import FLOAT16, LABEL, NAME, STALLS, SLOW, WORSE, Small, build
 
 pytestmark = [
     pytest.mark.browser,
@@ -93,14 +93,14 @@ def test_the_study_is_listed_and_its_page_has_charts(page: Any, served: Dashboar
     page.get_by_text("Intermediate values").wait_for()
     page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 4")
     curves = {curve["name"]: curve for curve in charts(page) if str(curve["name"]).startswith("trial #")}
-    assert {f"trial #{RISES} ", f"trial #{WORSE} "} <= set(curves)
-    assert curves[f"trial #{RISES} "]["x"] == [1, 2, 3, 4, 5, 6]
+    assert {f"trial #{STALLS} ", f"trial #{WORSE} "} <= set(curves)
+    assert curves[f"trial #{STALLS} "]["x"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_trial_s_page_has_its_note_with_plot_and_link(
     page: Any, served: Dashboards, run_ids: dict[str, str]
 ) -> None:
-    page.goto(f"{served.study_page(NAME)}/trials?numbers={RISES}")
+    page.goto(f"{served.study_page(NAME)}/trials?numbers={STALLS}")
     page.get_by_text("Decision tree:").wait_for()
     text = page.inner_text("main")
     assert "COMPLETE (rising): validation loss has no new best for 2 epochs" in text
@@ -112,9 +112,9 @@ def test_a_trial_s_page_has_its_note_with_plot_and_link(
     link = page.get_by_role("link", name="Curves in MLflow").get_attribute("href")
     # The address is that of search.ui's own port; this one is served on a free port.
     path = link.removeprefix("http://127.0.0.1:5000")
-    assert path == run_page(served, run_ids[str(RISES)]).removeprefix(served.mlflow)
+    assert path == run_page(served, run_ids[str(STALLS)]).removeprefix(served.mlflow)
     page.goto(served.mlflow + path)
-    page.get_by_role("heading", name=re.compile(rf"trial 00{RISES} \(rises\) lr=3e-1 r=16")).wait_for()
+    page.get_by_role("heading", name=re.compile(rf"trial 00{STALLS} \(stalls\) lr=3e-1 r=16")).wait_for()
 
 
 def test_the_note_s_plot_is_among_the_trial_s_artifacts_and_opens(page: Any, served: Dashboards) -> None:
@@ -169,8 +169,8 @@ def test_the_filter_finds_runs_by_finding(page: Any, served: Dashboards) -> None
 def test_trials_are_compared_by_their_curves(page: Any, served: Dashboards) -> None:
     browser.show_charts(page, served.runs_pages[NAME], "^val_loss$", 1)
     curves = {str(curve["name"]): curve for curve in charts(page)}
-    rises = next(curve for name, curve in curves.items() if f"trial 00{RISES} (rises) lr=3e-1 r=16" in name)
-    assert rises["x"] == [1, 2, 3, 4, 5, 6] and min(rises["y"]) == rises["y"][3]
+    stalls = next(curve for name, curve in curves.items() if f"trial 00{STALLS} (stalls) lr=3e-1 r=16" in name)
+    assert stalls["x"] == [1, 2, 3, 4, 5, 6]
     assert len(curves) == 4, "the fifth had no whole epoch"
 
 
@@ -193,7 +193,7 @@ def test_a_run_s_page_has_analysis_params_and_metrics(page: Any, served: Dashboa
     text = page.inner_text("body")
     assert "PRUNED (non_finite): step 2" in text and "non_finite: " in text
     assert re.search(r"torch_dtype\s+float16", text) and "finding" in text
-    page.goto(run_page(served, run_ids[str(RISES)], "/model-metrics"))
+    page.goto(run_page(served, run_ids[str(STALLS)], "/model-metrics"))
     page.wait_for_function("document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length >= 3")
 
 

@@ -306,6 +306,6 @@ def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
 
 def test_the_embedded_data_is_good() -> None:
     examined = usable(examine("mini"), TrainConfig())
-    assert len(examined.rows) == 300
+    assert len(examined.rows) == 640
     parts = split(examined, TrainConfig())
-    assert len(parts.val) == 60
+    assert len(parts.val) == 128

@@ -20,7 +20,7 @@ from search.records import TrialRecord
 from search.replay import Comparison, compare, departs, describe, is_past
 from search.storage import find_study
 from search.tracking import open_tracking
-from tests.small_study import FLOAT16, GOOD, NAME, RISES, WORSE, Small, build
+from tests.small_study import FLOAT16, GOOD, NAME, STALLS, WORSE, Small, build
 from tests.test_tracking import epoch, step
 from trainer.config import TrainConfig
 
@@ -64,7 +64,7 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("trial", "reason", "epochs"), [(GOOD, "finished", 4), (RISES, "rising", None), (WORSE, "rising", None)]
+    ("trial", "reason", "epochs"), [(GOOD, "finished", 4), (STALLS, "rising", None), (WORSE, "rising", None)]
 )
 def test_a_finished_trial_is_bit_identical(small_study: Small, trial: int, reason: str, epochs: int | None) -> None:
     record = read(small_study.runs, trial)

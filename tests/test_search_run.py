@@ -147,13 +147,18 @@ def test_a_changed_definition_is_refused(finished: tuple[Path, str], tmp_path: P
     assert len(trials_of(runs, "rsicap_mini-2")) == 1
 
 
-def undisturbed(tmp_path: Path) -> dict[int, dict[int, float]]:
-    done = run(command(tmp_path / "undisturbed", "--trials", "1", settings=LONG))
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[int, float]]:
+    """The curves of a longer trial that nothing stopped."""
+    runs = tmp_path_factory.mktemp("undisturbed")
+    done = run(command(runs, "--trials", "1", settings=LONG))
     assert done.returncode == 0, done.stdout + done.stderr
-    return curves_of(tmp_path / "undisturbed")
+    return curves_of(runs)
 
 
-def test_interrupted_runs_resume_bit_for_bit(tmp_path: Path, search: Any) -> None:
+def test_interrupted_runs_resume_bit_for_bit(
+    tmp_path: Path, search: Any, undisturbed: dict[int, dict[int, float]]
+) -> None:
     """Ctrl-C once, Ctrl-C twice, SIGTERM; then on to the end: the same trial, as if it had never stopped."""
     runs = tmp_path / "runs"
     arguments = command(runs, "--trials", "1", settings=LONG)
@@ -184,12 +189,14 @@ def test_interrupted_runs_resume_bit_for_bit(tmp_path: Path, search: Any) -> Non
     done = run(arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [t.state for t in trials_of(runs)] == ["COMPLETE"]
-    assert curves_of(runs) == undisturbed(tmp_path)
+    assert curves_of(runs) == undisturbed
     by_name = runs_of(runs)
     assert len(by_name) == 2 and {status for status, _ in by_name.values()} == {"FINISHED"}
 
 
-def test_a_killed_worker_is_replaced(tmp_path: Path, search: Any) -> None:
+def test_a_killed_worker_is_replaced(
+    tmp_path: Path, search: Any, undisturbed: dict[int, dict[int, float]]
+) -> None:
     runs = tmp_path / "runs"
     running = search(command(runs, "--trials", "1", settings=LONG))
     running.wait_for("epoch 1:")
@@ -200,12 +207,14 @@ def test_a_killed_worker_is_replaced(tmp_path: Path, search: Any) -> None:
     lost, resumed = trials_of(runs)
     assert (lost.state, lost.reason) == ("FAIL", records.LOST)
     assert resumed.state == "COMPLETE" and resumed.attrs[records.RESUMES] == 0
-    assert curves_of(runs)[1] == undisturbed(tmp_path)[0]
+    assert curves_of(runs)[1] == undisturbed[0]
     by_name = runs_of(runs)
     assert by_name["trial 000"][0] == "KILLED" and by_name["trial 001"][0] == "FINISHED"
 
 
-def test_a_killed_supervisor_leaves_a_study_that_resumes(tmp_path: Path, search: Any) -> None:
+def test_a_killed_supervisor_leaves_a_study_that_resumes(
+    tmp_path: Path, search: Any, undisturbed: dict[int, dict[int, float]]
+) -> None:
     runs = tmp_path / "runs"
     arguments = command(runs, "--trials", "1", settings=LONG)
     running = search(arguments)
@@ -216,7 +225,7 @@ def test_a_killed_supervisor_leaves_a_study_that_resumes(tmp_path: Path, search:
     assert gone and not alive, "a worker outlived its supervisor"
     assert run(arguments).returncode == 0
     assert trials_of(runs)[-1].state == "COMPLETE"
-    assert list(curves_of(runs).values())[-1] == undisturbed(tmp_path)[0]
+    assert list(curves_of(runs).values())[-1] == undisturbed[0]
 
 
 def test_two_workers_share_a_study(tmp_path: Path) -> None:

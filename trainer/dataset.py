@@ -146,8 +146,10 @@ def split(examined: Examined, config: TrainConfig) -> Split:
         if abs(count + size - wanted) < abs(count - wanted):
             val.add(name)
             count += size
-    if not val:  # every scene but the last is too large for the fraction: the smallest comes nearest
-        val.add(min(names, key=lambda name: len(scenes[name])))
+    # What no pass from the front finds: one scene alone that comes nearer, whichever its place.
+    single = min(names, key=lambda name: abs(len(scenes[name]) - wanted))
+    if not val or abs(len(scenes[single]) - wanted) < abs(count - wanted):
+        val = {single}
     return Split(
         train=tuple(row for row in chosen if row.scene not in val),
         val=tuple(row for row in chosen if row.scene in val),
