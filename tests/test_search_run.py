@@ -194,9 +194,7 @@ def test_interrupted_runs_resume_bit_for_bit(
     assert len(by_name) == 2 and {status for status, _ in by_name.values()} == {"FINISHED"}
 
 
-def test_a_killed_worker_is_replaced(
-    tmp_path: Path, search: Any, undisturbed: dict[int, dict[int, float]]
-) -> None:
+def test_a_killed_worker_is_replaced(tmp_path: Path, search: Any, undisturbed: dict[int, dict[int, float]]) -> None:
     runs = tmp_path / "runs"
     running = search(command(runs, "--trials", "1", settings=LONG))
     running.wait_for("epoch 1:")
