@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from search import leaderboard
-from search.messages import EpochDone, Gave, Loading, Message, Said, StepDone, TrialEnded, TrialStarted
+from search.messages import EpochDone, Gave, Loading, Message, Said, SlotsChosen, StepDone, TrialEnded, TrialStarted
 from search.records import TrialRecord
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class Running:
     learning_rate: float | None = None
     epoch_seconds: list[float] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=time.monotonic)
+    """When the epoch in progress began."""
 
     def left_s(self) -> float | None:
         """Seconds left by the pace of its epochs so far; None before the first."""
@@ -112,13 +114,15 @@ class Live_:
                     message.train_loss,
                     message.val_loss,
                 )
-                if not message.from_checkpoint:
-                    running.epoch_seconds.append(message.epoch_s)
+                now = time.monotonic()
+                if not message.from_checkpoint:  # by the clock: an epoch's own seconds are its share of a pass
+                    running.epoch_seconds.append(now - running.since)
+                running.since = now
             case TrialEnded():
                 self._running.pop(message.number, None)
                 self._trials = self._read()
                 self.say(_line(message))
-            case Said() | Gave() | Loading():
+            case Said() | Gave() | Loading() | SlotsChosen():
                 self.say(_line(message))
         self.refresh()
 
@@ -176,6 +180,9 @@ def _line(message: Message) -> str:
     match message:
         case Loading():
             return f"loading {message.what}"
+        case SlotsChosen():
+            many = f"{message.slots} trials train at once on one base" if message.slots > 1 else "one trial at a time"
+            return f"{many}{' (--slots auto)' if message.auto else ''}"
         case TrialStarted():
             shown = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "batch_size", "warmup_steps")
             values = ", ".join(f"{name}={leaderboard.show_value(name, message.config[name])}" for name in shown)

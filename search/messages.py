@@ -25,6 +25,14 @@ class Loading:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlotsChosen:
+    """How many trials the worker trains at once."""
+
+    slots: int
+    auto: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialStarted:
     """A trial began, or goes on."""
 
@@ -87,4 +95,4 @@ class Gave:
     user: bool
 
 
-Message = Loading | TrialStarted | StepDone | EpochDone | TrialEnded | Said | Gave
+Message = Loading | SlotsChosen | TrialStarted | StepDone | EpochDone | TrialEnded | Said | Gave

@@ -35,6 +35,9 @@ def main(
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in total, those already run included.")] = None,
     timeout: Annotated[str | None, typer.Option(help="End after this time, e.g. 2h, 90m, 1h30m; resumable.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes; one a GPU by default.")] = None,
+    slots: Annotated[
+        str, typer.Option(help="Trials that a worker trains at once on one base: auto, or 1 to 16.")
+    ] = "auto",
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampler.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Fix a field of the configuration.")
@@ -62,6 +65,7 @@ def main(
     definition = studies.load(study).with_settings(settings or [], seed)
     n_trials = trials or definition.n_trials
     _check_names(pruner)
+    slots_wanted = read_slots(slots)
     if dry_run:
         _dry_run(definition, n_trials, strategy, pruner)
         return
@@ -70,6 +74,7 @@ def main(
         n_trials=n_trials,
         timeout_s=timeout_s,
         workers=workers,
+        slots=slots_wanted,
         strategy=strategy,
         pruner=pruner,
         storage_url=storage or _sqlite(runs_dir / "optuna.db"),
@@ -92,6 +97,19 @@ def read_duration(text: str) -> float:
     if not seconds:
         raise StudyError(f"--timeout must be a time such as 2h, 90m, 1h30m or 45s, but got {text!r}")
     return seconds
+
+
+def read_slots(text: str) -> int | None:
+    """The number of slots, None for `auto`.
+
+    Raises:
+        StudyError: it is neither.
+    """
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 16):
+        raise StudyError(f"--slots must be auto or a number from 1 to 16, but got {text!r}")
+    return int(text)
 
 
 def _check_names(pruner: str) -> None:
@@ -147,6 +165,7 @@ def _search(
     n_trials: int,
     timeout_s: float | None,
     workers: int | None,
+    slots: int | None,
     strategy: str,
     pruner: str,
     storage_url: str,
@@ -203,6 +222,7 @@ def _search(
         pruner=pruner,
         examined=examined,
         threads=_threads(count),
+        slots=slots,
     )
 
     def requeue() -> int:

@@ -1,4 +1,4 @@
-"""One trial, from its params to its final state: train, report, judge, record, tell."""
+"""One trial, from its params to its final state: report, judge, record, tell. The worker's pack trains it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from search.pruning import Verdict
 from search.report.render import escape
 from search.tracking import run_status
 from trainer.events import Diverged, EpochEnded, Event, OutOfMemory, RunStarted, StepEnded
-from trainer.loop import history_of, train
+from trainer.loop import history_of
 
 if TYPE_CHECKING:
     from search.recorder import RunRecorder
@@ -60,11 +60,6 @@ class Outcome:
     stopped_early: bool = False
 
 
-def run(trial: optuna.Trial, worker: _Worker) -> Outcome:
-    """Run a trial to its end, or until the supervisor wants one; tell Optuna and MLflow."""
-    return _TrialRun(trial, worker).run()
-
-
 def fail(trial: optuna.Trial, worker: _Worker, detail: str) -> None:
     """Tell a trial as FAIL because of a fault, and end its MLflow run if it has one."""
     trial.set_user_attr(records.REASON, records.ERROR)
@@ -76,7 +71,7 @@ def fail(trial: optuna.Trial, worker: _Worker, detail: str) -> None:
         worker.tracking.end_run(run_id, run_status("FAIL"), tags)
 
 
-class _TrialRun:
+class TrialRun:
     """The state of one trial while it runs."""
 
     def __init__(self, trial: optuna.Trial, worker: _Worker) -> None:
@@ -92,24 +87,66 @@ class _TrialRun:
         self.total_steps = 0
         self.last_shown = 0.0
         self.findings: tuple[diagnosis.Finding, ...] = ()
+        self.folder = Path()
+        self.recorder: RunRecorder | None = None
+        self.failed = False
 
-    def run(self) -> Outcome:
-        """All of it."""
-        folder = self._prepare()
-        recorder = self._start_tracking()
-        outcome: Outcome | None = None
+    def begin(self) -> Outcome | None:
+        """Record what is run, open its MLflow run, and take in what its checkpoint remembers.
+
+        Returns:
+            The outcome, if nothing is left to train.
+        """
+        self.folder = self._prepare()
+        self.recorder = self._start_tracking()
+        history = history_of(self.config, self.folder)
+        self.worker.link.send(
+            TrialStarted(
+                number=self.trial.number,
+                config=self.config.model_dump(mode="json"),
+                label=self.trial.user_attrs.get(records.LABEL),
+                resumed_from_epoch=len(history),
+            )
+        )
+        for epoch in history:  # nothing an epoch measured is lost, should its report have been
+            self.recorder(epoch)
+            outcome = self._epoch(epoch, from_checkpoint=True)
+            if outcome is not None:
+                return outcome
+        return self._finished() if len(history) >= self.config.num_epochs else None
+
+    def take(self, event: Event) -> Outcome | None:
+        """Record an event; the outcome if it ends the trial."""
+        assert self.recorder is not None
+        self.recorder(event)
+        return self._event(event)
+
+    def park(self) -> Outcome:
+        """The outcome of a trial that goes on later, from its checkpoint."""
+        return self._interrupted()
+
+    def finish(self, outcome: Outcome) -> None:
+        """Tell Optuna, MLflow and the supervisor how it ended."""
+        told: Outcome | None = None
         try:
-            outcome = self._train(folder, recorder)
             self._tell(outcome)
+            told = outcome
         finally:
-            self._end_tracking(recorder, outcome)
+            self._end_tracking(told)
         self._announce(outcome)
-        return outcome
+
+    def fail(self, detail: str) -> None:
+        """Tell the trial as FAIL because of a fault, and end its MLflow run if it has one."""
+        self.failed = True
+        if self.recorder is not None:
+            self._end_tracking(None)
+        fail(self.trial, self.worker, detail)
 
     def _prepare(self) -> Path:
         """Record what is run, and where its files lie."""
         attrs = self.trial.user_attrs
         self.trial.set_user_attr(records.CONFIG, self.config.model_dump(mode="json"))
+        self.trial.set_user_attr(records.SLOTS, self.worker.slots)
         name = attrs.get(FOLDER)
         if name is None:
             first = lifecycle.lineage(self.study, self.trial.number)[-1]
@@ -131,7 +168,7 @@ class _TrialRun:
             name = self.worker.job.study_name
             colour = COLOURS[self.trial.number % len(COLOURS)]
             tags = {"trial": str(self.trial.number), "study": name, "mlflow.runColor": colour}
-            for key in (records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT):
+            for key in (records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT, records.SLOTS):
                 if key in self.trial.user_attrs:
                     tags[key] = str(self.trial.user_attrs[key])
             run_id = tracking.start_run(
@@ -153,34 +190,6 @@ class _TrialRun:
         what = f"lr={rate} r={config.lora_r} a={config.lora_alpha:g} b={config.batch_size}"
         return f"trial {self.trial.number:03d}" + (f" ({label})" if label else "") + f" {what}"
 
-    def _train(self, folder: Path, recorder: RunRecorder) -> Outcome:
-        """Train to the end of the run or to what ends it before."""
-        number = self.trial.number
-        history = history_of(self.config, folder)
-        self.worker.link.send(
-            TrialStarted(
-                number=number,
-                config=self.config.model_dump(mode="json"),
-                label=self.trial.user_attrs.get(records.LABEL),
-                resumed_from_epoch=len(history),
-            )
-        )
-        for epoch in history:  # nothing an epoch measured is lost, should its report have been
-            recorder(epoch)
-            outcome = self._epoch(epoch, from_checkpoint=True)
-            if outcome is not None:
-                return outcome
-        events = train(self.config, self.worker.bench, folder)
-        try:
-            for event in events:
-                recorder(event)
-                outcome = self._event(event)
-                if outcome is not None:
-                    return outcome
-        finally:
-            events.close()  # type: ignore[attr-defined]  # a generator: closing it takes the adapter off
-        return self._finished()
-
     def _event(self, event: Event) -> Outcome | None:
         """Take one event in; the outcome if it ends the trial."""
         if not isinstance(event, EpochEnded):
@@ -197,7 +206,9 @@ class _TrialRun:
                 outcome = self._epoch(event, from_checkpoint=False)
                 if outcome is not None:
                     return outcome
-                if self.worker.link.order() >= Order.END_AFTER_EPOCH and event.epoch < self.config.num_epochs:
+                if event.epoch >= self.config.num_epochs:
+                    return self._finished()
+                if self.worker.link.order() >= Order.END_AFTER_EPOCH:
                     return self._interrupted()
             case Diverged():
                 cause = event.cause
@@ -297,8 +308,10 @@ class _TrialRun:
         except Exception:  # a note is worth no trial
             log.exception("trial %d: its note could not be written", self.trial.number)
 
-    def _end_tracking(self, recorder: RunRecorder, outcome: Outcome | None) -> None:
+    def _end_tracking(self, outcome: Outcome | None) -> None:
         """End the MLflow run, whatever happened."""
+        recorder = self.recorder
+        assert recorder is not None
         if outcome is None:  # an exception is on its way; `fail` tells it
             recorder.finish(run_status("FAIL"), state="FAIL", reason=records.ERROR)
             return

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from search.messages import Gave, Loading, Message, Order, Said
+from search.messages import Gave, Loading, Message, Order, Said, SlotsChosen
 from search.study import Study
 from trainer.dataset import Examined
 from trainer.errors import UserError
@@ -25,10 +25,14 @@ if TYPE_CHECKING:
     import optuna
 
     from search.tracking import Tracking
-    from search.trial import Outcome
+    from search.trial import Outcome, TrialRun
     from trainer.bench import Workbench
+    from trainer.loop import Happening, Pack
+    from trainer.member import Member
 
 HEARTBEAT_S = 60
+"""What Optuna takes as the interval of heartbeats; its grace period is twice that."""
+BEAT_S = HEARTBEAT_S / 2
 MAX_FAILURES_IN_A_ROW = 3
 """Trials that fail one after the other with a fault of ours before a worker gives up: a broken host must not burn
 the whole budget (wandb#5088: 470 of 500 runs out of memory)."""
@@ -51,6 +55,8 @@ class Job:
     pruner: str
     examined: Examined
     threads: int
+    slots: int | None = None
+    """Trials that a worker trains at once; None for as many as pay and fit."""
 
     @property
     def folder(self) -> Path:
@@ -124,7 +130,11 @@ def set_up_logging(folder: Path) -> None:
 
 
 class _Worker:
-    """The loop over trials."""
+    """The loop over trials: as many at once as there are slots, all in one pack on one base.
+
+    Asking, judging and telling happen in this one thread, in the order of the trials' steps: the same seed and number
+    of slots give the same study.
+    """
 
     def __init__(self, job: Job, link: Link) -> None:
         import optuna
@@ -149,23 +159,131 @@ class _Worker:
         self.tracking: Tracking = tracking.open_tracking(job.tracking_uri, job.runs_dir / "artifacts")
         self.bench: Workbench = Workbench(job.examined, self.base.data)
         self.identity = lifecycle.this_worker()
+        self.slots = 1
+        self._failures = 0
+        self._running: dict[Member, TrialRun] = {}
+        self._held: TrialRun | None = None
+        """Asked for, but of a kind that cannot train beside those that are running."""
+        self._alone = 0
+        """Trials still to be run one by one, after a fault that no single one could be blamed for."""
 
     def run(self) -> None:
         """Run trials until the study has all it wants or the supervisor wants an end."""
-        from search import storage
+        from search import slots, storage
 
         self.link.send(Loading(what=self.base.model))
+        self.bench.progress = self._show_features
         base = self.bench.base(self.base)
         storage.check_fingerprints(self.study, data=self.job.examined.fingerprint, model=base.fingerprint)
-        failures = 0
-        while self.link.order() == Order.GO_ON:
-            trial = self._ask()
-            if trial is None:
-                return
-            outcome = self._run_trial(trial)
-            failures = failures + 1 if outcome.state == "FAIL" else 0
-            if failures >= MAX_FAILURES_IN_A_ROW:
-                raise RuntimeError(f"{failures} trials in a row failed, the last with: {outcome.detail}")
+        self.slots = slots.resolve(self.job.slots, self.job.study, self.bench)
+        self.link.send(SlotsChosen(slots=self.slots, auto=self.job.slots is None))
+        with self._beating():
+            while self._train():
+                pass
+            if self._held is not None:  # an end is wanted before its turn came
+                self._held.finish(self._held.park())
+
+    def _train(self) -> bool:
+        """Run a pack until it is empty; False when there is nothing left to run."""
+        from trainer.loop import Pack
+
+        with Pack(self.bench) as pack:
+            try:
+                while self._fill(pack):
+                    for member, event in pack.round():
+                        self._take(pack, member, event)
+            except Exception as error:  # noqa: BLE001 - whatever it is: told, logged, and the trials go on or fail
+                self._pack_failed(error)
+                return True
+        return self._held is not None and self.link.order() == Order.GO_ON
+
+    def _fill(self, pack: Pack) -> bool:
+        """Give every free slot a trial; False if none is running then."""
+        while len(self._running) < (1 if self._alone else self.slots) and self.link.order() == Order.GO_ON:
+            run = self._held or self._next()
+            self._held = None
+            if run is None:
+                break
+            if not pack.accepts(run.config):
+                self._held = run
+                break
+            with self._blamed_on(run):
+                outcome = run.begin()
+                if outcome is None:
+                    self._running[pack.add(run.config, run.folder)] = run
+                else:
+                    self._finish(run, outcome)
+        return bool(self._running)
+
+    def _next(self) -> TrialRun | None:
+        from search.trial import TrialRun
+
+        trial = self._ask()
+        return None if trial is None else TrialRun(trial, self)
+
+    def _take(self, pack: Pack, member: Member, happening: Happening) -> None:
+        """Pass on what happened to a run to its trial, and let it go if that ends it."""
+        run = self._running.get(member)
+        if run is None:
+            return
+        outcome = None
+        with self._blamed_on(run):
+            if isinstance(happening, UserError | OSError):
+                raise happening
+            outcome = run.take(happening)
+            if outcome is not None:
+                self._finish(run, outcome)
+        if outcome is not None or run.failed:
+            pack.remove(member)
+            del self._running[member]
+
+    def _finish(self, run: TrialRun, outcome: Outcome) -> None:
+        run.finish(outcome)
+        self._failures = 0
+        self._alone = max(0, self._alone - 1)
+
+    @contextmanager
+    def _blamed_on(self, run: TrialRun) -> Iterator[None]:
+        """A fault within is this trial's alone: it fails, the others go on.
+
+        Raises:
+            RuntimeError: too many in a row.
+        """
+        try:
+            yield
+            return
+        except UserError as error:
+            text = str(error)
+            self.link.send(Said(text=f"trial {run.trial.number} failed: {text}"))
+        except Exception as error:
+            log.exception("trial %d failed", run.trial.number)
+            text = f"{type(error).__name__}: {error}"
+            where = self.job.folder / "search.log"
+            self.link.send(Said(text=f"trial {run.trial.number} failed: {text}; traceback in {where}"))
+        run.fail(text)
+        self._alone = max(0, self._alone - 1)
+        self._failures += 1
+        if self._failures >= MAX_FAILURES_IN_A_ROW:
+            raise GaveUp(f"{self._failures} trials in a row failed, the last with: {text}")
+
+    def _pack_failed(self, error: Exception) -> None:
+        """A fault in the shared pass: with one trial it is the trial's; several go on one by one, from checkpoints."""
+        running, self._running = [run for run in self._running.values() if not run.failed], {}
+        if isinstance(error, GaveUp):
+            for run in running:
+                run.finish(run.park())
+            raise error
+        if len(running) == 1:
+            with self._blamed_on(running[0]):
+                raise error
+            return
+        if not running:
+            raise error
+        log.error("%d trials in one pass failed; they go on one by one", len(running), exc_info=error)
+        self.link.send(Said(text=f"{type(error).__name__}: {error}; {len(running)} trials go on one by one"))
+        for run in running:
+            run.finish(run.park())
+        self._alone = len(running)
 
     def _ask(self) -> optuna.Trial | None:
         """The next trial, or None if the total is reached. One worker at a time counts and asks."""
@@ -183,39 +301,24 @@ class _Worker:
             sampling.suggest(trial, self.job.study)
         return trial
 
-    def _run_trial(self, trial: optuna.Trial) -> Outcome:
-        from search import trial as trials
-
-        with self._beating(trial):
-            try:
-                return trials.run(trial, self)
-            except UserError as error:
-                trials.fail(trial, self, str(error))
-                self.link.send(Said(text=f"trial {trial.number} failed: {error}"))
-                return trials.Outcome(state="FAIL", reason="error", detail=str(error))
-            except Exception as error:
-                log.exception("trial %d failed", trial.number)
-                text = f"{type(error).__name__}: {error}"
-                trials.fail(trial, self, text)
-                where = self.job.folder / "search.log"
-                self.link.send(Said(text=f"trial {trial.number} failed: {text}; traceback in {where}"))
-                return trials.Outcome(state="FAIL", reason="error", detail=text)
+    def _show_features(self, done: int, total: int) -> None:
+        self.link.send(Loading(what=f"vision outputs of {total} images ({100 * done // total} %)"))
 
     @contextmanager
-    def _beating(self, trial: optuna.Trial) -> Iterator[None]:
-        """Heartbeats from a thread while a trial runs: Optuna records them inside `optimize` only (optuna#3293)."""
+    def _beating(self) -> Iterator[None]:
+        """Heartbeats of the trials from a thread: Optuna records them inside `optimize` only (optuna#3293)."""
         from search import lifecycle
 
         done = threading.Event()
 
         def beat() -> None:
-            while True:
-                try:
-                    lifecycle.heartbeat(self.study, trial)
-                except Exception:  # whatever the database's driver raises; the next beat may get through
-                    log.exception("heartbeat of trial %d not recorded", trial.number)
-                if done.wait(HEARTBEAT_S):
-                    return
+            while not done.wait(BEAT_S):
+                runs = [*self._running.values()] + ([self._held] if self._held else [])
+                for run in runs:
+                    try:
+                        lifecycle.heartbeat(self.study, run.trial)
+                    except Exception:  # whatever the database's driver raises; the next beat may get through
+                        log.exception("heartbeat of trial %d not recorded", run.trial.number)
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         thread.start()
@@ -224,3 +327,7 @@ class _Worker:
         finally:
             done.set()
             thread.join(timeout=5)
+
+
+class GaveUp(RuntimeError):
+    """Too many trials failed one after the other."""

@@ -68,7 +68,7 @@ def build(factory: pytest.TempPathFactory, model: Path) -> Small:
     folder = factory.mktemp("small")
     file = folder / "small_real.py"
     file.write_text(f"MODEL = {str(model)!r}\nLABEL = {LABEL!r}\n{FILE}", encoding="utf-8")
-    done = search_process.run(search_process.command(folder / "runs", study=str(file), settings=()))
+    done = search_process.run(search_process.command(folder / "runs", "--slots", "1", study=str(file), settings=()))
     assert done.returncode == 0, done.stdout + done.stderr
     _built.append(Small(folder / "runs", done.stdout))
     return _built[0]

@@ -14,7 +14,7 @@ import pytest
 
 from tests import browser
 from tests.browser import Dashboards
-from tests.small_study import FLOAT16, LABEL, NAME, STALLS, SLOW, WORSE, Small, build
+from tests.small_study import FLOAT16, LABEL, NAME, SLOW, STALLS, WORSE, Small, build
 
 pytestmark = [
     pytest.mark.browser,

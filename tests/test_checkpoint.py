@@ -16,12 +16,13 @@ import pytest
 import torch
 from peft import PeftModel
 
-from trainer import adapters, checkpoint
+from trainer import checkpoint
 from trainer.bench import Workbench
 from trainer.config import TrainConfig
 from trainer.errors import CheckpointError
 from trainer.events import CheckpointSaved, EpochEnded, EpochTiming, Event, NonFinite, RunStarted
 from trainer.loop import history_of, train
+from trainer.lora import Adapter
 from trainer.model import forward
 
 Small = Callable[..., TrainConfig]
@@ -42,12 +43,11 @@ def saved(bench: Workbench, small: Small) -> Callable[..., checkpoint.State]:
     def save(out: Path, *val_losses: float) -> checkpoint.State:
         state = checkpoint.State(fingerprints={"data": "d", "model": "m"})
         config = small(num_epochs=99)
-        with adapters.attached(bench.base(config).model, config) as (peft_model, _):
-            optimizer = torch.optim.AdamW(adapters.parameters(peft_model).values())
-            for number, loss in enumerate(val_losses, start=1):
-                state.epoch, state.step = number, number * 4
-                state.history.append(epoch_of(number, loss))
-                checkpoint.save(out, state, config, peft_model, optimizer)
+        adapter = Adapter(bench.base(config).model, config)
+        for number, loss in enumerate(val_losses, start=1):
+            state.epoch, state.step = number, number * 4
+            state.history.append(epoch_of(number, loss))
+            checkpoint.save(out, state, config, adapter)
         return state
 
     return save
@@ -328,8 +328,7 @@ def test_a_series_of_bad_steps_is_stored(
     state.nonfinite_in_a_row, state.micro_batch_size = 2, 3
     state.first_bad = NonFinite(tensor="loss", value="nan", after_update=False, detail="d")
     config = small(num_epochs=99)
-    with adapters.attached(bench.base(config).model, config) as (peft_model, _):
-        checkpoint.save(tmp_path, state, config, peft_model, torch.optim.SGD(peft_model.parameters()))
+    checkpoint.save(tmp_path, state, config, Adapter(bench.base(config).model, config))
     assert checkpoint.load(tmp_path, config).state == state
     text = (checkpoint.folder_of(tmp_path, 1) / "state.json").read_text()
     assert json.loads(text)["first_bad"]["tensor"] == "loss"

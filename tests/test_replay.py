@@ -245,3 +245,18 @@ def test_it_goes_as_far_as_the_record() -> None:
     assert not is_past(epoch(2, 20), recorded, broke) and not is_past(step(23, 3), recorded, broke)
     assert is_past(step(24, 3), recorded, broke)
     assert not is_past(step(21, 2), {("val_loss", 2): 1.5}, {}), "a run whose steps were lost has its epochs"
+
+
+def test_a_trial_that_trained_beside_others_may_differ_in_rounding() -> None:
+    then = {("step/loss", 1): 2.0, ("step/loss", 2): 1.5, ("val_loss", 1): 1.0}
+    now = {**then, ("step/loss", 2): 1.5000003}
+    alone = compare(then, now, ())
+    assert not alone.identical and alone.first == ("step/loss", 2, 1.5, 1.5000003)
+    packed = compare(then, now, (), tolerance=1e-3)
+    assert packed.identical
+    (line,) = describe(4, packed).splitlines()
+    assert line.startswith(
+        "trial 4: the same, all 3 recorded values to a relative difference of 2.0e-07 (loss at step 2)"
+    )
+    assert not compare(then, {**then, ("val_loss", 1): 1.01}, (), tolerance=1e-3).identical
+    assert "bit-identical" in describe(4, compare(then, then, (), tolerance=1e-3))

@@ -122,6 +122,25 @@ def test_the_same_seed_gives_the_same_study(finished: tuple[Path, str], tmp_path
     assert trials_of(tmp_path / "other")[0].params != trials_of(runs)[0].params
 
 
+def test_trials_that_trained_together_come_again_alone(finished: tuple[Path, str]) -> None:
+    import sys
+
+    runs, output = finished
+    assert "3 trials train at once" not in output and "trials train at once on one base (--slots auto)" in output
+    assert all(int(t.attrs[records.SLOTS]) > 1 for t in trials_of(runs))
+    arguments = ["--study", "rsicap_mini", "--trial", "1", "--runs-dir", str(runs)]
+    done = run([sys.executable, "-m", "search.replay", *arguments])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(r"trial 1: (bit-identical, all|the same, all \d+ recorded values to a relative)", done.stdout)
+
+
+def test_slots_are_as_many_as_asked_for(tmp_path: Path) -> None:
+    done = run(command(tmp_path, "--trials", "2", "--slots", "1"))
+    assert done.returncode == 0 and "one trial at a time" in done.stdout
+    started = [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("trial ")]
+    assert started.index("trial 1") > max(i for i, name in enumerate(started) if name == "trial 0")
+
+
 def test_trials_is_the_total(finished: tuple[Path, str], tmp_path: Path) -> None:
     runs = tmp_path / "copy"
     shutil.copytree(finished[0], runs)
@@ -256,6 +275,7 @@ BAD = [
     (["--study", "rsicap_mini", "--tracking-uri", "http://127.0.0.1:1"], "127.0.0.1:1"),
     (["--study", "rsicap_mini", "--strategy", "stagd"], "'stagd' is not one of"),
     (["--study", "rsicap_mini", "--trials", "0"], "Invalid value"),
+    (["--study", "rsicap_mini", "--slots", "17"], "--slots must be auto or a number from 1 to 16"),
 ]
 
 

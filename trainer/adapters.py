@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,25 +45,36 @@ def lora_parameters(model: nn.Module, modules: Sequence[str], r: int) -> int:
     return total
 
 
-@contextmanager
-def attached(model: Any, config: TrainConfig) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """The base with a fresh adapter, for as long as the context lasts: (PEFT model, adapted module names).
+def lora_config(config: TrainConfig, modules: Sequence[str], base_name: str | None) -> Any:
+    """PEFT's description of the adapter.
 
-    Afterwards the base is as it was. `task_type` is left out: CAUSAL_LM made older PEFT versions pass
-    `inputs_embeds` of their own, the clash that the hand-run log met.
+    `task_type` is left out: CAUSAL_LM made older PEFT versions pass `inputs_embeds` of their own, the clash that the
+    hand-run log met.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    modules = resolve_targets(model, config.target_modules)
-    training = model.training
-    torch.manual_seed(config.seed)  # lora_A's initial values
-    lora = LoraConfig(
+    return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=list(modules),
         bias="none",
+        base_model_name_or_path=base_name,
     )
+
+
+@contextmanager
+def attached(model: Any, config: TrainConfig) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """The base with a fresh adapter, for as long as the context lasts: (PEFT model, adapted module names).
+
+    Afterwards the base is as it was.
+    """
+    from peft import get_peft_model
+
+    modules = resolve_targets(model, config.target_modules)
+    training = model.training
+    torch.manual_seed(config.seed)  # lora_A's initial values
+    lora = lora_config(config, modules, None)
     with warnings.catch_warnings():
         # PEFT warns when a model is wrapped a second time; a worker wraps its base once a trial and unwraps it.
         warnings.filterwarnings("ignore", message=".*modify a model with PEFT for a second time.*")
@@ -86,24 +96,3 @@ def parameters(peft_model: Any) -> dict[str, nn.Parameter]:
     """The adapter's parameters by name, in a fixed order."""
     named = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
     return dict(sorted(named.items()))
-
-
-def save(peft_model: Any, folder: Path) -> None:
-    """The adapter in PEFT's format: loads with `PeftModel.from_pretrained(base, folder)`."""
-    # "auto" would ask the hub whether the base's vocabulary had grown.
-    peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-
-
-def load_into(peft_model: Any, folder: Path) -> None:
-    """Set the adapter's weights from a folder written by `save`, bit for bit."""
-    from safetensors.torch import load_file
-
-    stored = load_file(str(folder / "adapter_model.safetensors"))
-    named = parameters(peft_model)
-    by_key = {name.replace(".default.", "."): p for name, p in named.items()}
-    if by_key.keys() != stored.keys():
-        missing, extra = sorted(by_key.keys() - stored.keys()), sorted(stored.keys() - by_key.keys())
-        raise ModelError(f"{folder}: the adapter does not fit; missing: {missing[:5]}, unknown: {extra[:5]}")
-    with torch.no_grad():
-        for key, parameter in by_key.items():
-            parameter.copy_(stored[key])

@@ -2,7 +2,7 @@
 
     <run folder>/checkpoints/epoch-0003/
         adapter/         in PEFT's format, loads with PeftModel.from_pretrained
-        optimizer.safetensors   AdamW's moments and step counts by parameter name
+        optimizer.safetensors   AdamW's moments, flat, and its count of updates
         state.json       config, position, history of epochs, hashes of the other files
 
 There is no generator state to save: data order is a function of (seed, epoch), dropout of (seed, step) and the
@@ -21,12 +21,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from trainer import adapters
 from trainer.config import MACHINE_FIELDS, TrainConfig
 from trainer.errors import CheckpointError
 from trainer.events import EpochEnded, NonFinite, epoch_from_dict, to_dict
+from trainer.lora import Adapter
 
 FORMAT = 1
 
@@ -87,22 +85,23 @@ def save(
     out_dir: Path,
     state: State,
     config: TrainConfig,
-    peft_model: Any,
-    optimizer: torch.optim.Optimizer,
+    adapter: Adapter,
 ) -> Path:
     """Write the checkpoint of `state.epoch` and drop all but the last and the best.
 
     Raises:
         OSError: the disk is full or gone; the checkpoints before are intact then.
     """
+    from safetensors.torch import save_file
+
     final = folder_of(out_dir, state.epoch)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        adapters.save(peft_model, temporary / "adapter")
-        _save_optimizer(temporary / "optimizer.safetensors", peft_model, optimizer)
+        adapter.save(temporary / "adapter", config.model)
+        save_file(adapter.optimizer_tensors(), str(temporary / "optimizer.safetensors"))
         _write_state(temporary, state, config)
         _flush(temporary)
         if final.exists():  # an epoch trained again after a damaged checkpoint
@@ -168,30 +167,12 @@ def check_fingerprints(found: Found, now: dict[str, str]) -> None:
         )
 
 
-def restore(folder: Path, peft_model: Any, optimizer: torch.optim.Optimizer) -> None:
+def restore(folder: Path, adapter: Adapter) -> None:
     """Set the adapter's weights and AdamW's state from a checkpoint, bit for bit."""
     from safetensors.torch import load_file
 
-    adapters.load_into(peft_model, folder / "adapter")
-    stored = load_file(str(folder / "optimizer.safetensors"))
-    for name, parameter in adapters.parameters(peft_model).items():
-        state = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{key}:{name}" in stored:
-                value = stored[f"{key}:{name}"]
-                state[key] = value if key == "step" else value.to(parameter.device)
-        if state:
-            optimizer.state[parameter] = state
-
-
-def _save_optimizer(path: Path, peft_model: Any, optimizer: torch.optim.Optimizer) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for name, parameter in adapters.parameters(peft_model).items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}:{name}"] = value.detach().contiguous()
-    save_file(tensors, str(path))
+    adapter.load(folder / "adapter")
+    adapter.restore_optimizer(load_file(str(folder / "optimizer.safetensors")))
 
 
 def _write_state(folder: Path, state: State, config: TrainConfig) -> None:

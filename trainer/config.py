@@ -49,6 +49,9 @@ class TrainConfig(BaseModel):
     """Seed of the split and of the choice of `max_samples` rows: the same for every trial of a study."""
     skip_bad_rows: bool = False
     """Go on without rows whose image is missing, broken or unsafe; otherwise they are an error."""
+    cache_features: bool = True
+    """Compute the frozen vision tower's output once per image and keep it on disk for all epochs, trials and studies
+    (1.45 MB an image at the real size in float32). Without effect where an adapter sits in the vision tower."""
     max_target_length: Annotated[int, Field(ge=1, le=4096)] = 256
     """Longest caption in tokens of the language model, EOS included; longer ones are cut."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from trainer.config import TrainConfig
@@ -36,9 +38,12 @@ class Tokens:
 
 @dataclass
 class Batch:
-    """A padded batch. B samples, Q query tokens, lengths padded to the longest in the batch."""
+    """A padded batch. B samples, Q query tokens, lengths padded to the longest in the batch.
 
-    pixel_values: torch.Tensor
+    Its images are there in one of three forms: pixels, rows of a feature store, or the vision outputs themselves.
+    """
+
+    pixel_values: torch.Tensor | None
     """(B, 3, height, width), float."""
     qformer_ids: torch.Tensor
     """(B, instruction length)."""
@@ -48,6 +53,13 @@ class Batch:
     text_mask: torch.Tensor
     labels: torch.Tensor
     """(B, caption length) for T5; (B, text length), masked up to the caption, for decoder-only. `IGNORE` elsewhere."""
+    image_rows: torch.Tensor | None = None
+    """(B,), the images' rows in a feature store."""
+    image_embeds: torch.Tensor | None = None
+    """(B, patches + 1, vision hidden size)."""
+    label_rows: torch.Tensor | None = None
+    """(N,), where the N label tokens are in the flattened labels. Found on the host: on a GPU, asking for them would
+    stop the host until all before is done."""
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -58,16 +70,80 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on the device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        rows = (self.labels != IGNORE).view(-1).nonzero().view(-1) if self.label_rows is None else self.label_rows
+        moved = replace(self, label_rows=rows)._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, image_rows=self.image_rows)  # the store takes them from the host
 
     def micro(self, size: int) -> Iterator[Batch]:
         """Slices of at most `size` samples, padded as the whole batch is."""
+        whole = replace(self, label_rows=None)
         for start in range(0, len(self), size):
-            yield Batch(**{f.name: getattr(self, f.name)[start : start + size] for f in fields(self)})
+            yield whole._each(lambda tensor, start=start: tensor[start : start + size])  # type: ignore[misc]
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader where the device is a GPU."""
-        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
+
+
+def merge(batches: Sequence[Batch], reserved: Sequence[int]) -> tuple[Batch, list[dict[int, int]]]:
+    """Several batches as one, each padded to the longest of all.
+
+    Args:
+        batches: on the host, all of one kind of model.
+        reserved: lengths that dimensions of the model have for other reasons (queries, image patches).
+
+    Returns:
+        The merged batch, and for each of the batches: the length that something is padded to -> its own length. Where
+        a batch has to be padded, no padded length is equal to another length of the pass, so that this is unambiguous.
+    """
+    if len(batches) == 1:
+        return batches[0], [{}]
+    queries = reserved[0]
+    kinds = ("qformer_ids", "text_ids", "labels")
+    own = [{kind: getattr(batch, kind).shape[1] for kind in kinds} for batch in batches]
+    padded = {kind: max(lengths[kind] for lengths in own) for kind in kinds}
+    if batches[0].labels.shape[1] == batches[0].text_ids.shape[1] and all(
+        lengths["labels"] == lengths["text_ids"] for lengths in own
+    ):
+        kinds_apart: tuple[str, ...] = ("qformer_ids", "text_ids")  # decoder-only: labels lie on the text
+    else:
+        kinds_apart = kinds
+    apart = {kind: any(lengths[kind] != padded[kind] for lengths in own) for kind in kinds_apart}
+    taken = set(reserved)
+    for kind in sorted(kinds_apart, key=lambda kind: apart[kind]):  # those that cannot move come first
+        while apart[kind] and {padded[kind], queries + padded[kind]} & taken:
+            padded[kind] += 1
+        taken |= {padded[kind], queries + padded[kind]}
+    if kinds_apart != kinds:
+        padded["labels"] = padded["text_ids"]
+    lengths_of = [
+        {padded[kind] + more: lengths[kind] + more for kind in kinds for more in (0, queries)} for lengths in own
+    ]
+
+    def joined(name: str, kind: str, value: int) -> torch.Tensor:
+        parts = [getattr(batch, name) for batch in batches]
+        return torch.cat([F.pad(part, (0, padded[kind] - part.shape[1]), value=value) for part in parts])
+
+    def images(name: str) -> torch.Tensor | None:
+        parts = [getattr(batch, name) for batch in batches]
+        return None if parts[0] is None else torch.cat(parts)
+
+    merged = Batch(
+        pixel_values=images("pixel_values"),
+        image_rows=images("image_rows"),
+        image_embeds=images("image_embeds"),
+        # Padded positions are masked; their ids need only be ones that the vocabulary has.
+        qformer_ids=joined("qformer_ids", "qformer_ids", 0),
+        qformer_mask=joined("qformer_mask", "qformer_ids", 0),
+        text_ids=joined("text_ids", "text_ids", 0),
+        text_mask=joined("text_mask", "text_ids", 0),
+        labels=joined("labels", "labels", IGNORE),
+    )
+    return merged, lengths_of
 
 
 class Tokenizer:
@@ -126,6 +202,9 @@ class Pixels:
 
 
 Sample = tuple[torch.Tensor, Tokens]
+"""Pixels (3, height, width) or a row of a feature store (), and tokens."""
+Images = Callable[[Path], torch.Tensor]
+"""An image's file -> the tensor of its sample."""
 
 
 class CaptionDataset(Dataset["Sample | DataError"]):
@@ -135,17 +214,23 @@ class CaptionDataset(Dataset["Sample | DataError"]):
     worker's traceback in its message. `batches` raises it.
     """
 
-    def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, pixels: Pixels) -> None:
+    def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, images: Images) -> None:
         self.rows = tuple(rows)
         self.tokens = tuple(tokenizer(row) for row in rows)
-        self.pixels = pixels
+        self.images = images
+
+    def seen_through(self, images: Images) -> CaptionDataset:
+        """The same rows and tokens with other tensors for their images."""
+        other = copy(self)
+        other.images = images
+        return other
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample | DataError:
         try:
-            return self.pixels(self.rows[index].image), self.tokens[index]
+            return self.images(self.rows[index].image), self.tokens[index]
         except DataError as error:
             return error.with_traceback(None)
 
@@ -191,8 +276,10 @@ class Collator:
             labels = [t.target for t in tokens]
         qformer_ids, qformer_mask = _pad([t.qformer for t in tokens], self.qformer_pad)
         text_ids, text_mask = _pad(text, self.text_pad)
+        images = torch.stack([image for image, _ in samples])
         return Batch(
-            pixel_values=torch.stack([pixels for pixels, _ in samples]),
+            pixel_values=images if images.dim() > 1 else None,
+            image_rows=images if images.dim() == 1 else None,
             qformer_ids=qformer_ids,
             qformer_mask=qformer_mask,
             text_ids=text_ids,

@@ -1,43 +1,47 @@
-"""The training loop, as a generator of events. It reports facts and decides nothing; closing it stops the run.
+"""The training loop: runs that train together in one forward and backward pass on one frozen base.
 
-Modules are in training mode as under the Hugging Face Trainer: the Q-Former's dropout (0.1) and the language model's
-are live in training and off in evaluation. The frozen vision tower has none.
+`Pack` holds up to K runs and does one optimizer step of each in a round; `train` is a pack of one, as a generator of
+events. They report facts and decide nothing. Each run has its own adapter, data order, dropout, schedule, clipping,
+optimizer and epochs, and behaves as if alone: to the last bit but for the rounding of sums whose order depends on how
+many rows a matrix has (tests/test_pack.py holds it to 1e-12 in float64, against PEFT and PyTorch's AdamW).
+
+The frozen base runs in evaluation mode: its own dropout is off, in training too. What regularises a run is
+`lora_dropout`, which the search samples. So attention takes the fused kernels, and a run's random numbers are its own.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from trainer import adapters, checkpoint, health, runtime
+from trainer import checkpoint, runtime
 from trainer.bench import Workbench
 from trainer.config import TrainConfig
-from trainer.data import Batch, batches, eval_loader, train_loader
-from trainer.events import (
-    CheckpointSaved,
-    Diverged,
-    EpochEnded,
-    EpochTiming,
-    Event,
-    MicroBatchReduced,
-    OutOfMemory,
-    RunStarted,
-    StepEnded,
-    StepTiming,
-)
-from trainer.model import forward
-from trainer.schedule import learning_rate
+from trainer.data import Batch, merge
+from trainer.errors import ConfigError, UserError
+from trainer.events import EpochEnded, Event, MicroBatchReduced, OutOfMemory
+from trainer.lora import Hooks, Segment
+from trainer.member import Member, Step
+from trainer.model import Forward, at_least_float32, forward
+
+CUDA_WINDOW = 8
+"""Rounds on a GPU between two looks at losses and norms: each look makes the host wait for the device."""
+
+Group = tuple[Member, list[Batch], float]
+"""A run, the batches of its next step, and the seconds waited for them."""
+Happening = Event | UserError | OSError
+"""What happens to a run: an event, or an error of its own (an image that went bad, a disk that is full), which ends it
+and leaves the others alone."""
+
+log = logging.getLogger("trainer.loop")
 
 
 def train(config: TrainConfig, bench: Workbench, out_dir: Path) -> Iterator[Event]:
-    """Train one configuration and yield its events.
+    """Train one configuration and yield its events; closing the generator stops the run.
 
     A run whose `out_dir` holds a checkpoint of the same configuration continues after its last whole epoch, bit for
     bit as if it had never stopped; the epochs before it are in `history_of`.
@@ -45,11 +49,13 @@ def train(config: TrainConfig, bench: Workbench, out_dir: Path) -> Iterator[Even
     Raises:
         UserError: model, data or checkpoint cannot be used.
     """
-    device = runtime.prepare(config)
-    base = bench.base(config)
-    with adapters.attached(base.model, config) as (peft_model, modules):
-        # The run is held by this frame alone: closing the generator frees it, DataLoader workers included.
-        yield from _Run(config, bench, out_dir, device, peft_model, modules).events()
+    with Pack(bench) as pack:
+        pack.add(config, out_dir)
+        while pack.members:
+            for _, event in pack.round():
+                if isinstance(event, UserError | OSError):
+                    raise event
+                yield event
 
 
 def history_of(config: TrainConfig, out_dir: Path) -> list[EpochEnded]:
@@ -57,168 +63,102 @@ def history_of(config: TrainConfig, out_dir: Path) -> list[EpochEnded]:
     return checkpoint.load(out_dir, config).state.history
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """Forward and backward over one step's samples; the gradients are in the parameters, not clipped yet."""
+class Pack:
+    """Runs on one base. A context: leaving it takes the hooks off the base and lets the runs go."""
 
-    loss: float
-    """Mean over the step's label tokens."""
-    grad_norm: float
-    query_peak: float
-    """Largest magnitude in the Q-Former's output."""
-    num_tokens: int
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm) and math.isfinite(self.query_peak)
-
-
-class _Run:
-    """One run in progress."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        bench: Workbench,
-        out_dir: Path,
-        device: torch.device,
-        peft_model: Any,
-        modules: tuple[str, ...],
-    ) -> None:
-        self.config = config
-        self.out_dir = out_dir
-        self.device = device
+    def __init__(self, bench: Workbench) -> None:
         self.bench = bench
-        self.peft_model = peft_model
-        self.model = peft_model.get_base_model()
-        self.modules = modules
-        self.parameters = adapters.parameters(peft_model)
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=config.learning_rate,
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            # One call for a tensor instead of ten; on CPU that is 7 ms of the embedded model's step. Only in float32:
-            # the fused kernel computes in float32 whatever the dtype, and float16 has to fail as it did in the
-            # hand-run. On CUDA the default is as fast.
-            fused=True if device.type == "cpu" and config.torch_dtype == "float32" else None,
-        )
-        self.train_set, self.val_set = bench.datasets(config)
-        tokenizer = bench.tokenizer(config)
-        pin = device.type == "cuda"
-        self.loader, self.sampler = train_loader(self.train_set, tokenizer, config, pin=pin)
-        self.val_loader = eval_loader(self.val_set, tokenizer, config, pin=pin)
-        self.steps_per_epoch = math.ceil(len(self.loader) / config.gradient_accumulation_steps)
-        self.total_steps = self.steps_per_epoch * config.num_epochs
-        self.found = checkpoint.load(out_dir, config)
-        fingerprints = {"data": bench.examined(config).fingerprint, "model": bench.base(config).fingerprint}
-        checkpoint.check_fingerprints(self.found, fingerprints)
-        self.state = self.found.state
-        self.state.fingerprints = fingerprints
-        if self.found.folder is not None:
-            checkpoint.restore(self.found.folder, peft_model, self.optimizer)
-        self.eval_batch_size = config.eval_batch_size
-        self.ended = False
+        self.members: list[Member] = []
+        self.at_once: int | None = None
+        """Runs in one pass, if memory does not hold all of them."""
+        self.window: int | None = None
+        """Rounds between two looks at the figures; None for what suits the device."""
+        self._key: tuple[object, ...] | None = None
+        self._hooks: Hooks | None = None
+        self._pending: list[list[tuple[Member, Step]]] = []
+        self._passing: Sequence[Member] = ()
 
-    def events(self) -> Iterator[Event]:
-        """All events of the run, from RunStarted to its end."""
-        checkpoint.claim(self.out_dir)
-        yield self._started()
-        for epoch in range(self.state.epoch + 1, self.config.num_epochs + 1):
-            yield from self._epoch(epoch)
-            if self.ended:
-                return
+    def __enter__(self) -> Pack:
+        return self
 
-    def _started(self) -> RunStarted:
-        examined = self.bench.examined(self.config)
-        return RunStarted(
-            num_train_samples=len(self.train_set),
-            num_val_samples=len(self.val_set),
-            steps_per_epoch=self.steps_per_epoch,
-            total_steps=self.total_steps,
-            warmup_steps=self.config.warmup_steps,
-            trainable_parameters=sum(p.numel() for p in self.parameters.values()),
-            adapted_modules=self.modules,
-            skipped_rows=examined.bad,
-            data_fingerprint=self.state.fingerprints["data"],
-            model_fingerprint=self.state.fingerprints["model"],
-            device=str(self.device),
-            num_threads=torch.get_num_threads(),
-            resumed_from_epoch=self.state.epoch,
-            damaged_checkpoints=self.found.problems,
-        )
+    def __exit__(self, *_: object) -> None:
+        self.members.clear()
+        self._pending.clear()
+        self._passing = ()
+        if self._hooks is not None:
+            self._hooks.remove()
 
-    def _epoch(self, epoch: int) -> Iterator[Event]:
-        began = time.perf_counter()
-        self.peft_model.train()
-        self.sampler.epoch = epoch
-        steps: list[StepEnded] = []
-        passing = batches(self.loader)
-        while True:
-            waiting = time.perf_counter()
-            group = list(islice(passing, self.config.gradient_accumulation_steps))
-            wait_s = time.perf_counter() - waiting
-            if not group:
-                break
-            for event in self._step(group, epoch, wait_s):
-                if isinstance(event, StepEnded):
-                    steps.append(event)
-                yield event
-            if self.ended:
-                return
-        train_s = time.perf_counter() - began
-        val_loss, eval_s = self._evaluate()
-        self.state.epoch = epoch
-        ended, saved = self._end_epoch(epoch, steps, val_loss, began, train_s, eval_s)
-        yield ended
-        yield saved
+    def accepts(self, config: TrainConfig) -> bool:
+        """Whether this configuration can train beside those that are in the pack."""
+        return not self.members or self._key == self._key_of(config)
 
-    def _end_epoch(
-        self, epoch: int, steps: Sequence[StepEnded], val_loss: float, began: float, train_s: float, eval_s: float
-    ) -> tuple[EpochEnded, CheckpointSaved]:
-        """Put the epoch together and make it durable; the checkpoint's history holds the epoch itself."""
-        good = [s for s in steps if s.nonfinite is None]
-        tokens = sum(s.num_tokens for s in good)
-        norms = [s.grad_norm for s in good]
-        nan = float("nan")
+    def _key_of(self, config: TrainConfig) -> tuple[object, ...]:
+        """What runs must have in common: the base, how it computes, and in which form they see images."""
+        seen = config.cache_features and not self.bench.adapts_vision(config)
+        return (config.model, config.torch_dtype, config.device, config.matmul_precision, seen)
 
-        def facts(checkpoint_s: float) -> EpochEnded:
-            return EpochEnded(
-                epoch=epoch,
-                step=self.state.step,
-                train_loss=sum(s.loss * s.num_tokens for s in good) / tokens if tokens else nan,
-                val_loss=val_loss,
-                learning_rate=steps[-1].learning_rate,
-                grad_norm_mean=sum(norms) / len(norms) if norms else nan,
-                grad_norm_max=max(norms) if norms else nan,
-                nonfinite_steps=len(steps) - len(good),
-                timing=EpochTiming(
-                    epoch_s=time.perf_counter() - began,
-                    train_s=train_s,
-                    data_wait_s=sum(s.timing.data_wait_s for s in steps),
-                    eval_s=eval_s,
-                    checkpoint_s=checkpoint_s,
-                    samples_per_s=sum(s.num_samples for s in steps) / train_s,
-                    peak_memory_gib=runtime.peak_memory_gib(self.device),
-                ),
+    def add(self, config: TrainConfig, out_dir: Path) -> Member:
+        """Take a run in; it begins with the next round, and disturbs none that is under way.
+
+        Raises:
+            UserError: model, data or checkpoint cannot be used.
+        """
+        if not self.accepts(config):
+            raise ConfigError(
+                "runs that train together need the same model, torch_dtype, device, matmul_precision and "
+                "cache_features"
             )
+        device = runtime.prepare(config)
+        base = self.bench.base(config)
+        if self._hooks is None or self._hooks.model is not base.model:
+            self._hooks = Hooks(base.model)
+        member = Member(config, self.bench, out_dir, device)
+        self._hooks.cover(member.adapter.modules)
+        self._key = self._key_of(config)
+        self._window = self.window or (CUDA_WINDOW if device.type == "cuda" and member.adapter.fused else 1)
+        self.members.append(member)
+        return member
 
-        self.state.history.append(facts(0.0))
-        saving = time.perf_counter()
-        folder = checkpoint.save(self.out_dir, self.state, self.config, self.peft_model, self.optimizer)
-        ended = facts(time.perf_counter() - saving)
-        self.state.history[-1] = ended
-        is_best = self.state.best_epoch() == epoch
-        return ended, CheckpointSaved(epoch=epoch, step=self.state.step, path=str(folder), is_best=is_best)
+    def remove(self, member: Member) -> None:
+        """Let a run go, between two rounds or in answer to an event of its own."""
+        if member in self.members:
+            self.members.remove(member)
 
-    def _step(self, group: Sequence[Batch], epoch: int, wait_s: float) -> Iterator[Event]:
-        """One optimizer step, begun anew with smaller micro-batches while memory runs out."""
-        began = time.perf_counter()
-        step = self.state.step + 1
-        while True:
+    def round(self) -> Iterator[tuple[Member, Happening]]:
+        """One optimizer step of every run, and the evaluation and checkpoint of those whose epoch ends with it.
+
+        Runs that have ended are gone from `members` afterwards.
+
+        Raises:
+            Exception: what no single run can be blamed for; the pack is of no use any more, its runs' checkpoints are.
+        """
+        for member in list(self.members):
+            if not member.started:
+                yield member, member.start()
+        work: list[Group] = []
+        for member in [m for m in self.members if not m.ended]:
+            try:
+                work.append((member, *member.next_group()))
+            except (UserError, OSError) as error:
+                member.ended = True
+                yield member, error
+        yield from self._step([each for each in work if each[0] in self.members])
+        if self._pending and (len(self._pending) >= self._window or any(m.epoch_is_trained for m in self.members)):
+            yield from self._fetch()
+        finishing = [member for member in self.members if member.epoch_is_trained]
+        if finishing:
+            yield from self._end_epochs(finishing)
+        for member in list(self.members):
+            if member.ended:
+                self.remove(member)
+
+    def _step(self, work: list[Group]) -> Iterator[tuple[Member, Event]]:
+        """One optimizer step of each run, begun anew with less at once while memory runs out."""
+        while work:
+            began = time.perf_counter()
             detail = ""
             try:
-                done = self._gradients(group, step)
+                done = self._gradients(work)
             except (RuntimeError, MemoryError) as error:
                 if not runtime.is_out_of_memory(error):
                     raise
@@ -226,105 +166,167 @@ class _Run:
             if not detail:
                 break
             # Outside the except block: there the traceback would still hold the tensors of the failed pass.
-            self.optimizer.zero_grad(set_to_none=True)
-            runtime.release_memory(self.device)
-            size = min(self._micro_batch_size(), max(len(batch) for batch in group)) // 2
+            runtime.release_memory(work[0][0].device)
+            if len(self._passing) > 1:
+                self._pass_fewer(len(self._passing))
+                continue
+            (member,) = self._passing
+            (group,) = [group for other, group, _ in work if other is member]
+            size = min(member.micro_batch_size(), max(len(batch) for batch in group)) // 2
             if size < 1:
-                self.ended = True
-                yield OutOfMemory(step=step, detail=detail)
-                return
-            self.state.micro_batch_size = size
-            yield MicroBatchReduced(step=step, micro_batch_size=size)
-        yield from self._update(group, epoch, step, done, wait_s, began)
+                member.ended = True
+                work = [each for each in work if each[0] is not member]
+                yield member, OutOfMemory(step=member.next_step, detail=detail)
+                continue
+            member.state.micro_batch_size = size
+            yield member, MicroBatchReduced(step=member.next_step, micro_batch_size=size)
+        if not work:
+            return
+        steps = [
+            (member, member.update(group, tokens, figures, wait_s))
+            for (member, group, wait_s), (tokens, figures) in zip(work, done, strict=True)
+        ]
+        seconds = time.perf_counter() - began
+        samples = sum(step.num_samples for _, step in steps)
+        for _, step in steps:
+            step.step_s = seconds * step.num_samples / samples
+        self._pending.append(steps)
 
-    def _micro_batch_size(self) -> int:
-        return self.state.micro_batch_size or self.config.micro_batch_size or self.config.batch_size
+    def _pass_fewer(self, size: int) -> None:
+        self.at_once = (size + 1) // 2
+        log.warning("out of memory with %d runs in one pass; going on with %d", size, self.at_once)
 
-    def _gradients(self, group: Sequence[Batch], step: int) -> _Pass:
-        """Gradients of one step, micro-batch by micro-batch."""
-        runtime.seed_step(self.config.seed, step)
-        tokens = sum(batch.num_tokens() for batch in group)
-        loss = torch.zeros((), device=self.device)
-        peak = torch.zeros((), device=self.device)
-        for batch in group:
-            for micro in batch.micro(self._micro_batch_size()):
-                out = forward(self.model, micro.to(self.device))
+    def _gradients(self, work: Sequence[Group]) -> list[tuple[int, torch.Tensor]]:
+        """(label tokens, (loss, gradient norm, query peak) on the device) of each run's step."""
+        size = self.at_once or len(work)
+        figures: list[tuple[int, torch.Tensor]] = []
+        for start in range(0, len(work), size):
+            figures += self._pass(work[start : start + size])
+        return figures
+
+    def _pass(self, work: Sequence[Group]) -> list[tuple[int, torch.Tensor]]:
+        """The same for the runs of one pass, micro-batch by micro-batch."""
+        self._passing = [member for member, _, _ in work]
+        pieces = [
+            [micro for batch in group for micro in batch.micro(member.micro_batch_size())] for member, group, _ in work
+        ]
+        tokens = [sum(batch.num_tokens() for batch in group) for _, group, _ in work]
+        weights = work[0][0].adapter.weights
+        zero = at_least_float32(torch.zeros((), dtype=weights.dtype, device=weights.device))
+        losses, peaks = [zero] * len(work), [zero] * len(work)
+        for member in self._passing:
+            member.seed()
+        for turn in range(max(len(parts) for parts in pieces)):
+            here = [i for i, parts in enumerate(pieces) if turn < len(parts)]
+            out, segments = self._forward([(work[i][0], pieces[i][turn]) for i in here], training=True)
+            shares = []
+            for i, segment in zip(here, segments, strict=True):
                 # The mean over all tokens of the step, however it is cut into micro-batches.
-                share = out.loss_sum / tokens
-                share.backward()
-                loss += share.detach()
+                shares.append(out.token_losses[segment.first_token : segment.last_token].sum() / tokens[i])
+                losses[i] = losses[i] + shares[-1].detach()
                 # NaN goes through abs, amax and maximum.
-                peak = torch.maximum(peak, out.query_output.detach().abs().amax().float())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        # The step's only synchronisation.
-        mean_loss, grad_norm, query_peak = torch.stack([loss, norm.float(), peak]).tolist()
-        return _Pass(mean_loss, grad_norm, query_peak, tokens)
+                peak = out.query_output.detach()[segment.start : segment.stop].abs().amax()
+                peaks[i] = torch.maximum(peaks[i], at_least_float32(peak))
+            # Each with a gradient of one of its own: in a sum, one NaN would be everybody's.
+            torch.autograd.backward(shares)
+        norms = [at_least_float32(torch.linalg.vector_norm(member.adapter.grads)) for member in self._passing]
+        return [(n, torch.stack(each)) for n, each in zip(tokens, zip(losses, norms, peaks, strict=True), strict=True)]
 
-    def _update(
-        self,
-        group: Sequence[Batch],
-        epoch: int,
-        step: int,
-        done: _Pass,
-        wait_s: float,
-        began: float,
-    ) -> Iterator[Event]:
-        """Clip and apply the gradients if all was finite, else count the step; too many in a row end the run."""
-        rate = learning_rate(self.config, step, self.total_steps)
-        nonfinite = None
-        if done.finite:
-            norm = torch.tensor(done.grad_norm, device=self.device)
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
-            for param_group in self.optimizer.param_groups:
-                param_group["lr"] = rate
-            self.optimizer.step()
-            self.state.nonfinite_in_a_row, self.state.first_bad = 0, None
-        else:
-            nonfinite = health.explain(
-                self.parameters, self.optimizer, self.config, query_peak=done.query_peak, loss=done.loss
+    def _forward(self, parts: Sequence[tuple[Member, Batch]], *, training: bool) -> tuple[Forward, list[Segment]]:
+        """One pass over the batches of several runs, each seeing its own adapter."""
+        assert self._hooks is not None
+        config = self._hooks.model.config
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+        batch, lengths = merge([part for _, part in parts], (int(config.num_query_tokens), patches))
+        segments: list[Segment] = []
+        for (member, part), own in zip(parts, lengths, strict=True):
+            last = segments[-1] if segments else None
+            start, token = (last.stop, last.last_token) if last else (0, 0)
+            segments.append(
+                Segment(member.adapter, start, start + len(part), token, token + part.num_tokens(), lengths=own)
             )
-            self.state.nonfinite_in_a_row += 1
-            self.state.first_bad = self.state.first_bad or nonfinite
-        self.optimizer.zero_grad(set_to_none=True)
-        self.state.step = step
-        yield StepEnded(
-            step=step,
-            epoch=epoch,
-            loss=done.loss,
-            grad_norm=done.grad_norm,
-            learning_rate=rate,
-            num_samples=sum(len(batch) for batch in group),
-            num_tokens=done.num_tokens,
-            nonfinite=nonfinite,
-            timing=StepTiming(step_s=time.perf_counter() - began + wait_s, data_wait_s=wait_s),
-        )
-        if self.state.nonfinite_in_a_row >= self.config.max_nonfinite_steps:
-            self.ended = True
-            assert self.state.first_bad is not None
-            first_step = step - self.state.nonfinite_in_a_row + 1
-            yield Diverged(step=step, epoch=epoch, first_bad_step=first_step, cause=self.state.first_bad)
+        moved = batch.to(parts[0][0].device)
+        if batch.image_rows is not None:
+            moved.image_embeds = _vision_outputs(parts)
+        self._hooks.segments, self._hooks.training = segments, training
+        try:
+            return forward(self._hooks.model, moved), segments
+        finally:
+            self._hooks.segments = ()
 
-    def _evaluate(self) -> tuple[float, float]:
-        """(mean loss over all label tokens of the validation split, seconds)."""
-        began = time.perf_counter()
-        self.peft_model.eval()
-        total, tokens = 0.0, 0
-        with torch.no_grad():
-            for batch in batches(self.val_loader):
-                total += self._evaluate_batch(batch)
-                tokens += batch.num_tokens()
-        return total / tokens, time.perf_counter() - began
+    def _fetch(self) -> Iterator[tuple[Member, Event]]:
+        """The events of the rounds whose figures are still on the device: the one place where the host waits."""
+        pending, self._pending = self._pending, []
+        fetched = torch.stack([step.figures for steps in pending for _, step in steps]).tolist()
+        figures = iter(fetched)
+        for steps in pending:
+            for member, step in steps:
+                loss, norm, peak = next(figures)
+                if member.ended or member not in self.members:
+                    continue  # it diverged at a step before
+                for event in member.step_ended(step, (loss, norm, peak)):
+                    yield member, event
 
-    def _evaluate_batch(self, batch: Batch) -> float:
-        """Loss sum of a batch, in halves while memory runs out."""
-        while True:
-            try:
-                parts = [
-                    forward(self.model, micro.to(self.device)).loss_sum for micro in batch.micro(self.eval_batch_size)
-                ]
-                return float(torch.stack(parts).double().sum())
-            except (RuntimeError, MemoryError) as error:
-                if not runtime.is_out_of_memory(error) or self.eval_batch_size == 1:
-                    raise
-            runtime.release_memory(self.device)
-            self.eval_batch_size //= 2
+    def _end_epochs(self, finishing: Sequence[Member]) -> Iterator[tuple[Member, Happening]]:
+        """Evaluate and save; runs that are judged on the same rows are judged in the same passes."""
+        by_rows: dict[tuple[object, ...], list[Member]] = {}
+        for member in finishing:
+            by_rows.setdefault(member.val_key, []).append(member)
+        for alike in by_rows.values():
+            began = time.perf_counter()
+            losses = self._evaluate(alike)
+            seconds = (time.perf_counter() - began) / len(alike)
+            for member, loss in zip(alike, losses, strict=True):
+                if member not in self.members:
+                    continue
+                try:
+                    ended = member.epoch_ended(loss, seconds)
+                except OSError as error:
+                    member.ended = True
+                    yield member, error
+                    continue
+                for event in ended:
+                    yield member, event
+
+    @torch.no_grad()
+    def _evaluate(self, members: Sequence[Member]) -> list[float]:
+        """Each run's mean loss over all label tokens of the validation split."""
+        totals, tokens = [0.0] * len(members), 0
+        for batch in zip(*(member.val_batches() for member in members), strict=True):
+            sums = self._evaluate_batch(list(zip(members, batch, strict=True)))
+            totals = [total + each for total, each in zip(totals, sums, strict=True)]
+            tokens += batch[0].num_tokens()
+        return [total / tokens for total in totals]
+
+    def _evaluate_batch(self, parts: Sequence[tuple[Member, Batch]]) -> list[float]:
+        """Each run's loss sum over its batch, in halves while memory runs out."""
+        size = self.at_once or len(parts)
+        if len(parts) > size:
+            return [total for i in range(0, len(parts), size) for total in self._evaluate_batch(parts[i : i + size])]
+        try:
+            out, segments = self._forward(parts, training=False)
+            sums = [out.token_losses[s.first_token : s.last_token].double().sum() for s in segments]
+            return torch.stack(sums).tolist()
+        except (RuntimeError, MemoryError) as error:
+            if not runtime.is_out_of_memory(error) or (len(parts) == 1 and len(parts[0][1]) == 1):
+                raise
+        runtime.release_memory(parts[0][0].device)
+        if len(parts) > 1:
+            self._pass_fewer(len(parts))
+            return self._evaluate_batch(parts)
+        ((member, batch),) = parts
+        halves = batch.micro((len(batch) + 1) // 2)
+        return [sum(total for half in halves for total in self._evaluate_batch([(member, half)]))]
+
+
+def _vision_outputs(parts: Sequence[tuple[Member, Batch]]) -> torch.Tensor:
+    """The vision outputs of the parts' images, looked up in one go where the parts share a store."""
+    stores = [member.features for member, _ in parts]
+    rows = [batch.image_rows for _, batch in parts]
+    assert stores[0] is not None
+    if all(store is stores[0] for store in stores):
+        return stores[0].take(torch.cat([each for each in rows if each is not None]))
+    found = [
+        store.take(each) for store, each in zip(stores, rows, strict=True) if store is not None and each is not None
+    ]
+    return torch.cat(found)

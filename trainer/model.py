@@ -50,10 +50,15 @@ class Base:
 class Forward:
     """What one forward pass gives, all still on the device."""
 
-    loss_sum: torch.Tensor
-    """Sum of the cross entropy over the label tokens, float32, scalar."""
+    token_losses: torch.Tensor
+    """(N,), cross entropy of the N label tokens, float32, sample by sample."""
     query_output: torch.Tensor
     """(B, Q, Q-Former's hidden size)."""
+
+    @property
+    def loss_sum(self) -> torch.Tensor:
+        """Over all label tokens, scalar."""
+        return self.token_losses.sum()
 
 
 def load_base(name: str, *, dtype: torch.dtype, device: torch.device) -> Base:
@@ -138,21 +143,26 @@ def query_images(model: Any, image_embeds: torch.Tensor, batch: Batch) -> torch.
     return output.last_hidden_state[:, : queries.shape[1]]  # type: ignore[no-any-return]
 
 
-def forward(model: Any, batch: Batch, image_embeds: torch.Tensor | None = None) -> Forward:
+def forward(model: Any, batch: Batch) -> Forward:
     """Loss of a batch, its logits computed at label positions only.
 
     Args:
         model: the InstructBLIP, with adapters injected or without.
-        batch: on the model's device.
-        image_embeds: (B, patches + 1, vision hidden size) if known already.
+        batch: on the model's device, with pixels or vision outputs.
     """
+    image_embeds = batch.image_embeds
     if image_embeds is None:
+        assert batch.pixel_values is not None
         image_embeds = encode_images(model, batch.pixel_values)
     query_output = query_images(model, image_embeds, batch)
     logits, labels = label_logits(model, query_output, batch)
     # float32 for the loss whatever the model's dtype: a sum over thousands of tokens overflows in float16.
-    loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return Forward(loss_sum, query_output)
+    return Forward(F.cross_entropy(at_least_float32(logits), labels, reduction="none"), query_output)
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, unless it is in float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def label_logits(model: Any, query_output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,34 +173,31 @@ def label_logits(model: Any, query_output: torch.Tensor, batch: Batch) -> tuple[
     embeds = torch.cat([projected.to(text.dtype), text], dim=1)
     image_mask = torch.ones(projected.shape[:-1], dtype=batch.text_mask.dtype, device=embeds.device)
     mask = torch.cat([image_mask, batch.text_mask], dim=1)
+    rows = batch.label_rows
+    if rows is None:
+        rows = (batch.labels != IGNORE).view(-1).nonzero().view(-1)
+    targets = batch.labels.view(-1).index_select(0, rows)
     if model.config.use_decoder_only_language_model:
-        # The state at position i predicts token i + 1; image positions carry no labels.
-        no_labels = torch.full(projected.shape[:-1], IGNORE, dtype=torch.long, device=embeds.device)
-        labels = torch.cat([no_labels, batch.labels], dim=1)
-        labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE)], dim=1)
-        wanted = labels != IGNORE
-        with _only_positions(model.get_output_embeddings(), wanted):
-            logits = language(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
+        # The state at position i predicts token i + 1, and the image positions come before the text.
+        length, queries = batch.labels.shape[1], projected.shape[1]
+        rows = rows // length * (length + queries) + rows % length + queries - 1
+        inputs = {}
     else:
-        labels = batch.labels
-        wanted = labels != IGNORE
-        shifted = language.prepare_decoder_input_ids_from_labels(labels)
-        with _only_positions(model.get_output_embeddings(), wanted):
-            logits = language(
-                inputs_embeds=embeds, attention_mask=mask, decoder_input_ids=shifted, use_cache=False
-            ).logits
-    return logits, labels[wanted]
+        inputs = {"decoder_input_ids": language.prepare_decoder_input_ids_from_labels(batch.labels)}
+    with _only_rows(model.get_output_embeddings(), rows):
+        logits = language(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **inputs).logits
+    return logits, targets
 
 
 @contextmanager
-def _only_positions(head: nn.Module, wanted: torch.Tensor) -> Iterator[None]:
-    """Within, the language-model head sees only the wanted positions: (B, L, hidden) becomes (N, hidden).
+def _only_rows(head: nn.Module, rows: torch.Tensor) -> Iterator[None]:
+    """Within, the language-model head sees only these rows: (B, L, hidden) becomes (N, hidden).
 
     A hook, so that everything before the head (T5's output scaling among it) stays the library's own code.
     """
 
     def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0][wanted], *args[1:])
+        return (args[0].flatten(0, 1).index_select(0, rows), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:

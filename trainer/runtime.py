@@ -39,6 +39,7 @@ def prepare(config: TrainConfig) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = resolve_device(config.device)
     torch.set_float32_matmul_precision(config.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = config.matmul_precision == "high"  # the vision tower's patch convolution
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling new memory finds reads of it before a write; there are none here, and it costs some percent of a step.
@@ -50,13 +51,9 @@ def prepare(config: TrainConfig) -> torch.device:
     return device
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed dropout for one step.
-
-    A generator state that is a function of (seed, step) makes a resumed run, and a step begun anew after memory ran
-    out, draw the same masks as an undisturbed run, with nothing to save.
-    """
-    torch.manual_seed((seed * 2_654_435_761 + step * 40_503 + 1) % 2**63)
+def step_seed(seed: int, step: int) -> int:
+    """The seed of dropout in one step of a run."""
+    return (seed * 2_654_435_761 + step * 40_503 + 1) % 2**63
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -95,7 +95,8 @@ def validation_loss(
     base = bench.base(config)
     base.model.eval()
     batches: list[Batch] = list(eval_loader(bench.datasets(config)[1], bench.tokenizer(config), config, pin=False))
-    pixels = change(torch.cat([batch.pixel_values for batch in batches])).split([len(batch) for batch in batches])
+    before = [batch.pixel_values for batch in batches if batch.pixel_values is not None]
+    pixels = change(torch.cat(before)).split([len(batch) for batch in batches])
     total, tokens = 0.0, 0
     with torch.no_grad():
         for batch, images in zip(batches, pixels, strict=True):

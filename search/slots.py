@@ -1,0 +1,141 @@
+"""How many trials train at once on one base: `--slots auto`.
+
+Packing pays for as long as a pass is too small to keep the machine busy: below that, a pass with twice the rows takes
+hardly longer. So `auto` fills a pass up to the number of token positions from which the machine is busy, and takes no
+more trials than the memory that one of them was measured to need allows. More would only make the search learn later
+from what it has tried. Nothing here depends on the clock: the same machine and study give the same number.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from search.space import Int, Multiple, Param
+
+if TYPE_CHECKING:
+    import torch
+
+    from search.study import Study
+    from trainer.bench import Workbench
+    from trainer.config import TrainConfig
+
+MOST = 16
+BUSY_CPU = 3e7
+"""On a CPU core, dispatch costs some 10 microseconds an operation; a product of T rows with a matrix of d x d takes as
+long at T d^2 = 3e5. The embedded model (d = 128) gains a third from 4 samples in a pass to 16, 5 % from 16 to 64, and
+a model of d = 768 nothing (docs/benchmarks.md): two orders above that break-even, 1,800 rows and 50."""
+BUSY_CUDA = {"highest": 160, "high": 1200}
+"""On a GPU, weights must be read for however few rows. An H100 (67 TFLOPS in float32, 495 in TF32, 3.35 TB/s) computes
+as long as it reads at 40 and 295 rows; four times that leaves reading a fifth. From the data sheet, not measured."""
+MEMORY_SHARE = 0.8
+"""Share of the free memory that trials may take."""
+
+log = logging.getLogger("search.slots")
+
+
+def resolve(wanted: int | None, study: Study, bench: Workbench) -> int:
+    """The number wanted, or for None as many as pay and fit, 1 to 16."""
+    if wanted is not None:
+        return wanted
+    config = study.base_config()
+    paying = that_pay(config, typical_batch_size(study), bench)
+    if paying == 1:
+        return 1
+    fitting = that_fit(study, bench)
+    log.info("slots: %d pay, %d fit in memory", paying, fitting)
+    return max(1, min(paying, fitting, MOST))
+
+
+def typical_batch_size(study: Study) -> float:
+    """The median batch size of the study's space."""
+    param = study.space.get("batch_size")
+    if isinstance(param, Int):
+        return math.sqrt(param.low * param.high) if param.log else (param.low + param.high) / 2
+    sizes = _edges(param)
+    return statistics.median(sizes) if sizes else study.base_config().batch_size
+
+
+def _edges(param: Param | None) -> list[int]:
+    """The values at the edges of a parameter's range that are whole numbers."""
+    if param is None or isinstance(param, Multiple):
+        return []
+    return [edge for edge in param.edges() if isinstance(edge, int)]
+
+
+def that_pay(config: TrainConfig, batch_size: float, bench: Workbench) -> int:
+    """Trials of this batch size until a pass keeps the machine busy."""
+    from trainer import runtime
+
+    model = bench.base(config).model
+    device = runtime.resolve_device(config.device)
+    width = min(model.config.qformer_config.hidden_size, model.config.text_config.hidden_size)
+    busy = BUSY_CUDA[config.matmul_precision] if device.type == "cuda" else BUSY_CPU / width**2
+    return max(1, round(busy / (batch_size * _rows(config, bench))))
+
+
+def _rows(config: TrainConfig, bench: Workbench) -> float:
+    """Mean token positions of a sample on its way through Q-Former and language model, a third of them at a time."""
+    train_set, _ = bench.datasets(config)
+    queries = bench.base(config).num_query_tokens
+    tokens = [len(t.qformer) + len(t.prompt) + len(t.target) + 2 * queries for t in train_set.tokens]
+    return statistics.fmean(tokens)
+
+
+def that_fit(study: Study, bench: Workbench) -> int:
+    """Trials for which there is memory, by what a step of the largest batch and rank takes on this device."""
+    from trainer import runtime
+
+    config = study.base_config()
+    device = runtime.resolve_device(config.device)
+    largest = {name: _edges(study.space.get(name)) for name in ("batch_size", "lora_r")}
+    values = {name: max(edges) for name, edges in largest.items() if edges}
+    config = config.model_copy(update=values)
+    needed = _measure(config, bench, device)
+    return max(1, int(MEMORY_SHARE * _free(device) / max(needed, 1)))
+
+
+def _measure(config: TrainConfig, bench: Workbench, device: torch.device) -> int:
+    """Bytes that one step of this configuration takes above the base, at its peak."""
+    import resource
+
+    import torch
+
+    from trainer.events import StepEnded
+    from trainer.loop import Pack
+
+    with tempfile.TemporaryDirectory() as folder, Pack(bench) as pack:
+        pack.window = 1
+        before = _used(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        pack.add(config, Path(folder))
+        for _, event in pack.round():
+            if isinstance(event, StepEnded):  # the step is made; the epoch's evaluation is not waited for
+                break
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device) - before
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def _used(device: torch.device) -> int:
+    """Bytes in use: on the GPU, or by this process on the host."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def _free(device: torch.device) -> int:
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)

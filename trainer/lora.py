@@ -1,0 +1,287 @@
+"""LoRA for several runs at once on one frozen base: each run's weights in one flat tensor, applied by hooks.
+
+A pass holds the samples of several runs one after the other. Each adapted linear module gets a forward hook that adds
+to every run's rows what its own adapter gives, with its own rank, scaling and dropout (Hu et al. 2021):
+y_k += s_k drop(x_k) A_k' B_k'. The rows of different runs never meet: what is not finite in one leaves the bits of the
+others alone.
+
+One autograd node for a module does all runs' arithmetic and writes their gradients where AdamW finds them. PEFT
+decides initial values and file format, and is what tests compare with (tests/test_pack.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer import adapters
+from trainer.config import TrainConfig
+from trainer.errors import ModelError
+
+STATE = ("exp_avg", "exp_avg_sq")
+"""AdamW's moments, as its state names them."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One module's A and B with their gradients: views of the adapter's flat tensors."""
+
+    a: torch.Tensor
+    """(r, d_in)."""
+    b: torch.Tensor
+    """(d_out, r)."""
+    grad_a: torch.Tensor
+    grad_b: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Named:
+    """One weight of an adapter with what belongs to it, for looking at."""
+
+    weight: torch.Tensor
+    grad: torch.Tensor
+    exp_avg: torch.Tensor | None
+    exp_avg_sq: torch.Tensor | None
+
+
+class Adapter:
+    """One run's LoRA weights, gradients and optimizer.
+
+    All weights are one flat parameter, so that norm, clipping and update are a few operations for a run, not for a
+    tensor. The optimizer is PyTorch's AdamW.
+    """
+
+    def __init__(self, model: Any, config: TrainConfig) -> None:
+        """A fresh adapter, with the initial values that PEFT gives for this seed.
+
+        Raises:
+            ModelError: a target module that the model lacks.
+        """
+        self.config = config
+        self.scale = config.lora_alpha / config.lora_r
+        self.dropout = config.lora_dropout
+        with adapters.attached(model, config) as (peft_model, self.modules):
+            initial = {name: p.detach().clone() for name, p in adapters.parameters(peft_model).items()}
+        first = next(iter(initial.values()))
+        self.weights = torch.cat([p.reshape(-1) for p in initial.values()])
+        self.grads = torch.zeros_like(self.weights)
+        self.shapes = {name: p.shape for name, p in initial.items()}
+        weights, grads = self._split(self.weights), self._split(self.grads)
+        self.pairs: dict[str, Pair] = {}
+        for module in self.modules:
+            a, b = (f"base_model.model.{module}.lora_{x}.default.weight" for x in "AB")
+            self.pairs[module] = Pair(weights[a], weights[b], grads[a], grads[b])
+        self.parameter = nn.Parameter(self.weights)
+        self.parameter.grad = self.grads
+        # The fused kernel computes in float32 whatever the dtype, and float16 has to fail as it did in the hand-run.
+        self.fused = self.weights.dtype in (torch.float32, torch.float64)
+        self.optimizer = torch.optim.AdamW(
+            [self.parameter],
+            lr=config.learning_rate,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=self.fused,
+            foreach=False,
+        )
+        self.generator = torch.Generator(first.device)
+
+    def __len__(self) -> int:
+        return self.weights.numel()
+
+    def _split(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def named(self) -> dict[str, Named]:
+        """Every weight by PEFT's name for it, in a fixed order."""
+        state = self.optimizer.state.get(self.parameter, {})
+        moments: dict[str, dict[str, torch.Tensor]] = {k: self._split(state[k]) for k in STATE if k in state}
+        weights, grads = self._split(self.weights), self._split(self.grads)
+        return {
+            name: Named(weights[name], grads[name], *(moments[k][name] if k in moments else None for k in STATE))
+            for name in self.shapes
+        }
+
+    def updates(self) -> int:
+        """Updates that AdamW has made."""
+        state = self.optimizer.state.get(self.parameter, {})
+        return int(state["step"]) if "step" in state else 0
+
+    def update(self, rate: float, norm: torch.Tensor, bad: torch.Tensor) -> None:
+        """Clip and apply the gradients, unless something was not finite; nothing is fetched from the device.
+
+        Args:
+            rate: learning rate.
+            norm: scalar, of the gradients, before clipping.
+            bad: scalar bool; true leaves weights and moments as they are.
+        """
+        # As torch.nn.utils.clip_grad_norm_ has it.
+        keep = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        keep = keep.masked_fill(bad, 1.0)  # the gradients of a bad step are looked at afterwards
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.grads.mul_(keep)
+        if self.fused:
+            # What PyTorch's own GradScaler sets: the kernel does nothing if it is 1.
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bool(bad):
+            self.optimizer.step()
+
+    def save(self, folder: Path, base_name: str) -> None:
+        """The adapter in PEFT's format: loads with `PeftModel.from_pretrained(base, folder)`."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        adapters.lora_config(self.config, self.modules, base_name).save_pretrained(str(folder))
+        weights = {name.replace(".default.", "."): w.contiguous() for name, w in self._split(self.weights).items()}
+        save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+    def load(self, folder: Path) -> None:
+        """Set the weights from a folder written by `save`, bit for bit.
+
+        Raises:
+            ModelError: an adapter for other modules.
+        """
+        from safetensors.torch import load_file
+
+        stored = load_file(str(folder / "adapter_model.safetensors"))
+        named = {name.replace(".default.", "."): w for name, w in self._split(self.weights).items()}
+        if named.keys() != stored.keys():
+            missing, extra = sorted(named.keys() - stored.keys()), sorted(stored.keys() - named.keys())
+            raise ModelError(f"{folder}: the adapter does not fit; missing: {missing[:5]}, unknown: {extra[:5]}")
+        for name, weight in named.items():
+            weight.copy_(stored[name])
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """AdamW's state by name: its moments as flat tensors and the number of its updates."""
+        state = self.optimizer.state.get(self.parameter, {})
+        return {key: value.detach().contiguous() for key, value in state.items()}
+
+    def restore_optimizer(self, stored: Mapping[str, torch.Tensor]) -> None:
+        """Set AdamW's state from what `optimizer_tensors` gave, bit for bit."""
+        if stored:
+            device = self.weights.device
+            # Where AdamW itself keeps them: the count beside the weights if fused, else on the host.
+            there = {key: value.to(device) if key in STATE or self.fused else value for key, value in stored.items()}
+            self.optimizer.state[self.parameter] = there
+
+
+@dataclass
+class Segment:
+    """One run's share of a pass."""
+
+    adapter: Adapter
+    start: int
+    """First sample."""
+    stop: int
+    first_token: int
+    """First of its label tokens."""
+    last_token: int
+    lengths: dict[int, int] = field(default_factory=dict)
+    """Length that the pass is padded to -> length that the run alone would have. Dropout is drawn for the latter,
+    so that a run's masks don't depend on its company."""
+
+
+class Hooks:
+    """Forward hooks on the adapted modules; they act on the samples of the plan that is set."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.segments: Sequence[Segment] = ()
+        self.training = False
+        self._handles: dict[str, Any] = {}
+        self._anchor: torch.Tensor | None = None
+
+    def cover(self, modules: Iterable[str]) -> None:
+        """Put a hook on those of the modules that have none."""
+        for name in modules:
+            if name not in self._handles:
+                module = self.model.get_submodule(name)
+                self._handles[name] = module.register_forward_hook(partial(self._apply, name))
+                if self._anchor is None:
+                    # The weights are no inputs of the graph (their gradients are written straight to their place),
+                    # so something else has to say that there is a gradient at all.
+                    self._anchor = torch.zeros((), device=module.weight.device, requires_grad=True)
+
+    def remove(self) -> None:
+        """Leave the base as it was."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+    def _apply(self, name: str, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
+        parts = [segment for segment in self.segments if name in segment.adapter.pairs]
+        if not parts:
+            return None
+        return _Lora.apply(self._anchor, args[0], output, name, parts, self.training)  # type: ignore[no-untyped-call]
+
+
+class _Lora(torch.autograd.Function):
+    """y + s drop(x) A' B' for the rows of each segment, in place on y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        _anchor: torch.Tensor,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        name: str,
+        parts: Sequence[Segment],
+        training: bool,
+    ) -> torch.Tensor:
+        saved: list[torch.Tensor | None] = [x]
+        for part in parts:
+            adapter, pair = part.adapter, part.adapter.pairs[name]
+            rows = _rows(part, x)
+            seen, mask = x[rows], None
+            if training and adapter.dropout:
+                mask = _dropout_mask(part, seen)
+                seen = seen * mask
+            low = torch.mm(seen.reshape(-1, x.shape[-1]), pair.a.t())
+            y[rows].view(-1, y.shape[-1]).addmm_(low, pair.b.t(), alpha=adapter.scale)
+            saved += [low, mask]
+        ctx.save_for_backward(*saved)
+        ctx.name, ctx.parts = name, parts
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, *saved = ctx.saved_tensors
+        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        for part, low, mask in zip(ctx.parts, saved[0::2], saved[1::2], strict=True):
+            scale, pair = part.adapter.scale, part.adapter.pairs[ctx.name]
+            rows = _rows(part, x)
+            above = grad[rows].reshape(-1, grad.shape[-1])
+            below = torch.mm(above, pair.b).mul_(scale)
+            seen = x[rows] if mask is None else x[rows] * mask
+            pair.grad_b.addmm_(above.t(), low, alpha=scale)
+            pair.grad_a.addmm_(below.t(), seen.reshape(-1, x.shape[-1]))
+            if grad_x is not None:
+                back = torch.mm(below, pair.a).view_as(seen)
+                grad_x[rows] = back if mask is None else back.mul_(mask)
+        return None, grad_x, grad, None, None, None
+
+
+def _rows(part: Segment, x: torch.Tensor) -> slice:
+    """A segment's rows of an input (samples, ..., features); of one (label tokens, features) at the output layer."""
+    return slice(part.first_token, part.last_token) if x.dim() == 2 else slice(part.start, part.stop)
+
+
+def _dropout_mask(part: Segment, seen: torch.Tensor) -> torch.Tensor:
+    """What a run's rows are multiplied by: 0, or 1 / (1 - p)."""
+    keep = 1.0 - part.adapter.dropout
+    shape = list(seen.shape)
+    if len(shape) > 2:
+        shape[1] = part.lengths.get(shape[1], shape[1])
+    mask = torch.empty(shape, dtype=seen.dtype, device=seen.device)
+    mask.bernoulli_(keep, generator=part.adapter.generator).div_(keep)
+    if mask.shape != seen.shape:
+        mask = nn.functional.pad(mask, (0, 0, 0, seen.shape[1] - shape[1]))
+    return mask
