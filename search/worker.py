@@ -164,6 +164,8 @@ class _Worker:
         self._running: dict[Member, TrialRun] = {}
         self._held: TrialRun | None = None
         """Asked for, but of a kind that cannot train beside those that are running."""
+        self._dry = False
+        """The study wanted no further trial when it was last asked: not to be asked at every step."""
         self._alone = 0
         """Trials still to be run one by one, after a fault that no single one could be blamed for."""
 
@@ -200,9 +202,10 @@ class _Worker:
     def _fill(self, pack: Pack) -> bool:
         """Give every free slot a trial; False if none is running then."""
         while len(self._running) < (1 if self._alone else self.slots) and self.link.order() == Order.GO_ON:
-            run = self._held or self._next()
+            run = self._held or (None if self._dry else self._next())
             self._held = None
             if run is None:
+                self._dry = True
                 break
             if not pack.accepts(run.config):
                 self._held = run
@@ -240,6 +243,7 @@ class _Worker:
     def _finish(self, run: TrialRun, outcome: Outcome) -> None:
         run.finish(outcome)
         self._failures = 0
+        self._dry = False  # a trial of a worker that died may be waiting by now
         self._alone = max(0, self._alone - 1)
 
     @contextmanager
@@ -261,6 +265,7 @@ class _Worker:
             where = self.job.folder / "search.log"
             self.link.send(Said(text=f"trial {run.trial.number} failed: {text}; traceback in {where}"))
         run.fail(text)
+        self._dry = False
         self._alone = max(0, self._alone - 1)
         self._failures += 1
         if self._failures >= MAX_FAILURES_IN_A_ROW:
@@ -283,6 +288,7 @@ class _Worker:
         self.link.send(Said(text=f"{type(error).__name__}: {error}; {len(running)} trials go on one by one"))
         for run in running:
             run.finish(run.park())
+        self._dry = False
         self._alone = len(running)
 
     def _ask(self) -> optuna.Trial | None:

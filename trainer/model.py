@@ -93,7 +93,7 @@ def load_base(name: str, *, dtype: torch.dtype, device: torch.device) -> Base:
             f"but its processor writes {processor.num_query_tokens} image tokens"
         )
     model.requires_grad_(False)
-    return Base(model.to(device), processor, name, dtype, device, fingerprint(path))
+    return Base(model.to(device).eval(), processor, name, dtype, device, fingerprint(path))
 
 
 def fingerprint(path: str) -> str:
