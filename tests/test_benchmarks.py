@@ -17,6 +17,7 @@ from tests.tiny import IMAGE_TOKEN, QUERIES, tiny_batch, tiny_model
 from trainer import dataset
 from trainer.config import TrainConfig
 from trainer.data import CaptionDataset, Pixels, Tokenizer
+from trainer.errors import DataError
 from trainer.events import EpochEnded
 from trainer.loop import train
 from trainer.model import forward
@@ -37,7 +38,7 @@ def test_the_library_gets_the_same_batch_and_finds_the_same_loss(kind: str) -> N
 def test_a_trial_of_the_peer_has_our_validation_losses(
     small: Callable[..., TrainConfig], bench: Any, tmp_path: Path
 ) -> None:
-    config = small(num_epochs=2, eval_batch_size=3, warmup_steps=1)  # batches of unequal numbers of label tokens
+    config = small(num_epochs=2, eval_batch_size=2, warmup_steps=1)  # batches of unequal numbers of label tokens
     ours = [e.val_loss for e in train(config, bench, tmp_path / "ours") if isinstance(e, EpochEnded)]
     configs.write_rows(config, tmp_path / "rows.json")
     rows = peer.read_rows(tmp_path / "rows.json")
@@ -55,7 +56,8 @@ def test_the_peer_has_no_dropout_but_loras(small: Callable[..., TrainConfig], tm
     model, processor = peer.load_model(config)
     tokenizer = Tokenizer(processor, model.config, config.max_target_length)
     data = CaptionDataset(peer.read_rows(tmp_path / "rows.json")[0][:4], tokenizer, Pixels(processor.image_processor))
-    inputs = peer.LibraryCollator(tokenizer, model.config)([data[i] for i in range(4)])
+    samples = [item for item in (data[i] for i in range(4)) if not isinstance(item, DataError)]
+    inputs = peer.LibraryCollator(tokenizer, model.config)(samples)
     with torch.no_grad():
         found = [float(model.train(training)(**inputs).loss) for training in (True, False)]
     assert found[0] == found[1]
