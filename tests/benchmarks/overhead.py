@@ -104,7 +104,7 @@ def measure_forward(config: TrainConfig, rounds: int) -> None:
                 if turn:
                     found[name].append(time.perf_counter() - began)
                 else:
-                    losses[name] = float(loss)
+                    losses[name] = float(loss.detach())
     print(f"forward and backward, batch {config.batch_size}, median of {rounds} in turn")
     first = statistics.median(found["ours"])
     for name, seconds in found.items():

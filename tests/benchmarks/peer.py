@@ -70,6 +70,7 @@ def library_inputs(batch: Batch, *, image_token: int, num_query_tokens: int) -> 
 
     `input_ids`: (B, Q + text length). Labels of a decoder-only model are as long; those of a T5 stay as they are.
     """
+    assert batch.pixel_values is not None
     before = (len(batch), num_query_tokens)
     ids, mask, labels = batch.text_ids, batch.text_mask, batch.labels
     if labels.shape == ids.shape and bool((labels[:, 0] == IGNORE).all()):  # decoder-only: the prompt has no labels

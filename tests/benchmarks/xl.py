@@ -47,10 +47,11 @@ QFORMER = {
     "encoder_hidden_size": 1408,
     "cross_attention_frequency": 2,
 }
+TEXT_WIDTH = 2048
 TEXT = {
     "model_type": "t5",
     "vocab_size": 32_128,
-    "d_model": 2048,
+    "d_model": TEXT_WIDTH,
     "d_kv": 64,
     "d_ff": 5120,
     "num_layers": 24,
@@ -81,6 +82,8 @@ def build_checkpoint(out: Path, layers: int | None, seed: int = 0) -> None:
         model = InstructBlipForConditionalGeneration(config)
         with torch.no_grad():
             model.query_tokens.normal_(std=0.02)
+            # The library's std of 1 gives logits of some hundreds, and losses that no training can move.
+            model.language_model.lm_head.weight.normal_(std=TEXT_WIDTH**-0.5)
     model.save_pretrained(out)
     processor.save_pretrained(out)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters in {out}")
