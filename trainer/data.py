@@ -291,12 +291,9 @@ class Collator:
 def _pad(sequences: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask), both (len(sequences), longest)."""
     longest = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), longest), value, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-        mask[i, : len(sequence)] = 1
-    return ids, mask
+    ids = torch.tensor([[*s, *[value] * (longest - len(s))] for s in sequences], dtype=torch.long)
+    lengths = torch.tensor([len(s) for s in sequences])
+    return ids, (torch.arange(longest) < lengths[:, None]).long()
 
 
 def batches(loader: DataLoader[Any]) -> Iterator[Batch]:

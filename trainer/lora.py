@@ -38,6 +38,9 @@ class Pair:
     """(d_out, r)."""
     grad_a: torch.Tensor
     grad_b: torch.Tensor
+    a_t: torch.Tensor
+    """A transposed: a view made once, not at every use."""
+    b_t: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Adapter:
         self.pairs: dict[str, Pair] = {}
         for module in self.modules:
             a, b = (f"base_model.model.{module}.lora_{x}.default.weight" for x in "AB")
-            self.pairs[module] = Pair(weights[a], weights[b], grads[a], grads[b])
+            self.pairs[module] = Pair(weights[a], weights[b], grads[a], grads[b], weights[a].t(), weights[b].t())
         self.parameter = nn.Parameter(self.weights)
         self.parameter.grad = self.grads
         # The fused kernel computes in float32 whatever the dtype, and float16 has to fail as it did in the hand-run.
@@ -216,14 +219,18 @@ class Hooks:
         self._handles.clear()
 
     def _apply(self, name: str, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
-        parts = [segment for segment in self.segments if name in segment.adapter.pairs]
-        if not parts:
+        segments = self.segments
+        if not any(name in segment.adapter.pairs for segment in segments):
             return None
-        return _Lora.apply(self._anchor, args[0], output, name, parts, self.training)  # type: ignore[no-untyped-call]
+        return _Lora.apply(self._anchor, args[0], output, name, segments, self.training)  # type: ignore[no-untyped-call]
 
 
 class _Lora(torch.autograd.Function):
-    """y + s drop(x) A' B' for the rows of each segment, in place on y."""
+    """y + s drop(x) A' B' for the rows of each segment, in place on y.
+
+    The operations are few and small, so that it is their number that costs: rows are split once for all segments, and
+    products are added where their sums are wanted.
+    """
 
     @staticmethod
     def forward(
@@ -232,56 +239,76 @@ class _Lora(torch.autograd.Function):
         x: torch.Tensor,
         y: torch.Tensor,
         name: str,
-        parts: Sequence[Segment],
+        segments: Sequence[Segment],
         training: bool,
     ) -> torch.Tensor:
+        sizes = _sizes(segments, x)
         saved: list[torch.Tensor | None] = [x]
-        for part in parts:
-            adapter, pair = part.adapter, part.adapter.pairs[name]
-            rows = _rows(part, x)
-            seen, mask = x[rows], None
-            if training and adapter.dropout:
-                mask = _dropout_mask(part, seen)
-                seen = seen * mask
-            low = torch.mm(seen.reshape(-1, x.shape[-1]), pair.a.t())
-            y[rows].view(-1, y.shape[-1]).addmm_(low, pair.b.t(), alpha=adapter.scale)
+        # view, not reshape: written to a copy, the sums would be lost.
+        ys = y.view(-1, y.shape[-1]).split(sizes)
+        for segment, rows, out in zip(segments, _split(x, sizes), ys, strict=True):
+            adapter, pair = segment.adapter, segment.adapter.pairs.get(name)
+            low, mask = None, None
+            if pair is not None:
+                if training and adapter.dropout:
+                    mask = _dropout_mask(segment, x)
+                    rows = rows * mask
+                low = torch.mm(rows, pair.a_t)
+                out.addmm_(low, pair.b_t, alpha=adapter.scale)
             saved += [low, mask]
         ctx.save_for_backward(*saved)
-        ctx.name, ctx.parts = name, parts
+        ctx.name, ctx.segments, ctx.sizes = name, segments, sizes
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, *saved = ctx.saved_tensors
-        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
-        for part, low, mask in zip(ctx.parts, saved[0::2], saved[1::2], strict=True):
-            scale, pair = part.adapter.scale, part.adapter.pairs[ctx.name]
-            rows = _rows(part, x)
-            above = grad[rows].reshape(-1, grad.shape[-1])
-            below = torch.mm(above, pair.b).mul_(scale)
-            seen = x[rows] if mask is None else x[rows] * mask
-            pair.grad_b.addmm_(above.t(), low, alpha=scale)
-            pair.grad_a.addmm_(below.t(), seen.reshape(-1, x.shape[-1]))
-            if grad_x is not None:
-                back = torch.mm(below, pair.a).view_as(seen)
-                grad_x[rows] = back if mask is None else back.mul_(mask)
+        sizes = ctx.sizes
+        xs, above = _split(x, sizes), _split(grad, sizes)
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
+        backs = [None] * len(sizes) if grad_x is None else _split(grad_x, sizes)
+        for segment, rows, out, back, low, mask in zip(
+            ctx.segments, xs, above, backs, saved[0::2], saved[1::2], strict=True
+        ):
+            pair, scale = segment.adapter.pairs.get(ctx.name), segment.adapter.scale
+            if pair is None:
+                if back is not None:
+                    back.zero_()
+                continue
+            below = torch.mm(out, pair.b)
+            pair.grad_b.addmm_(out.t(), low, alpha=scale)
+            pair.grad_a.addmm_(below.t(), rows if mask is None else rows * mask, alpha=scale)
+            if back is not None:
+                torch.addmm(back, below, pair.a, beta=0, alpha=scale, out=back)
+                if mask is not None:
+                    back.mul_(mask)
         return None, grad_x, grad, None, None, None
 
 
-def _rows(part: Segment, x: torch.Tensor) -> slice:
-    """A segment's rows of an input (samples, ..., features); of one (label tokens, features) at the output layer."""
-    return slice(part.first_token, part.last_token) if x.dim() == 2 else slice(part.start, part.stop)
+def _sizes(segments: Sequence[Segment], x: torch.Tensor) -> list[int]:
+    """Rows that each segment has of an input (samples, ..., features), or (label tokens, features) at the head."""
+    if x.dim() == 2:
+        return [segment.last_token - segment.first_token for segment in segments]
+    each = x[0, ..., 0].numel()
+    return [(segment.stop - segment.start) * each for segment in segments]
 
 
-def _dropout_mask(part: Segment, seen: torch.Tensor) -> torch.Tensor:
-    """What a run's rows are multiplied by: 0, or 1 / (1 - p)."""
-    keep = 1.0 - part.adapter.dropout
-    shape = list(seen.shape)
-    if len(shape) > 2:
-        shape[1] = part.lengths.get(shape[1], shape[1])
-    mask = torch.empty(shape, dtype=seen.dtype, device=seen.device)
-    mask.bernoulli_(keep, generator=part.adapter.generator).div_(keep)
-    if mask.shape != seen.shape:
-        mask = nn.functional.pad(mask, (0, 0, 0, seen.shape[1] - shape[1]))
-    return mask
+def _split(x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """The rows of each segment, (rows, features); views of a contiguous x."""
+    parts: tuple[torch.Tensor, ...] = x.reshape(-1, x.shape[-1]).split(sizes)
+    return parts
+
+
+def _dropout_mask(segment: Segment, x: torch.Tensor) -> torch.Tensor:
+    """What a run's rows are multiplied by, (rows, features): 0, or 1 / (1 - p)."""
+    keep = 1.0 - segment.adapter.dropout
+    shape = [segment.last_token - segment.first_token if x.dim() == 2 else segment.stop - segment.start, *x.shape[1:]]
+    padded = x.shape[1]
+    if x.dim() > 2:
+        shape[1] = segment.lengths.get(padded, padded)
+    mask = torch.empty(shape, dtype=x.dtype, device=x.device)
+    mask.bernoulli_(keep, generator=segment.adapter.generator).div_(keep)
+    if x.dim() > 2 and shape[1] != padded:
+        mask = nn.functional.pad(mask, (0, 0, 0, padded - shape[1]))
+    return mask.view(-1, x.shape[-1])
