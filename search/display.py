@@ -181,8 +181,11 @@ def _line(message: Message) -> str:
         case Loading():
             return f"loading {message.what}"
         case SlotsChosen():
-            many = f"{message.slots} trials train at once on one base" if message.slots > 1 else "one trial at a time"
-            return f"{many}{' (--slots auto)' if message.auto else ''}"
+            auto = " (--slots auto)" if message.auto else ""
+            if message.most == 1:
+                return f"one trial at a time{auto}"
+            filled = f", until a pass has {message.samples:.0f} samples" if message.auto else ""
+            return f"up to {message.most} trials train at once on one base{filled}{auto}"
         case TrialStarted():
             shown = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "batch_size", "warmup_steps")
             values = ", ".join(f"{name}={leaderboard.show_value(name, message.config[name])}" for name in shown)

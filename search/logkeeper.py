@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("search.logkeeper")
 
 PAUSE_S = 10.0
-"""Trials that end within so many seconds are told of together: reading and drawing take a second or two."""
+"""Trials that end within so many seconds are told of together."""
+SHARE = 0.02
+"""Most of the time that writing may take: the cores are the workers'. Drawing takes a second, so that trials of minutes
+are told of as they end, and those of seconds about once a minute."""
 
 
 class LogKeeper(threading.Thread):
@@ -58,7 +61,8 @@ class LogKeeper(threading.Thread):
             began = time.monotonic()
             self._try_to_write()
             with self._changed:
-                self._changed.wait_for(lambda: self._closing, timeout=max(0.0, PAUSE_S + began - time.monotonic()))
+                pause = max(PAUSE_S, (time.monotonic() - began) / SHARE)
+                self._changed.wait_for(lambda: self._closing, timeout=pause)
 
     def _try_to_write(self) -> list[Path]:
         try:

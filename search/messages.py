@@ -28,7 +28,9 @@ class Loading:
 class SlotsChosen:
     """How many trials the worker trains at once."""
 
-    slots: int
+    most: int
+    samples: float
+    """Samples in a pass from which no further trial is taken in."""
     auto: bool
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from search.records import TrialRecord
     from search.run_writer import Status
     from search.study import Study
+    from search.supervisor import Crew
     from search.worker import Job
+    from trainer.dataset import Examined
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -159,12 +161,24 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
     print("nothing was run (--dry-run)")
 
 
-def _search(
+def _search(definition: Study, *, workers: int | None, **options: Any) -> int:
+    """Check, start the workers, and run the search; returns the exit code."""
+    from search import prepare
+    from search.supervisor import Crew, gpus
+
+    examined = prepare.check(definition)
+    count = workers or max(1, len(gpus()))
+    with Crew(count, _threads(count)) as crew:
+        return _run(definition, crew, examined, **options)
+
+
+def _run(
     definition: Study,
+    crew: Crew,
+    examined: Examined,
     *,
     n_trials: int,
     timeout_s: float | None,
-    workers: int | None,
     slots: int | None,
     strategy: str,
     pruner: str,
@@ -176,10 +190,6 @@ def _search(
 ) -> int:
     """Open everything, run the workers, sum up; returns the exit code."""
     global _log_file
-    from search import prepare
-
-    examined = prepare.check(definition)
-
     import optuna
 
     from search import lifecycle, pruning, sampling
@@ -188,7 +198,7 @@ def _search(
     from search.database import open_storage
     from search.display import Live_, Plain
     from search.logkeeper import LogKeeper
-    from search.supervisor import Supervisor, gpus
+    from search.supervisor import Supervisor
     from search.worker import HEARTBEAT_S, Job, set_up_logging
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -210,7 +220,6 @@ def _search(
     tracking = track.open_tracking(tracking_uri, runs_dir / "artifacts")
     experiment = tracking.experiment(name)
     parent = tracking.parent_run(name, {"data_fingerprint": examined.fingerprint})
-    count = workers or max(1, len(gpus()))
     job = Job(
         study=definition,
         study_name=name,
@@ -221,7 +230,7 @@ def _search(
         strategy=strategy,
         pruner=pruner,
         examined=examined,
-        threads=_threads(count),
+        threads=_threads(crew.size),
         slots=slots,
     )
 
@@ -241,7 +250,7 @@ def _search(
         if waiting or done < n_trials:
             keeper.start()
             supervisor = Supervisor(
-                job, workers=count, timeout_s=timeout_s, display=display, requeue=requeue, trial_ended=keeper.due
+                job, crew, timeout_s=timeout_s, display=display, requeue=requeue, trial_ended=keeper.due
             )
             code = supervisor.run()
     logs = keeper.close() if keeper.is_alive() else []

@@ -1,9 +1,10 @@
 """How many trials train at once on one base: `--slots auto`.
 
 Packing pays for as long as a pass is too small to keep the machine busy: below that, a pass with twice the rows takes
-hardly longer. So `auto` fills a pass up to the number of token positions from which the machine is busy, and takes no
-more trials than the memory that one of them was measured to need allows. More would only make the search learn later
-from what it has tried. Nothing here depends on the clock: the same machine and study give the same number.
+hardly longer. So `auto` takes trials in until a pass has the token positions from which the machine is busy, and no
+more of them than the memory that one was measured to need allows: many with small batches, few with large ones. More
+would only make the search learn later from what it has tried. Nothing here depends on the clock: the same machine and
+study give the same packs.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import logging
 import math
 import statistics
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from search.space import Int, Multiple, Param
+from search.space import Multiple, Param
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +30,9 @@ if TYPE_CHECKING:
 MOST = 16
 BUSY_CPU = 3e7
 """On a CPU core, dispatch costs some 10 microseconds an operation; a product of T rows with a matrix of d x d takes as
-long at T d^2 = 3e5. The embedded model (d = 128) gains a third from 4 samples in a pass to 16, 5 % from 16 to 64, and
-a model of d = 768 nothing (docs/benchmarks.md): two orders above that break-even, 1,800 rows and 50."""
+long at T d^2 = 3e5. The embedded model (d = 128) gains 36 % from 4 samples in a pass to 16, 8 % from 16 to 32 and
+nothing beyond, and a model of d = 768 nothing (docs/benchmarks.md): two orders above that break-even, 1,800 rows and
+50."""
 BUSY_CUDA = {"highest": 160, "high": 1200}
 """On a GPU, weights must be read for however few rows. An H100 (67 TFLOPS in float32, 495 in TF32, 3.35 TB/s) computes
 as long as it reads at 40 and 295 rows; four times that leaves reading a fifth. From the data sheet, not measured."""
@@ -38,26 +42,32 @@ MEMORY_SHARE = 0.8
 log = logging.getLogger("search.slots")
 
 
-def resolve(wanted: int | None, study: Study, bench: Workbench) -> int:
-    """The number wanted, or for None as many as pay and fit, 1 to 16."""
+@dataclass(frozen=True)
+class Slots:
+    """When a worker takes another trial into its pack."""
+
+    most: int
+    """Trials at once, at most."""
+    samples: float = math.inf
+    """No further one where a pass has this many samples."""
+
+    def room(self, batch_sizes: Sequence[int]) -> bool:
+        """Whether there is room beside trials of these batch sizes."""
+        return len(batch_sizes) < self.most and sum(batch_sizes) < self.samples
+
+
+def resolve(wanted: int | None, study: Study, bench: Workbench) -> Slots:
+    """As many slots as wanted, or for None as many as pay and fit, 1 to 16."""
     if wanted is not None:
-        return wanted
+        return Slots(wanted)
     config = study.base_config()
-    paying = that_pay(config, typical_batch_size(study), bench)
-    if paying == 1:
-        return 1
+    samples = busy_samples(config, bench)
+    smallest = min([*_edges(study.space.get("batch_size")), config.batch_size])
+    if samples <= smallest:
+        return Slots(1)
     fitting = that_fit(study, bench)
-    log.info("slots: %d pay, %d fit in memory", paying, fitting)
-    return max(1, min(paying, fitting, MOST))
-
-
-def typical_batch_size(study: Study) -> float:
-    """The median batch size of the study's space."""
-    param = study.space.get("batch_size")
-    if isinstance(param, Int):
-        return math.sqrt(param.low * param.high) if param.log else (param.low + param.high) / 2
-    sizes = _edges(param)
-    return statistics.median(sizes) if sizes else study.base_config().batch_size
+    log.info("slots: a pass of %.0f samples keeps the machine busy; memory for %d trials", samples, fitting)
+    return Slots(max(1, min(fitting, math.ceil(samples / smallest), MOST)), samples)
 
 
 def _edges(param: Param | None) -> list[int]:
@@ -67,15 +77,15 @@ def _edges(param: Param | None) -> list[int]:
     return [edge for edge in param.edges() if isinstance(edge, int)]
 
 
-def that_pay(config: TrainConfig, batch_size: float, bench: Workbench) -> int:
-    """Trials of this batch size until a pass keeps the machine busy."""
+def busy_samples(config: TrainConfig, bench: Workbench) -> float:
+    """Samples in a pass from which the machine is busy."""
     from trainer import runtime
 
     model = bench.base(config).model
     device = runtime.resolve_device(config.device)
     width = min(model.config.qformer_config.hidden_size, model.config.text_config.hidden_size)
     busy = BUSY_CUDA[config.matmul_precision] if device.type == "cuda" else BUSY_CPU / width**2
-    return max(1, round(busy / (batch_size * _rows(config, bench))))
+    return busy / _rows(config, bench)
 
 
 def _rows(config: TrainConfig, bench: Workbench) -> float:

@@ -34,13 +34,52 @@ log = logging.getLogger("search.supervisor")
 
 @dataclass
 class _Seat:
-    """A place for a worker: a device, and the process that has it now."""
+    """A place for a worker, and the process that has it now."""
 
     index: int
-    gpu: str | None
     process: SpawnProcess
     link: Connection
     gave: Gave | None = None
+
+
+class Crew:
+    """Worker processes, each with its device and threads, started before there is a job for them.
+
+    A context: leaving it ends those that were given none.
+    """
+
+    def __init__(self, size: int, threads: int) -> None:
+        self.size = size
+        self._threads = threads
+        self._devices = gpus()
+        self._context = multiprocessing.get_context("spawn")
+        self._ready: dict[int, tuple[SpawnProcess, Connection]] = {}
+
+    def __enter__(self) -> Crew:
+        for index in range(self.size):
+            self._ready[index] = self._spawn(index)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process, link in self._ready.values():
+            process.kill()  # without a job it has nothing to lose
+            process.join()
+            link.close()
+        self._ready.clear()
+
+    def take(self, index: int) -> tuple[SpawnProcess, Connection]:
+        """The process of a place: the one that is ready, or a new one if that was taken and has ended."""
+        return self._ready.pop(index, None) or self._spawn(index)
+
+    def _spawn(self, index: int) -> tuple[SpawnProcess, Connection]:
+        ours, theirs = self._context.Pipe()
+        gpu = self._devices[index % len(self._devices)] if self._devices else None
+        process = self._context.Process(
+            target=work, args=(theirs, gpu, self._threads), name=f"worker-{index}", daemon=False
+        )
+        process.start()
+        theirs.close()  # so that the worker's death closes the pipe
+        return process, ours
 
 
 class Supervisor:
@@ -49,8 +88,8 @@ class Supervisor:
     def __init__(
         self,
         job: Job,
+        crew: Crew,
         *,
-        workers: int,
         timeout_s: float | None,
         display: Display,
         requeue: Callable[[], int],
@@ -60,19 +99,18 @@ class Supervisor:
 
         Args:
             job: What each worker is given.
-            workers: Processes.
+            crew: The processes, started already.
             timeout_s: Seconds after which running trials finish their epoch and wait to be continued.
             display: Where messages are shown.
             requeue: Fails the trials of dead workers and queues them again; returns how many trials are waiting.
             trial_ended: Called after each trial that ended.
         """
         self.job = job
-        self.workers = workers
+        self._crew = crew
         self.display = display
         self._requeue = requeue
         self._trial_ended = trial_ended
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._context = multiprocessing.get_context("spawn")
         self._seats: list[_Seat] = []
         self._order = Order.GO_ON
         self._signals: list[int] = []
@@ -85,9 +123,8 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, self._signalled)
         try:
-            devices = gpus()
-            for index in range(self.workers):
-                self._start(index, devices[index % len(devices)] if devices else None)
+            for index in range(self._crew.size):
+                self._start(index)
             code = self._watch()
         finally:
             self._stop_all()
@@ -97,14 +134,11 @@ class Supervisor:
             return 143
         return 130 if self._signals else code
 
-    def _start(self, index: int, gpu: str | None) -> None:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(
-            target=work, args=(self.job, theirs, gpu), name=f"worker-{index}", daemon=False
-        )
-        process.start()
-        theirs.close()  # so that the worker's death closes the pipe
-        self._seats.append(_Seat(index, gpu, process, ours))
+    def _start(self, index: int) -> None:
+        process, link = self._crew.take(index)
+        with suppress(OSError):  # it is dead already; `_watch` sees it
+            link.send(self.job)
+        self._seats.append(_Seat(index, process, link))
 
     def _watch(self) -> int:
         """Until no worker is left; the exit code apart from signals."""
@@ -146,7 +180,7 @@ class Supervisor:
             return 2 if seat.gave.user else 1
         if exit_code == 0:
             if waiting and not self._seats and self._order == Order.GO_ON:
-                self._start(seat.index, seat.gpu)  # another worker died and left a trial after this one had ended
+                self._start(seat.index)  # another worker died and left a trial after this one had ended
             return 0
         how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
         log.error("worker %d %s", seat.index, how)
@@ -157,7 +191,7 @@ class Supervisor:
             return 1
         if self._order == Order.GO_ON:
             self.display.say(f"worker {seat.index} {how}; another takes its place, its trial goes on")
-            self._start(seat.index, seat.gpu)
+            self._start(seat.index)
         return 0
 
     def _check_time(self) -> None:

@@ -146,7 +146,7 @@ class TrialRun:
         """Record what is run, and where its files lie."""
         attrs = self.trial.user_attrs
         self.trial.set_user_attr(records.CONFIG, self.config.model_dump(mode="json"))
-        self.trial.set_user_attr(records.SLOTS, self.worker.slots)
+        self.trial.set_user_attr(records.SLOTS, self.worker.slots.most)
         name = attrs.get(FOLDER)
         if name is None:
             first = lifecycle.lineage(self.study, self.trial.number)[-1]

@@ -10,13 +10,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search.messages import Gave, Loading, Message, Order, Said, SlotsChosen
+from search.slots import Slots
 from search.study import Study
 from trainer.dataset import Examined
 from trainer.errors import UserError
@@ -92,18 +93,26 @@ class Link:
         self._order = max(self._order, order)
 
 
-def work(job: Job, connection: Connection, gpu: str | None) -> None:
-    """Main function of a worker process."""
+def work(connection: Connection, gpu: str | None, threads: int) -> None:
+    """Main function of a worker process.
+
+    It imports what it will need before its job is known, while the supervisor still opens the databases.
+    """
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(job.threads)
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     # OpenMP threads that spin while they wait slow processes that share cores tenfold (measured).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    link = Link(connection)
     # Ctrl-C reaches the whole process group; what it means is the supervisor's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    link = Link(connection)
     signal.signal(signal.SIGTERM, lambda *_: link.raise_to(Order.END_NOW))
+    _import_early()
+    try:
+        job: Job = connection.recv()
+    except EOFError:  # the search did not come to its start
+        return
     set_up_logging(job.folder)
     try:
         _Worker(job, link).run()
@@ -114,6 +123,18 @@ def work(job: Job, connection: Connection, gpu: str | None) -> None:
         log.exception("worker ended by a fault")
         link.send(Gave(text=f"{type(error).__name__}: {error}", user=False))
         raise SystemExit(1) from None
+
+
+def _import_early() -> None:
+    """Five seconds of imports, most of them Transformers'."""
+    with suppress(ImportError):  # a broken installation is reported where it is used
+        import peft
+        from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
+
+        from search import trial
+        from trainer import loop
+
+        del peft, InstructBlipForConditionalGeneration, InstructBlipProcessor, trial, loop
 
 
 def set_up_logging(folder: Path) -> None:
@@ -159,7 +180,7 @@ class _Worker:
         self.tracking: Tracking = tracking.open_tracking(job.tracking_uri, job.runs_dir / "artifacts")
         self.bench: Workbench = Workbench(job.examined, self.base.data)
         self.identity = lifecycle.this_worker()
-        self.slots = 1
+        self.slots = Slots(1)
         self._failures = 0
         self._running: dict[Member, TrialRun] = {}
         self._held: TrialRun | None = None
@@ -178,7 +199,7 @@ class _Worker:
         base = self.bench.base(self.base)
         storage.check_fingerprints(self.study, data=self.job.examined.fingerprint, model=base.fingerprint)
         self.slots = slots.resolve(self.job.slots, self.job.study, self.bench)
-        self.link.send(SlotsChosen(slots=self.slots, auto=self.job.slots is None))
+        self.link.send(SlotsChosen(most=self.slots.most, samples=self.slots.samples, auto=self.job.slots is None))
         with self._beating():
             while self._train():
                 pass
@@ -201,7 +222,7 @@ class _Worker:
 
     def _fill(self, pack: Pack) -> bool:
         """Give every free slot a trial; False if none is running then."""
-        while len(self._running) < (1 if self._alone else self.slots) and self.link.order() == Order.GO_ON:
+        while self._room() and self.link.order() == Order.GO_ON:
             run = self._held or (None if self._dry else self._next())
             self._held = None
             if run is None:
@@ -217,6 +238,10 @@ class _Worker:
                 else:
                     self._finish(run, outcome)
         return bool(self._running)
+
+    def _room(self) -> bool:
+        slots = Slots(1) if self._alone else self.slots
+        return slots.room([run.config.batch_size for run in self._running.values()])
 
     def _next(self) -> TrialRun | None:
         from search.trial import TrialRun

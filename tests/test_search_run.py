@@ -126,7 +126,7 @@ def test_trials_that_trained_together_come_again_alone(finished: tuple[Path, str
     import sys
 
     runs, output = finished
-    assert "3 trials train at once" not in output and "trials train at once on one base (--slots auto)" in output
+    assert re.search(r"up to \d+ trials train at once on one base, until a pass has \d+ samples", output)
     assert all(int(t.attrs[records.SLOTS]) > 1 for t in trials_of(runs))
     arguments = ["--study", "rsicap_mini", "--trial", "1", "--runs-dir", str(runs)]
     done = run([sys.executable, "-m", "search.replay", *arguments])
