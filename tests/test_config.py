@@ -100,6 +100,7 @@ OTHER = {
     "data": "other",
     "max_samples": 9,
     "skip_bad_rows": True,
+    "cache_features": False,
     "micro_batch_size": 2,
     "lr_scheduler_type": "cosine",
     "target_modules": ("query",),

@@ -1,0 +1,213 @@
+"""One worker's loop over a pack: who is blamed for a fault, who goes on, how many train at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from search import lifecycle, slots
+from search import storage as store
+from search.database import close_storage, open_storage
+from search.messages import Message, Order, Said, SlotsChosen, TrialEnded
+from search.records import TrialRecord
+from search.slots import Slots
+from search.space import Float, Int
+from search.study import Study, load
+from search.tracking import open_tracking
+from search.worker import GaveUp, Job, _Worker
+from trainer import dataset, loop, member
+from trainer.bench import Workbench
+from trainer.data import Batch
+from trainer.errors import DataError
+from trainer.model import Forward, forward
+
+
+class Ear:
+    """A supervisor's end of the pipe that remembers, and wants the worker to go on."""
+
+    def __init__(self) -> None:
+        self.heard: list[Message] = []
+
+    def send(self, message: Message) -> None:
+        self.heard.append(message)
+
+    def order(self) -> Order:
+        return Order.GO_ON
+
+
+Search = Callable[..., tuple[tuple[TrialRecord, ...], list[Message]]]
+
+
+@pytest.fixture
+def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Search:
+    """`search(trials=4, slots=2)`: the trials and what the worker said."""
+
+    def run(
+        trials: int = 4, slots: int | None = 4, fails: type[Exception] | None = None, where: str = "runs", **base: Any
+    ) -> Any:
+        runs = tmp_path / where
+        runs.mkdir()
+        fixed = {"max_samples": 16, "num_epochs": 2, "warmup_steps": 0, "lora_dropout": 0.1, "device": "cpu"}
+        study = Study(
+            name="work",
+            description="a few quick trials",
+            base={"model": str(tiny_checkpoint), "data": "mini", "batch_size": 4, **fixed, **base},
+            space={"learning_rate": Float(1e-4, 1e-2, log=True), "lora_r": Int(2, 8)},
+            n_trials=trials,
+        )
+        urls = [f"sqlite:///{runs / name}" for name in ("optuna.db", "mlflow.db")]
+        storage = open_storage(urls[0], heartbeat_s=60)
+        opened = store.open_study(storage, study)
+        tracking = open_tracking(urls[1], runs / "artifacts")
+        tracking.experiment("work")
+        tracking.parent_run("work", {})
+        job = Job(
+            study=study,
+            study_name="work",
+            storage_url=urls[0],
+            tracking_uri=urls[1],
+            runs_dir=runs,
+            n_trials=trials,
+            strategy="joint",
+            pruner="none",
+            examined=dataset.examine("mini"),
+            threads=1,
+            slots=slots,
+        )
+        ear = Ear()
+        worker = _Worker(job, ear)  # type: ignore[arg-type]  # it sends and asks for orders, which is all that is used
+        request.addfinalizer(lambda: (close_storage(storage), close_storage(worker.storage)))
+        if fails is None:
+            worker.run()
+        else:
+            with pytest.raises(fails):
+                worker.run()
+        assert not worker._running
+        return lifecycle.read_trials(opened), ear.heard
+
+    return run
+
+
+def most_at_once(heard: list[Message]) -> int:
+    """The largest number of trials that had started and not ended."""
+    running, most = 0, 0
+    for message in heard:
+        if type(message).__name__ == "TrialStarted":
+            running += 1
+        running -= isinstance(message, TrialEnded)
+        most = max(most, running)
+    return most
+
+
+@pytest.mark.parametrize(("wanted", "at_once"), [(1, 1), (3, 3), (None, 4)])
+def test_as_many_train_at_once_as_there_are_slots(search: Search, wanted: int | None, at_once: int) -> None:
+    trials, heard = search(trials=5 if wanted else 4, slots=wanted)
+    assert [t.state for t in trials] == ["COMPLETE"] * len(trials)
+    assert most_at_once(heard) == at_once
+    assert [m.auto for m in heard if isinstance(m, SlotsChosen)] == [wanted is None]
+
+
+def test_the_same_seed_and_slots_give_the_same_study(search: Search) -> None:
+    first, _ = search(trials=6, slots=3)
+    again, _ = search(trials=6, slots=3, where="again")
+    assert [(t.params, t.value) for t in again] == [(t.params, t.value) for t in first]
+
+
+def test_a_fault_of_the_shared_pass_lets_the_trials_go_on_one_by_one(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crowded(model: Any, batch: Batch) -> Forward:
+        if torch.is_grad_enabled() and len(batch) > 4:
+            raise RuntimeError("too much at once")
+        return forward(model, batch)
+
+    monkeypatch.setattr(loop, "forward", crowded)
+    trials, heard = search(trials=3, slots=3)
+    assert [t.state for t in trials] == ["COMPLETE"] * 3
+    assert "too much at once; 3 trials go on one by one" in next(m.text for m in heard if isinstance(m, Said))
+
+
+def test_a_trial_of_its_own_fault_fails_alone(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = member.Member.next_group
+
+    def broken(self: member.Member) -> Any:
+        if self.out_dir.name == "0001" and self.next_step == 3:
+            raise DataError("images/x.png: the image is truncated")
+        return original(self)
+
+    monkeypatch.setattr(member.Member, "next_group", broken)
+    trials, heard = search(trials=4, slots=3)
+    assert [t.state for t in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert trials[1].detail == "images/x.png: the image is truncated"
+    assert [m.text for m in heard if isinstance(m, Said)] == ["trial 1 failed: images/x.png: the image is truncated"]
+
+
+def test_a_full_disk_at_a_checkpoint_fails_that_trial(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop.Member.epoch_ended
+
+    def full(self: member.Member, val_loss: float, eval_s: float) -> Any:
+        if self.out_dir.name == "0000":
+            raise OSError(28, "No space left on device")
+        return original(self, val_loss, eval_s)
+
+    monkeypatch.setattr(member.Member, "epoch_ended", full)
+    trials, _ = search(trials=2, slots=2)
+    assert [t.state for t in trials] == ["FAIL", "COMPLETE"]
+    assert "No space left on device" in str(trials[0].detail)
+
+
+def test_three_failures_in_a_row_end_the_worker_and_park_the_rest(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = member.Member.next_group
+
+    def broken(self: member.Member) -> Any:
+        if self.out_dir.name != "0000":
+            raise DataError("gone")
+        return original(self)
+
+    monkeypatch.setattr(member.Member, "next_group", broken)
+    trials, _ = search(trials=9, slots=4, fails=GaveUp)
+    assert [t.state for t in trials].count("FAIL") == 3
+    assert trials[0].state == "WAITING"
+    assert not any(t.state == "RUNNING" for t in trials)
+
+
+def test_trials_of_different_kinds_take_turns(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in float16 cannot train beside those in float32: it waits until they have ended."""
+    original = Study.config
+
+    def mixed(self: Study, params: Any, overrides: Any = None) -> Any:
+        config = original(self, params, overrides)
+        return config.model_copy(update={"cache_features": params["lora_r"] % 2 == 0})
+
+    monkeypatch.setattr(Study, "config", mixed)
+    trials, _ = search(trials=6, slots=3)
+    assert len({t.params["lora_r"] % 2 for t in trials}) == 2
+    assert [t.state for t in trials] == ["COMPLETE"] * 6
+
+
+def test_room() -> None:
+    assert Slots(3).room([16, 16]) and not Slots(3).room([1, 1, 1])
+    few = Slots(16, samples=20)
+    assert few.room([]) and few.room([16]) and few.room([2] * 9) and not few.room([16, 4])
+    assert not few.room([1] * 16)
+
+
+def test_auto_fills_a_pass_of_the_embedded_model_and_leaves_a_wide_one_alone(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load("rsicap_mini")
+    chosen = slots.resolve(None, study, bench)
+    assert 2 <= chosen.most <= slots.MOST and 8 < chosen.samples < 64
+    assert slots.resolve(None, study, bench) == chosen
+    monkeypatch.setattr(slots, "_free", lambda device: 0)
+    assert slots.resolve(None, study, bench).most == 1
+    monkeypatch.setattr(slots, "BUSY_CPU", slots.BUSY_CPU / (768 / 128) ** 2)  # as for a model six times as wide
+    assert slots.resolve(None, study, bench) == Slots(1)
+    assert slots.resolve(5, study, bench) == Slots(5, math.inf)
