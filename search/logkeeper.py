@@ -18,8 +18,8 @@ log = logging.getLogger("search.logkeeper")
 PAUSE_S = 10.0
 """Trials that end within so many seconds are told of together."""
 SHARE = 0.02
-"""Most of the time that writing may take: the cores are the workers'. Drawing takes a second, so that trials of minutes
-are told of as they end, and those of seconds about once a minute."""
+"""Most of the time that writing may take: the cores are the workers'. Drawing takes a second, so that trials of
+minutes are told of as they end, and those of seconds about once a minute."""
 
 
 class LogKeeper(threading.Thread):
