@@ -38,7 +38,8 @@ def main(
     timeout: Annotated[str | None, typer.Option(help="End after this time, e.g. 2h, 90m, 1h30m; resumable.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Worker processes; one a GPU by default.")] = None,
     slots: Annotated[
-        str, typer.Option(help="Trials that a worker trains at once on one base: auto, or 1 to 16.")
+        str,
+        typer.Option(help="Trials that a worker trains at once: auto, or 1 to 16. With --strategy staged, auto is 1."),
     ] = "auto",
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampler.")] = None,
     settings: Annotated[
@@ -68,6 +69,8 @@ def main(
     n_trials = trials or definition.n_trials
     _check_names(pruner)
     slots_wanted = read_slots(slots)
+    if strategy == "staged" and slots_wanted is None:
+        slots_wanted = 1  # a stage begins from what the one before has found, so its trials must have ended
     if dry_run:
         _dry_run(definition, n_trials, strategy, pruner)
         return

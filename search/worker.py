@@ -192,7 +192,7 @@ class _Worker:
 
     def run(self) -> None:
         """Run trials until the study has all it wants or the supervisor wants an end."""
-        from search import slots, storage
+        from search import lifecycle, slots, storage
 
         self.link.send(Loading(what=self.base.model))
         self.bench.progress = self._show_features
@@ -201,10 +201,12 @@ class _Worker:
         self.slots = slots.resolve(self.job.slots, self.job.study, self.bench)
         self.link.send(SlotsChosen(most=self.slots.most, samples=self.slots.samples, auto=self.job.slots is None))
         with self._beating():
-            while self._train():
-                pass
-            if self._held is not None:  # an end is wanted before its turn came
-                self._held.finish(self._held.park())
+            try:
+                while self._train():
+                    pass
+            finally:
+                if self._held is not None:  # an end came before its turn; it has no record of its own yet
+                    lifecycle.park(self.study, self._held.trial)
 
     def _train(self) -> bool:
         """Run a pack until it is empty; False when there is nothing left to run."""

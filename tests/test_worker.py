@@ -192,6 +192,36 @@ def test_trials_of_different_kinds_take_turns(search: Search, monkeypatch: pytes
     assert [t.state for t in trials] == ["COMPLETE"] * 6
 
 
+def test_one_that_waits_for_its_turn_is_parked_when_an_end_is_wanted(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Study.config
+
+    def mixed(self: Study, params: Any, overrides: Any = None) -> Any:
+        config = original(self, params, overrides)
+        return config.model_copy(update={"cache_features": not heard_of_steps})
+
+    heard_of_steps: list[Message] = []
+    told = Ear.send
+
+    def send(self: Ear, message: Message) -> None:
+        told(self, message)
+        if type(message).__name__ == "TrialStarted":  # the next trial is of another kind
+            heard_of_steps.append(message)
+
+    monkeypatch.setattr(Study, "config", mixed)
+    monkeypatch.setattr(Ear, "send", send)
+    monkeypatch.setattr(Ear, "order", lambda self: Order.END_AFTER_EPOCH if epochs(self.heard) else Order.GO_ON)
+    trials, _ = search(trials=3, slots=2)
+    assert [t.state for t in trials] == ["WAITING", "WAITING"]
+    assert len(trials[0].attrs["train_losses"]) == 1 and "train_losses" not in trials[1].attrs
+
+
+def epochs(heard: list[Message]) -> int:
+    """Epochs that were reported."""
+    return sum(type(message).__name__ == "EpochDone" for message in heard)
+
+
 def test_room() -> None:
     assert Slots(3).room([16, 16]) and not Slots(3).room([1, 1, 1])
     few = Slots(16, samples=20)
