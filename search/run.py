@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from search.display import Display
     from search.records import TrialRecord
-    from search.run_writer import Status
+    from search.run_store import Status
     from search.study import Study
     from search.supervisor import Crew
     from search.worker import Job
@@ -197,10 +197,13 @@ def _run(
 
     from search import lifecycle, pruning, sampling
     from search import storage as store
-    from search import tracking as track
+    from search.courier import Courier
     from search.database import open_storage
+    from search.delivery import Delivery
     from search.display import Live_, Plain
     from search.logkeeper import LogKeeper
+    from search.mlflow_uri import masked
+    from search.runbook import RunBook
     from search.supervisor import Supervisor
     from search.worker import HEARTBEAT_S, Job, set_up_logging
 
@@ -220,9 +223,8 @@ def _run(
     name = study.study_name
     set_up_logging(runs_dir / name)
     _log_file = runs_dir / name / "search.log"
-    tracking = track.open_tracking(tracking_uri, runs_dir / "artifacts")
-    experiment = tracking.experiment(name)
-    parent = tracking.parent_run(name, {"data_fingerprint": examined.fingerprint})
+    book = RunBook(tracking_uri, runs_dir / "artifacts", name, runs_dir / name)
+    away = book.start_study({"data_fingerprint": examined.fingerprint})
     job = Job(
         study=definition,
         study_name=name,
@@ -239,16 +241,18 @@ def _run(
 
     def requeue() -> int:
         lifecycle.requeue_lost(study)
-        tracking.close_dangling(experiment, _is_dead)
+        book.close_dangling(_is_dead)
         return len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
 
     console = _console()
     display: Display = Live_(console, lambda: lifecycle.read_trials(study)) if console.is_terminal else Plain(console)
-    keeper = LogKeeper(study, tracking, job.folder, _options(storage_url, tracking_uri, runs_dir))
+    keeper = LogKeeper(study, book, job.folder, _options(storage_url, tracking_uri, runs_dir))
+    courier = Courier(Delivery(book.spool, name, book.connect), masked(tracking_uri), display.say)
     waiting = requeue()
     done = lifecycle.counted(study)
     with display:
         display.say(_headline(job, study, done, waiting))
+        courier.start(away)
         code = 0
         if waiting or done < n_trials:
             keeper.start()
@@ -258,9 +262,22 @@ def _run(
             code = supervisor.run()
     logs = keeper.close() if keeper.is_alive() else []
     records = lifecycle.read_trials(study)
-    tracking.end_run(parent, ENDS.get(code, "FAILED"), _study_tags(records))
+    book.end_study(ENDS.get(code, "FAILED"), _study_tags(records))
+    undelivered = courier.close()
+    book.close_dangling(_is_dead)
     _sum_up(console, records, job, code, logs)
+    if undelivered is not None:
+        console.print(_undelivered(undelivered, job), markup=False, highlight=False, soft_wrap=True)
     return code
+
+
+def _undelivered(why: str, job: Job) -> str:
+    """What is left to do once MLflow answers."""
+    options = f" --runs-dir {job.runs_dir}" if job.runs_dir != Path("runs") else ""
+    return (
+        f"\nMLflow did not take everything: {why}\nthey are kept in {job.folder / 'spool'}; the same command delivers "
+        f"them, or `python -m search.deliver --study {job.study_name}{options}` with the same --tracking-uri"
+    )
 
 
 def _options(storage_url: str, tracking_uri: str, runs_dir: Path) -> tuple[str, ...]:

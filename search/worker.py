@@ -25,7 +25,6 @@ from trainer.errors import UserError
 if TYPE_CHECKING:
     import optuna
 
-    from search.tracking import Tracking
     from search.trial import Outcome, TrialRun
     from trainer.bench import Workbench
     from trainer.loop import Happening, Pack
@@ -161,8 +160,9 @@ class _Worker:
         import optuna
         import torch
 
-        from search import lifecycle, pruning, sampling, tracking
+        from search import lifecycle, pruning, sampling
         from search.database import open_storage
+        from search.runbook import RunBook
         from trainer.bench import Workbench
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -177,7 +177,7 @@ class _Worker:
             sampler=sampling.make_sampler(job.study, job.strategy, job.n_trials),
             pruner=pruning.pruner_for(job.pruner, self.base),
         )
-        self.tracking: Tracking = tracking.open_tracking(job.tracking_uri, job.runs_dir / "artifacts")
+        self.book = RunBook(job.tracking_uri, job.runs_dir / "artifacts", job.study_name, job.folder)
         self.bench: Workbench = Workbench(job.examined, self.base.data)
         self.identity = lifecycle.this_worker()
         self.slots = Slots(1)

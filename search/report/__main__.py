@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from search.errors import StorageError
+from search.errors import StorageError, Unavailable
 from trainer import cli
 
 if TYPE_CHECKING:
@@ -36,12 +37,18 @@ def main(
     from search import storage as store
     from search.report import write
     from search.report.facts import gather
+    from search.spool import FOLDER, Spool
     from search.tracking import open_tracking
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found = _find(store.open_storage(_existing(storage, runs_dir / "optuna.db", "Optuna")), study)
-    tracking = open_tracking(_existing(tracking_uri, runs_dir / "mlflow.db", "MLflow"), runs_dir / "artifacts")
-    record = reading.read_study(found, tracking)
+    uri = _existing(tracking_uri, runs_dir / "mlflow.db", "MLflow")
+    spool = Spool(runs_dir / found.study_name / FOLDER)
+    try:
+        record = reading.read_study(found, open_tracking(uri, runs_dir / "artifacts"), spool)
+    except Unavailable as error:
+        print(f"{error}; the log is written from what Optuna has", file=sys.stderr)
+        record = reading.read_study(found, None, spool, away=True)
     facts = gather(record, options=_options(storage, tracking_uri, runs_dir))
     path = out or runs_dir / record.name / write.default_name(lang, format_)
     if format_ == "html":
