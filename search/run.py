@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from search.errors import StudyError
+from search.errors import DatabaseAway, StudyError, Unavailable
 from trainer import cli
 
 if TYPE_CHECKING:
@@ -224,6 +225,9 @@ def _run(
     set_up_logging(runs_dir / name)
     _log_file = runs_dir / name / "search.log"
     book = RunBook(tracking_uri, runs_dir / "artifacts", name, runs_dir / name)
+    delivery = Delivery(book.spool, name, book.connect)
+    with suppress(Unavailable):
+        delivery.once()  # what an earlier search left
     away = book.start_study({"data_fingerprint": examined.fingerprint})
     job = Job(
         study=definition,
@@ -247,7 +251,8 @@ def _run(
     console = _console()
     display: Display = Live_(console, lambda: lifecycle.read_trials(study)) if console.is_terminal else Plain(console)
     keeper = LogKeeper(study, book, job.folder, _options(storage_url, tracking_uri, runs_dir))
-    courier = Courier(Delivery(book.spool, name, book.connect), masked(tracking_uri), display.say)
+    courier = Courier(delivery, masked(tracking_uri), display.say)
+    storage.say = display.say
     waiting = requeue()
     done = lifecycle.counted(study)
     with display:
@@ -260,6 +265,11 @@ def _run(
                 job, crew, timeout_s=timeout_s, display=display, requeue=requeue, trial_ended=keeper.due
             )
             code = supervisor.run()
+    if code == DatabaseAway.exit_code:
+        book.end_study("KILLED", {})
+        courier.close()
+        console.print("\nthe database is away; the same command continues the study once it answers", soft_wrap=True)
+        return code
     logs = keeper.close() if keeper.is_alive() else []
     records = lifecycle.read_trials(study)
     book.end_study(ENDS.get(code, "FAILED"), _study_tags(records))

@@ -126,6 +126,7 @@ class RunBook:
         if not self.spool.runs():
             try:
                 tracking = self.connect()
+                self._where(tracking)
                 found = tracking.resolve(self.study, run_id)
                 tracking.resume_run(found)
                 return tracking.recorder(found, spool=self.spool)

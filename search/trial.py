@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from search import diagnosis, leaderboard, lifecycle, notes, pruning, records, sampling, staged
 from search.diagnosis import messages
-from search.errors import StorageError
+from search.errors import DatabaseAway, StorageError
 from search.messages import EpochDone, Order, Said, StepDone, TrialEnded, TrialStarted
 from search.mlflow_uri import run_page
 from search.pruning import Verdict
@@ -144,9 +144,17 @@ class TrialRun:
         try:
             self._tell(outcome)
             told = outcome
+        except DatabaseAway:
+            told = self.park()
+            raise
         finally:
             self._end_tracking(told)
         self._announce(outcome)
+
+    def leave(self) -> None:
+        """End its MLflow run as interrupted, where Optuna's database cannot be told; it goes on another time."""
+        if self.recorder is not None:
+            self._end_tracking(self.park())
 
     def fail(self, detail: str) -> None:
         """Tell the trial as FAIL because of a fault, and end its MLflow run if it has one."""

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from search.errors import DatabaseAway
 from search.messages import Gave, Idle, Loading, Message, Order, Said, Share, SlotsChosen
 from search.slots import Slots
 from search.study import Study
@@ -135,7 +136,7 @@ def work(connection: Connection, gpu: str | None, threads: int) -> None:
         _Worker(job, link).run()
     except UserError as error:
         link.send(Gave(text=str(error), user=True))
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_code) from None
     except Exception as error:
         log.exception("worker ended by a fault")
         link.send(Gave(text=f"{type(error).__name__}: {error}", user=False))
@@ -179,7 +180,7 @@ class _Worker:
         import torch
 
         from search import lifecycle, pruning, sampling
-        from search.database import open_storage
+        from search.database import reopen_storage
         from search.runbook import RunBook
         from trainer.bench import Workbench
 
@@ -188,7 +189,8 @@ class _Worker:
         self.job = job
         self.link = link
         self.base = job.study.base_config()
-        self.storage = open_storage(job.storage_url, heartbeat_s=HEARTBEAT_S)
+        self.storage = reopen_storage(job.storage_url, heartbeat_s=HEARTBEAT_S)
+        self.storage.say = lambda text: link.send(Said(text=text))
         self.study: optuna.Study = optuna.load_study(
             study_name=job.study_name,
             storage=self.storage,
@@ -224,6 +226,11 @@ class _Worker:
             try:
                 while self._train() or self._more_may_come():
                     pass
+            except DatabaseAway:  # nobody can be told now; the trials go on from their checkpoints another time
+                self._held = None
+                for run in self._running.values():
+                    run.leave()
+                raise
             finally:
                 if self._held is not None:  # an end came before its turn; it has no record of its own yet
                     lifecycle.park(self.study, self._held.trial)
@@ -237,6 +244,8 @@ class _Worker:
                 while self._fill(pack):
                     for member, event in pack.round():
                         self._take(pack, member, event)
+            except DatabaseAway:
+                raise
             except Exception as error:  # noqa: BLE001 - whatever it is: told, logged, and the trials go on or fail
                 self._pack_failed(error)
                 return True
@@ -332,6 +341,9 @@ class _Worker:
         try:
             yield
             return
+        except DatabaseAway:
+            run.leave()
+            raise
         except UserError as error:
             text = str(error)
             self.link.send(Said(text=f"trial {run.trial.number} failed: {text}"))
@@ -369,19 +381,30 @@ class _Worker:
 
     def _ask(self) -> optuna.Trial | None:
         """The next trial, or None if the total is reached. One worker at a time counts and asks."""
+        from datetime import datetime
+
         from optuna.trial import TrialState
 
         from search import lifecycle, sampling
         from search.database import exclusive
 
-        with exclusive(self.storage):
-            waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if not waiting and lifecycle.counted(self.study) >= self.job.n_trials:
-                return None
-            trial = self.study.ask()
-            trial.set_user_attr("worker", self.identity)
-            sampling.suggest(trial, self.job.study)
-        return trial
+        began, tries = datetime.now(), 0
+
+        def ask() -> optuna.Trial | None:
+            nonlocal tries
+            tries += 1
+            with exclusive(self.storage):
+                if tries > 1:  # the database went away meanwhile, and may have given a trial before it did
+                    lifecycle.put_back(self.study, self.identity, began)
+                waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+                if not waiting and lifecycle.counted(self.study) >= self.job.n_trials:
+                    return None
+                trial = self.study.ask()
+                trial.set_user_attr("worker", self.identity)
+                sampling.suggest(trial, self.job.study)
+            return trial
+
+        return self.storage.patiently(ask)
 
     def _show_features(self, done: int, total: int) -> None:
         self.link.send(Loading(what=f"vision outputs of {total} images ({100 * done // total} %)"))

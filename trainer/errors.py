@@ -9,9 +9,14 @@
 Everything else is a bug of ours and shows its traceback.
 """
 
+from typing import ClassVar
+
 
 class UserError(ValueError):
     """Something the user can mend: the message says what is wrong, where, and what to do."""
+
+    exit_code: ClassVar[int] = 2
+    """Of the command that ends with it."""
 
 
 class ConfigError(UserError):

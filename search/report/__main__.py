@@ -13,7 +13,8 @@ from trainer import cli
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.storages import RDBStorage
+
+    from search.patience import PatientStorage
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -60,7 +61,7 @@ def main(
     print(path)
 
 
-def _find(database: RDBStorage, study: str) -> optuna.Study:
+def _find(database: PatientStorage, study: str) -> optuna.Study:
     """The study of this name, hyphen or underscore as on the search's command line."""
     from search import storage as store
 
