@@ -64,12 +64,15 @@ class Courier(threading.Thread):
         self._count(done)
         return None
 
-    def close(self) -> str | None:
-        """Try once more, for `FINAL_S` seconds; returns what the user must know if something is left."""
+    def close(self, for_s: float | None = None) -> str | None:
+        """Try for `FINAL_S` seconds, or as long as said; returns what the user must know if something is left.
+
+        May be called again, for what came after.
+        """
         self._closing.set()
         if self.is_alive():
             self.join()
-        deadline = time.monotonic() + FINAL_S
+        deadline = time.monotonic() + (FINAL_S if for_s is None else for_s)
         pause = 0.5
         while True:
             why = self.deliver()

@@ -226,8 +226,9 @@ def _run(
     _log_file = runs_dir / name / "search.log"
     book = RunBook(tracking_uri, runs_dir / "artifacts", name, runs_dir / name)
     delivery = Delivery(book.spool, name, book.connect)
+    caught_up = False
     with suppress(Unavailable):
-        delivery.once()  # what an earlier search left
+        caught_up = delivery.once().records > 0  # what an earlier search left
     away = book.start_study({"data_fingerprint": examined.fingerprint})
     job = Job(
         study=definition,
@@ -265,15 +266,18 @@ def _run(
                 job, crew, timeout_s=timeout_s, display=display, requeue=requeue, trial_ended=keeper.due
             )
             code = supervisor.run()
+        elif caught_up:
+            keeper.start()  # the log was written without
     if code == DatabaseAway.exit_code:
         book.end_study("KILLED", {})
         courier.close()
         console.print("\nthe database is away; the same command continues the study once it answers", soft_wrap=True)
         return code
+    courier.close()  # first, so that the log has what MLflow has
     logs = keeper.close() if keeper.is_alive() else []
     records = lifecycle.read_trials(study)
     book.end_study(ENDS.get(code, "FAILED"), _study_tags(records))
-    undelivered = courier.close()
+    undelivered = courier.close(0)
     book.close_dangling(_is_dead)
     _sum_up(console, records, job, code, logs)
     if undelivered is not None:

