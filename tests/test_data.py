@@ -256,7 +256,6 @@ def test_grouped_by_length_a_batch_holds_captions_of_about_the_same_length() -> 
     assert padding(order(True)) < 0.5 * padding(order(False))
 
 
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_gone_bad_is_named(tmp_path: Path, small: Callable[..., TrainConfig], workers: int) -> None:
     rows = []
