@@ -42,6 +42,9 @@ class Ear:
             self.share_after -= 1
             self.share = self.share_after == 0
 
+    def alive(self) -> None:
+        """Nobody watches."""
+
     def order(self) -> Order:
         return Order.END_AFTER_EPOCH if any(isinstance(message, Idle) for message in self.heard) else Order.GO_ON
 
