@@ -255,7 +255,7 @@ class Supervisor:
         elif left.running and not self._waits_for_others:
             self._waits_for_others = True
             self.display.say(
-                f"nothing is left to start; {left.running} trials run in other processes and go on here if these are lost"
+                f"nothing is left to start; {left.running} trials run in other processes, and go on here if lost"
             )
 
     def _look(self, every_s: float) -> Unfinished | None:
