@@ -253,11 +253,14 @@ def _run(
     )
 
     def look() -> lifecycle.Unfinished:
-        for lost in lifecycle.requeue_lost(study):
+        gone = lifecycle.requeue_lost(study)
+        for lost in gone:
             goes_on = "tried too often" if lost.successor is None else f"trial {lost.successor} takes up its work"
             display.say(f"trial {lost.number} was lost: {lost.detail}; {goes_on}")
             if lost.run_id is not None:
                 tracking.end_run(lost.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
+        if gone:  # a worker may have died before it wrote down which run it had begun
+            tracking.close_dangling(experiment, _is_dead)
         return lifecycle.unfinished(study)
 
     console = _console()

@@ -183,6 +183,7 @@ def set_up_logging(folder: Path) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a full disk is told once, not with each line that it does not take
     logging.captureWarnings(True)
     for name in ("httpx", "alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
