@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sqlite3
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from search import lifecycle, records
 from search.database import close_storage, open_storage
@@ -64,12 +66,13 @@ class Place:
     runs: Path
     storage: str | None = None
     tracking: str | None = None
+    workers: int = 1
 
-    def command(self, file: Path, *arguments: str, workers: int = 1) -> list[str]:
+    def command(self, file: Path, *arguments: str) -> list[str]:
         """`search.run` with one trial at a time in each worker, none stopped early."""
         urls = ("--storage", self.storage) if self.storage else ()
         uris = ("--tracking-uri", self.tracking) if self.tracking else ()
-        fixed = ("--slots", "1", "--pruner", "none", "--workers", str(workers))
+        fixed = ("--slots", "1", "--pruner", "none", "--workers", str(self.workers))
         return search_process.command(self.runs, *fixed, *urls, *uris, *arguments, study=str(file), settings=())
 
     @property
@@ -162,7 +165,7 @@ def check_records(place: Place, bench: Any, *, num_trials: int, num_epochs: int)
         number = int(tags["trial"])
         assert number not in runs, f"trial {number} has two MLflow runs"
         runs[number] = (status, losses)
-    undisturbed = _Undisturbed(bench, place.runs / "again")
+    undisturbed = _Undisturbed(bench, place)
     for trial in trials:
         expected = {"COMPLETE": "FINISHED", "FAIL": "KILLED"}[trial.state]
         if trial.number in runs:  # a trial that was lost at its very start may have none
@@ -184,16 +187,20 @@ def check_records(place: Place, bench: Any, *, num_trials: int, num_epochs: int)
 class _Undisturbed:
     """The curve of a trial's configuration, trained alone in this process."""
 
-    def __init__(self, bench: Any, folder: Path) -> None:
-        self._bench, self._folder = bench, folder
+    def __init__(self, bench: Any, place: Place) -> None:
+        self._bench, self._folder = bench, place.runs / "again"
+        self._threads = max(1, len(os.sched_getaffinity(0)) // place.workers)
         self._known: dict[str, list[EpochEnded]] = {}
 
     def __call__(self, trial: TrialRecord) -> list[EpochEnded]:
         config = TrainConfig.parse(trial.config)
         key = config.identity()
         if key not in self._known:
+            before = torch.get_num_threads()
+            torch.set_num_threads(self._threads)  # sums are split among threads: the bits depend on how many
             events = train(config, self._bench, self._folder / str(trial.number))
             self._known[key] = [event for event in events if isinstance(event, EpochEnded)]
+            torch.set_num_threads(before)
         return self._known[key]
 
 
