@@ -528,13 +528,16 @@ def test_every_way_to_end_counts_once(storage):
 def test_this_process_is_alive_and_others_are_told_apart():
     me = this_worker()
     assert local_worker_alive(me) is True
-    assert local_worker_alive({**me, "started_s": me["started_s"] - 60}) is False  # a reused process id
+    assert local_worker_alive({**me, "since_boot": "a-boot:1"}) is False  # a reused process id
+    elsewhere = {**me, "since_boot": None}  # where there is no /proc
+    assert local_worker_alive(elsewhere) is True
+    assert local_worker_alive({**elsewhere, "started_s": me["started_s"] - 60}) is False
     assert local_worker_alive({**me, "host": "elsewhere"}) is None
 
 
 def test_a_dead_or_unreaped_process_is_not_alive():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    worker = {**this_worker(), "pid": child.pid, "started_s": psutil.Process(child.pid).create_time()}
+    worker = {"host": this_worker()["host"], "pid": child.pid, "started_s": psutil.Process(child.pid).create_time()}
     assert local_worker_alive(worker) is True
     child.kill()
     deadline = time.monotonic() + 10

@@ -186,8 +186,8 @@ def preprocessed(image_processor: Any, image: Image, path: Path) -> torch.Tensor
     pixels: torch.Tensor = image_processor(images=image, return_tensors="pt")["pixel_values"][0]
     if not bool(torch.isfinite(pixels).all()):
         raise DataError(
-            f"{path}: its pixels are not finite after preprocessing; check image_mean, image_std and rescale_factor in "
-            "the model's preprocessor_config.json"
+            f"{path}: its pixels are not finite after preprocessing; check image_mean, image_std and rescale_factor "
+            "in the model's preprocessor_config.json"
         )
     return pixels
 

@@ -218,7 +218,7 @@ def _encode(base: Base, pixel_values: torch.Tensor, shape: tuple[int, int]) -> t
 
 
 def _refuse_not_finite(rows: torch.Tensor, paths: Sequence[Path]) -> None:
-    """In float32 the tower overflows for no image; in half precision it may, and the trial's health is to show that."""
+    """In float32 the tower overflows for no image; in half precision it may, and the trial's health shows that."""
     if rows.dtype != torch.float32:
         return
     finite = torch.isfinite(rows).flatten(1).all(dim=1).tolist()
