@@ -267,8 +267,8 @@ def _without_successor(study: optuna.Study, max_retries: int) -> list[FrozenTria
         for t in trials
         if t.state == TrialState.FAIL
         and t.user_attrs.get(records.REASON) == records.LOST
-        and _attempt(study, t) <= max_retries
         and t.number not in resumed
+        and _attempt(study, t) <= max_retries
     ]
 
 

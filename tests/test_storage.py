@@ -392,6 +392,21 @@ def test_a_lost_trial_is_taken_up_twice_at_most(storage):
     assert len(study.trials) == 3
 
 
+def test_an_epoch_further_is_a_new_first_attempt(storage):
+    """On hosts that come and go, a long trial is lost more than three times, and must still come to its end."""
+    study = open_study(storage, STUDY)
+    started(study, worker=GONE)
+    for epoch in range(3, 8):
+        (lost,) = requeue_lost(study, is_alive=lambda worker: False)
+        again = study.ask()
+        assert again.number == lost.successor
+        assert again.user_attrs[records.ATTEMPT] == 1
+        suggest_all(again)
+        again.report(1.5, step=epoch)
+        again.set_user_attr(records.WORKER, GONE)
+    assert counted(study) == 1
+
+
 def test_live_trials_are_left_alone(storage):
     study = open_study(storage, STUDY)
     trial = started(study, worker=this_worker())

@@ -91,6 +91,7 @@ def test_signs_of_life_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(wire.sent[-1], Idle), "another message is a sign of life too"
 
 
+@pytest.mark.slow
 def test_a_search_that_was_stopped_as_a_whole_goes_on(tiny_checkpoint: Path, tmp_path: Path, start: Start) -> None:
     """Ctrl-Z and fg: the time away is nobody's silence."""
     place = Place(tmp_path / "runs")
