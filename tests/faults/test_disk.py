@@ -47,7 +47,7 @@ def test_a_full_disk_under_the_checkpoints(
 ) -> None:
     urls = [f"sqlite:///{tmp_path / name}" for name in ("optuna.db", "mlflow.db")]
     place = Place(disk / "runs", *urls)
-    command = place.command(write_study(tmp_path, tiny_checkpoint, trials=2, num_epochs=60))
+    command = place.command(write_study(tmp_path, tiny_checkpoint, trials=1, num_epochs=20))
     search = start(command)
     search.wait_for("trial 0: epoch 3:")
     filler = fill(disk)
@@ -60,8 +60,8 @@ def test_a_full_disk_under_the_checkpoints(
     done = run(command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"after epoch {len(reported)}" in done.stdout
-    assert [t.state for t in place.trials] == ["COMPLETE"] * 2
-    check_records(place, bench, num_trials=2, num_epochs=60)
+    assert [t.state for t in place.trials] == ["COMPLETE"]
+    check_records(place, bench, num_trials=1, num_epochs=20)
 
 
 @pytest.mark.slow
@@ -69,7 +69,7 @@ def test_a_full_disk_under_everything(
     tiny_checkpoint: Path, tmp_path: Path, disk: Path, start: Start, bench: Any
 ) -> None:
     place = Place(disk / "runs")
-    command = place.command(write_study(tmp_path, tiny_checkpoint, trials=2, num_epochs=60))
+    command = place.command(write_study(tmp_path, tiny_checkpoint, trials=1, num_epochs=20))
     search = start(command)
     search.wait_for("trial 0: epoch 3:")
     filler = fill(disk)
@@ -79,7 +79,7 @@ def test_a_full_disk_under_everything(
     done = run(command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "after epoch" in done.stdout
-    check_records(place, bench, num_trials=2, num_epochs=60)
+    check_records(place, bench, num_trials=1, num_epochs=20)
 
 
 def check_told(search: Search) -> None:

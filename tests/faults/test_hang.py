@@ -27,7 +27,7 @@ Start = Callable[[list[str]], Search]
 
 def test_a_stopped_worker_is_replaced(tiny_checkpoint: Path, tmp_path: Path, start: Start, bench: Any) -> None:
     place = Place(tmp_path / "runs")
-    file = write_study(tmp_path, tiny_checkpoint, trials=1, num_epochs=60)
+    file = write_study(tmp_path, tiny_checkpoint, trials=1, num_epochs=30)
     search = start(place.command(file, "--hang-timeout", "8s"))
     search.wait_for("epoch 2:")
     (worker,) = workers_of(search)
@@ -40,7 +40,7 @@ def test_a_stopped_worker_is_replaced(tiny_checkpoint: Path, tmp_path: Path, sta
     assert (lost.state, lost.reason) == ("FAIL", records.LOST)
     assert resumed.attrs[records.RESUMES] == 0
     assert "after epoch" in search.wait_for("trial 1: learning_rate"), "it began anew"
-    check_records(place, bench, num_trials=1, num_epochs=60)
+    check_records(place, bench, num_trials=1, num_epochs=30)
 
 
 class Wire:
@@ -95,7 +95,7 @@ def test_signs_of_life_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_search_that_was_stopped_as_a_whole_goes_on(tiny_checkpoint: Path, tmp_path: Path, start: Start) -> None:
     """Ctrl-Z and fg: the time away is nobody's silence."""
     place = Place(tmp_path / "runs")
-    file = write_study(tmp_path, tiny_checkpoint, trials=1, num_epochs=60)
+    file = write_study(tmp_path, tiny_checkpoint, trials=1, num_epochs=30)
     search = start(place.command(file, "--hang-timeout", "8s"))
     search.wait_for("epoch 2:")
     os.killpg(search.process.pid, signal.SIGSTOP)

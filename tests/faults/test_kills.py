@@ -21,7 +21,7 @@ def test_supervisor_and_worker_are_killed_at_once(
     tiny_checkpoint: Path, tmp_path: Path, start: Start, bench: Any
 ) -> None:
     place = Place(tmp_path / "runs")
-    command = place.command(write_study(tmp_path, tiny_checkpoint, trials=1, num_epochs=30))
+    command = place.command(write_study(tmp_path, tiny_checkpoint, trials=1, num_epochs=20))
     search = start(command)
     search.wait_for("epoch 2:")
     os.killpg(search.process.pid, signal.SIGKILL)
@@ -29,7 +29,7 @@ def test_supervisor_and_worker_are_killed_at_once(
     assert again.end() == 0, again.output()
     again.wait_for("trial 0 was lost: process")
     assert "after epoch" in again.wait_for("trial 1: learning_rate"), "it began anew"
-    check_records(place, bench, num_trials=1, num_epochs=30)
+    check_records(place, bench, num_trials=1, num_epochs=20)
 
 
 @pytest.mark.slow
