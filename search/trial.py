@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 from search import diagnosis, leaderboard, lifecycle, notes, pruning, records, sampling, staged
 from search.diagnosis import messages
+from search.errors import StorageError
 from search.messages import EpochDone, Order, Said, StepDone, TrialEnded, TrialStarted
 from search.pruning import Verdict
 from search.report.render import escape
@@ -157,8 +158,11 @@ class TrialRun:
     def let_go(self) -> None:
         """End a trial that another process has taken over: nothing more is told about it but to MLflow."""
         self.failed = True
-        if self.recorder is not None:
-            self.recorder.finish(run_status("FAIL", records.LOST), state="FAIL", reason=records.LOST)
+        try:
+            if self.recorder is not None:
+                self.recorder.finish(run_status("FAIL", records.LOST), state="FAIL", reason=records.LOST)
+        except StorageError:
+            log.exception("trial %d: its run could not be ended", self.trial.number)
 
     def _prepare(self) -> Path:
         """Record what is run, and where its files lie."""
