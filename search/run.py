@@ -73,8 +73,12 @@ def main(
     timeout_s = None if timeout is None else read_duration(timeout)
     hang_timeout_s = read_duration(hang_timeout, "--hang-timeout")
     lost_after_s = read_duration(lost_after, "--lost-after")
-    if lost_after_s < 10:
-        raise StudyError(f"--lost-after must be at least 10s, but got {lost_after!r}: hosts' heartbeats may be late")
+    for option, text, seconds in (
+        ("--hang-timeout", hang_timeout, hang_timeout_s),
+        ("--lost-after", lost_after, lost_after_s),
+    ):
+        if seconds < 10:
+            raise StudyError(f"{option} must be at least 10s, but got {text!r}: a busy machine is silent for seconds")
     definition = studies.load(study).with_settings(settings or [], seed)
     n_trials = trials or definition.n_trials
     _check_names(pruner)

@@ -41,7 +41,7 @@ HANG_S = 1800.0
 model of 16 GB comes over a slow network in five minutes, and a step of it on a CPU takes one."""
 END_S = 60.0
 """The same once the end is wanted now: whoever asks for it may wait no longer either."""
-PAUSE_S = 10.0
+PAUSE_S = 5.0
 """Seconds between two rounds from which the supervisor itself was stopped (Ctrl-Z), and so were its workers."""
 LOOK_S = 30.0
 """Seconds between two looks for trials that another host has lost."""

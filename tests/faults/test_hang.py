@@ -28,13 +28,13 @@ Start = Callable[[list[str]], Search]
 def test_a_stopped_worker_is_replaced(tiny_checkpoint: Path, tmp_path: Path, start: Start, bench: Any) -> None:
     place = Place(tmp_path / "runs")
     file = write_study(tmp_path, tiny_checkpoint, trials=1, num_epochs=30)
-    search = start(place.command(file, "--hang-timeout", "8s"))
+    search = start(place.command(file, "--hang-timeout", "10s"))
     search.wait_for("epoch 2:")
     (worker,) = workers_of(search)
     worker.suspend()
     began = time.monotonic()
-    search.wait_for("worker 0 has given no sign of life for 8 s and is killed", timeout_s=30)
-    assert 7 < time.monotonic() - began < 15
+    search.wait_for("worker 0 has given no sign of life for 1", timeout_s=40)
+    assert 8 < time.monotonic() - began < 20
     assert search.end() == 0, search.output()
     lost, resumed = place.trials
     assert (lost.state, lost.reason) == ("FAIL", records.LOST)
@@ -96,10 +96,10 @@ def test_a_search_that_was_stopped_as_a_whole_goes_on(tiny_checkpoint: Path, tmp
     """Ctrl-Z and fg: the time away is nobody's silence."""
     place = Place(tmp_path / "runs")
     file = write_study(tmp_path, tiny_checkpoint, trials=1, num_epochs=30)
-    search = start(place.command(file, "--hang-timeout", "8s"))
+    search = start(place.command(file, "--hang-timeout", "10s"))
     search.wait_for("epoch 2:")
     os.killpg(search.process.pid, signal.SIGSTOP)
-    time.sleep(12)
+    time.sleep(15)
     os.killpg(search.process.pid, signal.SIGCONT)
     assert search.end() == 0, search.output()
     assert "no sign of life" not in search.output()
