@@ -90,7 +90,7 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None)
     return storage
 
 
-def reopen_storage(url: str, *, heartbeat_s: int = 60) -> PatientStorage:
+def reopen_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None) -> PatientStorage:
     """As `open_storage`, of a database that was there a moment ago: waits for it as calls do.
 
     Raises:
@@ -100,7 +100,7 @@ def reopen_storage(url: str, *, heartbeat_s: int = 60) -> PatientStorage:
 
     def open_or_raise() -> PatientStorage:
         try:
-            return open_storage(url, heartbeat_s=heartbeat_s)
+            return open_storage(url, heartbeat_s=heartbeat_s, grace_s=grace_s)
         except StorageError as error:
             cause = error.__context__
             if isinstance(cause, SQLAlchemyError) and is_away(cause):
