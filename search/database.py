@@ -24,6 +24,8 @@ from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from search.errors import StorageError
+from trainer.errors import MOST_SHOWN
+from trainer.errors import shown as shown_text
 
 WAIT_S = 60
 """Longest wait for another process's lock."""
@@ -73,6 +75,10 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None)
                 _check_schema(parsed, storage)
         except SQLAlchemyError as error:
             raise _explained(parsed, error) from None
+        except (TypeError, ValueError) as error:  # the driver's, of an option in the URL's query
+            raise StorageError(
+                f"{_cut(parsed)}: the database cannot be opened: {error}; known to work: {_EXAMPLES}"
+            ) from None
         except ImportError as error:
             raise StorageError(
                 f"{shown(parsed)} needs the driver {error.name!r}, which is not installed; known to work: {_EXAMPLES}"
@@ -107,11 +113,15 @@ def shown(url: URL) -> str:
     return url.render_as_string(hide_password=True)
 
 
+def _cut(url: URL) -> str:
+    return shown_text(shown(url))
+
+
 def _parse(url: str) -> URL:
     scheme = url.partition(":")[0]
     if scheme.startswith(("journal", "redis")) or url.endswith((".log", ".journal")):
         raise StorageError(
-            f"{_masked(url)!r}: Optuna's journal storages keep no heartbeats, so lost trials could not be found; "
+            f"{shown_text(_masked(url))}: Optuna's journal storages keep no heartbeats, so lost trials could not be found; "
             f"use {_EXAMPLES}"
         )
     try:
@@ -120,10 +130,10 @@ def _parse(url: str) -> URL:
             parsed = parsed.set(drivername="postgresql+psycopg")
         parsed.get_dialect()
     except NoSuchModuleError:
-        raise StorageError(f"{_masked(url)!r}: there is no database dialect {scheme!r}; use {_EXAMPLES}") from None
+        raise StorageError(f"{shown_text(_masked(url))}: there is no database dialect {shown_text(scheme)}; use {_EXAMPLES}") from None
     except (ArgumentError, ValueError):  # ValueError: a port that is no number
-        hint = f"; for a file, sqlite:///{url}" if "://" not in url and url else ""
-        raise StorageError(f"{_masked(url)!r} is no database URL such as {_EXAMPLES}{hint}") from None
+        hint = f"; for a file, sqlite:///{url}" if "://" not in url and 0 < len(url) < MOST_SHOWN else ""
+        raise StorageError(f"{shown_text(_masked(url))} is no database URL such as {_EXAMPLES}{hint}") from None
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise StorageError(f"{shown(parsed)}: a database in memory cannot be shared by workers; use {_EXAMPLES}")
     return parsed
@@ -139,6 +149,11 @@ def _masked(url: str) -> str:
 def _check_file(url: URL) -> None:
     """Say what is wrong with the file of a SQLite database, where that can be seen from outside."""
     path = _file(url)
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # a name too long
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise StorageError(f"{_cut(url)}: the file cannot be opened: {reason}; use {_EXAMPLES}") from None
     if str(path).startswith("file:"):
         raise StorageError(f"{shown(url)}: give the file as a plain path, sqlite:///FOLDER/FILE")
     if not path.parent.is_dir():

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from filelock import FileLock, Timeout
 
 from search.errors import StorageError
+from trainer.errors import shown
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 CONNECT_S = 10
@@ -32,7 +33,7 @@ def masked(uri: str) -> str:
     try:
         return sa.make_url(uri).render_as_string(hide_password=True)
     except (sa.exc.ArgumentError, ValueError):
-        return uri.rpartition("@")[2]
+        return shown(uri.rpartition("@")[2])
 
 
 def first_line(error: BaseException) -> str:
@@ -54,12 +55,12 @@ def check(uri: str) -> None:
         _check_database(uri)
     elif "://" not in uri or scheme == "file":
         raise StorageError(
-            f"--tracking-uri {uri!r} is a folder or file; MLflow no longer takes folders (since 3.13), and a database "
+            f"--tracking-uri {shown(uri)} is a folder or file; MLflow no longer takes folders (since 3.13), and a database "
             f"is written as a URL, for example sqlite:///runs/mlflow.db"
         )
     else:
         raise StorageError(
-            f"--tracking-uri {masked(uri)!r}: {scheme!r} is not supported; use a database ({', '.join(DATABASES)}) "
+            f"--tracking-uri {masked(uri)}: {shown(scheme)} is not supported; use a database ({', '.join(DATABASES)}) "
             f"or the http(s):// address of an MLflow server"
         )
 
@@ -69,7 +70,7 @@ def _check_server(uri: str) -> None:
     try:
         url = sa.make_url(uri)
     except (sa.exc.ArgumentError, ValueError) as error:
-        raise StorageError(f"--tracking-uri {uri.rpartition('@')[2]!r} is no address: {first_line(error)}") from None
+        raise StorageError(f"--tracking-uri {shown(uri.rpartition('@')[2])} is no address: {first_line(error)}") from None
     # Without user and password, which urllib would take for a part of the host's name.
     port = f":{url.port}" if url.port else ""
     health = f"{url.drivername}://{url.host}{port}/{(url.database or '').strip('/')}".rstrip("/") + "/health"
@@ -78,7 +79,7 @@ def _check_server(uri: str) -> None:
             pass
     except urllib.error.HTTPError:
         return
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:  # OverflowError: the port
         reason = getattr(error, "reason", None) or error
         raise StorageError(f"no MLflow server answers at {masked(uri)}: {reason}; is it running?") from error
 
@@ -91,7 +92,7 @@ def _check_database(uri: str) -> None:
             Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
         networked = url.get_backend_name() in ("postgresql", "mysql")
         engine = sa.create_engine(url, connect_args={"connect_timeout": CONNECT_S} if networked else {})
-    except (sa.exc.ArgumentError, ImportError, OSError, ValueError) as error:
+    except (sa.exc.ArgumentError, ImportError, OSError, TypeError, ValueError) as error:
         raise StorageError(f"the tracking database {masked(uri)} cannot be opened: {first_line(error)}") from error
     try:
         with engine.connect() as connection:
@@ -99,7 +100,7 @@ def _check_database(uri: str) -> None:
             if url.get_backend_name() == "sqlite":
                 # Kept in the file: a dashboard that reads then does not hold up the workers' writes.
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-    except sa.exc.SQLAlchemyError as error:
+    except (sa.exc.SQLAlchemyError, TypeError, ValueError) as error:  # the last two of an option in the URL's query
         cause = getattr(error, "orig", None) or error
         raise StorageError(f"the tracking database {masked(uri)} cannot be opened: {first_line(cause)}") from error
     finally:

@@ -33,6 +33,13 @@ def tracking_uri(tracking: str | None, runs_dir: Path) -> str:
     return tracking or f"sqlite:///{runs_dir / 'mlflow.db'}"
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long
+        return False
+
+
 @contextmanager
 def opened(
     name: str, storage: str | None, tracking: str | None, runs_dir: Path
@@ -46,12 +53,13 @@ def opened(
     from search.errors import StudyError
     from search.storage import find_study
     from search.tracking import open_tracking
+    from trainer.errors import shown
 
     storage, tracking = storage_url(storage, runs_dir), tracking_uri(tracking, runs_dir)
     for option, url in (("--storage", storage), ("--tracking-uri", tracking)):
         file = Path(url.removeprefix("sqlite:///"))
-        if url.startswith("sqlite:///") and not file.is_file():
-            raise StudyError(f"there is no {file}: run a study first, or name its records with --runs-dir or {option}")
+        if url.startswith("sqlite:///") and not _is_file(file):
+            raise StudyError(f"there is no {shown(str(file))}: run a study first, or name its records with --runs-dir or {option}")
     opened_storage = open_storage(storage)
     try:
         names = {found.study_name for found in opened_storage.get_all_studies()}

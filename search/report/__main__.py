@@ -69,7 +69,7 @@ def _existing(url: str | None, default: Path, what: str) -> str:
     if url is not None:
         try:
             parsed = sqlalchemy.make_url(url)
-        except sqlalchemy.exc.ArgumentError:
+        except (sqlalchemy.exc.ArgumentError, ValueError):
             return url  # whoever opens it says what is wrong
         if parsed.get_backend_name() != "sqlite" or not parsed.database:
             return url
