@@ -12,6 +12,7 @@ SQLite and PostgreSQL behave alike behind it:
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ import filelock
 import sqlalchemy
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SAWarning, SQLAlchemyError
 
 from search.errors import StorageError
 from trainer.errors import MOST_SHOWN
@@ -61,7 +62,9 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None)
         _check_file(parsed)
     with contextlib.ExitStack() as undo:
         try:
-            engine = sqlalchemy.create_engine(parsed, **_engine_options(parsed))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", SAWarning)  # it would go on without an option that it does not know
+                engine = sqlalchemy.create_engine(parsed, **_engine_options(parsed))
             undo.callback(engine.dispose)  # a constructor that fails would leave its connections open
             with _exclusive(parsed):
                 _refuse_foreign(parsed, engine)
@@ -75,9 +78,9 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None)
                 _check_schema(parsed, storage)
         except SQLAlchemyError as error:
             raise _explained(parsed, error) from None
-        except (TypeError, ValueError) as error:  # the driver's, of an option in the URL's query
+        except (TypeError, ValueError, SAWarning) as error:  # the driver's, of an option in the URL's query
             raise StorageError(
-                f"{_cut(parsed)}: the database cannot be opened: {error}; known to work: {_EXAMPLES}"
+                f"{_cut(parsed)}: the database cannot be opened: {_first_line(error)}; known to work: {_EXAMPLES}"
             ) from None
         except ImportError as error:
             raise StorageError(
@@ -113,6 +116,10 @@ def shown(url: URL) -> str:
     return url.render_as_string(hide_password=True)
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].partition(" (Background")[0]
+
+
 def _cut(url: URL) -> str:
     return shown_text(shown(url))
 
@@ -130,7 +137,9 @@ def _parse(url: str) -> URL:
             parsed = parsed.set(drivername="postgresql+psycopg")
         parsed.get_dialect()
     except NoSuchModuleError:
-        raise StorageError(f"{shown_text(_masked(url))}: there is no database dialect {shown_text(scheme)}; use {_EXAMPLES}") from None
+        raise StorageError(
+            f"{shown_text(_masked(url))}: there is no database dialect {shown_text(scheme)}; use {_EXAMPLES}"
+        ) from None
     except (ArgumentError, ValueError):  # ValueError: a port that is no number
         hint = f"; for a file, sqlite:///{url}" if "://" not in url and 0 < len(url) < MOST_SHOWN else ""
         raise StorageError(f"{shown_text(_masked(url))} is no database URL such as {_EXAMPLES}{hint}") from None

@@ -12,6 +12,7 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def masked(uri: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error says, without the statement, parameters and links that SQLAlchemy adds."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = [line.partition(" (Background")[0] for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
 
 
@@ -70,7 +71,9 @@ def _check_server(uri: str) -> None:
     try:
         url = sa.make_url(uri)
     except (sa.exc.ArgumentError, ValueError) as error:
-        raise StorageError(f"--tracking-uri {shown(uri.rpartition('@')[2])} is no address: {first_line(error)}") from None
+        raise StorageError(
+            f"--tracking-uri {shown(uri.rpartition('@')[2])} is no address: {first_line(error)}"
+        ) from None
     # Without user and password, which urllib would take for a part of the host's name.
     port = f":{url.port}" if url.port else ""
     health = f"{url.drivername}://{url.host}{port}/{(url.database or '').strip('/')}".rstrip("/") + "/health"
@@ -91,8 +94,10 @@ def _check_database(uri: str) -> None:
         if url.get_backend_name() == "sqlite" and url.database:
             Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
         networked = url.get_backend_name() in ("postgresql", "mysql")
-        engine = sa.create_engine(url, connect_args={"connect_timeout": CONNECT_S} if networked else {})
-    except (sa.exc.ArgumentError, ImportError, OSError, TypeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", sa.exc.SAWarning)  # it would go on without an option it does not know
+            engine = sa.create_engine(url, connect_args={"connect_timeout": CONNECT_S} if networked else {})
+    except (sa.exc.ArgumentError, sa.exc.SAWarning, ImportError, OSError, TypeError, ValueError) as error:
         raise StorageError(f"the tracking database {masked(uri)} cannot be opened: {first_line(error)}") from error
     try:
         with engine.connect() as connection:
@@ -100,7 +105,7 @@ def _check_database(uri: str) -> None:
             if url.get_backend_name() == "sqlite":
                 # Kept in the file: a dashboard that reads then does not hold up the workers' writes.
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-    except (sa.exc.SQLAlchemyError, TypeError, ValueError) as error:  # the last two of an option in the URL's query
+    except (sa.exc.SQLAlchemyError, TypeError, ValueError) as error:  # the last two of an option in the query
         cause = getattr(error, "orig", None) or error
         raise StorageError(f"the tracking database {masked(uri)} cannot be opened: {first_line(cause)}") from error
     finally:

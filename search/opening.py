@@ -33,7 +33,8 @@ def tracking_uri(tracking: str | None, runs_dir: Path) -> str:
     return tracking or f"sqlite:///{runs_dir / 'mlflow.db'}"
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether there is a file; a name longer than any file's is none."""
     try:
         return path.is_file()
     except OSError:  # a name too long
@@ -58,8 +59,10 @@ def opened(
     storage, tracking = storage_url(storage, runs_dir), tracking_uri(tracking, runs_dir)
     for option, url in (("--storage", storage), ("--tracking-uri", tracking)):
         file = Path(url.removeprefix("sqlite:///"))
-        if url.startswith("sqlite:///") and not _is_file(file):
-            raise StudyError(f"there is no {shown(str(file))}: run a study first, or name its records with --runs-dir or {option}")
+        if url.startswith("sqlite:///") and not is_file(file):
+            raise StudyError(
+                f"there is no {shown(str(file))}: run a study first, or name its records with --runs-dir or {option}"
+            )
     opened_storage = open_storage(storage)
     try:
         names = {found.study_name for found in opened_storage.get_all_studies()}

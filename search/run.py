@@ -40,9 +40,13 @@ ENDS: dict[int, Status] = {0: "FINISHED", 130: "KILLED", 143: "KILLED"}
 @app.command()
 def main(
     study: Annotated[str | None, typer.Option(help="A study in studies/, or the path of a study file.")] = None,
-    trials: Annotated[int | None, typer.Option(min=1, max=MOST, help="Trials in total, those already run included.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Trials in total, those already run included.")
+    ] = None,
     timeout: Annotated[str | None, typer.Option(help="End after this time, e.g. 2h, 90m, 1h30m; resumable.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, max=MOST_WORKERS, help="Worker processes; one a GPU by default.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=MOST_WORKERS, help="Worker processes; one a GPU by default.")
+    ] = None,
     slots: Annotated[
         str,
         typer.Option(help="Trials that a worker trains at once: auto, or 1 to 16. With --strategy staged, auto is 1."),

@@ -225,7 +225,9 @@ def _execute(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except (StudyError, KeyboardInterrupt):
+    except StudyError as error:
+        raise StudyError(f"{path}: {error}") from None
+    except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too: a study file that ends the program is wrong
         line = getattr(error, "lineno", None)

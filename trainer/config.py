@@ -19,7 +19,7 @@ MACHINE_FIELDS = ("device", "num_workers", "prefetch_factor")
 """Fields that say where and how fast a run goes, not what it computes."""
 
 MOST = 1_000_000_000
-"""Largest number of samples, steps or epochs: what is larger was mistyped, and could not be computed with as a float."""
+"""Largest number of samples, steps or epochs: what is larger was mistyped, and floats could not compute with it."""
 
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:

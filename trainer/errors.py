@@ -9,7 +9,6 @@
 Everything else is a bug of ours and shows its traceback.
 """
 
-
 MOST_SHOWN = 100
 """Characters of a value that a message repeats."""
 

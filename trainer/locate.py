@@ -63,7 +63,9 @@ def check(name: str) -> None:
         try:
             cached = try_to_load_from_cache(name, "config.json")
         except HFValidationError:
-            raise ModelError(f"the model {shown(name)} does not exist: it is no folder, and can be no hub id") from None
+            raise ModelError(
+                f"the model {shown(name)} does not exist: it is no folder, and can be no hub id"
+            ) from None
         config_file = cached if isinstance(cached, str) else None
         if config_file is None:
             try:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from search.errors import StorageError
+from search.opening import is_file
 from trainer import cli
+from trainer.errors import shown
 
 if TYPE_CHECKING:
     import optuna
@@ -74,9 +76,9 @@ def _existing(url: str | None, default: Path, what: str) -> str:
         if parsed.get_backend_name() != "sqlite" or not parsed.database:
             return url
         default = Path(parsed.database)
-    if not default.is_file():
+    if not is_file(default):
         raise StorageError(
-            f"there is no {what} database {str(default)!r}; name the folder of the search with --runs-dir, "
+            f"there is no {what} database {shown(str(default))}; name the folder of the search with --runs-dir, "
             "or its database with --storage and --tracking-uri"
         )
     return url or f"sqlite:///{default}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from trainer import cli, dataset
 from trainer.dataset import Examined
@@ -52,7 +55,7 @@ class Outcome:
         assert len(self.err) < MOST_CHARACTERS, f"a message of {len(self.err)} characters"
         said = " ".join(self.err.split())
         for text in shown:
-            assert text in said, f"{text!r} is not in {said}"
+            assert " ".join(text.split()) in said, f"{text!r} is not in {said}"
 
     def check(self, *shown: str) -> None:
         """Accepted, or refused as it should be."""
@@ -164,3 +167,34 @@ def folder() -> Iterator[Path]:
 def written(runs: Path) -> list[str]:
     """What lies in a runs folder, below it included."""
     return sorted(str(path.relative_to(runs)) for path in runs.rglob("*")) if runs.exists() else []
+
+
+DEEP = bool(os.environ.get("BAD_INPUT_DEEP"))
+"""Many more examples, others each time: set by test_deep.py."""
+
+
+def examples(quick: int, deep_factor: int = 20) -> settings:
+    """Hypothesis's settings: few examples and always the same ones, unless DEEP."""
+    return settings(
+        max_examples=quick * deep_factor if DEEP else quick,
+        derandomize=not DEEP,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def argument(text: str) -> bool:
+    """Whether a shell can hand the text to a program."""
+    return "\0" not in text and len(text) < 100_000
+
+
+def plain(text: str) -> tuple[str, ...]:
+    """The beginning of a text, where a message shows it as it is."""
+    begin = text[:30]
+    return (begin,) if begin.strip() and begin.isprintable() and not set(begin) & set("'\"\\") else ()
+
+
+ODD = ("", " ", "x" * 5000, "é☃漢字", "\u2028", "\udcff", "../..", "/", "~nobody", "%s", "{0}", "'\"`$()", "nan", "-1")
+"""Texts that break programs."""
+TEXT = st.text(max_size=30).filter(argument) | st.sampled_from(ODD)
