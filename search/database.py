@@ -126,10 +126,12 @@ def _cut(url: URL) -> str:
 
 def _parse(url: str) -> URL:
     scheme = url.partition(":")[0]
+    if any("\ud800" <= character <= "\udfff" for character in url):
+        raise StorageError(f"{shown_text(_masked(url))}: the URL is no UTF-8 text; use {_EXAMPLES}")
     if scheme.startswith(("journal", "redis")) or url.endswith((".log", ".journal")):
         raise StorageError(
-            f"{shown_text(_masked(url))}: Optuna's journal storages keep no heartbeats, so lost trials could not be found; "
-            f"use {_EXAMPLES}"
+            f"{shown_text(_masked(url))}: Optuna's journal storages keep no heartbeats, so lost trials could not be "
+            f"found; use {_EXAMPLES}"
         )
     try:
         parsed = make_url(url)
@@ -141,7 +143,11 @@ def _parse(url: str) -> URL:
             f"{shown_text(_masked(url))}: there is no database dialect {shown_text(scheme)}; use {_EXAMPLES}"
         ) from None
     except (ArgumentError, ValueError):  # ValueError: a port that is no number
-        hint = f"; for a file, sqlite:///{url}" if "://" not in url and 0 < len(url) < MOST_SHOWN else ""
+        hint = (
+            f"; for a file, sqlite:///{url}"
+            if 0 < len(url) < MOST_SHOWN and "://" not in url and "@" not in url
+            else ""
+        )
         raise StorageError(f"{shown_text(_masked(url))} is no database URL such as {_EXAMPLES}{hint}") from None
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise StorageError(f"{shown(parsed)}: a database in memory cannot be shared by workers; use {_EXAMPLES}")
@@ -152,6 +158,8 @@ def _masked(url: str) -> str:
     """A text that may be no URL, without what could be its password."""
     head, at, tail = url.rpartition("@")
     scheme, colon, rest = head.partition("://")
+    if at and not colon:
+        return f"***{at}{tail}"
     return f"{scheme}{colon}{rest.partition(':')[0]}:***{at}{tail}" if at and ":" in rest else url
 
 

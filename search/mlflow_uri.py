@@ -25,6 +25,8 @@ from trainer.errors import shown
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 CONNECT_S = 10
 """Longest wait for a database or server to answer."""
+MOST_CHARACTERS = 2000
+"""Of an address that is shown whole: no file's name is longer, and hardly any other's."""
 CREATE_S = 300
 """Longest wait for another process that creates the tables."""
 
@@ -32,9 +34,16 @@ CREATE_S = 300
 def masked(uri: str) -> str:
     """The URI with its password as `***`."""
     try:
-        return sa.make_url(uri).render_as_string(hide_password=True)
+        text = sa.make_url(uri).render_as_string(hide_password=True)
+        return text if len(text) < MOST_CHARACTERS else f"{text[:200]}...{text[-100:]}"
     except (sa.exc.ArgumentError, ValueError):
-        return shown(uri.rpartition("@")[2])
+        return _hidden(uri)
+
+
+def _hidden(uri: str) -> str:
+    """A text that is no address, without what could be its password."""
+    _, at, tail = uri.rpartition("@")
+    return shown(f"***@{tail}" if at else uri)
 
 
 def first_line(error: BaseException) -> str:
@@ -50,14 +59,16 @@ def check(uri: str) -> None:
         StorageError: not a kind of store that is supported, or nothing answers there, or it is no MLflow store.
     """
     scheme = uri.partition("://")[0].partition("+")[0].lower() if "://" in uri else uri.partition(":")[0]
+    if any("\ud800" <= character <= "\udfff" for character in uri):
+        raise StorageError(f"--tracking-uri {_hidden(uri)} is no UTF-8 text; give another address")
     if scheme in ("http", "https"):
         _check_server(uri)
     elif scheme in DATABASES and "://" in uri:
         _check_database(uri)
     elif "://" not in uri or scheme == "file":
         raise StorageError(
-            f"--tracking-uri {shown(uri)} is a folder or file; MLflow no longer takes folders (since 3.13), and a database "
-            f"is written as a URL, for example sqlite:///runs/mlflow.db"
+            f"--tracking-uri {_hidden(uri)} is a folder or file; MLflow no longer takes folders (since 3.13), and a "
+            f"database is written as a URL, for example sqlite:///runs/mlflow.db"
         )
     else:
         raise StorageError(
@@ -71,9 +82,7 @@ def _check_server(uri: str) -> None:
     try:
         url = sa.make_url(uri)
     except (sa.exc.ArgumentError, ValueError) as error:
-        raise StorageError(
-            f"--tracking-uri {shown(uri.rpartition('@')[2])} is no address: {first_line(error)}"
-        ) from None
+        raise StorageError(f"--tracking-uri {_hidden(uri)} is no address: {first_line(error)}") from None
     # Without user and password, which urllib would take for a part of the host's name.
     port = f":{url.port}" if url.port else ""
     health = f"{url.drivername}://{url.host}{port}/{(url.database or '').strip('/')}".rstrip("/") + "/health"

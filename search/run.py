@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from search.errors import StudyError
+from search.opening import sqlite_url
 from trainer import cli
 from trainer.config import MOST
 from trainer.errors import shown
@@ -92,8 +93,8 @@ def main(
         slots=slots_wanted,
         strategy=strategy,
         pruner=pruner,
-        storage_url=storage or _sqlite(runs_dir / "optuna.db"),
-        tracking_uri=tracking_uri or _sqlite(runs_dir / "mlflow.db"),
+        storage_url=storage or sqlite_url(runs_dir / "optuna.db"),
+        tracking_uri=tracking_uri or sqlite_url(runs_dir / "mlflow.db"),
         runs_dir=runs_dir,
         fresh=fresh,
         settings=settings or [],
@@ -147,10 +148,6 @@ def _make_folder(path: Path) -> None:
         raise StudyError(
             f"the folder {shown(str(path))} cannot be made: {error.strerror}; name another with --runs-dir"
         ) from None
-
-
-def _sqlite(path: Path) -> str:
-    return f"sqlite:///{path}"
 
 
 def _list() -> None:
@@ -296,9 +293,9 @@ def _options(storage_url: str, tracking_uri: str, runs_dir: Path) -> tuple[str, 
     options: list[str] = []
     if runs_dir != Path("runs"):
         options += ["--runs-dir", str(runs_dir)]
-    if storage_url != _sqlite(runs_dir / "optuna.db") and "@" not in storage_url:
+    if storage_url != sqlite_url(runs_dir / "optuna.db") and "@" not in storage_url:
         options += ["--storage", storage_url]
-    if tracking_uri != _sqlite(runs_dir / "mlflow.db") and "@" not in tracking_uri:
+    if tracking_uri != sqlite_url(runs_dir / "mlflow.db") and "@" not in tracking_uri:
         options += ["--tracking-uri", tracking_uri]
     return tuple(options)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from search.errors import StorageError
-from search.opening import is_file
+from search.opening import is_file, sqlite_url
 from trainer import cli
 from trainer.errors import shown
 
@@ -81,7 +81,7 @@ def _existing(url: str | None, default: Path, what: str) -> str:
             f"there is no {what} database {shown(str(default))}; name the folder of the search with --runs-dir, "
             "or its database with --storage and --tracking-uri"
         )
-    return url or f"sqlite:///{default}"
+    return url or sqlite_url(default)
 
 
 def _options(storage: str | None, tracking_uri: str | None, runs_dir: Path) -> list[str]:

@@ -19,18 +19,32 @@ from trainer.errors import DataError
 from trainer.images import FORMATS, open_image
 
 NAMES = st.sampled_from(
-    ["a_1.png", "b_1.png", "nowhere.png", "../a_1.png", "/etc/passwd", "..", ".", "", "a\0.png", "n" * 300, "link.png"]
-    + [
-        "a_1.png/x",
-        "images",
-        "\ud800",
-        "\udcff.png",
-        "C:\\x.png",
-        "folder",
-        "./a_1.png",
-        "a_1.png ",
-        "text.png",
-        "loop",
+    [
+        *(
+            "a_1.png",
+            "b_1.png",
+            "./a_1.png",
+            "a_1.png ",
+            "nowhere.png",
+            "text.png",
+            "link.png",
+            "loop",
+            "folder",
+            "images",
+        ),
+        *(
+            "../a_1.png",
+            "/etc/passwd",
+            "..",
+            ".",
+            "",
+            "a_1.png/x",
+            "C:\\x.png",
+            "n" * 300,
+            "a\0.png",
+            "\ud800",
+            "\udcff.png",
+        ),
     ]
 )
 TEXTS = st.text(max_size=10) | st.sampled_from(["A pier.", " ", "\0", "\ud800", "x" * 10_000, "\u200b", "\x1c"])

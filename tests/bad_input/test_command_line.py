@@ -134,3 +134,19 @@ def test_a_file_where_the_study_would_lie(tmp_path: Path) -> None:
 
 def test_arguments_are_what_a_shell_can_give() -> None:
     assert not argument("a\0")
+
+
+@pytest.mark.parametrize("name", ["a%20b", "a?b=c", "a#b", "a b", "é"])
+def test_odd_runs_folders_hold_their_own_databases(tmp_path: Path, name: str) -> None:
+    import sqlalchemy
+
+    from search.opening import storage_url
+
+    url = sqlalchemy.make_url(storage_url(None, tmp_path / name))
+    assert url.database == str(tmp_path / name / "optuna.db") and not url.query
+
+
+def test_a_runs_folder_that_is_no_utf8(tmp_path: Path) -> None:
+    outcome = search(["--study", "rsicap_mini", "--runs-dir", str(tmp_path / "\udcff")])
+    outcome.check_refused("\\udcff", "--runs-dir")
+    assert written(tmp_path) == []

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from search import diagnose
 from tests.bad_input.harness import Outcome, call, examples, folder
+from trainer.config import TrainConfig
 
 NUMBER = st.sampled_from(
     [0, 1, 2, 3, -1, 0.5, 1e308, -1e308, 5e-324, 10**400, 10**15, float("inf"), float("nan"), 1.5]
@@ -31,21 +32,9 @@ EPOCH = st.fixed_dictionaries(
         "grad_norm_max": NUMBER | st.none(),
     },
 )
+FIELDS = st.sampled_from([*TrainConfig.model_fields, "model_name"])
 CONFIG = st.dictionaries(
-    st.sampled_from(
-        [
-            "max_samples",
-            "batch_size",
-            "num_epochs",
-            "learning_rate",
-            "warmup_steps",
-            "lora_r",
-            "lora_alpha",
-            "patience",
-        ]
-        + ["lora_dropout", "val_fraction", "gradient_accumulation_steps", "torch_dtype", "model_name", "min_delta"]
-        + ["max_grad_norm", "lr_scheduler_type", "target_modules", "adam_epsilon"]
-    ),
+    FIELDS,
     NUMBER | st.integers(1, 100) | ANY,
     max_size=6,
 )
