@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from filelock import FileLock, Timeout
 
 from search.errors import StorageError
+from search.secret_urls import shown
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 CONNECT_S = 10
@@ -30,7 +31,7 @@ CREATE_S = 300
 def masked(uri: str) -> str:
     """The URI with its password as `***`."""
     try:
-        return sa.make_url(uri).render_as_string(hide_password=True)
+        return shown(sa.make_url(uri))
     except (sa.exc.ArgumentError, ValueError):
         return uri.rpartition("@")[2]
 
