@@ -1,4 +1,4 @@
-"""Who may open the dashboards: what is refused at the start, and what the gate in front of optuna-dashboard lets in."""
+"""Who may open the dashboards: what is refused at the start, and what the gate before optuna-dashboard lets in."""
 
 import base64
 from collections.abc import Iterable
@@ -21,7 +21,11 @@ def request(access: Access, host: str, path: str = "/dashboard", **headers: str)
         return [b""]
 
     said: list[str] = []
-    environ = {"PATH_INFO": path, "HTTP_HOST": host, **{f"HTTP_{key.upper()}": value for key, value in headers.items()}}
+    environ = {
+        "PATH_INFO": path,
+        "HTTP_HOST": host,
+        **{f"HTTP_{key.upper()}": value for key, value in headers.items()},
+    }
     list(Gate(application, access, 8080)(environ, lambda status, _headers: said.append(status)))
     return said[0]
 
@@ -72,7 +76,14 @@ def test_other_names_and_other_pages_are_refused() -> None:
 
 def test_a_password_is_asked_for_everywhere_but_on_the_health_page() -> None:
     access = check("0.0.0.0", "search.example.com", {**ENVIRON, "LORA_SEARCH_UI_USER": "ann"})
-    for given in ("", "Basic", "Bearer x", basic("ann", "wrong"), basic("admin", PASSWORD), basic("ann", PASSWORD + " ")):
+    for given in (
+        "",
+        "Basic",
+        "Bearer x",
+        basic("ann", "wrong"),
+        basic("admin", PASSWORD),
+        basic("ann", PASSWORD + " "),
+    ):
         assert request(access, "search.example.com", authorization=given) == "401 Unauthorized"
     assert request(access, "search.example.com", authorization=basic("ann", PASSWORD)) == "200 OK"
     assert request(access, "evil.example", authorization=basic("ann", PASSWORD)) == "403 Forbidden"
