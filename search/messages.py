@@ -19,7 +19,7 @@ class Order(IntEnum):
 
 @dataclass(frozen=True)
 class Share:
-    """Asked of a worker that trains several trials: hand half of them over, each after its epoch, to one without any."""
+    """Asked of a worker with several trials: hand half of them over, each after its epoch, to a worker without any."""
 
 
 @dataclass(frozen=True)
