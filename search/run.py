@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from search.errors import StudyError
-from search.opening import sqlite_url
+from search.opening import StorageOption, TrackingOption, sqlite_url
 from trainer import cli
 from trainer.config import MOST
 from trainer.errors import shown
@@ -60,8 +60,8 @@ def main(
         Literal["joint", "staged"], typer.Option(help="All parameters at once, or in the hand-run log's order.")
     ] = "joint",
     pruner: Annotated[str, typer.Option(help="rising, hyperband, halving, median or none.")] = "rising",
-    storage: Annotated[str | None, typer.Option(help="Optuna's database URL; runs/optuna.db by default.")] = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's URI; runs/mlflow.db by default.")] = None,
+    storage: StorageOption = None,
+    tracking_uri: TrackingOption = None,
     runs_dir: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and databases.")] = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew under a new name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show what would run, stop.")] = False,

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,8 +52,9 @@ class Job:
     study: Study
     study_name: str
     """Optuna's name, which tells generations apart."""
-    storage_url: str
-    tracking_uri: str
+    storage_url: str = field(repr=False)
+    """May hold a password, as the next."""
+    tracking_uri: str = field(repr=False)
     runs_dir: Path
     n_trials: int
     strategy: str
