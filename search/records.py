@@ -37,7 +37,7 @@ SLOTS = "slots"
 RESUMES = "resumes"
 """Number of the trial whose checkpoint this one continues."""
 ATTEMPT = "attempt"
-"""0 for a first run, then the number of times the work was taken up again."""
+"""0 for a first run, then the number of times the work was taken up again without a new epoch between."""
 WORKER = "worker"
 """Host, process id and start time of the process that runs the trial."""
 

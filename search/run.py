@@ -45,6 +45,12 @@ def main(
         int | None, typer.Option(min=1, max=MOST, help="Trials in total, those already run included.")
     ] = None,
     timeout: Annotated[str | None, typer.Option(help="End after this time, e.g. 2h, 90m, 1h30m; resumable.")] = None,
+    hang_timeout: Annotated[
+        str, typer.Option(help="A worker without a sign of life for so long is killed and replaced.")
+    ] = "30m",
+    lost_after: Annotated[
+        str, typer.Option(help="Other hosts take over the trials of one that is silent for so long; at least 10s.")
+    ] = "10m",
     workers: Annotated[
         int | None, typer.Option(min=1, max=MOST_WORKERS, help="Worker processes; one a GPU by default.")
     ] = None,
@@ -76,6 +82,16 @@ def main(
     if study is None:
         raise StudyError("name a study with --study; known studies: " + ", ".join(studies.available()))
     timeout_s = None if timeout is None else read_duration(timeout)
+    hang_timeout_s = read_duration(hang_timeout, "--hang-timeout")
+    lost_after_s = read_duration(lost_after, "--lost-after")
+    for option, text, seconds in (
+        ("--hang-timeout", hang_timeout, hang_timeout_s),
+        ("--lost-after", lost_after, lost_after_s),
+    ):
+        if seconds < 10:
+            raise StudyError(
+                f"{option} must be at least 10s, but got {shown(text)}: a busy machine is silent for seconds"
+            )
     definition = studies.load(study).with_settings(settings or [], seed)
     n_trials = trials or definition.n_trials
     _check_names(pruner)
@@ -89,6 +105,8 @@ def main(
         definition,
         n_trials=n_trials,
         timeout_s=timeout_s,
+        hang_timeout_s=hang_timeout_s,
+        lost_after_s=lost_after_s,
         workers=workers,
         slots=slots_wanted,
         strategy=strategy,
@@ -102,7 +120,7 @@ def main(
     raise typer.Exit(code)
 
 
-def read_duration(text: str) -> float:
+def read_duration(text: str, option: str = "--timeout") -> float:
     """Seconds of `2h`, `90m`, `45s`, `1h30m`.
 
     Raises:
@@ -111,7 +129,7 @@ def read_duration(text: str) -> float:
     match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip().lower())
     seconds = sum(float(n) * unit for n, unit in zip(match.groups("0"), (3600, 60, 1), strict=True)) if match else 0
     if not 0 < seconds < math.inf:
-        raise StudyError(f"--timeout must be a time such as 2h, 90m, 1h30m or 45s, but got {shown(text)}")
+        raise StudyError(f"{option} must be a time such as 2h, 90m, 1h30m or 45s, but got {shown(text)}")
     return seconds
 
 
@@ -203,6 +221,8 @@ def _run(
     *,
     n_trials: int,
     timeout_s: float | None,
+    hang_timeout_s: float,
+    lost_after_s: float,
     slots: int | None,
     strategy: str,
     pruner: str,
@@ -216,18 +236,18 @@ def _run(
     global _log_file
     import optuna
 
-    from search import lifecycle, pruning, sampling
+    from search import lifecycle, pruning, records, sampling
     from search import storage as store
     from search import tracking as track
     from search.database import open_storage
     from search.display import Live_, Plain
     from search.logkeeper import LogKeeper
     from search.supervisor import Supervisor
-    from search.worker import HEARTBEAT_S, Job, set_up_logging
+    from search.worker import Job, set_up_logging
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     _make_folder(runs_dir)
-    storage = open_storage(storage_url, heartbeat_s=HEARTBEAT_S)
+    storage = open_storage(storage_url, heartbeat_s=1, grace_s=round(lost_after_s))
     sampler = sampling.make_sampler(definition, strategy, n_trials)
     study = store.open_study(
         storage,
@@ -257,31 +277,46 @@ def _run(
         examined=examined,
         threads=_threads(crew.size),
         slots=slots,
+        lost_after_s=lost_after_s,
     )
 
-    def requeue() -> int:
-        lifecycle.requeue_lost(study)
-        tracking.close_dangling(experiment, _is_dead)
-        return len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
+    def look() -> lifecycle.Unfinished:
+        gone = lifecycle.requeue_lost(study)
+        for lost in gone:
+            goes_on = "tried too often" if lost.successor is None else f"trial {lost.successor} takes up its work"
+            display.say(f"trial {lost.number} was lost: {lost.detail}; {goes_on}")
+            if lost.run_id is not None:
+                tracking.end_run(lost.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
+        if gone:  # a worker may have died before it wrote down which run it had begun
+            tracking.close_dangling(experiment, _is_dead)
+        return lifecycle.unfinished(study)
 
     console = _console()
     display: Display = Live_(console, lambda: lifecycle.read_trials(study)) if console.is_terminal else Plain(console)
     keeper = LogKeeper(study, tracking, job.folder, _options(storage_url, tracking_uri, runs_dir))
-    waiting = requeue()
+    tracking.close_dangling(experiment, _is_dead)
+    left = look()
+    waiting = left.waiting
     done = lifecycle.counted(study)
     with display:
         display.say(_headline(job, study, done, waiting))
         code = 0
-        if waiting or done < n_trials:
+        if waiting or left.running or done < n_trials:
             keeper.start()
             supervisor = Supervisor(
-                job, crew, timeout_s=timeout_s, display=display, requeue=requeue, trial_ended=keeper.due
+                job,
+                crew,
+                timeout_s=timeout_s,
+                display=display,
+                look=look,
+                trial_ended=keeper.due,
+                hang_timeout_s=hang_timeout_s,
             )
             code = supervisor.run()
     logs = keeper.close() if keeper.is_alive() else []
-    records = lifecycle.read_trials(study)
-    tracking.end_run(parent, ENDS.get(code, "FAILED"), _study_tags(records))
-    _sum_up(console, records, job, code, logs)
+    trials = lifecycle.read_trials(study)
+    tracking.end_run(parent, ENDS.get(code, "FAILED"), _study_tags(trials))
+    _sum_up(console, trials, job, code, logs)
     return code
 
 

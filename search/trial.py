@@ -16,7 +16,8 @@ from optuna.trial import TrialState
 
 from search import diagnosis, leaderboard, lifecycle, notes, pruning, records, sampling, staged
 from search.diagnosis import messages
-from search.messages import EpochDone, Order, StepDone, TrialEnded, TrialStarted
+from search.errors import StorageError
+from search.messages import EpochDone, Order, Said, StepDone, TrialEnded, TrialStarted
 from search.pruning import Verdict
 from search.report.render import escape
 from search.tracking import run_status
@@ -90,6 +91,8 @@ class TrialRun:
         self.folder = Path()
         self.recorder: RunRecorder | None = None
         self.failed = False
+        self.taken_over = False
+        """Whether the storage says that it was finished, though not here: this host was taken for lost."""
 
     def begin(self) -> Outcome | None:
         """Record what is run, open its MLflow run, and take in what its checkpoint remembers.
@@ -152,6 +155,15 @@ class TrialRun:
             self._end_tracking(None)
         fail(self.trial, self.worker, detail)
 
+    def let_go(self) -> None:
+        """End a trial that another process has taken over: nothing more is told about it but to MLflow."""
+        self.failed = True
+        try:
+            if self.recorder is not None:
+                self.recorder.finish(run_status("FAIL", records.LOST), state="FAIL", reason=records.LOST)
+        except StorageError:
+            log.exception("trial %d: its run could not be ended", self.trial.number)
+
     def _prepare(self) -> Path:
         """Record what is run, and where its files lie."""
         attrs = self.trial.user_attrs
@@ -208,6 +220,9 @@ class TrialRun:
             case RunStarted():
                 self.total_steps = event.total_steps
                 log.info("trial %d: %s", self.trial.number, event)
+                for problem in event.damaged_checkpoints:
+                    text = f"trial {self.trial.number} goes on after epoch {event.resumed_from_epoch}: {problem}"
+                    self.worker.link.send(Said(text=text))
             case StepEnded():
                 self._show(event)
                 if self.worker.link.order() == Order.END_NOW:

@@ -269,6 +269,8 @@ BAD = [
     (["--study", "rsicap_mini", "--set", "data=/nowhere"], "the data folder '/nowhere' does not exist"),
     (["--study", "rsicap_mini", "--set", "model=/nowhere"], "the model folder '/nowhere' does not exist"),
     (["--study", "rsicap_mini", "--timeout", "soon"], "--timeout must be a time such as 2h"),
+    (["--study", "rsicap_mini", "--hang-timeout", "5s"], "--hang-timeout must be at least 10s, but got '5s'"),
+    (["--study", "rsicap_mini", "--lost-after", "soon"], "--lost-after must be a time such as 2h"),
     (["--study", "rsicap_mini", "--pruner", "hyperbnd"], "did you mean 'hyperband'?"),
     (["--study", "rsicap_mini", "--storage", "nonsense"], "is no database URL"),
     (["--study", "rsicap_mini", "--storage", "postgresql://u:secret@127.0.0.1:1/x"], "cannot reach the database"),

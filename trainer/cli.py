@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from trainer.disk import no_room, out_of_room
 from trainer.errors import UserError
 
 
@@ -31,6 +32,9 @@ def run(app: Callable[[], object], log_file: Callable[[], Path | None] = lambda:
         sys.exit(130)
     except Exception as error:  # the outermost place; it is told and logged
         path = log_file()
+        if out_of_room(error):
+            print(f"error: {no_room(error, path.parent if path else 'it')}", file=sys.stderr)
+            sys.exit(2)
         if path is None:
             traceback.print_exc()
         else:

@@ -4,7 +4,8 @@
     ├── ConfigError             a configuration that names unknown fields or impossible values
     ├── DataError               a data folder that is missing, broken or unsafe
     ├── ModelError              a checkpoint that is missing, is no InstructBLIP, or lacks the target modules
-    └── CheckpointError         a training checkpoint that is damaged or belongs to another configuration
+    ├── CheckpointError         a training checkpoint that is damaged or belongs to another configuration
+    └── NoRoom (trainer.disk)   a disk that is full
 
 Everything else is a bug of ours and shows its traceback.
 """

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -71,6 +71,8 @@ class Pack:
         self.members: list[Member] = []
         self.at_once: int | None = None
         """Runs in one pass, if memory does not hold all of them."""
+        self.alive: Callable[[], None] = lambda: None
+        """Called before each forward pass, in training and in evaluation."""
         self.window: int | None = None
         """Rounds between two looks at the figures; None for what suits the device."""
         self._key: tuple[object, ...] | None = None
@@ -235,6 +237,7 @@ class Pack:
     def _forward(self, parts: Sequence[tuple[Member, Batch]], *, training: bool) -> tuple[Forward, list[Segment]]:
         """One pass over the batches of several runs, each seeing its own adapter."""
         assert self._hooks is not None
+        self.alive()
         config = self._hooks.model.config
         patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
         batch, lengths = merge([part for _, part in parts], (int(config.num_query_tokens), patches))
