@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import URL
 
 from search.errors import DatabaseAway
+from search.secret_urls import secrets, shown
 
 log = logging.getLogger("search.patience")
 
@@ -140,14 +141,11 @@ for _name in (
     setattr(PatientStorage, _name, _patient(_name))
 
 
-def shown(url: URL) -> str:
-    """The URL as it may be printed, its password masked."""
-    return url.render_as_string(hide_password=True)
-
-
 def _said(url: URL, error: BaseException) -> str:
     """The driver's own words, in one line, without a password."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     text = str(getattr(cause, "orig", None) or cause).strip()
     line = text.splitlines()[0] if text else type(cause).__name__
-    return line.replace(str(url.password), "***") if url.password else line
+    for secret in secrets(url):
+        line = line.replace(secret, "***")
+    return line

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,8 +58,9 @@ class Job:
     study: Study
     study_name: str
     """Optuna's name, which tells generations apart."""
-    storage_url: str
-    tracking_uri: str
+    storage_url: str = field(repr=False)
+    """May hold a password, as the next."""
+    tracking_uri: str = field(repr=False)
     runs_dir: Path
     n_trials: int
     strategy: str
@@ -236,10 +237,14 @@ class _Worker:
     def run(self) -> None:
         """Run trials until the study has all it wants or the supervisor wants an end."""
         from search import lifecycle, slots, storage
+        from trainer.adapters import resolve_targets
 
         self.link.send(Loading(what=self.base.model))
         self.bench.progress = self._show_features
         base = self.bench.base(self.base)
+        for config in [self.base, *(self.job.study.config({}, fixed.config) for fixed in self.job.study.enqueue)]:
+            if config.model == self.base.model:
+                resolve_targets(base.model, config.target_modules)  # before a trial is taken that could not be run
         storage.check_fingerprints(self.study, data=self.job.examined.fingerprint, model=base.fingerprint)
         self.slots = slots.resolve(self.job.slots, self.job.study, self.bench)
         self.link.send(SlotsChosen(most=self.slots.most, samples=self.slots.samples, auto=self.job.slots is None))

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from search.errors import StorageError, Unavailable
+from search.opening import StorageOption, TrackingOption, is_file, sqlite_url
 from trainer import cli
+from trainer.errors import shown
 
 if TYPE_CHECKING:
     import optuna
@@ -27,8 +29,8 @@ def main(
         Literal["md", "html"], typer.Option("--format", help="Markdown with plots beside it, or one HTML file.")
     ] = "md",
     out: Annotated[Path | None, typer.Option(help="The file; RUNS_DIR/STUDY/tuning-log.md by default.")] = None,
-    storage: Annotated[str | None, typer.Option(help="Optuna's database URL; runs/optuna.db by default.")] = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's URI; runs/mlflow.db by default.")] = None,
+    storage: StorageOption = None,
+    tracking_uri: TrackingOption = None,
     runs_dir: Annotated[Path, typer.Option(help="Folder of the studies and of both databases.")] = Path("runs"),
 ) -> None:
     """Write the tuning log of a study from what Optuna and MLflow recorded of it."""
@@ -77,17 +79,17 @@ def _existing(url: str | None, default: Path, what: str) -> str:
     if url is not None:
         try:
             parsed = sqlalchemy.make_url(url)
-        except sqlalchemy.exc.ArgumentError:
+        except (sqlalchemy.exc.ArgumentError, ValueError):
             return url  # whoever opens it says what is wrong
         if parsed.get_backend_name() != "sqlite" or not parsed.database:
             return url
         default = Path(parsed.database)
-    if not default.is_file():
+    if not is_file(default):
         raise StorageError(
-            f"there is no {what} database {str(default)!r}; name the folder of the search with --runs-dir, "
+            f"there is no {what} database {shown(str(default))}; name the folder of the search with --runs-dir, "
             "or its database with --storage and --tracking-uri"
         )
-    return url or f"sqlite:///{default}"
+    return url or sqlite_url(default)
 
 
 def _options(storage: str | None, tracking_uri: str | None, runs_dir: Path) -> list[str]:
