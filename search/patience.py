@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL
 
 from search.errors import DatabaseAway
@@ -33,9 +33,16 @@ _NO_USE = ("no such", "does not exist", "readonly", "read-only", "malformed", "n
 T = TypeVar("T")
 
 
+class CreationUnanswered(Exception):
+    """A trial may have been created, or not."""
+
+
 def is_away(error: BaseException) -> bool:
     """Whether an error of Optuna's or SQLAlchemy's says that the database did not answer, or was locked."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    # PendingRollbackError: a connection broke within a transaction, which Optuna has rolled back by now.
+    if isinstance(cause, CreationUnanswered | sqlalchemy.exc.PendingRollbackError):
+        return True
     if isinstance(cause, sqlalchemy.exc.DBAPIError):
         kinds = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
         return cause.connection_invalidated or (
@@ -54,7 +61,7 @@ def patiently(url: URL, do: Callable[[], T], say: Callable[[str], None]) -> T:
     while True:
         try:
             result = do()
-        except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, CreationUnanswered) as error:
             if not is_away(error):
                 raise
             waited_s = time.monotonic() - began
@@ -102,6 +109,18 @@ class PatientStorage(RDBStorage):
             return patiently(self.engine.url, do, lambda text: self.say(text))
         finally:
             self._inside.yes = False
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        self._inside.creations = 0
+        return super()._create_new_trial(study_id, template_trial)
+
+    def _get_prepared_new_trial(self, *args: Any, **kwargs: Any) -> Any:
+        """Optuna itself tries five times to create a trial. A step that is done again as a whole must know of it: the
+        first time may have succeeded."""
+        self._inside.creations += 1
+        if self._inside.creations > 1 and getattr(self._inside, "yes", False):
+            raise CreationUnanswered("the creation of a trial was not answered")
+        return super()._get_prepared_new_trial(*args, **kwargs)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """As Optuna's; that it was done by a call that was not answered is no error."""

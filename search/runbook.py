@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from search import tracking as store
 from search.errors import Unavailable
 from search.recorder import RunRecorder
 from search.run_store import Status
 from search.spool import FOLDER, STUDY, Create, End, Entry, File, Resume, Spool, Study, local_id
-from search.tracking import RECORD_ID, Tracking, as_text, here, open_tracking, run_tags
+from search.tracking import RECORD_ID, Tracking, as_text, here, run_tags
 
 log = logging.getLogger("search.runbook")
 
@@ -47,7 +48,7 @@ class RunBook:
             StorageError: it cannot be used.
         """
         if self._tracking is None:
-            self._tracking = open_tracking(self.uri, self._artifact_root)
+            self._tracking = store.open_tracking(self.uri, self._artifact_root)
         return self._tracking
 
     def experiment_id(self) -> str | None:

@@ -143,7 +143,7 @@ def test_the_server_is_restarted(postgres: Postgres, opened: Callable[[str], Pat
     storage.say = said.append
 
     def restart() -> None:
-        for pause_s in (0.2, 3.5):
+        for pause_s in (0.2, 5.0):
             time.sleep(0.3)
             postgres.stop()
             time.sleep(pause_s)
@@ -152,7 +152,7 @@ def test_the_server_is_restarted(postgres: Postgres, opened: Callable[[str], Pat
     restarter = threading.Thread(target=restart)
     restarter.start()
     try:
-        run_trials(storage, study, pause_s=0.05)
+        run_trials(storage, study, pause_s=0.15)
     finally:
         restarter.join()
     check(study)
