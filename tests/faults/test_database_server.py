@@ -80,7 +80,7 @@ def test_postgresql_restarted(postgres: Postgres, search: Any, calm: Any, tmp_pa
     running = search(tmp_path, url)
     running.wait_for("trial 0: epoch 2")
     postgres.stop()
-    time.sleep(4)
+    time.sleep(9)
     postgres.start()
     running.wait_for("trial 2: epoch 1")
     postgres.cut()
