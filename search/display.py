@@ -8,7 +8,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from search import leaderboard
-from search.messages import EpochDone, Gave, Loading, Message, Said, SlotsChosen, StepDone, TrialEnded, TrialStarted
+from search.messages import (
+    EpochDone,
+    Gave,
+    Idle,
+    Loading,
+    Message,
+    Said,
+    SlotsChosen,
+    StepDone,
+    TrialEnded,
+    TrialStarted,
+)
 from search.records import TrialRecord
 
 if TYPE_CHECKING:
@@ -209,5 +220,5 @@ def _line(message: Message) -> str:
             return message.text
         case Gave():
             return f"a worker ended: {message.text}"
-        case StepDone():
+        case StepDone() | Idle():
             return ""

@@ -131,8 +131,15 @@ def _literal(name: str, value: Any) -> str:
 
 
 def summary(trials: Sequence[TrialRecord]) -> str:
-    """One line: how many trials ended in which way, and how many epochs that took."""
+    """One line: how many trials ended in which way, how many epochs that took, and how many stopping early saved."""
     states = Counter(state_of(t) for t in trials)
-    epochs = sum(len(t.attrs.get(records.TRAIN_LOSSES, ())) for t in trials if records.RESUMES not in t.attrs)
+    resumed = {t.attrs[records.RESUMES] for t in trials if records.RESUMES in t.attrs}  # their epochs are the heir's
+    trained = {t.number: len(t.attrs.get(records.TRAIN_LOSSES, ())) for t in trials if t.number not in resumed}
+    saved = sum(
+        max(0, t.config["num_epochs"] - trained[t.number])
+        for t in trials
+        if t.state in ("COMPLETE", "PRUNED") and t.reason != records.PROBE and t.number in trained
+    )
     parts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-    return f"{len(trials)} trials ({parts}), {epochs} epochs"
+    stopped = f" of {sum(trained.values()) + saved} ({saved} saved by stopping early)" if saved else ""
+    return f"{len(trials)} trials ({parts}), {sum(trained.values())} epochs{stopped}"

@@ -17,6 +17,16 @@ class Order(IntEnum):
     """The same at the next step; the epoch in progress is lost."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """Asked of a worker with several trials: hand half of them over, each after its epoch, to a worker without any."""
+
+
+@dataclass(frozen=True)
+class Idle:
+    """The worker has nothing to train, and the study no trial for it; another worker may hand some of its own over."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loading:
     """The worker is loading its base model."""
@@ -97,4 +107,4 @@ class Gave:
     user: bool
 
 
-Message = Loading | SlotsChosen | TrialStarted | StepDone | EpochDone | TrialEnded | Said | Gave
+Message = Idle | Loading | SlotsChosen | TrialStarted | StepDone | EpochDone | TrialEnded | Said | Gave

@@ -135,7 +135,7 @@ def loss_curve(epochs: Sequence[EpochRecord], number: int) -> bytes:
     axes.legend()
     axes.grid(alpha=0.3)
     content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
+    figure.savefig(content, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 1})
     return content.getvalue()
 
 

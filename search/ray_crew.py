@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from search.errors import StudyError
-from search.messages import Message, Order, Said
+from search.messages import Idle, Message, Order, Said, Share, TrialStarted
 from search.ray_layout import Layout, amount, check_shared, lay_out, node_of
 from search.supervisor import Crew
 from search.worker import Job, work
@@ -33,8 +33,8 @@ EXCHANGE_S = 0.5
 """Longest wait of an actor for what its worker says, and so of an order for the next exchange."""
 CONNECT_S = 10
 """Longest wait for the head of a cluster to answer."""
-PENDING_S = 10
-"""Seconds without a node for a worker after which the user is told."""
+PENDING_S, AGAIN_S = 10, 600
+"""Seconds without a node for a worker after which the user is told, and told again."""
 KILL_S = 10
 """Seconds in which an actor must have killed its worker; it is killed itself afterwards."""
 PASSED_ON = ("LORA_SEARCH_", "MLFLOW_", "HF_")
@@ -65,8 +65,8 @@ class RayCrew(Crew):
         self._layout = Layout(0, 1, 0)
         self._disconnects = False
         self._gone: list[dict[str, Any]] = []
-        self.ended_well = threading.Event()
-        """A worker has ended as there was nothing left to do: those without a node yet are not needed."""
+        self.placed: dict[RemoteProcess, bool] = {}
+        """The workers on nodes; whether each has nothing to train."""
 
     def __enter__(self) -> RayCrew:
         self._connect()
@@ -97,6 +97,11 @@ class RayCrew(Crew):
     def lost(self, worker: dict[str, Any]) -> None:
         """A worker has ended, or its node has."""
         self._gone.append(worker)
+
+    def nothing_to_do(self) -> bool:
+        """Whether there are workers on nodes, and none of them has anything to train: one more would not either."""
+        placed = list(self.placed.values())
+        return bool(placed) and all(placed)
 
     def _connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing we run calls home
@@ -179,7 +184,7 @@ class WorkerHost:
         process = psutil.Process(self._process.pid)
         return {"host": socket.gethostname(), "pid": process.pid, "started_s": process.create_time()}
 
-    def exchange(self, orders: Sequence[Order | Job], kill: bool) -> tuple[list[Message], int | None]:
+    def exchange(self, orders: Sequence[Order | Share | Job], kill: bool) -> tuple[list[Message], int | None]:
         """Hand on what the supervisor sends; returns what the worker said, and its exit code once it has ended."""
         for order in orders:
             if isinstance(order, Job):
@@ -210,11 +215,16 @@ class RemoteProcess:
         self._link = link
         self._crew = crew
         self._needs = needs
-        self._orders: list[Order | Job] = []
+        self._orders: list[Order | Share | Job] = []
         self._killed_at: float | None = None
         self._identity: dict[str, Any] | None = None
         self._thread = threading.Thread(target=self._relay, name=f"worker-{index}", daemon=True)
         self._thread.start()
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id on its node, once it has one."""
+        return None if self._identity is None else int(self._identity["pid"])
 
     def is_alive(self) -> bool:
         """Whether it may still say something."""
@@ -256,8 +266,7 @@ class RemoteProcess:
                 ray.kill(self._actor)
             if self._identity is not None:
                 self._crew.lost(self._identity)
-            if code == 0:
-                self._crew.ended_well.set()
+            self._crew.placed.pop(self, None)
             self.exitcode = code
             self._link.close()
             os.close(self._sentinel_end)
@@ -266,19 +275,21 @@ class RemoteProcess:
         """Until Ray has placed the actor: None, or the exit code if the worker is no longer wanted before that."""
         import ray
 
-        asked = time.monotonic()
-        told = False
+        tell_at = time.monotonic() + PENDING_S
         reference = self._actor.identity.remote()
         while not ray.wait([reference], timeout=EXCHANGE_S)[0]:
             self._take_orders()
             if self._killed_at is not None:
                 return -signal.SIGKILL
-            if self._crew.ended_well.is_set() or any(isinstance(order, Order) and order for order in self._orders):
+            if any(isinstance(order, Order) and order > Order.GO_ON for order in self._orders):
                 return 0
-            if not told and time.monotonic() - asked > PENDING_S:
-                told = True
+            if self._crew.nothing_to_do():
+                self._pass_on(Idle())  # the supervisor ends a search whose workers are all idle
+            if time.monotonic() > tell_at:
+                tell_at = time.monotonic() + AGAIN_S
                 self._say(f"worker {self._index} waits for a node of the Ray cluster with {self._needs} free")
         self._identity = ray.get(reference)
+        self._crew.placed[self] = False
         return None
 
     def _exchange_until_end(self) -> int:
@@ -312,6 +323,8 @@ class RemoteProcess:
             self._orders.append(Order.END_NOW)
 
     def _pass_on(self, message: Message) -> None:
+        if self in self._crew.placed and isinstance(message, Idle | TrialStarted):
+            self._crew.placed[self] = isinstance(message, Idle)
         with suppress(OSError):  # the supervisor is ending
             self._link.send(message)
 

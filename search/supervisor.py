@@ -15,14 +15,14 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, Protocol
 
 from search.display import Display
 from search.errors import StudyError
-from search.messages import Gave, Message, Order, TrialEnded
+from search.messages import Gave, Idle, Message, Order, Share, TrialEnded, TrialStarted
 from search.worker import Job, work
 
 MAX_DEATHS = 3
@@ -35,6 +35,8 @@ log = logging.getLogger("search.supervisor")
 class WorkerProcess(Protocol):
     """A worker's process, here or (search.ray_crew) on another machine, as `multiprocessing` has it."""
 
+    @property
+    def pid(self) -> int | None: ...
     @property
     def sentinel(self) -> int: ...
     @property
@@ -54,6 +56,11 @@ class _Seat:
     process: WorkerProcess
     link: Connection
     gave: Gave | None = None
+    running: set[int] = field(default_factory=set)
+    """Numbers of its trials."""
+    idle: bool = False
+    asked: bool = False
+    """Whether it was asked to hand trials over, and has not yet done so."""
 
 
 class Crew:
@@ -181,6 +188,7 @@ class Supervisor:
                     self._seats.remove(seat)
                     code = max(code, self._ended(seat))
             self._check_time()
+            self._share_out()
             self._pass_on()
             self.display.refresh()
         return code
@@ -189,12 +197,47 @@ class Supervisor:
         with suppress(EOFError, OSError):  # it has ended; its exit code says how
             while seat.link.poll():
                 message: Message = seat.link.recv()
-                if isinstance(message, Gave):
-                    seat.gave = message
-                if isinstance(message, TrialEnded):
-                    self._deaths = 0
-                    self._trial_ended()
+                self._note(seat, message)
                 self.display(message)
+
+    def _note(self, seat: _Seat, message: Message) -> None:
+        """What a message says about its worker."""
+        match message:
+            case Gave():
+                seat.gave = message
+            case Idle():
+                seat.idle = True
+            case TrialStarted():
+                seat.running.add(message.number)
+                seat.idle = False
+            case TrialEnded():
+                self._deaths = 0
+                seat.running.discard(message.number)
+                if message.state == "WAITING":
+                    seat.asked = False
+                    for other in self._seats:
+                        if other is not seat:
+                            self._send(other, Order.GO_ON)  # it looks for trials again
+                            other.idle = False
+                self._trial_ended()
+
+    def _send(self, seat: _Seat, what: Order | Share) -> None:
+        with suppress(OSError):  # it is ending already
+            seat.link.send(what)
+
+    def _share_out(self) -> None:
+        """Have a worker without trials take over some of the busiest one's; end all once none has any."""
+        idle = [seat for seat in self._seats if seat.idle]
+        if not idle or self._order != Order.GO_ON:
+            return
+        if len(idle) == len(self._seats):
+            for seat in idle:
+                self._send(seat, Order.END_AFTER_EPOCH)
+            return
+        busiest = max((seat for seat in self._seats if not seat.idle), key=lambda seat: len(seat.running))
+        if len(busiest.running) > 1 and not busiest.asked:
+            busiest.asked = True
+            self._send(busiest, Share())
 
     def _ended(self, seat: _Seat) -> int:
         """Deal with a worker that has ended; the exit code this asks for."""
@@ -232,8 +275,7 @@ class Supervisor:
         if self._order == Order.GO_ON:
             return
         for seat in self._seats:
-            with suppress(OSError):  # it is ending already
-                seat.link.send(self._order)
+            self._send(seat, self._order)
 
     def _signalled(self, number: int, _frame: FrameType | None) -> None:
         self._signals.append(number)

@@ -125,6 +125,16 @@ class TrialRun:
         """The outcome of a trial that goes on later, from its checkpoint."""
         return self._interrupted()
 
+    def hand_over(self) -> Outcome:
+        """The outcome of a trial that goes on at once in another worker."""
+        detail = f"goes on in another worker after epoch {len(self.reported)}"
+        return Outcome(state="WAITING", reason=records.INTERRUPTED, detail=detail)
+
+    def left_s(self) -> float:
+        """Seconds that are left to train, by its last epoch."""
+        epochs = [event for event in self.events if isinstance(event, EpochEnded)]
+        return (self.config.num_epochs - epochs[-1].epoch) * epochs[-1].timing.epoch_s if epochs else math.inf
+
     def finish(self, outcome: Outcome) -> None:
         """Tell Optuna, MLflow and the supervisor how it ended."""
         told: Outcome | None = None

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from search.messages import Gave, Loading, Message, Order, Said, SlotsChosen
+from search.messages import Gave, Idle, Loading, Message, Order, Said, Share, SlotsChosen
 from search.slots import Slots
 from search.study import Study
 from trainer.dataset import Examined
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 60
 """What Optuna takes as the interval of heartbeats; its grace period is twice that."""
 BEAT_S = HEARTBEAT_S / 2
+IDLE_S = 2.0
+"""Seconds between two looks of an idle worker for a trial that waits."""
+WORTH_MOVING_S = 2.0
+"""A trial with less than this left to train is not handed over: going on elsewhere takes half a second."""
 MAX_FAILURES_IN_A_ROW = 3
 """Trials that fail one after the other with a fault of ours before a worker gives up: a broken host must not burn
 the whole budget (wandb#5088: 470 of 500 runs out of memory)."""
@@ -72,6 +76,10 @@ class Link:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._order = Order.GO_ON
+        self.share = False
+        """Whether half of the running trials are wanted by a worker that has none."""
+        self.look = False
+        """Whether another worker has set a trial back to waiting."""
 
     def send(self, message: Message) -> None:
         """Tell the supervisor. If it is gone, the worker ends at the next step."""
@@ -84,10 +92,20 @@ class Link:
         """What is wanted now. Cheap enough to ask at every step."""
         try:
             while self._connection.poll():
-                self.raise_to(Order(self._connection.recv()))
+                received = self._connection.recv()
+                if isinstance(received, Share):
+                    self.share = True
+                else:
+                    self.look = True
+                    self.raise_to(Order(received))
         except (EOFError, OSError):
             self._order = Order.END_NOW  # the supervisor died
         return self._order
+
+    def wait(self, timeout_s: float) -> None:
+        """Until the supervisor says something, or so long."""
+        with suppress(EOFError, OSError):
+            self._connection.poll(timeout_s)
 
     def raise_to(self, order: Order) -> None:
         """Take an order, unless a higher one was taken before."""
@@ -188,6 +206,8 @@ class _Worker:
         """Asked for, but of a kind that cannot train beside those that are running."""
         self._dry = False
         """The study wanted no further trial when it was last asked: not to be asked at every step."""
+        self._to_give = 0
+        """Running trials still to be handed over to an idle worker."""
         self._alone = 0
         """Trials still to be run one by one, after a fault that no single one could be blamed for."""
 
@@ -203,7 +223,7 @@ class _Worker:
         self.link.send(SlotsChosen(most=self.slots.most, samples=self.slots.samples, auto=self.job.slots is None))
         with self._beating():
             try:
-                while self._train():
+                while self._train() or self._more_may_come():
                     pass
             finally:
                 if self._held is not None:  # an end came before its turn; it has no record of its own yet
@@ -223,8 +243,18 @@ class _Worker:
                 return True
         return self._held is not None and self.link.order() == Order.GO_ON
 
+    def _more_may_come(self) -> bool:
+        """Wait a while as long as other workers have trials that they could hand over; False at the search's end."""
+        if self.link.order() == Order.GO_ON:
+            self.link.send(Idle())
+            self.link.wait(IDLE_S)
+        self._dry = False
+        return self.link.order() == Order.GO_ON
+
     def _fill(self, pack: Pack) -> bool:
         """Give every free slot a trial; False if none is running then."""
+        if self.link.look:
+            self.link.look = self._dry = False
         while self._room() and self.link.order() == Order.GO_ON:
             run = self._held or (None if self._dry else self._next())
             self._held = None
@@ -262,11 +292,30 @@ class _Worker:
             if isinstance(happening, UserError | OSError):
                 raise happening
             outcome = run.take(happening)
+            given = outcome is None and self._gives(run, happening)
+            if given:
+                outcome = run.hand_over()
             if outcome is not None:
                 self._finish(run, outcome)
+            if given:
+                self._dry = True  # what waits now is for the other worker
         if outcome is not None or run.failed:
             pack.remove(member)
             del self._running[member]
+
+    def _gives(self, run: TrialRun, happening: Happening) -> bool:
+        """Whether the trial is to go on in a worker that has nothing to do, from the checkpoint just written."""
+        from trainer.events import CheckpointSaved
+
+        if self.link.share:
+            self.link.share = False
+            self._to_give = len(self._running) // 2
+        if not self._to_give or len(self._running) < 2 or not isinstance(happening, CheckpointSaved):
+            return False
+        if run.left_s() < WORTH_MOVING_S:
+            return False
+        self._to_give -= 1
+        return True
 
     def _finish(self, run: TrialRun, outcome: Outcome) -> None:
         run.finish(outcome)

@@ -239,6 +239,23 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert len(orders) == 9
 
 
+def test_grouped_by_length_a_batch_holds_captions_of_about_the_same_length() -> None:
+    lengths = [5 + (i * 37) % 60 for i in range(64)]
+
+    def order(group: bool, epoch: int = 1) -> list[int]:
+        sampler = EpochSampler(64, 3, (lengths, 4) if group else None)
+        sampler.epoch = epoch
+        return list(sampler)
+
+    def padding(indices: list[int]) -> int:
+        parts = [[lengths[i] for i in indices[at : at + 4]] for at in range(0, 64, 4)]
+        return sum(4 * max(part) - sum(part) for part in parts)
+
+    assert sorted(order(True)) == sorted(order(False)) == list(range(64))
+    assert order(True) == order(True) and order(True) != order(True, epoch=2)
+    assert padding(order(True)) < 0.5 * padding(order(False))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_gone_bad_is_named(tmp_path: Path, small: Callable[..., TrainConfig], workers: int) -> None:
     rows = []

@@ -69,3 +69,19 @@ def test_rates_are_written_as_in_the_log() -> None:
 
 def test_the_summary_counts_states() -> None:
     assert leaderboard.summary(TRIALS).startswith("5 trials (1 COMPLETE, 1 COMPLETE (stopped early), 1 FAIL (lost)")
+
+
+def test_the_summary_says_how_many_epochs_were_saved() -> None:
+    def losses(n: int) -> dict[str, Any]:
+        return {"attrs": {records.TRAIN_LOSSES: [1.0] * n}}
+
+    planned = TrainConfig().num_epochs
+    whole = (trial(0, "COMPLETE", 1.0, **losses(planned)),)
+    assert leaderboard.summary(whole) == f"1 trials (1 COMPLETE), {planned} epochs"
+    stopped = (*whole, trial(1, "PRUNED", 1.0, reason="rising", **losses(1)))
+    text = f"{planned + 1} epochs of {2 * planned} ({planned - 1} saved by stopping early)"
+    assert leaderboard.summary(stopped).endswith(text)
+    # What a trial that was lost had trained is in the one that goes on from its checkpoint.
+    lost = trial(2, "FAIL", None, reason="lost", **losses(1))
+    heir = trial(3, "COMPLETE", 1.0, attrs={records.RESUMES: 2, records.TRAIN_LOSSES: [1.0] * planned})
+    assert leaderboard.summary((lost, heir)).endswith(f"{planned} epochs")

@@ -13,7 +13,7 @@ import torch
 from search import lifecycle, slots
 from search import storage as store
 from search.database import close_storage, open_storage
-from search.messages import Message, Order, Said, SlotsChosen, TrialEnded
+from search.messages import EpochDone, Idle, Message, Order, Said, SlotsChosen, TrialEnded
 from search.records import TrialRecord
 from search.slots import Slots
 from search.space import Float, Int
@@ -28,16 +28,25 @@ from trainer.model import Forward, forward
 
 
 class Ear:
-    """A supervisor's end of the pipe that remembers, and wants the worker to go on."""
+    """A supervisor's end of the pipe that remembers, and wants the worker to go on until it has nothing to do."""
 
-    def __init__(self) -> None:
+    def __init__(self, share_after: int | None = None) -> None:
         self.heard: list[Message] = []
+        self.share = self.look = False
+        self.share_after = share_after
+        """Epochs after which half of the trials are wanted elsewhere."""
 
     def send(self, message: Message) -> None:
         self.heard.append(message)
+        if isinstance(message, EpochDone) and self.share_after is not None:
+            self.share_after -= 1
+            self.share = self.share_after == 0
 
     def order(self) -> Order:
-        return Order.GO_ON
+        return Order.END_AFTER_EPOCH if any(isinstance(message, Idle) for message in self.heard) else Order.GO_ON
+
+    def wait(self, timeout_s: float) -> None:
+        """Nothing will come."""
 
 
 Search = Callable[..., tuple[tuple[TrialRecord, ...], list[Message]]]
@@ -48,7 +57,12 @@ def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
     """`search(trials=4, slots=2)`: the trials and what the worker said."""
 
     def run(
-        trials: int = 4, slots: int | None = 4, fails: type[Exception] | None = None, where: str = "runs", **base: Any
+        trials: int = 4,
+        slots: int | None = 4,
+        fails: type[Exception] | None = None,
+        where: str = "runs",
+        share_after: int | None = None,
+        **base: Any,
     ) -> Any:
         runs = tmp_path / where
         runs.mkdir()
@@ -79,7 +93,7 @@ def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
             threads=1,
             slots=slots,
         )
-        ear = Ear()
+        ear = Ear(share_after)
         worker = _Worker(job, ear)  # type: ignore[arg-type]  # it sends and asks for orders, which is all that is used
         request.addfinalizer(lambda: (close_storage(storage), close_storage(worker.storage)))
         if fails is None:
@@ -241,3 +255,24 @@ def test_auto_fills_a_pass_of_the_embedded_model_and_leaves_a_wide_one_alone(
     monkeypatch.setattr(slots, "BUSY_CPU", slots.BUSY_CPU / (768 / 128) ** 2)  # as for a model six times as wide
     assert slots.resolve(None, study, bench) == Slots(1)
     assert slots.resolve(5, study, bench) == Slots(5, math.inf)
+
+
+def test_half_of_the_trials_are_handed_over_and_lose_nothing(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.worker.WORTH_MOVING_S", 0.0)
+    alone, _ = search(trials=4, num_epochs=3, where="alone")
+    trials, heard = search(trials=4, num_epochs=3, where="shared", share_after=1)
+    handed = [m.number for m in heard if isinstance(m, TrialEnded) and m.state == "WAITING"]
+    assert len(handed) == 2
+    # Here the worker itself takes them up again, once another trial of its own has ended.
+    ended = [m.number for m in heard if isinstance(m, TrialEnded) and m.state == "COMPLETE"]
+    assert sorted(ended) == [0, 1, 2, 3] and set(ended[:2]).isdisjoint(handed)
+    for mine, theirs in zip(trials, alone, strict=True):
+        assert mine.state == "COMPLETE" and len(mine.attrs["train_losses"]) == 3
+        assert mine.value == pytest.approx(theirs.value, rel=1e-5)
+        assert mine.attrs["train_losses"] == pytest.approx(theirs.attrs["train_losses"], rel=1e-5)
+
+
+def test_a_trial_that_is_nearly_done_is_not_handed_over(search: Search) -> None:
+    trials, heard = search(trials=2, share_after=1)
+    assert [t.state for t in trials] == ["COMPLETE"] * 2
+    assert all(m.state == "COMPLETE" for m in heard if isinstance(m, TrialEnded))

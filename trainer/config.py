@@ -59,6 +59,9 @@ class TrainConfig(BaseModel):
     """Passes over the training data."""
     batch_size: Annotated[int, Field(ge=1)] = 4
     """Samples in a batch."""
+    group_by_length: bool = False
+    """Put captions of about the same length into a batch, as Hugging Face's Trainer does under this name: less padding
+    where a run trains alone, and batches that are less of a random sample."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
     """Batches to an optimizer step."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None

@@ -238,9 +238,15 @@ class CaptionDataset(Dataset["Sample | DataError"]):
 class EpochSampler(Sampler[int]):
     """A permutation that depends on (seed, epoch) alone: any epoch can be begun anew after an interruption."""
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, group: tuple[Sequence[int], int] | None = None) -> None:
+        """An order for so many samples.
+
+        Args:
+            group: (length of each sample, batch size): samples of about the same length come one after the other.
+        """
         self.size = size
         self.seed = seed
+        self.group = group
         self.epoch = 1
 
     def __len__(self) -> int:
@@ -248,6 +254,10 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        if self.group is not None:
+            from transformers.trainer_pt_utils import get_length_grouped_indices
+
+            return iter(get_length_grouped_indices(*self.group, generator=generator))
         return iter(torch.randperm(self.size, generator=generator).tolist())
 
 
@@ -312,7 +322,8 @@ def train_loader(
     dataset: CaptionDataset, tokenizer: Tokenizer, config: TrainConfig, *, pin: bool
 ) -> tuple[DataLoader[Any], EpochSampler]:
     """Shuffled batches of `batch_size`; set the sampler's `epoch` before each pass."""
-    sampler = EpochSampler(len(dataset), config.seed)
+    group = ([len(t.prompt) + len(t.target) for t in dataset.tokens], config.batch_size)
+    sampler = EpochSampler(len(dataset), config.seed, group if config.group_by_length else None)
     loader = DataLoader(
         dataset,
         batch_size=config.batch_size,
