@@ -12,6 +12,7 @@ SQLite and PostgreSQL behave alike behind it:
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,11 @@ import filelock
 import sqlalchemy
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SAWarning, SQLAlchemyError
 
 from search.errors import StorageError
+from trainer.errors import MOST_SHOWN
+from trainer.errors import shown as shown_text
 
 WAIT_S = 60
 """Longest wait for another process's lock."""
@@ -59,7 +62,9 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None)
         _check_file(parsed)
     with contextlib.ExitStack() as undo:
         try:
-            engine = sqlalchemy.create_engine(parsed, **_engine_options(parsed))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", SAWarning)  # it would go on without an option that it does not know
+                engine = sqlalchemy.create_engine(parsed, **_engine_options(parsed))
             undo.callback(engine.dispose)  # a constructor that fails would leave its connections open
             with _exclusive(parsed):
                 _refuse_foreign(parsed, engine)
@@ -73,6 +78,10 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None)
                 _check_schema(parsed, storage)
         except SQLAlchemyError as error:
             raise _explained(parsed, error) from None
+        except (TypeError, ValueError, SAWarning) as error:  # the driver's, of an option in the URL's query
+            raise StorageError(
+                f"{_cut(parsed)}: the database cannot be opened: {_first_line(error)}; known to work: {_EXAMPLES}"
+            ) from None
         except ImportError as error:
             raise StorageError(
                 f"{shown(parsed)} needs the driver {error.name!r}, which is not installed; known to work: {_EXAMPLES}"
@@ -107,12 +116,22 @@ def shown(url: URL) -> str:
     return url.render_as_string(hide_password=True)
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].partition(" (Background")[0]
+
+
+def _cut(url: URL) -> str:
+    return shown_text(shown(url))
+
+
 def _parse(url: str) -> URL:
     scheme = url.partition(":")[0]
+    if any("\ud800" <= character <= "\udfff" for character in url):
+        raise StorageError(f"{shown_text(_masked(url))}: the URL is no UTF-8 text; use {_EXAMPLES}")
     if scheme.startswith(("journal", "redis")) or url.endswith((".log", ".journal")):
         raise StorageError(
-            f"{_masked(url)!r}: Optuna's journal storages keep no heartbeats, so lost trials could not be found; "
-            f"use {_EXAMPLES}"
+            f"{shown_text(_masked(url))}: Optuna's journal storages keep no heartbeats, so lost trials could not be "
+            f"found; use {_EXAMPLES}"
         )
     try:
         parsed = make_url(url)
@@ -120,10 +139,16 @@ def _parse(url: str) -> URL:
             parsed = parsed.set(drivername="postgresql+psycopg")
         parsed.get_dialect()
     except NoSuchModuleError:
-        raise StorageError(f"{_masked(url)!r}: there is no database dialect {scheme!r}; use {_EXAMPLES}") from None
+        raise StorageError(
+            f"{shown_text(_masked(url))}: there is no database dialect {shown_text(scheme)}; use {_EXAMPLES}"
+        ) from None
     except (ArgumentError, ValueError):  # ValueError: a port that is no number
-        hint = f"; for a file, sqlite:///{url}" if "://" not in url and url else ""
-        raise StorageError(f"{_masked(url)!r} is no database URL such as {_EXAMPLES}{hint}") from None
+        hint = (
+            f"; for a file, sqlite:///{url}"
+            if 0 < len(url) < MOST_SHOWN and "://" not in url and "@" not in url
+            else ""
+        )
+        raise StorageError(f"{shown_text(_masked(url))} is no database URL such as {_EXAMPLES}{hint}") from None
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise StorageError(f"{shown(parsed)}: a database in memory cannot be shared by workers; use {_EXAMPLES}")
     return parsed
@@ -133,12 +158,19 @@ def _masked(url: str) -> str:
     """A text that may be no URL, without what could be its password."""
     head, at, tail = url.rpartition("@")
     scheme, colon, rest = head.partition("://")
+    if at and not colon:
+        return f"***{at}{tail}"
     return f"{scheme}{colon}{rest.partition(':')[0]}:***{at}{tail}" if at and ":" in rest else url
 
 
 def _check_file(url: URL) -> None:
     """Say what is wrong with the file of a SQLite database, where that can be seen from outside."""
     path = _file(url)
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # a name too long
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise StorageError(f"{_cut(url)}: the file cannot be opened: {reason}; use {_EXAMPLES}") from None
     if str(path).startswith("file:"):
         raise StorageError(f"{shown(url)}: give the file as a plain path, sqlite:///FOLDER/FILE")
     if not path.parent.is_dir():

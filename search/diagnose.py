@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from search.diagnosis import Curve, diagnose, messages
 from search.records import EpochRecord
-from trainer.errors import UserError
+from trainer import cli
+from trainer.errors import UserError, shown
 
 FEWEST_PEERS = 3
 """Other runs of the same model needed before one is called slow against them: a median of fewer is an extreme."""
@@ -51,7 +51,7 @@ class RecordedRun(BaseModel):
     def _in_order(self) -> RecordedRun:
         numbers = [record.epoch for record in self.epochs]
         if any(later <= earlier for earlier, later in pairwise(numbers)):
-            raise ValueError(f"the epochs must be in rising order, each once, but are {numbers}")
+            raise ValueError(f"the epochs must be in rising order, each once, but are {shown(numbers)}")
         return self
 
 
@@ -72,7 +72,7 @@ def read_runs(path: Path) -> RecordedRuns:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{shown(str(path))}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     try:
@@ -100,15 +100,15 @@ def _problem(problem: Any, text: str) -> str:
     field = f", {'.'.join(where)}" if where else ""
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
-    shown = "" if problem["type"] in ("missing", "value_error", "json_invalid") else f", but got {given!r:.60}"
-    return f"{place}{field}: {message[0].lower()}{message[1:]}{shown}"
+    but = "" if problem["type"] in ("missing", "value_error", "json_invalid") else f", but got {shown(given)}"
+    return f"{place}{field}: {message[0].lower()}{message[1:]}{but}"
 
 
 def _name(text: str, index: int) -> str:
     """` 'name'` of the run, read leniently: the run is not valid."""
     run = json.loads(text)["runs"][index]
     name = run.get("name") if isinstance(run, dict) else None
-    return f" ({name!r})" if isinstance(name, str) else ""
+    return f" ({shown(name)})" if isinstance(name, str) else ""
 
 
 def curves(recorded: RecordedRuns) -> list[tuple[str, Curve]]:
@@ -163,17 +163,13 @@ def main(
 ) -> None:
     """Print the findings of recorded curves, one per line: name<TAB>finding id<TAB>evidence."""
     chosen = next((known for known in messages.LANGS if known == lang), None)
-    try:
-        if chosen is None:
-            raise UserError(f"--lang must be one of {', '.join(messages.LANGS)}, but got {lang!r}")
-        for name, curve in curves(read_runs(file)):
-            for finding in diagnose(curve):
-                # A name with a tab or a line break would break the columns.
-                print("\t".join((" ".join(name.split()), finding.id, messages.sentence(finding, chosen))))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
+    if chosen is None:
+        raise UserError(f"--lang must be one of {', '.join(messages.LANGS)}, but got {shown(lang)}")
+    for name, curve in curves(read_runs(file)):
+        for finding in diagnose(curve):
+            # A name with a tab or a line break would break the columns.
+            print("\t".join((" ".join(name.split()), finding.id, messages.sentence(finding, chosen))))
 
 
 if __name__ == "__main__":
-    app()
+    cli.run(app)

@@ -12,6 +12,7 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +20,13 @@ import sqlalchemy as sa
 from filelock import FileLock, Timeout
 
 from search.errors import StorageError
+from trainer.errors import shown
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 CONNECT_S = 10
 """Longest wait for a database or server to answer."""
+MOST_CHARACTERS = 2000
+"""Of an address that is shown whole: no file's name is longer, and hardly any other's."""
 CREATE_S = 300
 """Longest wait for another process that creates the tables."""
 
@@ -30,14 +34,21 @@ CREATE_S = 300
 def masked(uri: str) -> str:
     """The URI with its password as `***`."""
     try:
-        return sa.make_url(uri).render_as_string(hide_password=True)
+        text = sa.make_url(uri).render_as_string(hide_password=True)
+        return text if len(text) < MOST_CHARACTERS else f"{text[:200]}...{text[-100:]}"
     except (sa.exc.ArgumentError, ValueError):
-        return uri.rpartition("@")[2]
+        return _hidden(uri)
+
+
+def _hidden(uri: str) -> str:
+    """A text that is no address, without what could be its password."""
+    _, at, tail = uri.rpartition("@")
+    return shown(f"***@{tail}" if at else uri)
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, without the statement, parameters and links that SQLAlchemy adds."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = [line.partition(" (Background")[0] for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
 
 
@@ -48,18 +59,20 @@ def check(uri: str) -> None:
         StorageError: not a kind of store that is supported, or nothing answers there, or it is no MLflow store.
     """
     scheme = uri.partition("://")[0].partition("+")[0].lower() if "://" in uri else uri.partition(":")[0]
+    if any("\ud800" <= character <= "\udfff" for character in uri):
+        raise StorageError(f"--tracking-uri {_hidden(uri)} is no UTF-8 text; give another address")
     if scheme in ("http", "https"):
         _check_server(uri)
     elif scheme in DATABASES and "://" in uri:
         _check_database(uri)
     elif "://" not in uri or scheme == "file":
         raise StorageError(
-            f"--tracking-uri {uri!r} is a folder or file; MLflow no longer takes folders (since 3.13), and a database "
-            f"is written as a URL, for example sqlite:///runs/mlflow.db"
+            f"--tracking-uri {_hidden(uri)} is a folder or file; MLflow no longer takes folders (since 3.13), and a "
+            f"database is written as a URL, for example sqlite:///runs/mlflow.db"
         )
     else:
         raise StorageError(
-            f"--tracking-uri {masked(uri)!r}: {scheme!r} is not supported; use a database ({', '.join(DATABASES)}) "
+            f"--tracking-uri {masked(uri)}: {shown(scheme)} is not supported; use a database ({', '.join(DATABASES)}) "
             f"or the http(s):// address of an MLflow server"
         )
 
@@ -69,7 +82,7 @@ def _check_server(uri: str) -> None:
     try:
         url = sa.make_url(uri)
     except (sa.exc.ArgumentError, ValueError) as error:
-        raise StorageError(f"--tracking-uri {uri.rpartition('@')[2]!r} is no address: {first_line(error)}") from None
+        raise StorageError(f"--tracking-uri {_hidden(uri)} is no address: {first_line(error)}") from None
     # Without user and password, which urllib would take for a part of the host's name.
     port = f":{url.port}" if url.port else ""
     health = f"{url.drivername}://{url.host}{port}/{(url.database or '').strip('/')}".rstrip("/") + "/health"
@@ -78,7 +91,7 @@ def _check_server(uri: str) -> None:
             pass
     except urllib.error.HTTPError:
         return
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:  # OverflowError: the port
         reason = getattr(error, "reason", None) or error
         raise StorageError(f"no MLflow server answers at {masked(uri)}: {reason}; is it running?") from error
 
@@ -90,8 +103,10 @@ def _check_database(uri: str) -> None:
         if url.get_backend_name() == "sqlite" and url.database:
             Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
         networked = url.get_backend_name() in ("postgresql", "mysql")
-        engine = sa.create_engine(url, connect_args={"connect_timeout": CONNECT_S} if networked else {})
-    except (sa.exc.ArgumentError, ImportError, OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", sa.exc.SAWarning)  # it would go on without an option it does not know
+            engine = sa.create_engine(url, connect_args={"connect_timeout": CONNECT_S} if networked else {})
+    except (sa.exc.ArgumentError, sa.exc.SAWarning, ImportError, OSError, TypeError, ValueError) as error:
         raise StorageError(f"the tracking database {masked(uri)} cannot be opened: {first_line(error)}") from error
     try:
         with engine.connect() as connection:
@@ -99,7 +114,7 @@ def _check_database(uri: str) -> None:
             if url.get_backend_name() == "sqlite":
                 # Kept in the file: a dashboard that reads then does not hold up the workers' writes.
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-    except sa.exc.SQLAlchemyError as error:
+    except (sa.exc.SQLAlchemyError, TypeError, ValueError) as error:  # the last two of an option in the query
         cause = getattr(error, "orig", None) or error
         raise StorageError(f"the tracking database {masked(uri)} cannot be opened: {first_line(cause)}") from error
     finally:

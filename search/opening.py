@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import quote, unquote
 
 import typer
+
+from search.errors import StudyError
+from trainer.errors import shown
 
 if TYPE_CHECKING:
     import optuna
@@ -23,14 +27,34 @@ TrackingOption = Annotated[str | None, typer.Option(help="MLflow's URI; runs/mlf
 RunsOption = Annotated[Path, typer.Option(help="Folder for checkpoints, logs and databases.")]
 
 
+def sqlite_url(path: Path) -> str:
+    """The URL of a SQLite file; SQLAlchemy reads `%` and `?` in it as signs of their own.
+
+    Raises:
+        StudyError: the path is no text that a database could be opened by.
+    """
+    try:
+        return f"sqlite:///{quote(str(path), safe=' +/:')}"
+    except UnicodeEncodeError:
+        raise StudyError(f"the path {shown(str(path))} is no UTF-8 text; name another with --runs-dir") from None
+
+
 def storage_url(storage: str | None, runs_dir: Path) -> str:
     """Optuna's database: the one named, else the one in the runs folder."""
-    return storage or f"sqlite:///{runs_dir / 'optuna.db'}"
+    return storage or sqlite_url(runs_dir / "optuna.db")
 
 
 def tracking_uri(tracking: str | None, runs_dir: Path) -> str:
     """MLflow's store: the one named, else the one in the runs folder."""
-    return tracking or f"sqlite:///{runs_dir / 'mlflow.db'}"
+    return tracking or sqlite_url(runs_dir / "mlflow.db")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file; a name longer than any file's is none."""
+    try:
+        return path.is_file()
+    except OSError:  # a name too long
+        return False
 
 
 @contextmanager
@@ -43,15 +67,16 @@ def opened(
         UserError: there is no such study, or a database cannot be opened. None is created.
     """
     from search.database import close_storage, open_storage
-    from search.errors import StudyError
     from search.storage import find_study
     from search.tracking import open_tracking
 
     storage, tracking = storage_url(storage, runs_dir), tracking_uri(tracking, runs_dir)
     for option, url in (("--storage", storage), ("--tracking-uri", tracking)):
-        file = Path(url.removeprefix("sqlite:///"))
-        if url.startswith("sqlite:///") and not file.is_file():
-            raise StudyError(f"there is no {file}: run a study first, or name its records with --runs-dir or {option}")
+        file = Path(unquote(url.removeprefix("sqlite:///").partition("?")[0]))
+        if url.startswith("sqlite:///") and not is_file(file):
+            raise StudyError(
+                f"there is no {shown(str(file))}: run a study first, or name its records with --runs-dir or {option}"
+            )
     opened_storage = open_storage(storage)
     try:
         names = {found.study_name for found in opened_storage.get_all_studies()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from search.errors import StudyError
+from search.space import Multiple
 from search.study import Study
 from trainer import dataset, locate
 from trainer.config import TrainConfig
@@ -16,31 +17,41 @@ def check(study: Study) -> Examined:
     Raises:
         StudyError: everything that is missing, and how to get it, in one message.
     """
-    config = study.base_config()
+    wanted = _configurations(study)
     problems = []
-    try:
-        locate.check(config.model)
-    except ModelError as error:
-        problems.append(_problem("model", str(error), study.get_model))
-    examined = None
-    try:
-        examined = dataset.examine(config.data)
-        for each in _configurations(study):
-            if each.data == config.data:
-                dataset.split(examined, each)
-    except DataError as error:
-        problems.append(_problem("data", str(error), study.get_data))
+    for model in dict.fromkeys(config.model for config in wanted):
+        try:
+            locate.check(model)
+        except ModelError as error:
+            problems.append(_problem("model", str(error), study.get_model))
+    examined: dict[str, Examined] = {}
+    for data in dict.fromkeys(config.data for config in wanted):
+        try:
+            examined[data] = dataset.examine(data)
+            for config in wanted:
+                if config.data == data:
+                    dataset.split(examined[data], config)
+        except DataError as error:
+            problems.append(_problem("data", str(error), study.get_data))
     if problems:
         lines = "\n".join(problems)
         hint = "\n`--study rsicap_mini` needs neither: its model and data are embedded." if study.get_data else ""
         raise StudyError(f"the study {study.name!r} cannot start:\n{lines}{hint}")
-    assert examined is not None
-    return examined
+    return examined[wanted[0].data]
 
 
 def _configurations(study: Study) -> list[TrainConfig]:
-    """The base, and the trials given by hand: they may use other numbers of samples."""
-    return [study.base_config(), *(TrainConfig.parse({**study.base, **fixed.config}) for fixed in study.enqueue)]
+    """The base, the trials given by hand, and the base with what the space can put in for its model and rows.
+
+    Of a range of `max_samples` the edges do: the fewer rows are drawn, the fewer scenes they are of.
+    """
+    base = study.base_config()
+    found = [base, *(TrainConfig.parse({**study.base, **fixed.config}) for fixed in study.enqueue)]
+    for name in ("model", "data", "max_samples", "skip_bad_rows"):
+        param = study.space.get(name)
+        if param is not None and not isinstance(param, Multiple):
+            found += [TrainConfig.parse({**study.base, name: edge}) for edge in param.edges()]
+    return found
 
 
 def _problem(what: str, message: str, remedy: str) -> str:

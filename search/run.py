@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from search.errors import StudyError
+from search.opening import sqlite_url
 from trainer import cli
+from trainer.config import MOST
+from trainer.errors import shown
 
 if TYPE_CHECKING:
     import optuna
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+MOST_WORKERS = 64
+"""Each worker takes a GPU or a core and a base model's memory: a number mistyped must not bring the machine down."""
+
 _log_file: Path | None = None
 
 ENDS: dict[int, Status] = {0: "FINISHED", 130: "KILLED", 143: "KILLED"}
@@ -35,9 +42,13 @@ ENDS: dict[int, Status] = {0: "FINISHED", 130: "KILLED", 143: "KILLED"}
 @app.command()
 def main(
     study: Annotated[str | None, typer.Option(help="A study in studies/, or the path of a study file.")] = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Trials in total, those already run included.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Trials in total, those already run included.")
+    ] = None,
     timeout: Annotated[str | None, typer.Option(help="End after this time, e.g. 2h, 90m, 1h30m; resumable.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes; one a GPU by default.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=MOST_WORKERS, help="Worker processes; one a GPU by default.")
+    ] = None,
     gpus_per_worker: Annotated[
         int, typer.Option(min=1, help="GPUs that a worker sees; several for --set device_map=auto.")
     ] = 1,
@@ -51,7 +62,7 @@ def main(
         str,
         typer.Option(help="Trials that a worker trains at once: auto, or 1 to 16. With --strategy staged, auto is 1."),
     ] = "auto",
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampler.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampler.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Fix a field of the configuration.")
     ] = None,
@@ -97,8 +108,8 @@ def main(
         slots=slots_wanted,
         strategy=strategy,
         pruner=pruner,
-        storage_url=storage or _sqlite(runs_dir / "optuna.db"),
-        tracking_uri=tracking_uri or _sqlite(runs_dir / "mlflow.db"),
+        storage_url=storage or sqlite_url(runs_dir / "optuna.db"),
+        tracking_uri=tracking_uri or sqlite_url(runs_dir / "mlflow.db"),
         runs_dir=runs_dir,
         fresh=fresh,
         settings=settings or [],
@@ -114,8 +125,8 @@ def read_duration(text: str) -> float:
     """
     match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip().lower())
     seconds = sum(float(n) * unit for n, unit in zip(match.groups("0"), (3600, 60, 1), strict=True)) if match else 0
-    if not seconds:
-        raise StudyError(f"--timeout must be a time such as 2h, 90m, 1h30m or 45s, but got {text!r}")
+    if not 0 < seconds < math.inf:
+        raise StudyError(f"--timeout must be a time such as 2h, 90m, 1h30m or 45s, but got {shown(text)}")
     return seconds
 
 
@@ -127,8 +138,8 @@ def read_slots(text: str) -> int | None:
     """
     if text == "auto":
         return None
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 16):
-        raise StudyError(f"--slots must be auto or a number from 1 to 16, but got {text!r}")
+    if not re.fullmatch("[1-9]|1[0-6]", text):
+        raise StudyError(f"--slots must be auto or a number from 1 to 16, but got {shown(text)}")
     return int(text)
 
 
@@ -137,11 +148,21 @@ def _check_names(pruner: str) -> None:
     if pruner not in known:
         from trainer.config import nearest
 
-        raise StudyError(f"there is no pruner {pruner!r}{nearest(pruner, known)}; known: {', '.join(known)}")
+        raise StudyError(f"there is no pruner {shown(pruner)}{nearest(pruner, known)}; known: {', '.join(known)}")
 
 
-def _sqlite(path: Path) -> str:
-    return f"sqlite:///{path}"
+def _make_folder(path: Path) -> None:
+    """Make a folder for the study's files.
+
+    Raises:
+        StudyError: it cannot be made, or is a file.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StudyError(
+            f"the folder {shown(str(path))} cannot be made: {error.strerror}; name another with --runs-dir"
+        ) from None
 
 
 def _list() -> None:
@@ -222,7 +243,7 @@ def _run(
     from search.worker import HEARTBEAT_S, Job, set_up_logging
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    runs_dir.mkdir(parents=True, exist_ok=True)
+    _make_folder(runs_dir)
     storage = open_storage(storage_url, heartbeat_s=HEARTBEAT_S)
     sampler = sampling.make_sampler(definition, strategy, n_trials)
     study = store.open_study(
@@ -235,6 +256,7 @@ def _run(
     store.check_strategy(study, strategy)
     study.set_user_attr("settings", list(settings))  # for the commands that the tuning log proposes
     name = study.study_name
+    _make_folder(runs_dir / name)
     set_up_logging(runs_dir / name)
     _log_file = runs_dir / name / "search.log"
     tracking = track.open_tracking(tracking_uri, runs_dir / "artifacts")
@@ -288,9 +310,9 @@ def _options(storage_url: str, tracking_uri: str, runs_dir: Path) -> tuple[str, 
     options: list[str] = []
     if runs_dir != Path("runs"):
         options += ["--runs-dir", str(runs_dir)]
-    if storage_url != _sqlite(runs_dir / "optuna.db") and "@" not in storage_url:
+    if storage_url != sqlite_url(runs_dir / "optuna.db") and "@" not in storage_url:
         options += ["--storage", storage_url]
-    if tracking_uri != _sqlite(runs_dir / "mlflow.db") and "@" not in tracking_uri:
+    if tracking_uri != sqlite_url(runs_dir / "mlflow.db") and "@" not in tracking_uri:
         options += ["--tracking-uri", tracking_uri]
     return tuple(options)
 

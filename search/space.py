@@ -5,9 +5,12 @@ Pure descriptions: `search.sampling` turns them into Optuna's distributions.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from trainer.errors import shown
 
 Scalar = float | int | str | bool
 
@@ -21,6 +24,9 @@ class Float:
     log: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in (("low", self.low), ("high", self.high)):
+            if not _is_number(value):
+                raise ValueError(f"Float needs a finite number as {name}, but got {shown(value)}")
         _check_range(self)
 
     def edges(self) -> tuple[Scalar, ...]:
@@ -37,6 +43,9 @@ class Int:
     log: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in (("low", self.low), ("high", self.high)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"Int needs a whole number as {name}, but got {shown(value)}")
         _check_range(self)
 
     def edges(self) -> tuple[Scalar, ...]:
@@ -48,15 +57,20 @@ class Int:
 class Choice:
     """One of a few values."""
 
-    values: tuple[Scalar, ...]
+    values: tuple[Scalar | None, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.values, tuple | list):
+            raise ValueError(f"Choice needs a tuple of values, but got {shown(self.values)}")
+        for value in self.values:
+            if not isinstance(value, float | int | str | bool | None):
+                raise ValueError(f"Choice needs numbers, texts, True, False or None, but got {shown(value)}")
         if not self.values:
             raise ValueError("Choice needs at least one value, but got none")
         if len(set(self.values)) != len(self.values):
-            raise ValueError(f"Choice names a value twice: {self.values}")
+            raise ValueError(f"Choice names a value twice: {shown(self.values)}")
 
-    def edges(self) -> tuple[Scalar, ...]:
+    def edges(self) -> tuple[Scalar | None, ...]:
         """Values that must be possible for the choice to be so."""
         return self.values
 
@@ -73,21 +87,34 @@ class Multiple:
     factors: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not self.factors or min(self.factors) <= 0:
-            raise ValueError(f"Multiple needs positive factors, but got {self.factors}")
+        if not isinstance(self.of, str):
+            raise ValueError(f"Multiple needs the name of a field, but got {shown(self.of)}")
+        if not isinstance(self.factors, tuple | list):
+            raise ValueError(f"Multiple needs a tuple of factors, but got {shown(self.factors)}")
+        if not self.factors or not all(_is_number(factor) and factor > 0 for factor in self.factors):
+            raise ValueError(f"Multiple needs positive factors, but got {shown(self.factors)}")
         if len(set(self.factors)) != len(self.factors):
-            raise ValueError(f"Multiple names a factor twice: {self.factors}")
+            raise ValueError(f"Multiple names a factor twice: {shown(self.factors)}")
 
 
 Param = Float | Int | Choice | Multiple
 Space = Mapping[str, Param]
 
 
+def _is_number(value: object) -> bool:
+    """Whether it is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max
+
+
 def _check_range(param: Float | Int) -> None:
+    if not isinstance(param.log, bool):
+        raise ValueError(f"log must be True or False, but got {shown(param.log)}")
     if not param.low <= param.high:
-        raise ValueError(f"low must not be above high, but got low={param.low!r}, high={param.high!r}")
+        raise ValueError(f"low must not be above high, but got low={shown(param.low)}, high={shown(param.high)}")
     if param.log and param.low <= 0:
-        raise ValueError(f"a log scale needs low > 0, but got low={param.low!r}")
+        raise ValueError(f"a log scale needs low > 0, but got low={shown(param.low)}")
 
 
 def param_name(field: str, param: Param) -> str:
@@ -134,7 +161,7 @@ def contains(param: Param, value: Any) -> bool:
     """Whether the param can take this value (for a Multiple, this factor)."""
     match param:
         case Float() | Int():
-            return bool(param.low <= value <= param.high)
+            return isinstance(value, int | float) and param.low <= value <= param.high
         case Choice():
             return value in param.values
         case Multiple():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -12,12 +11,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from search import study_check
 from search.errors import StudyError
 from search.space import Multiple, Space, param_name, to_config, to_params
 from trainer.config import MACHINE_FIELDS, TrainConfig, nearest, read_settings
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, shown
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
+
+MOST_SAID = 1000
+"""Characters of the message of a study file's exception that are shown."""
 
 LOCATION_FIELDS = ("model", "data")
 """Where the same model and data lie may differ between machines; their fingerprints may not."""
@@ -64,7 +67,12 @@ class Study:
         problems = list(_problems(self))
         if problems:
             lines = "\n".join(f"  - {problem}" for problem in problems)
-            raise StudyError(f"the study {self.name!r} is wrong:\n{lines}")
+            raise StudyError(f"the study {shown(self.name)} is wrong:\n{lines}")
+        # Plain values from here on: they go to other processes and into a database.
+        object.__setattr__(self, "space", dict(self.space))
+        object.__setattr__(self, "base", _plain(self.base, self.base))
+        enqueue = (replace(f, config=_plain(f.config, {**self.base, **f.config})) for f in self.enqueue)
+        object.__setattr__(self, "enqueue", tuple(enqueue))
 
     def base_config(self) -> TrainConfig:
         """The configuration of a trial before anything is sampled."""
@@ -113,16 +121,19 @@ class Study:
 
 def _problems(study: Study) -> Iterable[str]:
     """Everything wrong with a definition, one message each."""
+    form = list(study_check.form_problems(study))
+    yield from form
+    if isinstance(study.name, str):
+        yield from study_check.name_problems(study.name)
+    if form:
+        return
+    yield from study_check.limit_problems(study)
     valid = list(TrainConfig.model_fields)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", study.name):
-        yield f"the name must be letters, digits, '_', '-' and '.', but got {study.name!r}"
-    if study.n_trials < 1:
-        yield f"n_trials must be at least 1, but got {study.n_trials}"
     if not study.space and not study.enqueue:
         yield "the search space is empty and no trial is given by hand: there is nothing to run"
     unknown = [name for name in study.space if name not in valid]
     for name in unknown:
-        yield f"search space names {name!r}, which TrainConfig does not have{nearest(name, valid)}"
+        yield f"search space names {shown(name)}, which TrainConfig does not have{nearest(name, valid)}"
     try:
         base = study.base_config()
     except ConfigError as error:
@@ -131,35 +142,31 @@ def _problems(study: Study) -> Iterable[str]:
     if unknown:
         return
     values = base.model_dump()
-    yield from _range_problems(study, values)
+    ranges = list(study_check.range_problems(study.space, values))
+    yield from ranges
+    if ranges:
+        return
+    micro_batch = study_check.micro_batch_problem(study.space, values)
+    if micro_batch:
+        yield micro_batch
     for fixed in study.enqueue:
         try:
             config = TrainConfig.parse({**study.base, **fixed.config})
             searched = {k: v for k, v in config.model_dump().items() if k in fixed.config or _partner(study, k, fixed)}
             to_params(study.space, searched)
         except ValueError as error:
-            yield f"the trial given by hand {fixed.label!r}: {error}"
+            yield f"the trial given by hand {shown(fixed.label)}: {error}"
+
+
+def _plain(fields: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of some fields as TrainConfig reads them: `b"mini"` as `"mini"`, `Decimal("0.1")` as 0.1."""
+    config = TrainConfig.parse(values).model_dump()
+    return {name: config[name] for name in fields}
 
 
 def _partner(study: Study, name: str, fixed: Fixed) -> bool:
     """Whether the field is needed to express one of the trial's multiples."""
     return any(isinstance(p, Multiple) and f in fixed.config and p.of == name for f, p in study.space.items())
-
-
-def _range_problems(study: Study, values: dict[str, Any]) -> Iterable[str]:
-    for name, param in study.space.items():
-        if isinstance(param, Multiple):
-            if param.of not in values:
-                yield f"{name} is a multiple of {param.of!r}, which TrainConfig does not have"
-            elif not isinstance(values[param.of], int | float):
-                yield f"{name} is a multiple of {param.of!r}, which is no number"
-            continue
-        for edge in param.edges():
-            try:
-                TrainConfig.parse({**values, "micro_batch_size": None, name: edge})
-            except ConfigError as error:
-                rule = str(error).splitlines()[-1].strip(" -")
-                yield f"search space of {name}: {rule}"
 
 
 def fixed_trial(study: Study, fixed: Fixed) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -171,7 +178,7 @@ def fixed_trial(study: Study, fixed: Fixed) -> tuple[dict[str, Any], dict[str, A
     wanted = {k: v for k, v in searched.items() if k in fixed.config or _partner(study, k, fixed)}
     params = to_params(study.space, wanted)
     covered = {f for f, p in study.space.items() if param_name(f, p) in params}
-    overrides = {k: v for k, v in fixed.config.items() if k not in covered}
+    overrides = {k: config[k] for k in fixed.config if k not in covered}
     return params, overrides
 
 
@@ -193,15 +200,19 @@ def load(name_or_path: str) -> Study:
         path = Path(name_or_path)
         if path.suffix != ".py":
             raise StudyError(
-                f"there is no study {name_or_path!r}{nearest(stem, names)}; "
+                f"there is no study {shown(name_or_path)}{nearest(stem, names)}; "
                 f"known studies: {', '.join(names)}; or give the path of a study file"
             )
-        if not path.is_file():
-            raise StudyError(f"there is no study file {name_or_path!r}")
+        try:
+            found = path.is_file()
+        except OSError as error:  # a name too long
+            raise StudyError(f"the study file {shown(name_or_path)} cannot be read: {error.strerror}") from None
+        if not found:
+            raise StudyError(f"there is no study file {shown(name_or_path)}; known studies: {', '.join(names)}")
     module = _execute(path)
     study = getattr(module, "STUDY", None)
     if not isinstance(study, Study):
-        raise StudyError(f"{path}: a study file sets STUDY = Study(...), but STUDY is {study!r}")
+        raise StudyError(f"{path}: a study file sets STUDY = Study(...), but STUDY is {shown(study)}")
     return study.located()
 
 
@@ -214,14 +225,25 @@ def _execute(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except StudyError:
+    except StudyError as error:
+        raise StudyError(f"{path}: {error}") from None
+    except KeyboardInterrupt:
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit too: a study file that ends the program is wrong
         line = getattr(error, "lineno", None)
         trace = error.__traceback__
         while trace is not None:
             if trace.tb_frame.f_code.co_filename == str(path):
                 line = trace.tb_lineno
             trace = trace.tb_next
-        raise StudyError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+        raise StudyError(f"{path}, line {line}: {type(error).__name__}: {_said(error)}") from error
     return module
+
+
+def _said(error: BaseException) -> str:
+    """What a study file's exception says, long texts shortened."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - whatever an exception's own __str__ raises
+        return "(no message)"
+    return text if len(text) <= MOST_SAID else f"{text[:MOST_SAID]}..."

@@ -214,10 +214,14 @@ class _Worker:
     def run(self) -> None:
         """Run trials until the study has all it wants or the supervisor wants an end."""
         from search import lifecycle, slots, storage
+        from trainer.adapters import resolve_targets
 
         self.link.send(Loading(what=self.base.model))
         self.bench.progress = self._show_features
         base = self.bench.base(self.base)
+        for config in [self.base, *(self.job.study.config({}, fixed.config) for fixed in self.job.study.enqueue)]:
+            if config.model == self.base.model:
+                resolve_targets(base.model, config.target_modules)  # before a trial is taken that could not be run
         storage.check_fingerprints(self.study, data=self.job.examined.fingerprint, model=base.fingerprint)
         self.slots = slots.resolve(self.job.slots, self.job.study, self.bench)
         self.link.send(SlotsChosen(most=self.slots.most, samples=self.slots.samples, auto=self.job.slots is None))

@@ -36,7 +36,7 @@ def test_all_errors_come_in_one_message() -> None:
         "lora_dropout: ",
         "learning_rate: input should be a finite number",
         "'float32', 'float16' or 'bfloat16', but got torch_dtype='float64'",
-        "target_modules: names a module twice: query, query",
+        "target_modules: names a module twice, but got target_modules=('query', 'query')",
         "device: ",
         "data: ",
         "seed: ",

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from search.diagnose import app
 from search.diagnosis import IDS
+from tests.bad_input.harness import call
 
 RECORDED = Path(__file__).parent / "data" / "recorded-runs.json"
 
 
 def run(*args: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, list(args))
-    return result.exit_code, result.stdout, result.stderr
+    outcome = call(app, args)
+    return outcome.code, outcome.out, outcome.err
 
 
 def file(tmp_path: Path, data: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import traceback
@@ -18,6 +19,9 @@ def run(app: Callable[[], object], log_file: Callable[[], Path | None] = lambda:
         app: the app; Typer itself ends with exit code 2 on wrong options.
         log_file: where the traceback of a fault goes; None for standard error.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:

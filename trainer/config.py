@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from trainer.errors import ConfigError
+from trainer.errors import MOST_SHOWN, ConfigError, shown
 
 EMBEDDED = "mini"
 """The name under which the embedded model and data are found: `model="mini"`, `data="mini"`."""
@@ -18,12 +18,15 @@ EMBEDDED = "mini"
 MACHINE_FIELDS = ("device", "device_map", "num_workers", "prefetch_factor")
 """Fields that say where and how fast a run goes, not what it computes."""
 
+MOST = 1_000_000_000
+"""Largest number of samples, steps or epochs: what is larger was mistyped, and floats could not compute with it."""
+
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     if not names:
         raise ValueError("needs at least one module name")
     if len(set(names)) != len(names):
-        raise ValueError(f"names a module twice: {', '.join(names)}")
+        raise ValueError("names a module twice")
     return names
 
 
@@ -41,11 +44,11 @@ class TrainConfig(BaseModel):
     """InstructBLIP checkpoint: a folder, a hub id, or `mini` for the embedded model."""
     data: Annotated[str, Field(min_length=1)] = EMBEDDED
     """Data folder: RSICap (`captions.json` and `images/`), an image folder with `metadata.jsonl`, or `mini`."""
-    max_samples: Annotated[int, Field(ge=2)] | None = None
+    max_samples: Annotated[int, Field(ge=2, le=MOST)] | None = None
     """Rows used, training and validation together; None for all."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the rows held out for validation, by whole scenes where scenes are known."""
-    split_seed: Annotated[int, Field(ge=0)] = 0
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the split and of the choice of `max_samples` rows: the same for every trial of a study."""
     skip_bad_rows: bool = False
     """Go on without rows whose image is missing, broken or unsafe; otherwise they are an error."""
@@ -55,24 +58,24 @@ class TrainConfig(BaseModel):
     max_target_length: Annotated[int, Field(ge=1, le=4096)] = 256
     """Longest caption in tokens of the language model, EOS included; longer ones are cut."""
 
-    num_epochs: Annotated[int, Field(ge=1)] = 10
+    num_epochs: Annotated[int, Field(ge=1, le=MOST)] = 10
     """Passes over the training data."""
-    batch_size: Annotated[int, Field(ge=1)] = 4
+    batch_size: Annotated[int, Field(ge=1, le=MOST)] = 4
     """Samples in a batch."""
     group_by_length: bool = False
     """Put captions of about the same length into a batch, as Hugging Face's Trainer does under this name: less padding
     where a run trains alone, and batches that are less of a random sample."""
-    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=MOST)] = 1
     """Batches to an optimizer step."""
-    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    micro_batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None
     """Most samples in one forward pass, for memory alone: the optimizer step stays the same. None for the batch."""
-    eval_batch_size: Annotated[int, Field(ge=1)] = 16
+    eval_batch_size: Annotated[int, Field(ge=1, le=MOST)] = 16
     """Samples in a forward pass of the evaluation: the same for every trial, so that their losses compare."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-4
     """Peak rate of AdamW, reached after the warmup."""
     lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     """Schedule after the warmup."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 100
     """Optimizer steps of linear warmup."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
     """AdamW's decoupled weight decay."""
@@ -80,14 +83,14 @@ class TrainConfig(BaseModel):
     """AdamW's eps. In float16 anything below 6e-8 rounds to zero, see `torch_dtype`."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global L2 norm."""
-    max_nonfinite_steps: Annotated[int, Field(ge=1)] = 3
+    max_nonfinite_steps: Annotated[int, Field(ge=1, le=MOST)] = 3
     """Consecutive steps with a loss, query output or gradient that is not finite before the run ends."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of adapter initialisation, data order and dropout."""
 
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 8
     """Rank of the LoRA update."""
-    lora_alpha: Annotated[float, Field(gt=0)] = 16
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 16
     """LoRA's numerator: updates are scaled by alpha / r (Hu et al. 2021)."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Dropout before lora_A."""
@@ -106,10 +109,10 @@ class TrainConfig(BaseModel):
     for a base that one does not hold; the adapters have to lie on one of them."""
     num_workers: Annotated[int, Field(ge=0, le=128)] = 0
     """DataLoader worker processes; 0 loads in the training process."""
-    prefetch_factor: Annotated[int, Field(ge=1)] = 2
+    prefetch_factor: Annotated[int, Field(ge=1, le=MOST)] = 2
     """Batches each DataLoader worker holds ready."""
 
-    patience: Annotated[int, Field(ge=1)] = 3
+    patience: Annotated[int, Field(ge=1, le=MOST)] = 3
     """Evaluations in a row without a new best before validation loss counts as rising. Real curves set a record
     after two flat epochs, never after three (tests/test_pruning.py holds it to the recorded runs)."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
@@ -179,14 +182,14 @@ def _problems(error: ValidationError) -> list[str]:
     valid = list(TrainConfig.model_fields)
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"]) or "configuration"
+        where = ".".join(str(part) for part in problem["loc"])[:MOST_SHOWN] or "configuration"
         name = str(problem["loc"][0]) if problem["loc"] else ""
         if problem["type"] == "extra_forbidden":
-            lines.append(f"TrainConfig has no {name!r}{nearest(name, valid)}")
+            lines.append(f"TrainConfig has no {shown(name)}{nearest(name, valid)}")
             continue
         message = problem["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
-        given = "" if where == "configuration" else f", but got {name}={problem['input']!r}"
+        given = "" if where == "configuration" else f", but got {name}={shown(problem['input'])}"
         lines.append(f"{where}: {message}{given}")
     return lines
 
@@ -212,10 +215,10 @@ def _scan(settings: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
         key, separator, text = setting.partition("=")
         key = key.strip()
         if not separator or not key:
-            errors.append(f"{setting!r} is not of the form key=value")
+            errors.append(f"{shown(setting)} is not of the form key=value")
             continue
         if key in values:
-            errors.append(f"{key!r} is set twice")
+            errors.append(f"{shown(key)} is set twice")
         values[key] = _read_value(key, text.strip())
     return values, errors
 

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer.config import EMBEDDED, TrainConfig
-from trainer.errors import DataError
+from trainer.errors import DataError, shown
 from trainer.images import IMAGE_ERRORS, content_of, decode, problem_of
 
 DEFAULT_PROMPT = "Describe this image in detail."
@@ -67,11 +67,16 @@ def resolve_folder(data: str) -> Path:
     if data == EMBEDDED:
         from trainer.mini import ensure_data
 
-        return ensure_data()
+        try:
+            return ensure_data()
+        except (OSError, RuntimeError) as error:  # no such place, or no room in it
+            raise DataError(
+                f"the embedded data cannot be written to the cache: {error}; name a folder in LORA_SEARCH_CACHE"
+            ) from None
     try:
         return Path(data).expanduser()
     except RuntimeError as error:  # ~nobody
-        raise DataError(f"the data folder {data!r} cannot be found: {error}") from None
+        raise DataError(f"the data folder {shown(data)} cannot be found: {error}") from None
 
 
 def examine(data: str) -> Examined:
@@ -160,7 +165,7 @@ def _check_image(row: Row, images: Path) -> tuple[str, str | None]:
     """(hash of the image's bytes, None) or ("", what is wrong with it)."""
     try:
         if not row.image.resolve().is_relative_to(images):
-            return "", f"the file name {str(row.image.relative_to(images))!r} leads out of the images folder"
+            return "", f"the file name {shown(str(row.image.relative_to(images)))} leads out of the images folder"
         content = content_of(row.image)
         decode(content)
     except IMAGE_ERRORS as error:
@@ -173,9 +178,10 @@ def _read(folder: Path) -> tuple[list[Row], Path, list[str]]:
     try:
         kind = folder.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"the data folder {str(folder)!r} does not exist") from None
+        raise DataError(f"the data folder {shown(str(folder))} does not exist") from None
     except (OSError, ValueError) as error:  # no permission, a name too long, a null character
-        raise DataError(f"the data folder {str(folder)!r} cannot be read: {error}") from None
+        problem = (error.strerror if isinstance(error, OSError) else None) or error
+        raise DataError(f"the data folder {shown(str(folder))} cannot be read: {problem}") from None
     if not stat.S_ISDIR(kind):
         raise DataError(f"{folder}: the data must be a folder, but this is a file")
     problems: list[str] = []
@@ -264,10 +270,10 @@ def _row(
         return None
     pure = PurePosixPath(name.replace("\\", "/"))
     if not pure.name:
-        problems.append(f"{where}: {name_key!r} must name a file, but is {name!r}")
+        problems.append(f"{where}: {name_key!r} must name a file, but is {shown(name)}")
         return None
     if pure.is_absolute() or ".." in pure.parts:
-        problems.append(f"{where}: the file name {name!r} leads out of the images folder")
+        problems.append(f"{where}: the file name {shown(name)} leads out of the images folder")
         return None
     scene = entry.get("scene")
     if not isinstance(scene, str | int | None):

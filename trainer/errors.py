@@ -9,6 +9,18 @@
 Everything else is a bug of ours and shows its traceback.
 """
 
+MOST_SHOWN = 100
+"""Characters of a value that a message repeats."""
+
+
+def shown(value: object, most: int = MOST_SHOWN) -> str:
+    """The value as a message shows it: its repr, the middle of a long one left out."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - whatever a class's own __repr__ raises, or Python for a number of 5,000 digits
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
+
 
 class UserError(ValueError):
     """Something the user can mend: the message says what is wrong, where, and what to do."""

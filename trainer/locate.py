@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import EMBEDDED
-from trainer.errors import ModelError
+from trainer.errors import ModelError, shown
 
 
 def locate(name: str) -> str:
@@ -23,21 +23,27 @@ def locate(name: str) -> str:
         return str(CHECKPOINT)
     try:
         path = Path(name).expanduser()
-    except RuntimeError as error:  # ~nobody
-        raise ModelError(f"the model folder {name!r} cannot be found: {error}") from None
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+        exists, is_folder = path.exists(), path.is_dir()
+        has_config = is_folder and (path / "config.json").is_file()
+    except (RuntimeError, OSError, ValueError) as error:  # ~nobody, a name too long, a null character
+        raise ModelError(f"the model folder {shown(name)} cannot be found: {_reason(error)}") from None
+    if is_folder:
+        if not has_config:
             raise ModelError(f"the model folder {name!r} has no config.json: it is no Transformers checkpoint")
         return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.exists():
-        raise ModelError(f"the model folder {name!r} does not exist")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or exists:
+        raise ModelError(f"the model folder {shown(name)} does not exist")
     return name
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def check_type(name: str, config: Mapping[str, Any]) -> None:
     """Raise ModelError unless a checkpoint's config.json is an InstructBLIP's."""
     if config.get("model_type") != "instructblip":
-        raise ModelError(f"the model {name!r} is a {config.get('model_type')!r}, but an 'instructblip' is needed")
+        raise ModelError(f"the model {name!r} is a {shown(config.get('model_type'))}, but an 'instructblip' is needed")
 
 
 def check(name: str) -> None:
@@ -52,9 +58,14 @@ def check(name: str) -> None:
     config_file: str | None = str(path / "config.json")
     if not path.is_dir():
         from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-        from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
-        cached = try_to_load_from_cache(name, "config.json")
+        try:
+            cached = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:
+            raise ModelError(
+                f"the model {shown(name)} does not exist: it is no folder, and can be no hub id"
+            ) from None
         config_file = cached if isinstance(cached, str) else None
         if config_file is None:
             try:
@@ -70,7 +81,7 @@ def check(name: str) -> None:
     assert config_file is not None
     try:
         config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"the model {name!r}: its config.json cannot be read ({error})") from None
     if not isinstance(config, dict):
         raise ModelError(f"the model {name!r}: its config.json is no object")

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from search.errors import StorageError
+from search.opening import is_file, sqlite_url
 from trainer import cli
+from trainer.errors import shown
 
 if TYPE_CHECKING:
     import optuna
@@ -69,17 +71,17 @@ def _existing(url: str | None, default: Path, what: str) -> str:
     if url is not None:
         try:
             parsed = sqlalchemy.make_url(url)
-        except sqlalchemy.exc.ArgumentError:
+        except (sqlalchemy.exc.ArgumentError, ValueError):
             return url  # whoever opens it says what is wrong
         if parsed.get_backend_name() != "sqlite" or not parsed.database:
             return url
         default = Path(parsed.database)
-    if not default.is_file():
+    if not is_file(default):
         raise StorageError(
-            f"there is no {what} database {str(default)!r}; name the folder of the search with --runs-dir, "
+            f"there is no {what} database {shown(str(default))}; name the folder of the search with --runs-dir, "
             "or its database with --storage and --tracking-uri"
         )
-    return url or f"sqlite:///{default}"
+    return url or sqlite_url(default)
 
 
 def _options(storage: str | None, tracking_uri: str | None, runs_dir: Path) -> list[str]:

@@ -1,0 +1,200 @@
+"""Calling the command lines in this process as their programs do, up to where workers would get their job.
+
+What a user sees is judged: the exit code, the two streams, and what was written.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from trainer import cli, dataset
+from trainer.dataset import Examined
+
+MOST_CHARACTERS = 20_000
+"""A message longer than this is no message."""
+
+
+class Started(BaseException):
+    """The input was accepted: from here on, workers would train."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program left behind."""
+
+    code: int
+    out: str
+    err: str
+    started: bool
+    """Whether workers would have got a job."""
+
+    @property
+    def accepted(self) -> bool:
+        return self.code == 0
+
+    def check_refused(self, *shown: str) -> None:
+        """Exit code 2, one message without a traceback, which holds these texts."""
+        assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
+        assert not self.started
+        assert "Traceback" not in self.err and "a fault of this program" not in self.err, self.err
+        assert self.err.strip(), "no message"
+        assert len(self.err) < MOST_CHARACTERS, f"a message of {len(self.err)} characters"
+        said = " ".join(self.err.split())
+        for text in shown:
+            assert " ".join(text.split()) in said, f"{text!r} is not in {said}"
+
+    def check(self, *shown: str) -> None:
+        """Accepted, or refused as it should be."""
+        if not self.accepted:
+            self.check_refused(*shown)
+
+
+def call(app: Callable[[], object], arguments: Sequence[str], log_file: Any = lambda: None) -> Outcome:
+    """The program of this app on these arguments."""
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace")]
+    handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
+    started = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["program", *arguments])
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        try:
+            cli.run(app, log_file)
+            code = 0
+        except Started:
+            code, started = 0, True
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            _restore_logging(handlers, level)
+    texts = []
+    for stream in streams:
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode("utf-8"))  # type: ignore[attr-defined]
+    return Outcome(code, *texts, started)
+
+
+def _restore_logging(handlers: list[logging.Handler], level: int) -> None:
+    root = logging.getLogger()
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def search(arguments: Sequence[str]) -> Outcome:
+    """`python -m search.run`, without worker processes: where they would get their job it ends as accepted."""
+    from search import run
+
+    run._log_file = None
+    return call(run.app, arguments, lambda: run._log_file)
+
+
+@contextmanager
+def no_workers() -> Iterator[None]:
+    """No processes, no tuning log, the embedded data examined once."""
+    from search import logkeeper, supervisor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(supervisor, "Crew", _Crew)
+        patch.setattr(supervisor, "Supervisor", _start)
+        patch.setattr(logkeeper, "LogKeeper", _Keeper)
+        patch.setattr(dataset, "examine", _examine)
+        yield
+
+
+_real_examine = dataset.examine
+
+
+@cache
+def _embedded() -> Examined:
+    return _real_examine("mini")
+
+
+def _examine(data: str) -> Examined:
+    return _embedded() if data == "mini" else _real_examine(data)
+
+
+def _start(*_: Any, **__: Any) -> None:
+    raise Started
+
+
+class _Crew:
+    def __init__(self, size: int, threads: int) -> None:
+        self.size = size
+
+    def __enter__(self) -> _Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _Keeper:
+    due = None
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """A new folder for one example: pytest's are one a test."""
+    with tempfile.TemporaryDirectory(prefix="bad-input-") as name:
+        yield Path(name)
+
+
+def written(runs: Path) -> list[str]:
+    """What lies in a runs folder, below it included."""
+    return sorted(str(path.relative_to(runs)) for path in runs.rglob("*")) if runs.exists() else []
+
+
+DEEP = bool(os.environ.get("BAD_INPUT_DEEP"))
+"""Many more examples, others each time: set by test_deep.py."""
+
+
+def examples(quick: int, deep_factor: int = 20) -> settings:
+    """Hypothesis's settings: few examples and always the same ones, unless DEEP."""
+    return settings(
+        max_examples=quick * deep_factor if DEEP else quick,
+        derandomize=not DEEP,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def argument(text: str) -> bool:
+    """Whether a shell can hand the text to a program."""
+    return "\0" not in text and len(text) < 100_000
+
+
+def plain(text: str) -> tuple[str, ...]:
+    """The beginning of a text, where a message shows it as it is."""
+    begin = text[:30]
+    return (begin,) if begin.strip() and begin.isprintable() and not set(begin) & set("'\"\\") else ()
+
+
+ODD = ("", " ", "x" * 5000, "é☃漢字", "\u2028", "\udcff", "../..", "/", "~nobody", "%s", "{0}", "'\"`$()", "nan", "-1")
+"""Texts that break programs."""
+TEXT = st.text(max_size=30).filter(argument) | st.sampled_from(ODD)

@@ -1,0 +1,63 @@
+"""The same through real processes: what only they show, from the shell's bytes to a worker that finds a mistake."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.search_process import ROOT, environment
+
+
+def run(*arguments: str | bytes, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "search.run", *arguments]
+    return subprocess.run(
+        command, capture_output=True, cwd=ROOT, env={**environment(), **variables}, timeout=120, check=False
+    )
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    done = run("--study", "rsicap_mini", "--runs-dir", str(tmp_path / "runs"), "--set", b"data=/\xff\xfe")
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    assert b"\\udcff" in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_a_terminal_without_the_letters(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    text = "from search.study import *\nfrom search.space import *\n"
+    text += "STUDY = Study(name='mine', description='汉字', space={'lora_r': Int(2, 8)}, n_trials=1)\n"
+    file.write_text(text, encoding="utf-8")
+    done = run("--study", str(file), "--dry-run", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert b"\\u6c49" in done.stdout
+
+
+def test_a_study_file_that_ends_the_program(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("import os\nraise SystemExit(0)\n")
+    done = run("--study", str(file), "--runs-dir", str(tmp_path / "runs"))
+    assert done.returncode == 2 and b"line 2: SystemExit: 0" in done.stderr
+    assert os.listdir(tmp_path) == ["mine.py"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [("target_modules=querry", "did you mean 'query'?"), ("device=cuda:99", "device")],
+)
+def test_what_only_a_worker_can_see_starts_no_trial(tmp_path: Path, setting: str, said: str) -> None:
+    from search.database import close_storage, open_storage
+    from search.storage import find_study
+
+    arguments = ("--study", "rsicap_mini", "--runs-dir", str(tmp_path), "--slots", "1", "--set", "max_samples=24")
+    done = run(*arguments, "--set", setting)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert b"Traceback" not in done.stdout + done.stderr
+    assert said in (done.stdout + done.stderr).decode()
+    storage = open_storage(f"sqlite:///{tmp_path / 'optuna.db'}")
+    try:
+        assert find_study(storage, "rsicap_mini").get_trials() == []
+    finally:
+        close_storage(storage)
