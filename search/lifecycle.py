@@ -21,12 +21,13 @@ import optuna
 import psutil
 import sqlalchemy
 from optuna.distributions import BaseDistribution
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import records
 from search.database import exclusive
+from search.patience import PatientStorage
 from search.records import TrialRecord
 
 _CARRIED_OVER = (records.LABEL, records.NOTE, records.OVERRIDES, records.STAGE, records.TRAIN_LOSSES)
@@ -124,6 +125,20 @@ def park(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> None:
     storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
 
+def put_back(study: optuna.Study, worker: Mapping[str, Any], since: datetime) -> None:
+    """Set trials back to WAITING that this worker asked for without being answered.
+
+    Args:
+        study: The study; its lock is held.
+        worker: The worker, see `this_worker`. A trial may have been given to it before it could say who it is.
+        since: When it began to ask.
+    """
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        mine = trial.user_attrs.get(records.WORKER) in (None, worker)
+        if mine and trial.datetime_start is not None and trial.datetime_start >= since:
+            park(study, trial)
+
+
 def requeue_lost(
     study: optuna.Study,
     *,
@@ -144,6 +159,12 @@ def requeue_lost(
     Returns:
         What this call found, by trial number.
     """
+    return _backend(study).patiently(lambda: _requeue_lost(study, is_alive, max_retries))
+
+
+def _requeue_lost(
+    study: optuna.Study, is_alive: Callable[[dict[str, Any]], bool | None], max_retries: int
+) -> tuple[Lost, ...]:
     if not (_gone(study, is_alive) or _without_successor(study, max_retries)):
         return ()
     with exclusive(_backend(study)):
@@ -197,10 +218,10 @@ def _storage(study: optuna.Study) -> BaseStorage:
     return study._storage
 
 
-def _backend(study: optuna.Study) -> RDBStorage:
+def _backend(study: optuna.Study) -> PatientStorage:
     """The RDBStorage under the cache that Optuna wraps it in."""
     backend = getattr(study._storage, "_backend", study._storage)
-    assert isinstance(backend, RDBStorage)
+    assert isinstance(backend, PatientStorage)
     return backend
 
 

@@ -20,7 +20,6 @@ from optuna_dashboard.artifact import get_artifact_path
 
 from search import leaderboard
 from search.diagnosis import Finding, leaf, messages
-from search.mlflow_uri import run_page
 from search.opening import ARTIFACTS
 from search.records import EpochRecord, TrialRecord
 from search.report.render import code, escape, fenced
@@ -46,13 +45,13 @@ def annotate_trial(
     findings: Sequence[Finding],
     epochs: Sequence[EpochRecord],
     config: dict[str, Any],
-    run: tuple[str, str, str],
+    run: str | None,
 ) -> None:
     """Write a trial's note and keep its plot as an artifact. To be called before the trial is told.
 
     Args:
         runs_dir: Artifacts go to `ARTIFACTS` below it.
-        run: (address of MLflow's pages, experiment id, run id).
+        run: Address of the run's page in MLflow, None if it has none yet.
     """
     # Where optuna-dashboard (0.21) looks for constraints; Optuna 5 keeps them one by one, by name. Optuna still reads
     # this form too, as a constraint named "0".
@@ -71,8 +70,7 @@ def annotate_trial(
         lines += [_text(cause, "  - cause: ", "    ")] if cause else []
         lines += [_text(text, "  - advice: ", "    ") for text in messages.advices(finding.advice)]
     lines += ["", _text(messages.leaf_text(leaf(findings)), "Decision tree: "), ""]
-    address, experiment_id, run_id = run
-    lines += [plot, "", f"[Curves in MLflow]({run_page(address, experiment_id, run_id)})", ""]
+    lines += [plot, "", f"[Curves in MLflow]({run})" if run else "MLflow was away when this trial began.", ""]
     lines.append(fenced(leaderboard.training_config(config), "python"))
     save_note(trial, "\n".join(lines))
 

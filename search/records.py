@@ -129,3 +129,5 @@ class StudyRecord:
     parent_run_id: str | None
     tracking_url: str | None = None
     """Address of the MLflow server whose pages show the runs, without credentials; None for a database."""
+    away: bool = False
+    """MLflow did not answer: there is only what Optuna has and what was not yet delivered to MLflow."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from search.errors import StudyError
+from search.errors import DatabaseAway, StudyError, Unavailable
 from search.opening import StorageOption, TrackingOption, sqlite_url
 from trainer import cli
 from trainer.config import MOST
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from search.display import Display
     from search.executors import Executor
     from search.records import TrialRecord
-    from search.run_writer import Status
+    from search.run_store import Status
     from search.study import Study
     from search.supervisor import Crew
     from search.worker import Job
@@ -255,10 +256,13 @@ def _run(
 
     from search import lifecycle, pruning, records, sampling
     from search import storage as store
-    from search import tracking as track
+    from search.courier import Courier
     from search.database import open_storage
+    from search.delivery import Delivery
     from search.display import Live_, Plain
     from search.logkeeper import LogKeeper
+    from search.mlflow_uri import masked
+    from search.runbook import RunBook
     from search.supervisor import Supervisor
     from search.worker import Job, set_up_logging
 
@@ -279,9 +283,12 @@ def _run(
     _make_folder(runs_dir / name)
     set_up_logging(runs_dir / name)
     _log_file = runs_dir / name / "search.log"
-    tracking = track.open_tracking(tracking_uri, runs_dir / "artifacts")
-    experiment = tracking.experiment(name)
-    parent = tracking.parent_run(name, {"data_fingerprint": examined.fingerprint})
+    book = RunBook(tracking_uri, runs_dir / "artifacts", name, runs_dir / name)
+    delivery = Delivery(book.spool, name, book.connect)
+    caught_up = False
+    with suppress(Unavailable):
+        caught_up = delivery.once().records > 0  # what an earlier search left
+    away = book.start_study({"data_fingerprint": examined.fingerprint})
     job = Job(
         study=definition,
         study_name=name,
@@ -303,20 +310,23 @@ def _run(
             goes_on = "tried too often" if lost.successor is None else f"trial {lost.successor} takes up its work"
             display.say(f"trial {lost.number} was lost: {lost.detail}; {goes_on}")
             if lost.run_id is not None:
-                tracking.end_run(lost.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
+                book.end(lost.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
         if gone:  # a worker may have died before it wrote down which run it had begun
-            tracking.close_dangling(experiment, _is_dead)
+            book.close_dangling(_is_dead)
         return lifecycle.unfinished(study)
 
     console = _console()
     display: Display = Live_(console, lambda: lifecycle.read_trials(study)) if console.is_terminal else Plain(console)
-    keeper = LogKeeper(study, tracking, job.folder, _options(storage_url, tracking_uri, runs_dir))
-    tracking.close_dangling(experiment, _is_dead)
+    keeper = LogKeeper(study, book, job.folder, _options(storage_url, tracking_uri, runs_dir))
+    courier = Courier(delivery, masked(tracking_uri), display.say)
+    storage.say = display.say
+    book.close_dangling(_is_dead)
     left = look()
     waiting = left.waiting
     done = lifecycle.counted(study)
     with display:
         display.say(_headline(job, study, done, waiting))
+        courier.start(away)
         code = 0
         if waiting or left.running or done < n_trials:
             keeper.start()
@@ -330,11 +340,32 @@ def _run(
                 hang_timeout_s=hang_timeout_s,
             )
             code = supervisor.run()
+        elif caught_up:
+            keeper.start()  # the log was written without
+    if code == DatabaseAway.exit_code:
+        book.end_study("KILLED", {})
+        courier.close()
+        console.print("\nthe database is away; the same command continues the study once it answers", soft_wrap=True)
+        return code
+    courier.close()  # first, so that the log has what MLflow has
     logs = keeper.close() if keeper.is_alive() else []
     trials = lifecycle.read_trials(study)
-    tracking.end_run(parent, ENDS.get(code, "FAILED"), _study_tags(trials))
+    book.end_study(ENDS.get(code, "FAILED"), _study_tags(trials))
+    undelivered = courier.close(0)
+    book.close_dangling(_is_dead)
     _sum_up(console, trials, job, code, logs)
+    if undelivered is not None:
+        console.print(_undelivered(undelivered, job), markup=False, highlight=False, soft_wrap=True)
     return code
+
+
+def _undelivered(why: str, job: Job) -> str:
+    """What is left to do once MLflow answers."""
+    options = f" --runs-dir {job.runs_dir}" if job.runs_dir != Path("runs") else ""
+    return (
+        f"\nMLflow did not take everything: {why}\nthey are kept in {job.folder / 'spool'}; the same command delivers "
+        f"them, or `python -m search.deliver --study {job.study_name}{options}` with the same --tracking-uri"
+    )
 
 
 def _options(storage_url: str, tracking_uri: str, runs_dir: Path) -> tuple[str, ...]:

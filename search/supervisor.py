@@ -26,7 +26,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from search.display import Display
-from search.errors import StudyError
+from search.errors import DatabaseAway, StudyError
 from search.messages import EpochDone, Gave, Idle, Message, Order, Share, TrialEnded, TrialStarted
 from search.worker import Job, work
 
@@ -323,11 +323,14 @@ class Supervisor:
         exit_code = seat.process.exitcode or 0
         seat.link.close()
         seat.process.close()
+        if exit_code == DatabaseAway.exit_code:
+            self._order = Order.END_AFTER_EPOCH
+            return exit_code  # nobody can be asked what is waiting; the next search will be
         left = self._look(0)
         if seat.gave is not None:
             # A mistake of the user's, or a fault that will be the same for every worker: end all of them.
             self._order = Order.END_AFTER_EPOCH
-            return 2 if seat.gave.user else 1
+            return exit_code or 1
         if exit_code == 0:
             if left and left.waiting and not self._seats and self._order == Order.GO_ON:
                 self._start(seat.index)  # another worker died and left a trial after this one had ended

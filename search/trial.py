@@ -16,10 +16,12 @@ from optuna.trial import TrialState
 
 from search import diagnosis, leaderboard, lifecycle, notes, pruning, records, sampling, staged
 from search.diagnosis import messages
-from search.errors import StorageError
+from search.errors import DatabaseAway, StorageError
 from search.messages import EpochDone, Order, Said, StepDone, TrialEnded, TrialStarted
+from search.mlflow_uri import run_page
 from search.pruning import Verdict
 from search.report.render import escape
+from search.spool import is_local
 from search.tracking import run_status
 from trainer.events import Diverged, EpochEnded, Event, OutOfMemory, RunStarted, StepEnded
 from trainer.loop import history_of
@@ -69,7 +71,7 @@ def fail(trial: optuna.Trial, worker: _Worker, detail: str) -> None:
     run_id = trial.user_attrs.get(records.RUN_ID)
     if run_id:
         tags = {"state": "FAIL", "reason": records.ERROR, "detail": detail}
-        worker.tracking.end_run(run_id, run_status("FAIL"), tags)
+        worker.book.end(run_id, run_status("FAIL"), tags)
 
 
 class TrialRun:
@@ -144,9 +146,17 @@ class TrialRun:
         try:
             self._tell(outcome)
             told = outcome
+        except DatabaseAway:
+            told = self.park()
+            raise
         finally:
             self._end_tracking(told)
         self._announce(outcome)
+
+    def leave(self) -> None:
+        """End its MLflow run as interrupted, where Optuna's database cannot be told; it goes on another time."""
+        if self.recorder is not None:
+            self._end_tracking(self.park())
 
     def fail(self, detail: str) -> None:
         """Tell the trial as FAIL because of a fault, and end its MLflow run if it has one."""
@@ -182,11 +192,10 @@ class TrialRun:
         return folder
 
     def _start_tracking(self) -> RunRecorder:
-        tracking = self.worker.tracking
-        self.experiment_id, parent = self.worker.mlflow_study
+        book = self.worker.book
         run_id = self.trial.user_attrs.get(records.RUN_ID)
         if run_id is not None:
-            tracking.resume_run(run_id)
+            recorder = book.go_on(run_id)
         else:
             name = self.worker.job.study_name
             colour = COLOURS[self.trial.number % len(COLOURS)]
@@ -194,16 +203,10 @@ class TrialRun:
             for key in (records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT, records.SLOTS):
                 if key in self.trial.user_attrs:
                     tags[key] = str(self.trial.user_attrs[key])
-            run_id = tracking.start_run(
-                self.experiment_id,
-                parent,
-                name=self._name(),
-                config=self.config.model_dump(),
-                tags=tags,
-            )
-            self.trial.set_user_attr(records.RUN_ID, run_id)
-        self.run_id: str = run_id
-        return tracking.recorder(run_id)
+            recorder = book.begin(self._name(), self.config.model_dump(), tags)
+        if recorder.run_id != run_id:
+            self.trial.set_user_attr(records.RUN_ID, recorder.run_id)
+        return recorder
 
     def _name(self) -> str:
         """The run's name: legends of MLflow's charts show nothing else, so it holds what tells trials apart."""
@@ -329,13 +332,29 @@ class TrialRun:
                 findings=self.findings,
                 epochs=epochs,
                 config=self.config.model_dump(mode="json"),
-                run=(notes.pages_of(self.worker.job.tracking_uri), self.experiment_id, self.run_id),
+                run=self._page(),
             )
         except Exception:  # a note is worth no trial
             log.exception("trial %d: its note could not be written", self.trial.number)
 
+    def _page(self) -> str | None:
+        """Address of the run's page in MLflow, None if MLflow was away when it began."""
+        assert self.recorder is not None
+        experiment, run_id = self.worker.book.experiment_id(), self.recorder.run_id
+        if experiment is None or is_local(run_id):
+            return None
+        return run_page(notes.pages_of(self.worker.job.tracking_uri), experiment, run_id)
+
     def _end_tracking(self, outcome: Outcome | None) -> None:
-        """End the MLflow run, whatever happened."""
+        """End the MLflow run, whatever happened. What cannot be recorded of it costs no trial: it is told."""
+        assert self.recorder is not None
+        try:
+            self._finish_recorder(outcome)
+        except StorageError as error:
+            log.error("trial %d: %s", self.trial.number, error)
+            self.worker.link.send(Said(text=f"trial {self.trial.number}: {error}"))
+
+    def _finish_recorder(self, outcome: Outcome | None) -> None:
         recorder = self.recorder
         assert recorder is not None
         if outcome is None:  # an exception is on its way; `fail` tells it

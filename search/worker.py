@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from search.errors import DatabaseAway
 from search.messages import Alive, Gave, Idle, Loading, Message, Order, Said, Share, SlotsChosen
 from search.slots import Slots
 from search.study import Study
@@ -28,7 +28,6 @@ from trainer.errors import UserError
 if TYPE_CHECKING:
     import optuna
 
-    from search.tracking import Tracking
     from search.trial import Outcome, TrialRun
     from trainer.bench import Workbench
     from trainer.loop import Happening, Pack
@@ -155,7 +154,7 @@ def work(connection: Connection, gpu: str | None, threads: int) -> None:
         _Worker(job, link).run()
     except UserError as error:
         link.send(Gave(text=str(error), user=True))
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_code) from None
     except Exception as error:
         log.exception("worker ended by a fault")
         if out_of_room(error):
@@ -202,8 +201,9 @@ class _Worker:
         import optuna
         import torch
 
-        from search import lifecycle, pruning, sampling, tracking
-        from search.database import open_storage
+        from search import lifecycle, pruning, sampling
+        from search.database import reopen_storage
+        from search.runbook import RunBook
         from trainer.bench import Workbench
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -211,14 +211,15 @@ class _Worker:
         self.job = job
         self.link = link
         self.base = job.study.base_config()
-        self.storage = open_storage(job.storage_url, heartbeat_s=1, grace_s=round(job.lost_after_s))
+        self.storage = reopen_storage(job.storage_url, heartbeat_s=1, grace_s=round(job.lost_after_s))
+        self.storage.say = lambda text: link.send(Said(text=text))
         self.study: optuna.Study = optuna.load_study(
             study_name=job.study_name,
             storage=self.storage,
             sampler=sampling.make_sampler(job.study, job.strategy, job.n_trials),
             pruner=pruning.pruner_for(job.pruner, self.base),
         )
-        self.tracking: Tracking = tracking.open_tracking(job.tracking_uri, job.runs_dir / "artifacts")
+        self.book = RunBook(job.tracking_uri, job.runs_dir / "artifacts", job.study_name, job.folder)
         self.bench: Workbench = Workbench(job.examined, self.base.data)
         self.identity = {**lifecycle.this_worker(), lifecycle.LOST_AFTER: job.lost_after_s}
         self.slots = Slots(1)
@@ -251,6 +252,11 @@ class _Worker:
             try:
                 while self._train() or self._more_may_come():
                     pass
+            except DatabaseAway:  # nobody can be told now; the trials go on from their checkpoints another time
+                self._held = None
+                for run in self._running.values():
+                    run.leave()
+                raise
             finally:
                 if self._held is not None:  # an end came before its turn; it has no record of its own yet
                     lifecycle.park(self.study, self._held.trial)
@@ -265,6 +271,8 @@ class _Worker:
                 while self._fill(pack):
                     for member, event in pack.round():
                         self._take(pack, member, event)
+            except DatabaseAway:
+                raise
             except Exception as error:  # noqa: BLE001 - whatever it is: told, logged, and the trials go on or fail
                 self._pack_failed(error)
                 return True
@@ -367,6 +375,9 @@ class _Worker:
         try:
             yield
             return
+        except DatabaseAway:
+            run.leave()
+            raise
         except UpdateFinishedTrialError:
             run.let_go()
             self.link.send(Said(text=f"trial {run.trial.number} was taken over by another process; let go here"))
@@ -419,23 +430,28 @@ class _Worker:
 
     def _ask(self) -> optuna.Trial | None:
         """The next trial, or None if the total is reached. One worker at a time counts and asks."""
+        from datetime import datetime
+
         from search import lifecycle, sampling
         from search.database import exclusive
 
-        with exclusive(self.storage):
-            if not lifecycle.wants_another(self.study, self.job.n_trials):
-                return None
-            trial = self.study.ask()
-            trial.set_user_attr("worker", self.identity)
-            lifecycle.heartbeat(self.study, trial)  # a trial that was parked has an old one
-            sampling.suggest(trial, self.job.study)
-        return trial
+        began, tries = datetime.now(), 0
 
-    @cached_property
-    def mlflow_study(self) -> tuple[str, str]:
-        """(experiment, parent run) of the study in MLflow, looked up once: no trial changes them."""
-        name = self.job.study_name
-        return self.tracking.experiment(name), self.tracking.parent_run(name, {})
+        def ask() -> optuna.Trial | None:
+            nonlocal tries
+            tries += 1
+            with exclusive(self.storage):
+                if tries > 1:  # the database went away meanwhile, and may have given a trial before it did
+                    lifecycle.put_back(self.study, self.identity, began)
+                if not lifecycle.wants_another(self.study, self.job.n_trials):
+                    return None
+                trial = self.study.ask()
+                trial.set_user_attr("worker", self.identity)
+                lifecycle.heartbeat(self.study, trial)  # a trial that was parked has an old one
+                sampling.suggest(trial, self.job.study)
+            return trial
+
+        return self.storage.patiently(ask)
 
     def _show_features(self, done: int, total: int) -> None:
         self.link.send(Loading(what=f"vision outputs of {total} images ({100 * done // total} %)"))

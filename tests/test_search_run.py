@@ -274,7 +274,7 @@ BAD = [
     (["--study", "rsicap_mini", "--pruner", "hyperbnd"], "did you mean 'hyperband'?"),
     (["--study", "rsicap_mini", "--storage", "nonsense"], "is no database URL"),
     (["--study", "rsicap_mini", "--storage", "postgresql://u:secret@127.0.0.1:1/x"], "cannot reach the database"),
-    (["--study", "rsicap_mini", "--tracking-uri", "http://127.0.0.1:1"], "127.0.0.1:1"),
+    (["--study", "rsicap_mini", "--tracking-uri", "http://no-such-host.invalid:1"], "no-such-host.invalid:1"),
     (["--study", "rsicap_mini", "--strategy", "stagd"], "'stagd' is not one of"),
     (["--study", "rsicap_mini", "--trials", "0"], "Invalid value"),
     (["--study", "rsicap_mini", "--slots", "17"], "--slots must be auto or a number from 1 to 16"),

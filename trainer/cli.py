@@ -27,7 +27,7 @@ def run(app: Callable[[], object], log_file: Callable[[], Path | None] = lambda:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:  # the outermost place; it is told and logged

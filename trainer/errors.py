@@ -10,6 +10,8 @@
 Everything else is a bug of ours and shows its traceback.
 """
 
+from typing import ClassVar
+
 MOST_SHOWN = 100
 """Characters of a value that a message repeats."""
 
@@ -25,6 +27,9 @@ def shown(value: object, most: int = MOST_SHOWN) -> str:
 
 class UserError(ValueError):
     """Something the user can mend: the message says what is wrong, where, and what to do."""
+
+    exit_code: ClassVar[int] = 2
+    """Of the command that ends with it."""
 
 
 class ConfigError(UserError):
