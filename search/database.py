@@ -25,6 +25,7 @@ from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SAWarning, SQLAlchemyError
 
 from search.errors import StorageError
+from search.secret_urls import secrets, shown
 from trainer.errors import MOST_SHOWN
 from trainer.errors import shown as shown_text
 
@@ -109,11 +110,6 @@ def exclusive(storage: RDBStorage) -> Iterator[None]:
     """
     with _exclusive(storage.engine.url):
         yield
-
-
-def shown(url: URL) -> str:
-    """The URL as it may be printed, its password masked."""
-    return url.render_as_string(hide_password=True)
 
 
 def _first_line(error: BaseException) -> str:
@@ -290,8 +286,8 @@ def _advisory_lock(url: URL) -> Iterator[None]:
 def _explained(url: URL, error: SQLAlchemyError) -> StorageError:
     """What a driver's error means to the user."""
     text = str(error.orig if isinstance(error, DBAPIError) else error).strip() or type(error).__name__
-    if url.password:
-        text = text.replace(str(url.password), "***")
+    for secret in secrets(url):
+        text = text.replace(secret, "***")
     lines = text.splitlines()
     said = lines[-1] if lines[0].startswith("Multiple connection attempts") else lines[0]
     meanings = {

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from filelock import FileLock, Timeout
 
 from search.errors import StorageError
+from search.secret_urls import shown as shown_url
 from trainer.errors import shown
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -34,7 +35,7 @@ CREATE_S = 300
 def masked(uri: str) -> str:
     """The URI with its password as `***`."""
     try:
-        text = sa.make_url(uri).render_as_string(hide_password=True)
+        text = shown_url(sa.make_url(uri))
         return text if len(text) < MOST_CHARACTERS else f"{text[:200]}...{text[-100:]}"
     except (sa.exc.ArgumentError, ValueError):
         return _hidden(uri)

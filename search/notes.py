@@ -6,6 +6,7 @@ optuna-dashboard renders notes as Markdown; whatever comes from data or study fi
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import textwrap
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ WIDTH = 110
 thousands of pixels, and what it does not break itself would run out of the window."""
 OWN = "---\n\nYour own notes, below this line, are kept."
 """What is below it in a study's note was written by hand. One without it is all theirs."""
+PAGES_VARIABLE = "LORA_SEARCH_MLFLOW_PAGES"
 LOCAL_MLFLOW = "http://127.0.0.1:5000"
 """Where `python -m search.ui` serves a database's MLflow pages unless told otherwise."""
 
@@ -104,9 +106,14 @@ def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page
 
 
 def pages_of(tracking_uri: str) -> str:
-    """Address of the pages that show this store: the server itself, or search.ui's for a database."""
+    """Address of the pages that show this store: the server itself, or search.ui's for a database.
+
+    Workers may know the server by a name that browsers do not; LORA_SEARCH_MLFLOW_PAGES then says theirs.
+    """
     from search.mlflow_uri import masked
 
+    if pages := os.environ.get(PAGES_VARIABLE):
+        return masked(pages)
     return masked(tracking_uri) if tracking_uri.startswith("http") else LOCAL_MLFLOW
 
 

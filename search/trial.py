@@ -171,7 +171,8 @@ class TrialRun:
         self.trial.set_user_attr(records.SLOTS, self.worker.slots.most)
         name = attrs.get(FOLDER)
         if name is None:
-            first = lifecycle.lineage(self.study, self.trial.number)[-1]
+            resumed = records.RESUMES in attrs  # without it, there is no need to read the trials
+            first = lifecycle.lineage(self.study, self.trial.number)[-1] if resumed else self.trial.number
             name = f"trials/{first:04d}"
             self.trial.set_user_attr(FOLDER, name)
         folder: Path = self.worker.job.folder / name
@@ -182,7 +183,7 @@ class TrialRun:
 
     def _start_tracking(self) -> RunRecorder:
         tracking = self.worker.tracking
-        self.experiment_id = tracking.experiment(self.worker.job.study_name)
+        self.experiment_id, parent = self.worker.mlflow_study
         run_id = self.trial.user_attrs.get(records.RUN_ID)
         if run_id is not None:
             tracking.resume_run(run_id)
@@ -195,7 +196,7 @@ class TrialRun:
                     tags[key] = str(self.trial.user_attrs[key])
             run_id = tracking.start_run(
                 self.experiment_id,
-                tracking.parent_run(name, {}),
+                parent,
                 name=self._name(),
                 config=self.config.model_dump(),
                 tags=tags,
@@ -392,5 +393,5 @@ class TrialRun:
         )
 
     def _frozen(self) -> Any:
-        """The trial as the storage has it."""
-        return self.study._storage.get_trial(self.trial._trial_id)
+        """The trial as the storage has it: this process alone writes to it, and Optuna keeps what it wrote."""
+        return self.trial._get_latest_trial()

@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,8 +59,9 @@ class Job:
     study: Study
     study_name: str
     """Optuna's name, which tells generations apart."""
-    storage_url: str
-    tracking_uri: str
+    storage_url: str = field(repr=False)
+    """May hold a password, as the next."""
+    tracking_uri: str = field(repr=False)
     runs_dir: Path
     n_trials: int
     strategy: str
@@ -417,20 +419,23 @@ class _Worker:
 
     def _ask(self) -> optuna.Trial | None:
         """The next trial, or None if the total is reached. One worker at a time counts and asks."""
-        from optuna.trial import TrialState
-
         from search import lifecycle, sampling
         from search.database import exclusive
 
         with exclusive(self.storage):
-            waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if not waiting and lifecycle.counted(self.study) >= self.job.n_trials:
+            if not lifecycle.wants_another(self.study, self.job.n_trials):
                 return None
             trial = self.study.ask()
             trial.set_user_attr("worker", self.identity)
             lifecycle.heartbeat(self.study, trial)  # a trial that was parked has an old one
             sampling.suggest(trial, self.job.study)
         return trial
+
+    @cached_property
+    def mlflow_study(self) -> tuple[str, str]:
+        """(experiment, parent run) of the study in MLflow, looked up once: no trial changes them."""
+        name = self.job.study_name
+        return self.tracking.experiment(name), self.tracking.parent_run(name, {})
 
     def _show_features(self, done: int, total: int) -> None:
         self.link.send(Loading(what=f"vision outputs of {total} images ({100 * done // total} %)"))

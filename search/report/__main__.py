@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from search.errors import StorageError
-from search.opening import is_file, sqlite_url
+from search.opening import StorageOption, TrackingOption, is_file, sqlite_url
 from trainer import cli
 from trainer.errors import shown
 
@@ -27,8 +27,8 @@ def main(
         Literal["md", "html"], typer.Option("--format", help="Markdown with plots beside it, or one HTML file.")
     ] = "md",
     out: Annotated[Path | None, typer.Option(help="The file; RUNS_DIR/STUDY/tuning-log.md by default.")] = None,
-    storage: Annotated[str | None, typer.Option(help="Optuna's database URL; runs/optuna.db by default.")] = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's URI; runs/mlflow.db by default.")] = None,
+    storage: StorageOption = None,
+    tracking_uri: TrackingOption = None,
     runs_dir: Annotated[Path, typer.Option(help="Folder of the studies and of both databases.")] = Path("runs"),
 ) -> None:
     """Write the tuning log of a study from what Optuna and MLflow recorded of it."""
