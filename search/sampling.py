@@ -200,7 +200,7 @@ class KnownSpaceTPE(TPESampler):
     """Optuna's TPE, told which params are sampled together.
 
     Optuna finds out by comparing the distributions of all finished trials: afresh for each trial, as each has a
-    sampler of its own, and for 0.2 s where there are 10,000 (docs/scaling_measured.md). A study here has one
+    sampler of its own, and for 0.2 s where there are 10,000 (docs/scaling.md). A study here has one
     definition, which every trial's params follow, so the answer is known: its whole space.
 
     Args:
