@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -187,7 +187,16 @@ def counted(study: optuna.Study) -> int:
     Every trial does, whatever its state, unless another has taken up its work: the two are one. Waiting trials
     count as they are going to run, a lost trial that was tried too often as it has used its turn.
     """
+    return _counted(study.get_trials(deepcopy=False))
+
+
+def wants_another(study: optuna.Study, n_trials: int) -> bool:
+    """Whether a trial waits, or fewer than `n_trials` count so far. Reads the trials once."""
     trials = study.get_trials(deepcopy=False)
+    return any(t.state == TrialState.WAITING for t in trials) or _counted(trials) < n_trials
+
+
+def _counted(trials: Sequence[FrozenTrial]) -> int:
     return len(trials) - len({t.user_attrs[records.RESUMES] for t in trials if records.RESUMES in t.user_attrs})
 
 

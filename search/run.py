@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import optuna
 
     from search.display import Display
+    from search.executors import Executor
     from search.records import TrialRecord
     from search.run_store import Status
     from search.study import Study
@@ -55,6 +56,15 @@ def main(
     workers: Annotated[
         int | None, typer.Option(min=1, max=MOST_WORKERS, help="Worker processes; one a GPU by default.")
     ] = None,
+    gpus_per_worker: Annotated[
+        int, typer.Option(min=1, help="GPUs that a worker sees; several for --set device_map=auto.")
+    ] = 1,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="Workers on this machine, or on the nodes of a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="The Ray cluster's address, host:port; by default this machine's.")
+    ] = None,
     slots: Annotated[
         str,
         typer.Option(help="Trials that a worker trains at once: auto, or 1 to 16. With --strategy staged, auto is 1."),
@@ -76,6 +86,7 @@ def main(
 ) -> None:
     """Search hyperparameters of LoRA fine-tunings of InstructBLIP. Run again to continue a study."""
     from search import study as studies
+    from search.executors import Executor
 
     if list_:
         _list()
@@ -99,16 +110,20 @@ def main(
     slots_wanted = read_slots(slots)
     if strategy == "staged" and slots_wanted is None:
         slots_wanted = 1  # a stage begins from what the one before has found, so its trials must have ended
+    where = Executor(kind=executor, workers=workers, gpus_per_worker=gpus_per_worker, ray_address=ray_address)
+    where.check(definition)
     if dry_run:
         _dry_run(definition, n_trials, strategy, pruner)
         return
+    if executor == "ray":
+        runs_dir = runs_dir.resolve()  # the workers are in other folders
     code = _search(
         definition,
         n_trials=n_trials,
         timeout_s=timeout_s,
         hang_timeout_s=hang_timeout_s,
         lost_after_s=lost_after_s,
-        workers=workers,
+        executor=where,
         slots=slots_wanted,
         strategy=strategy,
         pruner=pruner,
@@ -183,6 +198,7 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
     import optuna
 
     from search import leaderboard, prepare, sampling, staged
+    from trainer import memory
 
     examined = prepare.check(study)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -190,6 +206,9 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
     print(f"{n_trials} trials, strategy {strategy}, sampler {study.sampler}, pruner {pruner}, seed {study.seed}")
     skipped = f", {len(examined.bad)} bad ones skipped" if examined.bad else ""
     print(f"data {examined.folder}: {len(examined.rows)} rows{skipped}, fingerprint {examined.fingerprint}")
+    need = memory.needed(study.base_config().model, study.base_config().torch_dtype)
+    if need is not None:
+        print(f"base {study.base_config().model}: {need} in {study.base_config().torch_dtype}")
     print("search space:")
     for name, param in study.space.items():
         print(f"  {name}: {param}")
@@ -204,15 +223,13 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
     print("nothing was run (--dry-run)")
 
 
-def _search(definition: Study, *, workers: int | None, **options: Any) -> int:
+def _search(definition: Study, *, executor: Executor, storage_url: str, tracking_uri: str, **options: Any) -> int:
     """Check, start the workers, and run the search; returns the exit code."""
     from search import prepare
-    from search.supervisor import Crew, gpus
 
     examined = prepare.check(definition)
-    count = workers or max(1, len(gpus()))
-    with Crew(count, _threads(count)) as crew:
-        return _run(definition, crew, examined, **options)
+    with executor.crew({"--storage": storage_url, "--tracking-uri": tracking_uri}) as crew:
+        return _run(definition, crew, examined, storage_url=storage_url, tracking_uri=tracking_uri, **options)
 
 
 def _run(
@@ -282,13 +299,13 @@ def _run(
         strategy=strategy,
         pruner=pruner,
         examined=examined,
-        threads=_threads(crew.size),
+        threads=crew.threads,
         slots=slots,
         lost_after_s=lost_after_s,
     )
 
     def look() -> lifecycle.Unfinished:
-        gone = lifecycle.requeue_lost(study)
+        gone = lifecycle.requeue_lost(study, is_alive=crew.alive)
         for lost in gone:
             goes_on = "tried too often" if lost.successor is None else f"trial {lost.successor} takes up its work"
             display.say(f"trial {lost.number} was lost: {lost.detail}; {goes_on}")
@@ -375,13 +392,6 @@ def _is_dead(tags: Any) -> bool:
     if tags.get("kind") != "trial" or tags.get("host") != socket.gethostname():
         return False
     return not psutil.pid_exists(int(tags.get("pid", "0") or 0))
-
-
-def _threads(workers: int) -> int:
-    """BLAS threads for each worker: its share of the cores."""
-    import os
-
-    return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def _console() -> Any:

@@ -181,7 +181,8 @@ class TrialRun:
         self.trial.set_user_attr(records.SLOTS, self.worker.slots.most)
         name = attrs.get(FOLDER)
         if name is None:
-            first = lifecycle.lineage(self.study, self.trial.number)[-1]
+            resumed = records.RESUMES in attrs  # without it, there is no need to read the trials
+            first = lifecycle.lineage(self.study, self.trial.number)[-1] if resumed else self.trial.number
             name = f"trials/{first:04d}"
             self.trial.set_user_attr(FOLDER, name)
         folder: Path = self.worker.job.folder / name
@@ -411,5 +412,5 @@ class TrialRun:
         )
 
     def _frozen(self) -> Any:
-        """The trial as the storage has it."""
-        return self.study._storage.get_trial(self.trial._trial_id)
+        """The trial as the storage has it: this process alone writes to it, and Optuna keeps what it wrote."""
+        return self.trial._get_latest_trial()

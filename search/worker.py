@@ -432,8 +432,6 @@ class _Worker:
         """The next trial, or None if the total is reached. One worker at a time counts and asks."""
         from datetime import datetime
 
-        from optuna.trial import TrialState
-
         from search import lifecycle, sampling
         from search.database import exclusive
 
@@ -445,8 +443,7 @@ class _Worker:
             with exclusive(self.storage):
                 if tries > 1:  # the database went away meanwhile, and may have given a trial before it did
                     lifecycle.put_back(self.study, self.identity, began)
-                waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-                if not waiting and lifecycle.counted(self.study) >= self.job.n_trials:
+                if not lifecycle.wants_another(self.study, self.job.n_trials):
                     return None
                 trial = self.study.ask()
                 trial.set_user_attr("worker", self.identity)

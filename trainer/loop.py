@@ -97,7 +97,7 @@ class Pack:
     def _key_of(self, config: TrainConfig) -> tuple[object, ...]:
         """What runs must have in common: the base, how it computes, and in which form they see images."""
         seen = config.cache_features and not self.bench.adapts_vision(config)
-        return (config.model, config.torch_dtype, config.device, config.matmul_precision, seen)
+        return (config.model, config.torch_dtype, config.device, config.device_map, config.matmul_precision, seen)
 
     def add(self, config: TrainConfig, out_dir: Path) -> Member:
         """Take a run in; it begins with the next round, and disturbs none that is under way.
@@ -110,8 +110,9 @@ class Pack:
                 "runs that train together need the same model, torch_dtype, device, matmul_precision and "
                 "cache_features"
             )
-        device = runtime.prepare(config)
+        runtime.prepare(config)
         base = self.bench.base(config)
+        device = base.device
         if self._hooks is None or self._hooks.model is not base.model:
             self._hooks = Hooks(base.model)
         member = Member(config, self.bench, out_dir, device)
