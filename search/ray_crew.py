@@ -113,10 +113,13 @@ class RayCrew(Crew):
         if ray.is_initialized():
             return
         self._reach()
+        where = self._address or (None if _left_behind() else "auto")
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
             try:
-                ray.init(address=self._address or "auto", **quiet)
+                if where is None:
+                    raise ConnectionError
+                ray.init(address=where, **quiet)
             except ConnectionError:
                 if self._address is not None:
                     raise
@@ -332,6 +335,23 @@ class RemoteProcess:
     def _say(self, text: str) -> None:
         log.error("%s", text)
         self._pass_on(Said(text=text))
+
+
+def _left_behind() -> bool:
+    """Whether the cluster that Ray remembers of this machine is gone: killed, it leaves its address behind, at which
+    Ray would try for minutes."""
+    from ray._private import utils
+
+    if "RAY_ADDRESS" in os.environ or not hasattr(utils, "read_ray_address"):
+        return False
+    host, _, port = (utils.read_ray_address() or "").rpartition(":")
+    if not host or not port.isdigit():
+        return False
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError:
+        return True
+    return False
 
 
 def _keep_off_the_terminal() -> None:

@@ -468,6 +468,7 @@ def count_tensors() -> int:
     return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_from_run_to_run(bench: Workbench, small: Small, tmp_path: Path) -> None:
     process = psutil.Process()
 

@@ -111,6 +111,7 @@ def test_everything_is_recorded(finished: tuple[Path, str]) -> None:
         assert steps[0].loss is not None and steps[0].grad_norm is not None
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_study(finished: tuple[Path, str], tmp_path: Path) -> None:
     runs, _ = finished
     again = run(command(tmp_path, "--trials", "3"))

@@ -136,6 +136,7 @@ def test_connections_cut(postgres: Postgres, opened: Callable[[str], PatientStor
     check(study)
 
 
+@pytest.mark.slow
 def test_the_server_is_restarted(postgres: Postgres, opened: Callable[[str], PatientStorage]) -> None:
     storage = opened(postgres.new_database())
     study = open_study(storage, STUDY)

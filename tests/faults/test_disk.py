@@ -42,6 +42,7 @@ def fill(disk: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_checkpoints(
     tiny_checkpoint: Path, tmp_path: Path, disk: Path, start: Start, bench: Any
 ) -> None:

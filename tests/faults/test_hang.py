@@ -25,6 +25,7 @@ from trainer.model import forward
 Start = Callable[[list[str]], Search]
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_replaced(tiny_checkpoint: Path, tmp_path: Path, start: Start, bench: Any) -> None:
     place = Place(tmp_path / "runs")
     file = write_study(tmp_path, tiny_checkpoint, trials=1, num_epochs=30)

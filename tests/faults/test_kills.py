@@ -17,6 +17,7 @@ from tests.search_process import Search
 Start = Callable[[list[str]], Search]
 
 
+@pytest.mark.slow
 def test_supervisor_and_worker_are_killed_at_once(
     tiny_checkpoint: Path, tmp_path: Path, start: Start, bench: Any
 ) -> None:
