@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow every process on a small machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow check install clean
+.PHONY: demo test test-slow check audit install clean
 
 install: .venv/installed
 
@@ -31,5 +31,14 @@ test: check
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 1800
 
+# Known vulnerabilities of the pinned versions. In an environment of its own: pip-audit needs pins of its own.
+audit: .venv-audit/installed
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+.venv-audit/installed:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet 'pip-audit>=2.9'
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-audit build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

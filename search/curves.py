@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import sqlalchemy as sa
 
 from search.errors import StorageError
 from search.records import EpochRecord, StepRecord
+from search.spool import Create, End, Resume, Spool, Write
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """(step, value) in the order they were written, by metric."""
@@ -51,6 +52,47 @@ def epoch_records(curves: Curves) -> tuple[EpochRecord, ...]:
 def step_records(curves: Curves) -> tuple[StepRecord, ...]:
     """The metrics at step = optimizer step."""
     return tuple(StepRecord(step=step, **values) for step, values in _by_step(curves, STEP_METRICS))
+
+
+def spooled(spool: Spool) -> dict[str, RunCurves]:
+    """What a spool holds of its runs, by the ids they have there."""
+    found = {}
+    for run_id in spool.runs():
+        curves: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
+        tags: dict[str, str] = {}
+        status = "RUNNING"
+        for entry, _ in spool.read(run_id):
+            match entry:
+                case Write():
+                    tags.update(entry.tags)
+                    for point in entry.points:
+                        curves[point.key].append((point.step, point.value))
+                case Create() | Resume():
+                    tags.update(entry.tags)
+                case End():
+                    tags.update(entry.tags)
+                    status = entry.status
+        found[run_id] = RunCurves(status=status, tags=tags, epochs=epoch_records(curves), steps=step_records(curves))
+    return found
+
+
+def merged(delivered: RunCurves | None, kept: RunCurves | None) -> RunCurves:
+    """A run of which a part is delivered, and a part still in the spool."""
+    if delivered is None or kept is None:
+        run = delivered or kept
+        assert run is not None
+        return run
+    epochs = {record.epoch: record for record in delivered.epochs}
+    for record in kept.epochs:
+        known = {key: value for key, value in vars(record).items() if value is not None}
+        epochs[record.epoch] = replace(epochs.get(record.epoch, record), **known)
+    steps = {record.step: record for record in (*kept.steps, *delivered.steps)}
+    return RunCurves(
+        status=kept.status,
+        tags={**delivered.tags, **kept.tags},
+        epochs=tuple(epochs[epoch] for epoch in sorted(epochs)),
+        steps=tuple(steps[step] for step in sorted(steps)),
+    )
 
 
 class SqlReader:

@@ -7,11 +7,13 @@ SQLite and PostgreSQL behave alike behind it:
     transactions  on SQLite they take the write lock when they begin, as SELECT ... FOR UPDATE does on PostgreSQL,
                   so that no two workers can take the same waiting trial
     clock         heartbeats are written and judged by the database's clock, never by a host's
+    absence       calls are done again while the database is away or locked, see `search.patience`
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +27,17 @@ from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SAWarning, SQLAlchemyError
 
 from search.errors import StorageError
+from search.patience import PatientStorage, is_away, patiently
+from search.secret_urls import secrets, shown
 from trainer.errors import MOST_SHOWN
 from trainer.errors import shown as shown_text
 
+log = logging.getLogger("search.database")
+
 WAIT_S = 60
 """Longest wait for another process's lock."""
+BUSY_S = 10
+"""Longest wait of one call for another process's lock on a SQLite file; calls are done again."""
 CONNECT_TIMEOUT_S = 10
 """Longest wait for a database server to answer."""
 GRACE_HEARTBEATS = 10
@@ -41,7 +49,7 @@ _SQLITE_HEADER = b"SQLite format 3\x00"
 _PG_LOCK = 7_305_515_412  # any number, the same for all of this program's processes
 
 
-def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None) -> RDBStorage:
+def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None) -> PatientStorage:
     """Optuna's storage at an SQLAlchemy URL, its schema created if the database is empty.
 
     Optuna's own heartbeat stays off: it works inside `Study.optimize` only and warns at every `ask`. Our worker
@@ -68,7 +76,7 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None)
             undo.callback(engine.dispose)  # a constructor that fails would leave its connections open
             with _exclusive(parsed):
                 _refuse_foreign(parsed, engine)
-                storage = RDBStorage(
+                storage = PatientStorage(
                     # Optuna fills {SCHEMA_VERSION} into URLs, so braces, e.g. of a password, are doubled.
                     parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
                     engine_kwargs={"pool": engine.pool},
@@ -92,6 +100,26 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None)
     return storage
 
 
+def reopen_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None) -> PatientStorage:
+    """As `open_storage`, of a database that was there a moment ago: waits for it as calls do.
+
+    Raises:
+        StorageError: as `open_storage`.
+        DatabaseAway: it does not come back.
+    """
+
+    def open_or_raise() -> PatientStorage:
+        try:
+            return open_storage(url, heartbeat_s=heartbeat_s, grace_s=grace_s)
+        except StorageError as error:
+            cause = error.__context__
+            if isinstance(cause, SQLAlchemyError) and is_away(cause):
+                raise cause from None
+            raise
+
+    return patiently(_parse(url), open_or_raise, log.warning)
+
+
 def close_storage(storage: RDBStorage) -> None:
     """Close the connections of this process."""
     storage.remove_session()
@@ -99,21 +127,24 @@ def close_storage(storage: RDBStorage) -> None:
 
 
 @contextmanager
-def exclusive(storage: RDBStorage) -> Iterator[None]:
+def exclusive(storage: PatientStorage) -> Iterator[None]:
     """Hold the database's lock among this program's processes; not reentrant. A process that dies gives it up.
 
     Optuna's transactions are not held up by it: it makes several of them one step.
 
     Raises:
         StorageError: another process held it for `WAIT_S` seconds.
+        DatabaseAway: the database does not answer.
     """
-    with _exclusive(storage.engine.url):
+    url = storage.engine.url
+    with contextlib.ExitStack() as held:
+        try:
+            storage.patiently(lambda: held.enter_context(_exclusive(url)))
+        except SQLAlchemyError as error:
+            if is_away(error):  # within a larger step that is done again as a whole
+                raise
+            raise _explained(url, error) from None
         yield
-
-
-def shown(url: URL) -> str:
-    """The URL as it may be printed, its password masked."""
-    return url.render_as_string(hide_password=True)
 
 
 def _first_line(error: BaseException) -> str:
@@ -237,6 +268,7 @@ def _lock_at_begin(engine: Engine) -> None:
         connection.isolation_level = None
         # In WAL mode a power cut may cost the last commits with NORMAL, never the database; a crash costs nothing.
         connection.execute("PRAGMA synchronous=NORMAL").close()
+        connection.execute(f"PRAGMA busy_timeout={1000 * min(BUSY_S, WAIT_S):.0f}").close()
 
     def begun(connection: sqlalchemy.Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -278,20 +310,17 @@ def _advisory_lock(url: URL) -> Iterator[None]:
         url, poolclass=sqlalchemy.NullPool, isolation_level="AUTOCOMMIT", connect_args=options["connect_args"]
     )
     with contextlib.ExitStack() as stack:
-        try:
-            connection = stack.enter_context(engine.connect())
-            connection.exec_driver_sql(f"SET lock_timeout = '{WAIT_S}s'")
-            connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(_PG_LOCK)))
-        except SQLAlchemyError as error:
-            raise _explained(url, error) from None
+        connection = stack.enter_context(engine.connect())
+        connection.exec_driver_sql(f"SET lock_timeout = '{WAIT_S}s'")
+        connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(_PG_LOCK)))
         yield  # closing the connection gives the lock up
 
 
 def _explained(url: URL, error: SQLAlchemyError) -> StorageError:
     """What a driver's error means to the user."""
     text = str(error.orig if isinstance(error, DBAPIError) else error).strip() or type(error).__name__
-    if url.password:
-        text = text.replace(str(url.password), "***")
+    for secret in secrets(url):
+        text = text.replace(secret, "***")
     lines = text.splitlines()
     said = lines[-1] if lines[0].startswith("Multiple connection attempts") else lines[0]
     meanings = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from search import leaderboard
 from search.messages import (
+    Alive,
     EpochDone,
     Gave,
     Idle,
@@ -220,5 +221,5 @@ def _line(message: Message) -> str:
             return message.text
         case Gave():
             return f"a worker ended: {message.text}"
-        case StepDone() | Idle():
+        case StepDone() | Idle() | Alive():
             return ""

@@ -4,7 +4,11 @@ trainer.errors.UserError
 ├── StudyError        a study file or search space that cannot be meant
 ├── DefinitionChanged a study that exists under this name with another definition
 └── StorageError      a database or tracking server that cannot be opened or reached
+    ├── Unavailable   MLflow's store does not answer now
+    └── DatabaseAway  Optuna's database has not answered for as long as a search waits
 """
+
+from typing import ClassVar
 
 from trainer.errors import UserError
 
@@ -19,3 +23,13 @@ class DefinitionChanged(UserError):
 
 class StorageError(UserError):
     """A database or tracking server cannot be opened or reached."""
+
+
+class Unavailable(StorageError):
+    """The store does not answer now; the same call may succeed later."""
+
+
+class DatabaseAway(StorageError):
+    """Optuna's database has not answered for long; the same command goes on once it does."""
+
+    exit_code: ClassVar[int] = 75  # EX_TEMPFAIL of sysexits.h: try again later

@@ -11,25 +11,39 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import optuna
 import psutil
 import sqlalchemy
 from optuna.distributions import BaseDistribution
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import records
 from search.database import exclusive
+from search.patience import PatientStorage
 from search.records import TrialRecord
 
 _CARRIED_OVER = (records.LABEL, records.NOTE, records.OVERRIDES, records.STAGE, records.TRAIN_LOSSES)
 """Attributes that a trial hands to the one that takes up its work."""
+
+
+LOST_AFTER = "lost_after_s"
+"""In `records.WORKER`: seconds without a heartbeat after which the worker wants its trials to be taken over."""
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """How many trials are not in a final state."""
+
+    waiting: int
+    running: int
 
 
 @dataclass(frozen=True)
@@ -40,12 +54,19 @@ class Lost:
     detail: str
     successor: int | None
     """Number of the waiting trial that takes up its work; None once it has been tried often enough."""
+    run_id: str | None = None
+    """Its MLflow run."""
 
 
 def this_worker() -> dict[str, Any]:
     """This process, as `records.WORKER` of the trials it runs."""
     process = psutil.Process()
-    return {"host": socket.gethostname(), "pid": process.pid, "started_s": process.create_time()}
+    return {
+        "host": socket.gethostname(),
+        "pid": process.pid,
+        "started_s": process.create_time(),
+        "since_boot": _since_boot(process.pid),
+    }
 
 
 def local_worker_alive(worker: Mapping[str, Any]) -> bool | None:
@@ -54,16 +75,41 @@ def local_worker_alive(worker: Mapping[str, Any]) -> bool | None:
         return None
     try:
         process = psutil.Process(worker["pid"])
-        # Linux derives start times from the clock; a correction of it moves them a little.
-        same = abs(process.create_time() - worker["started_s"]) < 2
+        started = worker.get("since_boot")
+        if started is not None:
+            same = started == _since_boot(worker["pid"])
+        else:
+            same = abs(process.create_time() - worker["started_s"]) < 2
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-def heartbeat(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> None:
-    """Record, by the database's clock, that the trial's worker is alive."""
-    _backend(study).record_heartbeat(trial._trial_id)
+def _since_boot(pid: int) -> str | None:
+    """When a process started, as Linux counts it: the boot's id and clock ticks since; None elsewhere.
+
+    Unlike psutil's start time, which is derived from the time of day, no change of the clock moves it.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return f"{boot}:{stat.rpartition(')')[2].split()[19]}"  # the 22nd field; the second, in brackets, may hold spaces
+
+
+def heartbeat(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> bool:
+    """Record, by the database's clock, that the trial's worker is alive; False if the trial is finished."""
+    backend = _backend(study)
+    backend.record_heartbeat(trial._trial_id)
+    return not backend.get_trial(trial._trial_id).state.is_finished()
+
+
+def unfinished(study: optuna.Study) -> Unfinished:
+    """How many trials wait and run, on whatever host."""
+    states = (TrialState.WAITING, TrialState.RUNNING)
+    found = [trial.state for trial in study.get_trials(deepcopy=False, states=states)]
+    return Unfinished(found.count(TrialState.WAITING), found.count(TrialState.RUNNING))
 
 
 def park(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> None:
@@ -79,6 +125,20 @@ def park(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> None:
     storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
 
+def put_back(study: optuna.Study, worker: Mapping[str, Any], since: datetime) -> None:
+    """Set trials back to WAITING that this worker asked for without being answered.
+
+    Args:
+        study: The study; its lock is held.
+        worker: The worker, see `this_worker`. A trial may have been given to it before it could say who it is.
+        since: When it began to ask.
+    """
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        mine = trial.user_attrs.get(records.WORKER) in (None, worker)
+        if mine and trial.datetime_start is not None and trial.datetime_start >= since:
+            park(study, trial)
+
+
 def requeue_lost(
     study: optuna.Study,
     *,
@@ -92,12 +152,19 @@ def requeue_lost(
     A live process is never taken for lost, however late its heartbeats are: a laptop may have slept.
 
     The successor has the params, reports, label, overrides and stage of the lost trial; `records.RESUMES` names
-    it and `records.ATTEMPT` counts. A process that dies between the two steps leaves nothing undone: the next
-    call queues what is missing.
+    it and `records.ATTEMPT` counts the times that it was taken up again since it last got an epoch further: on hosts
+    that come and go a long trial is lost often, and one that kills its worker never gets anywhere. A process that dies
+    between the two steps leaves nothing undone: the next call queues what is missing.
 
     Returns:
         What this call found, by trial number.
     """
+    return _backend(study).patiently(lambda: _requeue_lost(study, is_alive, max_retries))
+
+
+def _requeue_lost(
+    study: optuna.Study, is_alive: Callable[[dict[str, Any]], bool | None], max_retries: int
+) -> tuple[Lost, ...]:
     if not (_gone(study, is_alive) or _without_successor(study, max_retries)):
         return ()
     with exclusive(_backend(study)):
@@ -106,11 +173,12 @@ def requeue_lost(
             _fail_as_lost(study, trial, detail)
         requeued = _without_successor(study, max_retries)
         for trial in requeued:
-            study.add_trial(_successor(trial))
+            study.add_trial(_successor(trial, _attempt(study, trial)))
     details = {trial.number: detail for trial, detail in gone}
     details |= {t.number: t.user_attrs.get(records.DETAIL, "") for t in requeued if t.number not in details}
     successors = {t.user_attrs.get(records.RESUMES): t.number for t in study.get_trials(deepcopy=False)}
-    return tuple(Lost(number, details[number], successors.get(number)) for number in sorted(details))
+    runs = {trial.number: trial.user_attrs.get(records.RUN_ID) for trial in (*(t for t, _ in gone), *requeued)}
+    return tuple(Lost(number, details[number], successors.get(number), runs[number]) for number in sorted(details))
 
 
 def counted(study: optuna.Study) -> int:
@@ -119,7 +187,16 @@ def counted(study: optuna.Study) -> int:
     Every trial does, whatever its state, unless another has taken up its work: the two are one. Waiting trials
     count as they are going to run, a lost trial that was tried too often as it has used its turn.
     """
+    return _counted(study.get_trials(deepcopy=False))
+
+
+def wants_another(study: optuna.Study, n_trials: int) -> bool:
+    """Whether a trial waits, or fewer than `n_trials` count so far. Reads the trials once."""
     trials = study.get_trials(deepcopy=False)
+    return any(t.state == TrialState.WAITING for t in trials) or _counted(trials) < n_trials
+
+
+def _counted(trials: Sequence[FrozenTrial]) -> int:
     return len(trials) - len({t.user_attrs[records.RESUMES] for t in trials if records.RESUMES in t.user_attrs})
 
 
@@ -141,10 +218,10 @@ def _storage(study: optuna.Study) -> BaseStorage:
     return study._storage
 
 
-def _backend(study: optuna.Study) -> RDBStorage:
+def _backend(study: optuna.Study) -> PatientStorage:
     """The RDBStorage under the cache that Optuna wraps it in."""
     backend = getattr(study._storage, "_backend", study._storage)
-    assert isinstance(backend, RDBStorage)
+    assert isinstance(backend, PatientStorage)
     return backend
 
 
@@ -164,17 +241,17 @@ def _gone(study: optuna.Study, is_alive: Callable[[dict[str, Any]], bool | None]
         if silent_s is None:
             silent_s = _silences(study)
         silence = silent_s.get(trial.number, 0.0)
-        grace = _backend(study).grace_period
+        grace = (worker or {}).get(LOST_AFTER) or _backend(study).grace_period
         if grace is not None and silence > grace:
-            found.append((trial, f"{where} has not been heard of for {silence:.0f} s, more than {grace} s"))
+            found.append((trial, f"{where} has not been heard of for {silence:.0f} s, more than {grace:.0f} s"))
     return found
 
 
 def _silences(study: optuna.Study) -> dict[int, float]:
     """Seconds since each RUNNING trial was last heard of: its heartbeat or, if later, its start.
 
-    A trial that was parked and taken up again has a heartbeat from before, hence the start. That one is by its
-    worker's clock, which can only make the silence look shorter.
+    A trial that was parked and taken up again has a heartbeat from before for a moment, hence the start. That one is
+    by its worker's clock: a start that lies ahead says that the clocks differ, and nothing else.
     """
     backend = _backend(study)
     query = (
@@ -190,7 +267,8 @@ def _silences(study: optuna.Study) -> dict[int, float]:
     silences = {}
     for number, beat, now in rows:
         start = starts.get(number)
-        times = [(datetime.now() - start).total_seconds()] if start else []
+        since_start = (datetime.now() - start).total_seconds() if start else -1.0
+        times = [since_start] if since_start >= 0 else []
         if beat is not None:
             # PostgreSQL's now() has a time zone, Optuna's column stores it without.
             times.append((now.replace(tzinfo=None) - beat).total_seconds())
@@ -219,19 +297,26 @@ def _without_successor(study: optuna.Study, max_retries: int) -> list[FrozenTria
         for t in trials
         if t.state == TrialState.FAIL
         and t.user_attrs.get(records.REASON) == records.LOST
-        and t.user_attrs.get(records.ATTEMPT, 0) < max_retries
         and t.number not in resumed
+        and _attempt(study, t) <= max_retries
     ]
 
 
-def _successor(lost: FrozenTrial) -> FrozenTrial:
+def _attempt(study: optuna.Study, lost: FrozenTrial) -> int:
+    """`records.ATTEMPT` of the trial that is to take up the work of a lost one."""
+    before = lost.user_attrs.get(records.RESUMES)
+    began_with = 0 if before is None else len(study.get_trials(deepcopy=False)[before].intermediate_values)
+    further = len(lost.intermediate_values) > began_with
+    return 1 if further else lost.user_attrs.get(records.ATTEMPT, 0) + 1
+
+
+def _successor(lost: FrozenTrial, attempt: int) -> FrozenTrial:
     """A waiting trial that takes up the work of a lost one.
 
     System attributes are kept as RetryHeartbeatStaleTrialCallback does (queued params, grid point, rungs), but for
     constraints, which Optuna lets be set only once.
     """
     attrs = {key: lost.user_attrs[key] for key in _CARRIED_OVER if key in lost.user_attrs}
-    attempt = lost.user_attrs.get(records.ATTEMPT, 0) + 1
     distributions: dict[str, BaseDistribution] = lost.distributions
     return create_trial(
         state=TrialState.WAITING,

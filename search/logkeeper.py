@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import optuna
 
-    from search.tracking import Tracking
+    from search.runbook import RunBook
 
 log = logging.getLogger("search.logkeeper")
 
@@ -26,12 +26,13 @@ class LogKeeper(threading.Thread):
     """Writes the tuning log, its plots, their copies with the study's MLflow run, and the study's note after trials.
 
     It only reads what is recorded, so whatever goes wrong here costs nothing of it: it is logged, and the next trial's
-    end, or `python -m search.report`, writes the log again.
+    end, or `python -m search.report`, writes the log again. While MLflow is away the log is written from what Optuna
+    and the spool have, and says so.
     """
 
-    def __init__(self, study: optuna.Study, tracking: Tracking, folder: Path, options: tuple[str, ...]) -> None:
+    def __init__(self, study: optuna.Study, book: RunBook, folder: Path, options: tuple[str, ...]) -> None:
         super().__init__(name="tuning-log", daemon=True)
-        self._study, self._tracking, self._folder, self._options = study, tracking, folder, options
+        self._study, self._book, self._folder, self._options = study, book, folder, options
         self._changed = threading.Condition()
         self._due = False
         self._closing = False
@@ -73,16 +74,19 @@ class LogKeeper(threading.Thread):
 
     def _write(self) -> list[Path]:
         from search import notes
+        from search.errors import Unavailable
         from search.mlflow_uri import runs_page
         from search.reading import read_study
         from search.report.write import refresh
 
-        record = read_study(self._study, self._tracking)
+        try:
+            record = read_study(self._study, self._book.connect(), self._book.spool)
+        except Unavailable as error:
+            log.warning("the tuning log is written without MLflow: %s", error)
+            record = read_study(self._study, None, self._book.spool, away=True)
         written = refresh(record, self._folder, options=self._options)
-        page = runs_page(notes.pages_of(self._tracking.uri), record.experiment_id or "0")
+        page = runs_page(notes.pages_of(self._book.uri), record.experiment_id or "0")
         notes.annotate_study(self._study, record.trials, page, written[0])
-        if record.parent_run_id is not None:
-            for path in written:
-                inside = None if path.parent == self._folder else path.parent.name
-                self._tracking.log_artifact(record.parent_run_id, path, inside)
+        for path in written:
+            self._book.keep(path, None if path.parent == self._folder else path.parent.name)
         return written

@@ -27,6 +27,11 @@ class Idle:
     """The worker has nothing to train, and the study no trial for it; another worker may hand some of its own over."""
 
 
+@dataclass(frozen=True)
+class Alive:
+    """Work goes on, in a stretch that has nothing else to tell: a long step or evaluation."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loading:
     """The worker is loading its base model."""
@@ -107,4 +112,4 @@ class Gave:
     user: bool
 
 
-Message = Idle | Loading | SlotsChosen | TrialStarted | StepDone | EpochDone | TrialEnded | Said | Gave
+Message = Alive | Idle | Loading | SlotsChosen | TrialStarted | StepDone | EpochDone | TrialEnded | Said | Gave

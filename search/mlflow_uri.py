@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import socket
 import tempfile
 import urllib.error
 import urllib.parse
@@ -19,7 +20,8 @@ from pathlib import Path
 import sqlalchemy as sa
 from filelock import FileLock, Timeout
 
-from search.errors import StorageError
+from search.errors import StorageError, Unavailable
+from search.secret_urls import shown as shown_url
 from trainer.errors import shown
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -34,7 +36,7 @@ CREATE_S = 300
 def masked(uri: str) -> str:
     """The URI with its password as `***`."""
     try:
-        text = sa.make_url(uri).render_as_string(hide_password=True)
+        text = shown_url(sa.make_url(uri))
         return text if len(text) < MOST_CHARACTERS else f"{text[:200]}...{text[-100:]}"
     except (sa.exc.ArgumentError, ValueError):
         return _hidden(uri)
@@ -56,7 +58,8 @@ def check(uri: str) -> None:
     """Refuse what cannot work.
 
     Raises:
-        StorageError: not a kind of store that is supported, or nothing answers there, or it is no MLflow store.
+        Unavailable: nothing answers there now.
+        StorageError: not a kind of store that is supported, or it is no MLflow store.
     """
     scheme = uri.partition("://")[0].partition("+")[0].lower() if "://" in uri else uri.partition(":")[0]
     if any("\ud800" <= character <= "\udfff" for character in uri):
@@ -93,7 +96,9 @@ def _check_server(uri: str) -> None:
         return
     except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:  # OverflowError: the port
         reason = getattr(error, "reason", None) or error
-        raise StorageError(f"no MLflow server answers at {masked(uri)}: {reason}; is it running?") from error
+        unknown = isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME
+        kind = StorageError if unknown or isinstance(error, ValueError) else Unavailable
+        raise kind(f"no MLflow server answers at {masked(uri)}: {reason}; is it running?") from error
 
 
 def _check_database(uri: str) -> None:
@@ -116,7 +121,9 @@ def _check_database(uri: str) -> None:
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     except (sa.exc.SQLAlchemyError, TypeError, ValueError) as error:  # the last two of an option in the query
         cause = getattr(error, "orig", None) or error
-        raise StorageError(f"the tracking database {masked(uri)} cannot be opened: {first_line(cause)}") from error
+        signs = ("locked", "refused", "timeout expired", "starting up", "shutting down", "closed the connection")
+        kind = Unavailable if any(sign in str(cause) for sign in signs) else StorageError
+        raise kind(f"the tracking database {masked(uri)} cannot be opened: {first_line(cause)}") from error
     finally:
         engine.dispose()
     if "studies" in tables and "experiments" not in tables:
@@ -148,7 +155,7 @@ def creating(uri: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise StorageError(f"another process has held {str(path)!r} for {CREATE_S} s; end it and try again") from None
+        raise Unavailable(f"another process has held {str(path)!r} for {CREATE_S} s; end it and try again") from None
     except OSError as error:
         raise StorageError(f"the tracking database {masked(uri)}: cannot write {str(path)!r}: {error}") from error
     try:

@@ -6,6 +6,7 @@ optuna-dashboard renders notes as Markdown; whatever comes from data or study fi
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import textwrap
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from optuna_dashboard.artifact import get_artifact_path
 
 from search import leaderboard
 from search.diagnosis import Finding, leaf, messages
-from search.mlflow_uri import run_page
 from search.opening import ARTIFACTS
 from search.records import EpochRecord, TrialRecord
 from search.report.render import code, escape, fenced
@@ -32,6 +32,7 @@ WIDTH = 110
 thousands of pixels, and what it does not break itself would run out of the window."""
 OWN = "---\n\nYour own notes, below this line, are kept."
 """What is below it in a study's note was written by hand. One without it is all theirs."""
+PAGES_VARIABLE = "LORA_SEARCH_MLFLOW_PAGES"
 LOCAL_MLFLOW = "http://127.0.0.1:5000"
 """Where `python -m search.ui` serves a database's MLflow pages unless told otherwise."""
 
@@ -44,13 +45,13 @@ def annotate_trial(
     findings: Sequence[Finding],
     epochs: Sequence[EpochRecord],
     config: dict[str, Any],
-    run: tuple[str, str, str],
+    run: str | None,
 ) -> None:
     """Write a trial's note and keep its plot as an artifact. To be called before the trial is told.
 
     Args:
         runs_dir: Artifacts go to `ARTIFACTS` below it.
-        run: (address of MLflow's pages, experiment id, run id).
+        run: Address of the run's page in MLflow, None if it has none yet.
     """
     # Where optuna-dashboard (0.21) looks for constraints; Optuna 5 keeps them one by one, by name. Optuna still reads
     # this form too, as a constraint named "0".
@@ -69,8 +70,7 @@ def annotate_trial(
         lines += [_text(cause, "  - cause: ", "    ")] if cause else []
         lines += [_text(text, "  - advice: ", "    ") for text in messages.advices(finding.advice)]
     lines += ["", _text(messages.leaf_text(leaf(findings)), "Decision tree: "), ""]
-    address, experiment_id, run_id = run
-    lines += [plot, "", f"[Curves in MLflow]({run_page(address, experiment_id, run_id)})", ""]
+    lines += [plot, "", f"[Curves in MLflow]({run})" if run else "MLflow was away when this trial began.", ""]
     lines.append(fenced(leaderboard.training_config(config), "python"))
     save_note(trial, "\n".join(lines))
 
@@ -104,9 +104,14 @@ def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page
 
 
 def pages_of(tracking_uri: str) -> str:
-    """Address of the pages that show this store: the server itself, or search.ui's for a database."""
+    """Address of the pages that show this store: the server itself, or search.ui's for a database.
+
+    Workers may know the server by a name that browsers do not; LORA_SEARCH_MLFLOW_PAGES then says theirs.
+    """
     from search.mlflow_uri import masked
 
+    if pages := os.environ.get(PAGES_VARIABLE):
+        return masked(pages)
     return masked(tracking_uri) if tracking_uri.startswith("http") else LOCAL_MLFLOW
 
 

@@ -21,9 +21,17 @@ if TYPE_CHECKING:
 ARTIFACTS = "dashboard"
 """Folder below the runs folder with the files that trials' notes show (optuna-dashboard's `--artifact-dir`)."""
 
+STORAGE_VARIABLE = "LORA_SEARCH_STORAGE"
+TRACKING_VARIABLE = "LORA_SEARCH_TRACKING_URI"
+"""What stands for `--storage` and `--tracking-uri` where those are not given: `ps` shows arguments to every user."""
+
 StudyOption = Annotated[str, typer.Option(help="The study, or one generation of it, e.g. rsicap or rsicap-2.")]
-StorageOption = Annotated[str | None, typer.Option(help="Optuna's database URL; runs/optuna.db by default.")]
-TrackingOption = Annotated[str | None, typer.Option(help="MLflow's URI; runs/mlflow.db by default.")]
+StorageOption = Annotated[
+    str | None, typer.Option(envvar=STORAGE_VARIABLE, help="Optuna's database URL; optuna.db in the runs folder.")
+]
+TrackingOption = Annotated[
+    str | None, typer.Option(envvar=TRACKING_VARIABLE, help="MLflow's URI; mlflow.db in the runs folder.")
+]
 RunsOption = Annotated[Path, typer.Option(help="Folder for checkpoints, logs and databases.")]
 
 

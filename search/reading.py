@@ -1,7 +1,8 @@
 """A study, read back: states, values and reasons from Optuna's storage, curves and tags from MLflow.
 
-Optuna is the truth about trials. Where MLflow has no curve for an epoch (a run that is gone, a store that was moved),
-the losses that Optuna keeps itself stand in, so that a report never shows less than was recorded.
+Optuna is the truth about trials. Where MLflow has no curve for an epoch (a run that is gone, a store that was moved,
+a server that is away), what the spool holds and the losses that Optuna keeps itself stand in, so that a report never
+shows less than was recorded.
 """
 
 from __future__ import annotations
@@ -14,17 +15,22 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import optuna
 
 from search import records, storage
-from search.curves import RunCurves
+from search.curves import RunCurves, merged, spooled
 from search.records import EpochRecord, StudyRecord, TrialRecord
-from search.tracking import Tracking
+from search.spool import Spool
+from search.tracking import RECORD_ID, Tracking
 
 
-def read_study(study: optuna.Study, tracking: Tracking | None = None) -> StudyRecord:
+def read_study(
+    study: optuna.Study, tracking: Tracking | None = None, spool: Spool | None = None, *, away: bool = False
+) -> StudyRecord:
     """Everything recorded about a study, in two bulk reads.
 
     Args:
         study: The Optuna study, see `search.storage.find_study`.
         tracking: MLflow's store; None for what Optuna alone knows.
+        spool: What is not yet delivered to it.
+        away: There is a store, but it does not answer.
 
     Raises:
         StorageError: MLflow's store cannot be read.
@@ -35,6 +41,9 @@ def read_study(study: optuna.Study, tracking: Tracking | None = None) -> StudyRe
     if tracking is not None and experiment_id is not None:
         runs = tracking.runs(experiment_id)
         parent = tracking.find_parent(study.study_name)
+    ids = {run.tags[RECORD_ID]: run_id for run_id, run in runs.items() if RECORD_ID in run.tags}
+    kept = {ids.get(run_id, run_id): run for run_id, run in spooled(spool).items()} if spool is not None else {}
+    runs = {run_id: merged(runs.get(run_id), kept.get(run_id)) for run_id in {**runs, **kept}}
     reported = {t.number: dict(t.intermediate_values) for t in study.get_trials(deepcopy=False)}
     attrs = dict(study.user_attrs)
     return StudyRecord(
@@ -43,11 +52,12 @@ def read_study(study: optuna.Study, tracking: Tracking | None = None) -> StudyRe
         attrs=attrs,
         trials=tuple(
             _with_run(trial, runs.get(trial.run_id or ""), reported[trial.number])
-            for trial in storage.read_trials(study)
+            for trial in (replace(t, run_id=ids.get(t.run_id or "", t.run_id)) for t in storage.read_trials(study))
         ),
         experiment_id=experiment_id,
         parent_run_id=parent,
         tracking_url=server_url(tracking.uri) if tracking is not None else None,
+        away=away,
     )
 
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from search.errors import StorageError
-from search.run_writer import Point, RunStore, Status, Unavailable, Writer
+from search.run_store import Point, RunStore, Status
+from search.run_writer import Writer
+from search.spool import End, Spool
 from trainer.events import (
     Diverged,
     EpochEnded,
@@ -27,6 +29,8 @@ EXACT_POINTS = 640
 CHART_POINTS = 320
 """Longest `step/grad_norm_max`. MLflow's charts draw 320 points sampled from a curve, so that a spike in a longer
 one is lost; the maximum over windows, 320 at most, is drawn whole (mlflow#11444, measured on 3.17)."""
+CLOSE_S = 10.0
+"""Longest wait for a store that hangs when a run ends."""
 RATE_POINTS = 80
 """Longest `step/learning_rate`: schedules are smooth. All four together stay below 2,000 points a run."""
 
@@ -133,31 +137,34 @@ class RunRecorder:
 
     Events of epochs and steps that are already recorded are left out: a resumed run may be given its
     checkpoint's history again, which fills what was lost if the process was killed before it was written.
+
+    With a spool nothing waits for a store that is away, and nothing is lost for it: see `search.run_writer.Writer`.
     """
 
     def __init__(
         self,
-        store: RunStore,
+        store: RunStore | None,
         run_id: str,
         logged: Logged | None = None,
         *,
+        spool: Spool | None = None,
         flush_s: float = 5.0,
-        close_s: float = 60.0,
+        close_s: float = CLOSE_S,
     ) -> None:
         self.run_id = run_id
         self.logged = logged or Logged()
-        self._store, self._close_s = store, close_s
+        self._close_s = close_s
         self._curves = step_curves(0)
         self._nonfinite_steps = int(self.logged.tags.get("nonfinite.steps", "0"))
         self._first_seen = {key for key in self.logged.tags if key.startswith("nonfinite.")}
         self._last_ms = 0
         self._finished = False
-        self.writer = Writer(store, run_id, flush_s)
+        self.writer = Writer(store, run_id, flush_s, spool)
         self.writer.start()
 
     @property
     def problem(self) -> str | None:
-        """Why the latest write failed, None while all is well: for the display; `finish` raises it."""
+        """Why the latest write went to the spool or was refused, None while all is well."""
         return self.writer.problem
 
     def __call__(self, event: Event) -> None:
@@ -210,38 +217,27 @@ class RunRecorder:
             description: Markdown, shown on the run's page.
 
         Raises:
-            StorageError: something could not be written; the message says how much and why.
+            StorageError: something could be written neither to the store nor to the spool; the message says how
+                much and why.
         """
         if self._finished:
             return
         self._finished = True
         self._put(curve.end() for curve in self._curves)
-        lost = self.writer.close(self._close_s)
-        why = self.writer.problem
         found = tuple(findings)
         final = {"state": state, **(tags or {}), **{f"finding.{name}": "true" for name in found}}
         if reason:
             final["reason"] = reason
         if found:
             final["finding"] = found[0]
+        if self.writer.lost:
+            final["tracking_lost"] = str(self.writer.lost)
+        now_ms = time.time_ns() // 1_000_000
+        end = End(status=status, tags=final, description=description, end_ms=now_ms)
+        lost = self.writer.close(end, self._close_s)
         if lost:
-            final["tracking_lost"] = str(lost)
-        self._end(status, final, description)
-        if lost:
+            why = self.writer.problem
             raise StorageError(f"run {self.run_id}: {lost} metrics and tags could not be recorded: {why}")
-
-    def _end(self, status: Status, tags: Mapping[str, str], description: str) -> None:
-        deadline = time.monotonic() + self._close_s
-        pause = 0.2
-        while True:
-            try:
-                self._store.end_run(self.run_id, status, tags, description)
-                return
-            except Unavailable:
-                if time.monotonic() + pause > deadline:
-                    raise
-                time.sleep(pause)
-                pause *= 2
 
     def _step(self, event: StepEnded) -> None:
         self._put(curve.add(event) for curve in self._curves)

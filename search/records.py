@@ -37,7 +37,7 @@ SLOTS = "slots"
 RESUMES = "resumes"
 """Number of the trial whose checkpoint this one continues."""
 ATTEMPT = "attempt"
-"""0 for a first run, then the number of times the work was taken up again."""
+"""0 for a first run, then the number of times the work was taken up again without a new epoch between."""
 WORKER = "worker"
 """Host, process id and start time of the process that runs the trial."""
 
@@ -129,3 +129,5 @@ class StudyRecord:
     parent_run_id: str | None
     tracking_url: str | None = None
     """Address of the MLflow server whose pages show the runs, without credentials; None for a database."""
+    away: bool = False
+    """MLflow did not answer: there is only what Optuna has and what was not yet delivered to MLflow."""

@@ -6,7 +6,7 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +19,7 @@ from trainer import cli
 
 if TYPE_CHECKING:
     from search.records import TrialRecord
-    from search.run_writer import Point, Status
+    from search.run_store import Point, Status
     from search.tracking import Tracking
     from trainer.config import TrainConfig
     from trainer.events import Event
@@ -90,7 +90,9 @@ class _Memory:
     def log_text(self, run_id: str, text: str, file: str) -> None:
         """Texts are not compared."""
 
-    def end_run(self, run_id: str, status: Status, tags: Mapping[str, str], description: str) -> None:
+    def end_run(
+        self, run_id: str, status: Status, tags: Mapping[str, str], description: str, end_ms: int | None = None
+    ) -> None:
         self.tags.update(tags)
 
 
@@ -110,6 +112,8 @@ def main(
 
     with opened(study, storage, tracking_uri, runs_dir) as (opened_study, tracking):
         record = _find(lifecycle.read_trials(opened_study), trial, study)
+        if record.run_id is not None:
+            record = replace(record, run_id=tracking.resolve(opened_study.study_name, record.run_id))
         moved = {key: value for key, value in (("data", data), ("model", model)) if value}
         config = TrainConfig.parse({**record.config, **moved})
         result = replay(record, config, tracking)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from search.errors import StudyError
-from search.opening import sqlite_url
+from search.errors import DatabaseAway, StudyError, Unavailable
+from search.opening import StorageOption, TrackingOption, sqlite_url
 from trainer import cli
 from trainer.config import MOST
 from trainer.errors import shown
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     import optuna
 
     from search.display import Display
+    from search.executors import Executor
     from search.records import TrialRecord
-    from search.run_writer import Status
+    from search.run_store import Status
     from search.study import Study
     from search.supervisor import Crew
     from search.worker import Job
@@ -45,8 +47,23 @@ def main(
         int | None, typer.Option(min=1, max=MOST, help="Trials in total, those already run included.")
     ] = None,
     timeout: Annotated[str | None, typer.Option(help="End after this time, e.g. 2h, 90m, 1h30m; resumable.")] = None,
+    hang_timeout: Annotated[
+        str, typer.Option(help="A worker without a sign of life for so long is killed and replaced.")
+    ] = "30m",
+    lost_after: Annotated[
+        str, typer.Option(help="Other hosts take over the trials of one that is silent for so long; at least 10s.")
+    ] = "10m",
     workers: Annotated[
         int | None, typer.Option(min=1, max=MOST_WORKERS, help="Worker processes; one a GPU by default.")
+    ] = None,
+    gpus_per_worker: Annotated[
+        int, typer.Option(min=1, help="GPUs that a worker sees; several for --set device_map=auto.")
+    ] = 1,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="Workers on this machine, or on the nodes of a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="The Ray cluster's address, host:port; by default this machine's.")
     ] = None,
     slots: Annotated[
         str,
@@ -60,8 +77,8 @@ def main(
         Literal["joint", "staged"], typer.Option(help="All parameters at once, or in the hand-run log's order.")
     ] = "joint",
     pruner: Annotated[str, typer.Option(help="rising, hyperband, halving, median or none.")] = "rising",
-    storage: Annotated[str | None, typer.Option(help="Optuna's database URL; runs/optuna.db by default.")] = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's URI; runs/mlflow.db by default.")] = None,
+    storage: StorageOption = None,
+    tracking_uri: TrackingOption = None,
     runs_dir: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and databases.")] = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew under a new name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show what would run, stop.")] = False,
@@ -69,6 +86,7 @@ def main(
 ) -> None:
     """Search hyperparameters of LoRA fine-tunings of InstructBLIP. Run again to continue a study."""
     from search import study as studies
+    from search.executors import Executor
 
     if list_:
         _list()
@@ -76,20 +94,36 @@ def main(
     if study is None:
         raise StudyError("name a study with --study; known studies: " + ", ".join(studies.available()))
     timeout_s = None if timeout is None else read_duration(timeout)
+    hang_timeout_s = read_duration(hang_timeout, "--hang-timeout")
+    lost_after_s = read_duration(lost_after, "--lost-after")
+    for option, text, seconds in (
+        ("--hang-timeout", hang_timeout, hang_timeout_s),
+        ("--lost-after", lost_after, lost_after_s),
+    ):
+        if seconds < 10:
+            raise StudyError(
+                f"{option} must be at least 10s, but got {shown(text)}: a busy machine is silent for seconds"
+            )
     definition = studies.load(study).with_settings(settings or [], seed)
     n_trials = trials or definition.n_trials
     _check_names(pruner)
     slots_wanted = read_slots(slots)
     if strategy == "staged" and slots_wanted is None:
         slots_wanted = 1  # a stage begins from what the one before has found, so its trials must have ended
+    where = Executor(kind=executor, workers=workers, gpus_per_worker=gpus_per_worker, ray_address=ray_address)
+    where.check(definition)
     if dry_run:
         _dry_run(definition, n_trials, strategy, pruner)
         return
+    if executor == "ray":
+        runs_dir = runs_dir.resolve()  # the workers are in other folders
     code = _search(
         definition,
         n_trials=n_trials,
         timeout_s=timeout_s,
-        workers=workers,
+        hang_timeout_s=hang_timeout_s,
+        lost_after_s=lost_after_s,
+        executor=where,
         slots=slots_wanted,
         strategy=strategy,
         pruner=pruner,
@@ -102,7 +136,7 @@ def main(
     raise typer.Exit(code)
 
 
-def read_duration(text: str) -> float:
+def read_duration(text: str, option: str = "--timeout") -> float:
     """Seconds of `2h`, `90m`, `45s`, `1h30m`.
 
     Raises:
@@ -111,7 +145,7 @@ def read_duration(text: str) -> float:
     match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip().lower())
     seconds = sum(float(n) * unit for n, unit in zip(match.groups("0"), (3600, 60, 1), strict=True)) if match else 0
     if not 0 < seconds < math.inf:
-        raise StudyError(f"--timeout must be a time such as 2h, 90m, 1h30m or 45s, but got {shown(text)}")
+        raise StudyError(f"{option} must be a time such as 2h, 90m, 1h30m or 45s, but got {shown(text)}")
     return seconds
 
 
@@ -164,6 +198,7 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
     import optuna
 
     from search import leaderboard, prepare, sampling, staged
+    from trainer import memory
 
     examined = prepare.check(study)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -171,6 +206,9 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
     print(f"{n_trials} trials, strategy {strategy}, sampler {study.sampler}, pruner {pruner}, seed {study.seed}")
     skipped = f", {len(examined.bad)} bad ones skipped" if examined.bad else ""
     print(f"data {examined.folder}: {len(examined.rows)} rows{skipped}, fingerprint {examined.fingerprint}")
+    need = memory.needed(study.base_config().model, study.base_config().torch_dtype)
+    if need is not None:
+        print(f"base {study.base_config().model}: {need} in {study.base_config().torch_dtype}")
     print("search space:")
     for name, param in study.space.items():
         print(f"  {name}: {param}")
@@ -185,15 +223,13 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
     print("nothing was run (--dry-run)")
 
 
-def _search(definition: Study, *, workers: int | None, **options: Any) -> int:
+def _search(definition: Study, *, executor: Executor, storage_url: str, tracking_uri: str, **options: Any) -> int:
     """Check, start the workers, and run the search; returns the exit code."""
     from search import prepare
-    from search.supervisor import Crew, gpus
 
     examined = prepare.check(definition)
-    count = workers or max(1, len(gpus()))
-    with Crew(count, _threads(count)) as crew:
-        return _run(definition, crew, examined, **options)
+    with executor.crew({"--storage": storage_url, "--tracking-uri": tracking_uri}) as crew:
+        return _run(definition, crew, examined, storage_url=storage_url, tracking_uri=tracking_uri, **options)
 
 
 def _run(
@@ -203,6 +239,8 @@ def _run(
     *,
     n_trials: int,
     timeout_s: float | None,
+    hang_timeout_s: float,
+    lost_after_s: float,
     slots: int | None,
     strategy: str,
     pruner: str,
@@ -216,18 +254,21 @@ def _run(
     global _log_file
     import optuna
 
-    from search import lifecycle, pruning, sampling
+    from search import lifecycle, pruning, records, sampling
     from search import storage as store
-    from search import tracking as track
+    from search.courier import Courier
     from search.database import open_storage
+    from search.delivery import Delivery
     from search.display import Live_, Plain
     from search.logkeeper import LogKeeper
+    from search.mlflow_uri import masked
+    from search.runbook import RunBook
     from search.supervisor import Supervisor
-    from search.worker import HEARTBEAT_S, Job, set_up_logging
+    from search.worker import Job, set_up_logging
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     _make_folder(runs_dir)
-    storage = open_storage(storage_url, heartbeat_s=HEARTBEAT_S)
+    storage = open_storage(storage_url, heartbeat_s=1, grace_s=round(lost_after_s))
     sampler = sampling.make_sampler(definition, strategy, n_trials)
     study = store.open_study(
         storage,
@@ -242,9 +283,12 @@ def _run(
     _make_folder(runs_dir / name)
     set_up_logging(runs_dir / name)
     _log_file = runs_dir / name / "search.log"
-    tracking = track.open_tracking(tracking_uri, runs_dir / "artifacts")
-    experiment = tracking.experiment(name)
-    parent = tracking.parent_run(name, {"data_fingerprint": examined.fingerprint})
+    book = RunBook(tracking_uri, runs_dir / "artifacts", name, runs_dir / name)
+    delivery = Delivery(book.spool, name, book.connect)
+    caught_up = False
+    with suppress(Unavailable):
+        caught_up = delivery.once().records > 0  # what an earlier search left
+    away = book.start_study({"data_fingerprint": examined.fingerprint})
     job = Job(
         study=definition,
         study_name=name,
@@ -255,34 +299,73 @@ def _run(
         strategy=strategy,
         pruner=pruner,
         examined=examined,
-        threads=_threads(crew.size),
+        threads=crew.threads,
         slots=slots,
+        lost_after_s=lost_after_s,
     )
 
-    def requeue() -> int:
-        lifecycle.requeue_lost(study)
-        tracking.close_dangling(experiment, _is_dead)
-        return len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
+    def look() -> lifecycle.Unfinished:
+        gone = lifecycle.requeue_lost(study, is_alive=crew.alive)
+        for lost in gone:
+            goes_on = "tried too often" if lost.successor is None else f"trial {lost.successor} takes up its work"
+            display.say(f"trial {lost.number} was lost: {lost.detail}; {goes_on}")
+            if lost.run_id is not None:
+                book.end(lost.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
+        if gone:  # a worker may have died before it wrote down which run it had begun
+            book.close_dangling(_is_dead)
+        return lifecycle.unfinished(study)
 
     console = _console()
     display: Display = Live_(console, lambda: lifecycle.read_trials(study)) if console.is_terminal else Plain(console)
-    keeper = LogKeeper(study, tracking, job.folder, _options(storage_url, tracking_uri, runs_dir))
-    waiting = requeue()
+    keeper = LogKeeper(study, book, job.folder, _options(storage_url, tracking_uri, runs_dir))
+    courier = Courier(delivery, masked(tracking_uri), display.say)
+    storage.say = display.say
+    book.close_dangling(_is_dead)
+    left = look()
+    waiting = left.waiting
     done = lifecycle.counted(study)
     with display:
         display.say(_headline(job, study, done, waiting))
+        courier.start(away)
         code = 0
-        if waiting or done < n_trials:
+        if waiting or left.running or done < n_trials:
             keeper.start()
             supervisor = Supervisor(
-                job, crew, timeout_s=timeout_s, display=display, requeue=requeue, trial_ended=keeper.due
+                job,
+                crew,
+                timeout_s=timeout_s,
+                display=display,
+                look=look,
+                trial_ended=keeper.due,
+                hang_timeout_s=hang_timeout_s,
             )
             code = supervisor.run()
+        elif caught_up:
+            keeper.start()  # the log was written without
+    if code == DatabaseAway.exit_code:
+        book.end_study("KILLED", {})
+        courier.close()
+        console.print("\nthe database is away; the same command continues the study once it answers", soft_wrap=True)
+        return code
+    courier.close()  # first, so that the log has what MLflow has
     logs = keeper.close() if keeper.is_alive() else []
-    records = lifecycle.read_trials(study)
-    tracking.end_run(parent, ENDS.get(code, "FAILED"), _study_tags(records))
-    _sum_up(console, records, job, code, logs)
+    trials = lifecycle.read_trials(study)
+    book.end_study(ENDS.get(code, "FAILED"), _study_tags(trials))
+    undelivered = courier.close(0)
+    book.close_dangling(_is_dead)
+    _sum_up(console, trials, job, code, logs)
+    if undelivered is not None:
+        console.print(_undelivered(undelivered, job), markup=False, highlight=False, soft_wrap=True)
     return code
+
+
+def _undelivered(why: str, job: Job) -> str:
+    """What is left to do once MLflow answers."""
+    options = f" --runs-dir {job.runs_dir}" if job.runs_dir != Path("runs") else ""
+    return (
+        f"\nMLflow did not take everything: {why}\nthey are kept in {job.folder / 'spool'}; the same command delivers "
+        f"them, or `python -m search.deliver --study {job.study_name}{options}` with the same --tracking-uri"
+    )
 
 
 def _options(storage_url: str, tracking_uri: str, runs_dir: Path) -> tuple[str, ...]:
@@ -309,13 +392,6 @@ def _is_dead(tags: Any) -> bool:
     if tags.get("kind") != "trial" or tags.get("host") != socket.gethostname():
         return False
     return not psutil.pid_exists(int(tags.get("pid", "0") or 0))
-
-
-def _threads(workers: int) -> int:
-    """BLAS threads for each worker: its share of the cores."""
-    import os
-
-    return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def _console() -> Any:

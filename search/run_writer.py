@@ -1,62 +1,42 @@
-"""`Writer`: writes points and tags of one run to a store from a thread of its own, and loses nothing silently."""
+"""`Writer`: writes what is recorded of a run, from a thread of its own: to the store or, while it is away, to disk."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple, Protocol
 
-from search.errors import StorageError
+from search.errors import StorageError, Unavailable
+from search.run_store import Point, RunStore, Status
+from search.spool import End, Entry, Spool, Text, Write, count
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-
-class Unavailable(StorageError):
-    """The store does not answer now; the same call may succeed later."""
-
-
-class Point(NamedTuple):
-    """One value of one metric."""
-
-    key: str
-    value: float
-    step: int
-    time_ms: int
-    """Milliseconds since the epoch (UTC)."""
-
-
-class RunStore(Protocol):
-    """Where runs are written. Every method may raise `Unavailable` (try again) or `StorageError` (don't).
-
-    Writing the same point twice must leave one: a write that failed may have succeeded, and is done again.
-    """
-
-    def write(self, run_id: str, points: Iterable[Point], tags: Mapping[str, str]) -> None: ...
-    def log_text(self, run_id: str, text: str, file: str) -> None: ...
-    def end_run(self, run_id: str, status: Status, tags: Mapping[str, str], description: str) -> None: ...
+__all__ = ["Point", "RunStore", "Status", "Unavailable", "Writer"]
 
 
 class Writer(threading.Thread):
     """Writes what is put to it, in order, from a thread of its own.
 
-    `put` never waits: memory is bounded by the points a run may have (`EXACT_POINTS` and so on), even if the store
-    is away for the whole run. A failed write is tried again with growing pauses; one that can never succeed is kept
-    as an error, and what it would have written is counted as lost. `close` tells.
+    `put` never waits. What the store does not take goes to the spool, whose owner delivers it when the store is back;
+    until all of the run is delivered, everything goes there, so that the order is kept. What the store refuses for
+    good is kept beside it. Without a spool both are counted as lost, and `close` tells; without a store, all goes to
+    the spool.
     """
 
-    def __init__(self, store: RunStore, run_id: str, flush_s: float) -> None:
-        super().__init__(name=f"tracking-{run_id[:8]}", daemon=True)
-        self._store, self._run_id, self._flush_s = store, run_id, flush_s
+    def __init__(self, store: RunStore | None, run_id: str, flush_s: float, spool: Spool | None = None) -> None:
+        super().__init__(name=f"tracking-{run_id[-8:]}", daemon=True)
+        self._store, self._run_id, self._flush_s, self._spool = store, run_id, flush_s, spool
         self._changed = threading.Condition()
         self._points: list[Point] = []
         self._tags: dict[str, str] = {}
         self._texts: dict[str, str] = {}
+        self._end: End | None = None
         self._due = False
-        self._deadline: float | None = None
+        self._closing = False
+        self._abandoned = False
         self.problem: str | None = None
-        """Why the latest write failed or something was lost, None while all is well."""
+        """Why the latest write went to the spool or was refused, None while all is well."""
         self.lost = 0
+        """Metrics, tags and files that are nowhere."""
         self.cpu_s = 0.0
         """Processor time spent writing: what recording takes from a training that shares the processor."""
 
@@ -77,58 +57,125 @@ class Writer(threading.Thread):
                 self._due = True
                 self._changed.notify()
 
-    def close(self, timeout_s: float) -> int:
-        """Write what is queued and end. Returns the number of things that could not be written.
+    def close(self, end: End, timeout_s: float) -> int:
+        """Write what is queued, then the end of the run. Returns the number of things that are lost.
 
-        Tries for `timeout_s` seconds where the store does not answer.
+        A store that hangs for `timeout_s` seconds is not waited for: what it has not taken goes to the spool.
         """
         with self._changed:
-            self._deadline = time.monotonic() + timeout_s
+            self._end, self._closing = end, True
             self._changed.notify()
-        self.join()
-        return self.lost + len(self._points) + len(self._tags) + len(self._texts)
+        self.join(timeout_s)
+        if self.is_alive():
+            with self._changed:
+                self._abandoned = True
+            self.problem = f"no answer for {timeout_s:.0f} s"
+            self._keep(self._queued())
+        return self.lost
 
     def run(self) -> None:
         """The thread's work."""
-        failures = 0
         while True:
             with self._changed:
-                if failures:
-                    self._changed.wait_for(lambda: self._deadline is not None, min(30.0, 0.2 * 2**failures))
-                else:
-                    self._changed.wait_for(lambda: self._deadline is not None or self._due, self._flush_s)
-                self._due = False
-                deadline = self._deadline
-            failures = 0 if self._drain() else failures + 1
-            if deadline is not None:
-                left = deadline - time.monotonic()
-                if not failures or left <= 0:
-                    return
-                time.sleep(min(left, 0.2 * 2 ** min(failures, 5)))
-
-    def _drain(self) -> bool:
-        """Write all that is queued. False if the store did not answer: what is queued stays queued."""
-        with self._changed:
-            points, tags, texts = list(self._points), dict(self._tags), dict(self._texts)
-        if not (points or tags or texts):
-            return True
-        began = time.thread_time()
-        try:
-            if points or tags:
-                self._store.write(self._run_id, points, tags)
-            for file, text in texts.items():
-                self._store.log_text(self._run_id, text, file)
-            self.problem = self.problem if self.lost else None  # what was lost for good stays told
-        except Unavailable as error:
-            self.problem = str(error)
-            return False
-        except Exception as error:  # noqa: BLE001 - not swallowed: counted as lost here, raised by the recorder's finish
-            self.problem = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
-            self.lost += len(points) + len(tags) + len(texts)
-        finally:
+                self._changed.wait_for(lambda: self._closing or self._due, self._flush_s)
+                self._due, last = False, self._closing
+            began = time.thread_time()
+            self._drain()
             self.cpu_s += time.thread_time() - began
+            if last or self._abandoned:
+                return
+
+    def _drain(self) -> None:
+        """Write all that is queued, somewhere."""
+        entries = self._queued()
+        if self._store is None or self._spooled():
+            self._keep(entries)
+            return
+        for entry in entries:
+            try:
+                send(self._store, self._run_id, entry)
+                self.problem = self.problem if self.lost else None  # what was lost for good stays told
+            except Unavailable as error:
+                if self._abandoned:
+                    return
+                self.problem = str(error)
+                self._keep(entries[entries.index(entry) :])
+                return
+            except Exception as error:  # noqa: BLE001 - not swallowed: kept or counted, and told by `problem`
+                why = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+                self._refused(entry, why)
+            if self._abandoned:
+                return
+            self._done([entry])
+
+    def _spooled(self) -> bool:
+        return self._spool is not None and self._spool.holds(self._run_id)
+
+    def _queued(self) -> list[Entry]:
         with self._changed:
-            del self._points[: len(points)]
-            self._tags = {k: v for k, v in self._tags.items() if tags.get(k) != v}
-            self._texts = {k: v for k, v in self._texts.items() if texts.get(k) != v}
-        return True
+            entries: list[Entry] = []
+            if self._points or self._tags:
+                entries.append(Write(points=list(self._points), tags=dict(self._tags)))
+            entries += [Text(text=text, file=file) for file, text in self._texts.items()]
+            if self._end is not None:
+                entries.append(self._end)
+            return entries
+
+    def _done(self, entries: list[Entry]) -> None:
+        """Take from the queue what is written or kept."""
+        with self._changed:
+            for entry in entries:
+                match entry:
+                    case Write():
+                        del self._points[: len(entry.points)]
+                        self._tags = {k: v for k, v in self._tags.items() if entry.tags.get(k) != v}
+                    case Text() if self._texts.get(entry.file) == entry.text:
+                        del self._texts[entry.file]
+                    case End():
+                        self._end = None
+
+    def _keep(self, entries: list[Entry]) -> None:
+        """Put entries into the spool. What has no room there waits for the next time, and is lost at the end."""
+        if not entries:
+            return
+        try:
+            if self._spool is not None:
+                self._spool.append(self._run_id, entries)
+        except StorageError as error:
+            self.problem = str(error)
+            if not self._closing:
+                return
+            self.lost += count(entries)
+        if self._spool is None:
+            self.lost += count(entries)
+        self._done(entries)
+
+    def _refused(self, entry: Entry, why: str) -> None:
+        self.problem = why
+        if self._spool is None:
+            self.lost += count([entry])
+            return
+        try:
+            path = self._spool.reject(self._run_id, [entry], why)
+            self.problem = f"{why}; kept in {path}"
+        except StorageError as error:
+            self.problem = str(error)
+            self.lost += count([entry])
+
+
+def send(store: RunStore, run_id: str, entry: Entry) -> None:
+    """Write one entry to the store.
+
+    Raises:
+        Unavailable: the store does not answer; the entry may have been written.
+        StorageError: it is refused for good.
+    """
+    match entry:
+        case Write():
+            store.write(run_id, entry.points, entry.tags)
+        case Text():
+            store.log_text(run_id, entry.text, entry.file)
+        case End():
+            store.end_run(run_id, entry.status, entry.tags, entry.description, entry.end_ms)
+        case _:
+            raise AssertionError(f"{entry} is the delivery's")

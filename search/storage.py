@@ -15,7 +15,6 @@ from typing import Any
 import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 
 from search import records
@@ -32,6 +31,7 @@ from search.lifecycle import (
     requeue_lost,
     this_worker,
 )
+from search.patience import PatientStorage
 from search.study import Study, fixed_trial
 from trainer.config import nearest
 
@@ -67,7 +67,7 @@ STRATEGY = "strategy"
 
 
 def open_study(
-    storage: RDBStorage,
+    storage: PatientStorage,
     study: Study,
     *,
     fresh: bool = False,
@@ -96,7 +96,7 @@ def open_study(
     return opened
 
 
-def find_study(storage: RDBStorage, name: str) -> optuna.Study:
+def find_study(storage: PatientStorage, name: str) -> optuna.Study:
     """The latest generation of the study of this name, or the very generation named, e.g. `rsicap-2`.
 
     Raises:
@@ -129,7 +129,7 @@ def check_strategy(study: optuna.Study, strategy: str) -> None:
     _hold(study, STRATEGY, {"strategy": strategy})
 
 
-def _generations(storage: RDBStorage, name: str) -> dict[int, str]:
+def _generations(storage: PatientStorage, name: str) -> dict[int, str]:
     """Optuna's names of a study's generations."""
     attrs = {found.study_name: found.user_attrs for found in storage.get_all_studies()}
     return {a[GENERATION]: optuna_name for optuna_name, a in attrs.items() if a.get(NAME) == name}
@@ -140,7 +140,7 @@ def _generation_name(name: str, generation: int) -> str:
 
 
 def _create(
-    storage: RDBStorage, study: Study, generation: int, sampler: BaseSampler | None, pruner: BasePruner | None
+    storage: PatientStorage, study: Study, generation: int, sampler: BaseSampler | None, pruner: BasePruner | None
 ) -> optuna.Study:
     """Create the study. Its NAME is set last: without it the study is not yet one of ours."""
     name = _generation_name(study.name, generation)

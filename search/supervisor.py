@@ -1,7 +1,12 @@
 """The supervisor: starts worker processes, watches them, passes on what they say, and sees to an orderly end.
 
 It loads no torch. Ctrl-C once: running trials finish their epoch, are saved and set back to waiting. Twice, or
-SIGTERM: they stop at the next step. A worker that dies has its trial queued again, to go on from its checkpoint.
+SIGTERM: they stop at the next step. A worker that dies has its trials queued again, to go on from their checkpoints;
+so has one that reports nothing for too long, which is killed.
+
+Every message is a sign of life, and all come from the thread that trains: a thread of its own would go on beating
+while a driver hangs. There is one before each forward pass, with each batch of vision outputs, and with each look of
+an idle worker for work. Loading a model gives none, so the limit must be longer than that takes.
 """
 
 from __future__ import annotations
@@ -13,23 +18,54 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from search.display import Display
-from search.messages import Gave, Idle, Message, Order, Share, TrialEnded, TrialStarted
+from search.errors import DatabaseAway, StudyError
+from search.messages import EpochDone, Gave, Idle, Message, Order, Share, TrialEnded, TrialStarted
 from search.worker import Job, work
 
-MAX_DEATHS = 3
-"""Workers that may die one after the other, no trial ending between, before the search gives up."""
+if TYPE_CHECKING:
+    from search.lifecycle import Unfinished
+
+MAX_DEATHS = 5
+"""Workers that may die one after the other, no epoch or trial ending between, before the search gives up: more than
+the three attempts of a trial, so that one which kills its worker does not end the search."""
+HANG_S = 1800.0
+"""Seconds without a sign of life after which a worker is taken for hung. A wrong kill costs more than a late one: a
+model of 16 GB comes over a slow network in five minutes, and a step of it on a CPU takes one."""
+END_S = 60.0
+"""The same once the end is wanted now: whoever asks for it may wait no longer either."""
+PAUSE_S = 5.0
+"""Seconds between two rounds from which the supervisor itself was stopped (Ctrl-Z), and so were its workers."""
+LOOK_S = 30.0
+"""Seconds between two looks for trials that another host has lost."""
+IDLE_LOOK_S = 2.0
+"""The same while all workers are idle."""
 REFRESH_S = 0.5
 
 log = logging.getLogger("search.supervisor")
+
+
+class WorkerProcess(Protocol):
+    """A worker's process, here or (search.ray_crew) on another machine, as `multiprocessing` has it."""
+
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def sentinel(self) -> int: ...
+    @property
+    def exitcode(self) -> int | None: ...
+    def is_alive(self) -> bool: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+    def join(self, timeout: float | None = None) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclass
@@ -37,7 +73,7 @@ class _Seat:
     """A place for a worker, and the process that has it now."""
 
     index: int
-    process: SpawnProcess
+    process: WorkerProcess
     link: Connection
     gave: Gave | None = None
     running: set[int] = field(default_factory=set)
@@ -45,20 +81,30 @@ class _Seat:
     idle: bool = False
     asked: bool = False
     """Whether it was asked to hand trials over, and has not yet done so."""
+    heard: float = field(default_factory=time.monotonic)
+    """When it last gave a sign of life."""
 
 
 class Crew:
-    """Worker processes, each with its device and threads, started before there is a job for them.
+    """Worker processes, each with its devices and threads, started before there is a job for them.
 
     A context: leaving it ends those that were given none.
+
+    Args:
+        size: How many.
+        threads: BLAS threads of each.
+        gpus_per_worker: GPUs that each sees. Where there are fewer GPUs than the workers need, workers share them.
+
+    Raises:
+        StudyError: the machine has not as many as one worker is to see.
     """
 
-    def __init__(self, size: int, threads: int) -> None:
+    def __init__(self, size: int, threads: int, gpus_per_worker: int = 1) -> None:
         self.size = size
-        self._threads = threads
-        self._devices = gpus()
+        self.threads = threads
+        self._devices = device_groups(gpus(), gpus_per_worker)
         self._context = multiprocessing.get_context("spawn")
-        self._ready: dict[int, tuple[SpawnProcess, Connection]] = {}
+        self._ready: dict[int, tuple[WorkerProcess, Connection]] = {}
 
     def __enter__(self) -> Crew:
         for index in range(self.size):
@@ -72,15 +118,21 @@ class Crew:
             link.close()
         self._ready.clear()
 
-    def take(self, index: int) -> tuple[SpawnProcess, Connection]:
+    def alive(self, worker: Mapping[str, Any]) -> bool | None:
+        """Whether the process of a `records.WORKER` still runs; None if nothing is known of it."""
+        from search.lifecycle import local_worker_alive
+
+        return local_worker_alive(worker)
+
+    def take(self, index: int) -> tuple[WorkerProcess, Connection]:
         """The process of a place: the one that is ready, or a new one if that was taken and has ended."""
         return self._ready.pop(index, None) or self._spawn(index)
 
-    def _spawn(self, index: int) -> tuple[SpawnProcess, Connection]:
+    def _spawn(self, index: int) -> tuple[WorkerProcess, Connection]:
         ours, theirs = self._context.Pipe()
         gpu = self._devices[index % len(self._devices)] if self._devices else None
         process = self._context.Process(
-            target=work, args=(theirs, gpu, self._threads), name=f"worker-{index}", daemon=False
+            target=work, args=(theirs, gpu, self.threads), name=f"worker-{index}", daemon=False
         )
         process.start()
         theirs.close()  # so that the worker's death closes the pipe
@@ -97,8 +149,9 @@ class Supervisor:
         *,
         timeout_s: float | None,
         display: Display,
-        requeue: Callable[[], int],
+        look: Callable[[], Unfinished],
         trial_ended: Callable[[], None],
+        hang_timeout_s: float = HANG_S,
     ) -> None:
         """Set up; `run` starts the workers.
 
@@ -107,13 +160,19 @@ class Supervisor:
             crew: The processes, started already.
             timeout_s: Seconds after which running trials finish their epoch and wait to be continued.
             display: Where messages are shown.
-            requeue: Fails the trials of dead workers and queues them again; returns how many trials are waiting.
+            look: Fails the trials of workers that are gone, here or on other hosts, and queues them again; returns how
+                many trials are then waiting and running.
             trial_ended: Called after each trial that ended.
+            hang_timeout_s: Seconds without a sign of life after which a worker is killed and replaced.
         """
         self.job = job
         self._crew = crew
         self.display = display
-        self._requeue = requeue
+        self._find = look
+        self._looked = time.monotonic()
+        self._awake = time.monotonic()
+        self._hang_timeout_s = hang_timeout_s
+        self._waits_for_others = False
         self._trial_ended = trial_ended
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._seats: list[_Seat] = []
@@ -139,10 +198,10 @@ class Supervisor:
             return 143
         return 130 if self._signals else code
 
-    def _start(self, index: int) -> None:
+    def _start(self, index: int, one_by_one: int = 0) -> None:
         process, link = self._crew.take(index)
         with suppress(OSError):  # it is dead already; `_watch` sees it
-            link.send(self.job)
+            link.send(replace(self.job, one_by_one=one_by_one))
         self._seats.append(_Seat(index, process, link))
 
     def _watch(self) -> int:
@@ -151,13 +210,17 @@ class Supervisor:
         while self._seats:
             waited: list[Any] = [seat.link for seat in self._seats] + [seat.process.sentinel for seat in self._seats]
             wait(waited, timeout=REFRESH_S)
+            self._forgive_a_pause()
             for seat in list(self._seats):
                 self._read(seat)
                 if not seat.process.is_alive():
                     self._read(seat)  # what it said last
                     self._seats.remove(seat)
                     code = max(code, self._ended(seat))
+                else:
+                    self._kill_if_hung(seat)
             self._check_time()
+            self._look(LOOK_S)
             self._share_out()
             self._pass_on()
             self.display.refresh()
@@ -167,6 +230,7 @@ class Supervisor:
         with suppress(EOFError, OSError):  # it has ended; its exit code says how
             while seat.link.poll():
                 message: Message = seat.link.recv()
+                seat.heard = time.monotonic()
                 self._note(seat, message)
                 self.display(message)
 
@@ -180,6 +244,8 @@ class Supervisor:
             case TrialStarted():
                 seat.running.add(message.number)
                 seat.idle = False
+            case EpochDone(from_checkpoint=False):
+                self._deaths = 0
             case TrialEnded():
                 self._deaths = 0
                 seat.running.discard(message.number)
@@ -201,38 +267,84 @@ class Supervisor:
         if not idle or self._order != Order.GO_ON:
             return
         if len(idle) == len(self._seats):
-            for seat in idle:
-                self._send(seat, Order.END_AFTER_EPOCH)
+            self._end_unless_others_run(idle)
             return
         busiest = max((seat for seat in self._seats if not seat.idle), key=lambda seat: len(seat.running))
         if len(busiest.running) > 1 and not busiest.asked:
             busiest.asked = True
             self._send(busiest, Share())
 
+    def _end_unless_others_run(self, idle: list[_Seat]) -> None:
+        """End idle workers once no trial is left anywhere: until then another host may be lost, or set trials back."""
+        left = self._look(IDLE_LOOK_S)
+        if left is None:
+            return
+        if not left.waiting and not left.running:
+            for seat in idle:
+                self._send(seat, Order.END_AFTER_EPOCH)
+        elif left.running and not self._waits_for_others:
+            self._waits_for_others = True
+            self.display.say(
+                f"nothing is left to start; {left.running} trials run in other processes, and go on here if lost"
+            )
+
+    def _look(self, every_s: float) -> Unfinished | None:
+        """Look for lost trials if that was not done for so long; what was found, None if nothing new."""
+        if time.monotonic() - self._looked < every_s:
+            return None
+        try:
+            return self._find()
+        except Exception:  # the next look may get through; workers that need the database say so themselves
+            log.exception("could not look for lost trials")
+            return None
+        finally:
+            self._looked = time.monotonic()
+
+    def _forgive_a_pause(self) -> None:
+        """Count no time against the workers in which the supervisor itself did not run."""
+        now = time.monotonic()
+        if now - self._awake > PAUSE_S:
+            for seat in self._seats:
+                seat.heard += now - self._awake
+        self._awake = now
+
+    def _kill_if_hung(self, seat: _Seat) -> None:
+        silence_s = time.monotonic() - seat.heard
+        limit_s = min(self._hang_timeout_s, END_S) if self._order == Order.END_NOW else self._hang_timeout_s
+        if silence_s <= limit_s:
+            return
+        log.error("worker %d (process %s) hangs", seat.index, seat.process.pid)
+        self.display.say(f"worker {seat.index} has given no sign of life for {silence_s:.0f} s and is killed")
+        seat.process.kill()  # SIGKILL, since a process that is stopped takes no other
+        seat.heard = time.monotonic()
+
     def _ended(self, seat: _Seat) -> int:
         """Deal with a worker that has ended; the exit code this asks for."""
         exit_code = seat.process.exitcode or 0
         seat.link.close()
         seat.process.close()
-        waiting = self._requeue()
+        if exit_code == DatabaseAway.exit_code:
+            self._order = Order.END_AFTER_EPOCH
+            return exit_code  # nobody can be asked what is waiting; the next search will be
+        left = self._look(0)
         if seat.gave is not None:
             # A mistake of the user's, or a fault that will be the same for every worker: end all of them.
             self._order = Order.END_AFTER_EPOCH
-            return 2 if seat.gave.user else 1
+            return exit_code or 1
         if exit_code == 0:
-            if waiting and not self._seats and self._order == Order.GO_ON:
+            if left and left.waiting and not self._seats and self._order == Order.GO_ON:
                 self._start(seat.index)  # another worker died and left a trial after this one had ended
             return 0
         how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
         log.error("worker %d %s", seat.index, how)
         self._deaths += 1
         if self._deaths >= MAX_DEATHS:
-            self.display.say(f"{MAX_DEATHS} workers died, no trial ending between; the last {how}")
+            self.display.say(f"{MAX_DEATHS} workers died, no epoch ending between; the last {how}")
             self._order = Order.END_AFTER_EPOCH
             return 1
         if self._order == Order.GO_ON:
-            self.display.say(f"worker {seat.index} {how}; another takes its place, its trial goes on")
-            self._start(seat.index)
+            self.display.say(f"worker {seat.index} {how}; another takes its place, its trials go on")
+            self._start(seat.index, one_by_one=len(seat.running) if len(seat.running) > 1 else 0)
         return 0
 
     def _check_time(self) -> None:
@@ -265,6 +377,18 @@ class Supervisor:
             if seat.process.is_alive():
                 seat.process.kill()
                 seat.process.join()
+
+
+def device_groups(devices: list[str], size: int) -> list[str]:
+    """What each worker sees, as CUDA_VISIBLE_DEVICES names it: so many of the devices; the rest is left idle.
+
+    Raises:
+        StudyError: there are fewer than that.
+    """
+    if size > max(1, len(devices)):
+        found = f"{len(devices)} GPU" + ("" if len(devices) == 1 else "s")
+        raise StudyError(f"--gpus-per-worker {size}: this machine has {found} that can be seen")
+    return [",".join(devices[low : low + size]) for low in range(0, len(devices) - size + 1, size)]
 
 
 def gpus() -> list[str]:

@@ -19,10 +19,11 @@ from typing import Any
 # Both are read when mlflow is imported. Nothing we run calls home.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.setdefault("DO_NOT_TRACK", "true")
-# MLflow's own 7 retries last minutes inside one call; the recorder retries outside of it, and can be stopped.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+# MLflow's own 7 retries last minutes inside one call. A call that fails goes to the spool, which is tried again.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
+import requests
 from mlflow.entities import Experiment, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -31,9 +32,10 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE, MLFL
 from search import mlflow_uri, records
 from search.curves import RunCurves, SqlReader, epoch_records, step_records
 from search.environment import environment
-from search.errors import StorageError
-from search.recorder import Logged, RunRecorder
-from search.run_writer import Point, Status, Unavailable
+from search.errors import StorageError, Unavailable
+from search.recorder import CLOSE_S, Logged, RunRecorder
+from search.run_store import Point, Status
+from search.spool import Spool, is_local
 
 # MLflow logs what it also raises, and each database it creates; what matters of it is in our own messages.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
@@ -48,8 +50,18 @@ KIND = "kind"
 STUDY = "study"
 """Tag: the study's name."""
 
-TRANSIENT = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "INTERNAL_ERROR")
-"""Error codes of MLflow after which the same call may succeed: a locked database, a server that is away."""
+RECORD_ID = "record_id"
+"""Tag: the run's id by `search.spool.local_id`, under which it is found again if its creation was not answered."""
+
+TRANSIENT = (
+    *("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_CONFLICT"),
+    *("REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"),
+    *("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"),
+    "ENDPOINT_NOT_FOUND",
+)
+"""Error codes of MLflow after which the same call may succeed: a locked database, a server that is away or busy,
+rights that are given back, a proxy that does not find its server (a missing run is RESOURCE_DOES_NOT_EXIST)."""
+_TRANSIENT_HTTP = (401, 403, 404, 408, 409, 429)
 
 
 def run_status(state: str, reason: str | None = None) -> Status:
@@ -78,7 +90,11 @@ def _told(doing: str) -> Iterator[None]:
     except MlflowException as error:
         message = f"{doing}: {mlflow_uri.first_line(error)}"
         raise (Unavailable if error.error_code in TRANSIENT else StorageError)(message) from error
-    except (ConnectionError, TimeoutError) as error:
+    except requests.HTTPError as error:  # files on a server, which MLflow passes on as they are
+        status = error.response.status_code if error.response is not None else 500
+        kind = Unavailable if status >= 500 or status in _TRANSIENT_HTTP else StorageError
+        raise kind(f"{doing}: {mlflow_uri.first_line(error)}") from error
+    except OSError as error:  # those of requests too: no connection, no answer, no room, no rights
         raise Unavailable(f"{doing}: {error}") from error
 
 
@@ -91,7 +107,8 @@ def open_tracking(uri: str, artifact_root: Path) -> Tracking:
         artifact_root: Folder of the files of runs; a server keeps them in its own place.
 
     Raises:
-        StorageError: a kind of store that MLflow refuses, a server that does not answer, a broken database.
+        Unavailable: a server or database that does not answer.
+        StorageError: a kind of store that MLflow refuses, a broken database.
     """
     mlflow_uri.check(uri)
     # The deprecation warning is about MLflow's own models under SQLAlchemy 2.1, none of the user's business.
@@ -101,7 +118,8 @@ def open_tracking(uri: str, artifact_root: Path) -> Tracking:
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
         except MlflowException as error:
-            raise StorageError(mlflow_uri.explain(uri, error)) from error
+            away = error.error_code in TRANSIENT[:7] and "out-of-date" not in str(error)
+            raise (Unavailable if away else StorageError)(mlflow_uri.explain(uri, error)) from error
     return Tracking(client, uri, artifact_root)
 
 
@@ -158,10 +176,18 @@ class Tracking:
         return str(runs[0].info.run_id) if runs else None
 
     def parent_run(self, study_name: str, tags: Mapping[str, str]) -> str:
-        """Id of the study's parent run, found again by its tag or created; its tags are brought up to date."""
+        """Id of the study's parent run, set to RUNNING; its tags are brought up to date."""
+        found = self.some_parent(study_name, tags)
+        with _told(f"continuing the run of study {study_name!r}"):
+            self._client.update_run(found, status="RUNNING")
+        self.write(found, (), tags)
+        return found
+
+    def some_parent(self, study_name: str, tags: Mapping[str, str]) -> str:
+        """Id of the study's parent run, created with these tags if there is none; one that is there stays as it is."""
         found = self.find_parent(study_name)
         if found is None:
-            mine = {KIND: "study", STUDY: study_name, **tags}
+            mine = {**run_tags(), KIND: "study", STUDY: study_name, **tags}
             created = self._create_run(self.experiment(study_name), study_name, mine)
             # Of several that were created at once all processes keep the same one: the first.
             found = self.find_parent(study_name)
@@ -169,10 +195,6 @@ class Tracking:
             if found != created:
                 with _told("deleting a second parent run"):
                     self._client.delete_run(created)
-            return found
-        with _told(f"continuing the run of study {study_name!r}"):
-            self._client.update_run(found, status="RUNNING")
-        self.write(found, (), tags)
         return found
 
     def start_run(
@@ -185,27 +207,69 @@ class Tracking:
             config: `TrainConfig.model_dump()`.
             tags: Over those of `search.environment`.
         """
-        run_id = self._create_run(
-            experiment_id, name, {MLFLOW_PARENT_RUN_ID: parent_run_id, KIND: "trial", "state": "RUNNING", **tags}
-        )
-        params = [Param(key, as_text(value)) for key, value in config.items()]
-        with _told(f"recording the configuration of run {name!r}"):
-            for low in range(0, len(params), TAGS_PER_BATCH):
-                self._client.log_batch(run_id, params=params[low : low + TAGS_PER_BATCH])
+        params = {key: as_text(value) for key, value in config.items()}
+        return self.create_trial(experiment_id, parent_run_id, name, params, {**run_tags(), **tags})
+
+    def create_trial(
+        self,
+        experiment_id: str,
+        parent_run_id: str,
+        name: str,
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        start_ms: int | None = None,
+    ) -> str:
+        """The run of a trial: as `start_run`, but with params as text, exactly these tags, and its start."""
+        own = {MLFLOW_PARENT_RUN_ID: parent_run_id, KIND: "trial", "state": "RUNNING", **tags}
+        run_id = self._create_run(experiment_id, name, own, start_ms)
+        self.set_params(run_id, params)
         return run_id
 
-    def _create_run(self, experiment_id: str, name: str, tags: Mapping[str, str]) -> str:
-        facts = environment()
-        # The UI's columns "User", "Source" and "Version" show these.
-        shown = {MLFLOW_USER: _user(), MLFLOW_SOURCE_NAME: "search.run"}
-        if "git_commit" in facts:
-            shown["mlflow.source.git.commit"] = facts["git_commit"]
-        every = {key: _fit(value) for key, value in {**shown, **facts, **tags}.items()}
-        with _told(f"creating run {name!r}"):
-            return str(self._client.create_run(experiment_id, run_name=name, tags=every).info.run_id)
+    def set_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        """Set params. Doing it twice with the same values changes nothing."""
+        every = [Param(key, value) for key, value in params.items()]
+        with _told(f"recording the configuration of run {run_id}"):
+            for low in range(0, len(every), TAGS_PER_BATCH):
+                self._client.log_batch(run_id, params=every[low : low + TAGS_PER_BATCH])
 
-    def resume_run(self, run_id: str) -> None:
-        """Set a run that ended back to RUNNING, without the findings and the reason of its end."""
+    def _create_run(self, experiment_id: str, name: str, tags: Mapping[str, str], start_ms: int | None = None) -> str:
+        fitting = {key: _fit(value) for key, value in tags.items()}
+        with _told(f"creating run {name!r}"):
+            run = self._client.create_run(experiment_id, run_name=name, tags=fitting, start_time=start_ms)
+        return str(run.info.run_id)
+
+    def find_record(self, experiment_id: str, record_id: str) -> str | None:
+        """Id of the run with this `RECORD_ID`, None if there is none.
+
+        A creation that timed out and was done again may have succeeded twice: the first stays, others are deleted.
+        """
+        found = [*self._search(experiment_id, f"tags.{RECORD_ID} = '{record_id}'", "attributes.start_time ASC")]
+        for other in found[1:]:
+            with _told("deleting a second run of a trial"):
+                self._client.delete_run(other.info.run_id)
+        return str(found[0].info.run_id) if found else None
+
+    def resolve(self, study_name: str, run_id: str) -> str:
+        """MLflow's id of a run that a trial names, which began in the spool if the id is a `local_id`.
+
+        Raises:
+            StorageError: MLflow has no such run.
+        """
+        if not is_local(run_id):
+            return run_id
+        experiment = self.find_experiment(study_name)
+        found = None if experiment is None else self.find_record(experiment, run_id)
+        if found is None:
+            raise StorageError(f"MLflow has no run {run_id}; if the study's folder `spool` holds it, deliver it first")
+        return found
+
+    def resume_run(self, run_id: str, tags: Mapping[str, str] | None = None) -> None:
+        """Set a run that ended back to RUNNING, without the findings and the reason of its end.
+
+        Args:
+            run_id: MLflow's.
+            tags: Where it goes on; this process by default.
+        """
         stale = ("reason", "finding", "tracking_lost")
         with _told(f"continuing run {run_id}"):
             run: Run = self._client.get_run(run_id)
@@ -213,14 +277,16 @@ class Tracking:
             for key in run.data.tags:
                 if key in stale or key.startswith("finding."):
                     self._client.delete_tag(run_id, key)
-        here = {key: value for key, value in environment().items() if key in ("host", "pid", "gpu")}
-        self.write(run_id, (), {"state": "RUNNING", **here})
+        self.write(run_id, (), {"state": "RUNNING", **(here() if tags is None else tags)})
 
-    def recorder(self, run_id: str, *, flush_s: float = 5.0, close_s: float = 60.0) -> RunRecorder:
+    def recorder(
+        self, run_id: str, *, spool: Spool | None = None, flush_s: float = 5.0, close_s: float = CLOSE_S
+    ) -> RunRecorder:
         """A sink for the events of a run. `recorder.logged` says what the run already has."""
-        return RunRecorder(self, run_id, self._logged(run_id), flush_s=flush_s, close_s=close_s)
+        return RunRecorder(self, run_id, self.logged(run_id), spool=spool, flush_s=flush_s, close_s=close_s)
 
-    def _logged(self, run_id: str) -> Logged:
+    def logged(self, run_id: str) -> Logged:
+        """What the run has."""
         curves, tags = self._curves(run_id)
         return Logged(steps={key: max(step for step, _ in values) for key, values in curves.items()}, tags=tags)
 
@@ -240,11 +306,13 @@ class Tracking:
                 closed.append(str(run.info.run_id))
         return tuple(closed)
 
-    def _search(self, experiment_id: str, query: str = "") -> Iterator[Run]:
+    def _search(self, experiment_id: str, query: str = "", order: str | None = None) -> Iterator[Run]:
         token = None
         while True:
             with _told("searching runs"):
-                page = self._client.search_runs([experiment_id], query, max_results=1_000, page_token=token)
+                page = self._client.search_runs(
+                    [experiment_id], query, max_results=1_000, page_token=token, order_by=[order] if order else None
+                )
             yield from page
             token = page.token
             if not token:
@@ -264,11 +332,18 @@ class Tracking:
                 some, metrics = metrics[:room], metrics[room:]
                 self._client.log_batch(run_id, metrics=some, tags=some_tags)
 
-    def end_run(self, run_id: str, status: Status, tags: Mapping[str, str], description: str = "") -> None:
-        """Set the last tags and the description (Markdown), and end the run."""
+    def end_run(
+        self,
+        run_id: str,
+        status: Status,
+        tags: Mapping[str, str],
+        description: str = "",
+        end_ms: int | None = None,
+    ) -> None:
+        """Set the last tags and the description (Markdown), and end the run: now, or at `end_ms`."""
         self.write(run_id, (), {**tags, **({MLFLOW_RUN_NOTE: description} if description else {})})
         with _told(f"ending run {run_id}"):
-            self._client.set_terminated(run_id, status, end_time=int(time.time() * 1000))
+            self._client.set_terminated(run_id, status, end_time=end_ms or int(time.time() * 1000))
 
     def describe(self, run_id: str, description: str) -> None:
         """Set the text (Markdown) that a run's page shows."""
@@ -328,6 +403,21 @@ class Tracking:
                 key: [(m.step, m.value) for m in self._client.get_metric_history(run.info.run_id, key)]
                 for key in run.data.metrics
             }
+
+
+def run_tags() -> dict[str, str]:
+    """The tags of a run that this process creates: `search.environment`, and what the UI's columns show."""
+    facts = environment()
+    # The columns "User", "Source" and "Version".
+    shown = {MLFLOW_USER: _user(), MLFLOW_SOURCE_NAME: "search.run"}
+    if "git_commit" in facts:
+        shown["mlflow.source.git.commit"] = facts["git_commit"]
+    return {**shown, **facts}
+
+
+def here() -> dict[str, str]:
+    """The tags that say where a run goes on."""
+    return {key: value for key, value in environment().items() if key in ("host", "pid", "gpu")}
 
 
 def _fit(value: str) -> str:

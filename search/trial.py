@@ -16,9 +16,12 @@ from optuna.trial import TrialState
 
 from search import diagnosis, leaderboard, lifecycle, notes, pruning, records, sampling, staged
 from search.diagnosis import messages
-from search.messages import EpochDone, Order, StepDone, TrialEnded, TrialStarted
+from search.errors import DatabaseAway, StorageError
+from search.messages import EpochDone, Order, Said, StepDone, TrialEnded, TrialStarted
+from search.mlflow_uri import run_page
 from search.pruning import Verdict
 from search.report.render import escape
+from search.spool import is_local
 from search.tracking import run_status
 from trainer.events import Diverged, EpochEnded, Event, OutOfMemory, RunStarted, StepEnded
 from trainer.loop import history_of
@@ -68,7 +71,7 @@ def fail(trial: optuna.Trial, worker: _Worker, detail: str) -> None:
     run_id = trial.user_attrs.get(records.RUN_ID)
     if run_id:
         tags = {"state": "FAIL", "reason": records.ERROR, "detail": detail}
-        worker.tracking.end_run(run_id, run_status("FAIL"), tags)
+        worker.book.end(run_id, run_status("FAIL"), tags)
 
 
 class TrialRun:
@@ -90,6 +93,8 @@ class TrialRun:
         self.folder = Path()
         self.recorder: RunRecorder | None = None
         self.failed = False
+        self.taken_over = False
+        """Whether the storage says that it was finished, though not here: this host was taken for lost."""
 
     def begin(self) -> Outcome | None:
         """Record what is run, open its MLflow run, and take in what its checkpoint remembers.
@@ -141,9 +146,17 @@ class TrialRun:
         try:
             self._tell(outcome)
             told = outcome
+        except DatabaseAway:
+            told = self.park()
+            raise
         finally:
             self._end_tracking(told)
         self._announce(outcome)
+
+    def leave(self) -> None:
+        """End its MLflow run as interrupted, where Optuna's database cannot be told; it goes on another time."""
+        if self.recorder is not None:
+            self._end_tracking(self.park())
 
     def fail(self, detail: str) -> None:
         """Tell the trial as FAIL because of a fault, and end its MLflow run if it has one."""
@@ -152,6 +165,15 @@ class TrialRun:
             self._end_tracking(None)
         fail(self.trial, self.worker, detail)
 
+    def let_go(self) -> None:
+        """End a trial that another process has taken over: nothing more is told about it but to MLflow."""
+        self.failed = True
+        try:
+            if self.recorder is not None:
+                self.recorder.finish(run_status("FAIL", records.LOST), state="FAIL", reason=records.LOST)
+        except StorageError:
+            log.exception("trial %d: its run could not be ended", self.trial.number)
+
     def _prepare(self) -> Path:
         """Record what is run, and where its files lie."""
         attrs = self.trial.user_attrs
@@ -159,7 +181,8 @@ class TrialRun:
         self.trial.set_user_attr(records.SLOTS, self.worker.slots.most)
         name = attrs.get(FOLDER)
         if name is None:
-            first = lifecycle.lineage(self.study, self.trial.number)[-1]
+            resumed = records.RESUMES in attrs  # without it, there is no need to read the trials
+            first = lifecycle.lineage(self.study, self.trial.number)[-1] if resumed else self.trial.number
             name = f"trials/{first:04d}"
             self.trial.set_user_attr(FOLDER, name)
         folder: Path = self.worker.job.folder / name
@@ -169,11 +192,10 @@ class TrialRun:
         return folder
 
     def _start_tracking(self) -> RunRecorder:
-        tracking = self.worker.tracking
-        self.experiment_id = tracking.experiment(self.worker.job.study_name)
+        book = self.worker.book
         run_id = self.trial.user_attrs.get(records.RUN_ID)
         if run_id is not None:
-            tracking.resume_run(run_id)
+            recorder = book.go_on(run_id)
         else:
             name = self.worker.job.study_name
             colour = COLOURS[self.trial.number % len(COLOURS)]
@@ -181,16 +203,10 @@ class TrialRun:
             for key in (records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT, records.SLOTS):
                 if key in self.trial.user_attrs:
                     tags[key] = str(self.trial.user_attrs[key])
-            run_id = tracking.start_run(
-                self.experiment_id,
-                tracking.parent_run(name, {}),
-                name=self._name(),
-                config=self.config.model_dump(),
-                tags=tags,
-            )
-            self.trial.set_user_attr(records.RUN_ID, run_id)
-        self.run_id: str = run_id
-        return tracking.recorder(run_id)
+            recorder = book.begin(self._name(), self.config.model_dump(), tags)
+        if recorder.run_id != run_id:
+            self.trial.set_user_attr(records.RUN_ID, recorder.run_id)
+        return recorder
 
     def _name(self) -> str:
         """The run's name: legends of MLflow's charts show nothing else, so it holds what tells trials apart."""
@@ -208,6 +224,9 @@ class TrialRun:
             case RunStarted():
                 self.total_steps = event.total_steps
                 log.info("trial %d: %s", self.trial.number, event)
+                for problem in event.damaged_checkpoints:
+                    text = f"trial {self.trial.number} goes on after epoch {event.resumed_from_epoch}: {problem}"
+                    self.worker.link.send(Said(text=text))
             case StepEnded():
                 self._show(event)
                 if self.worker.link.order() == Order.END_NOW:
@@ -313,13 +332,29 @@ class TrialRun:
                 findings=self.findings,
                 epochs=epochs,
                 config=self.config.model_dump(mode="json"),
-                run=(notes.pages_of(self.worker.job.tracking_uri), self.experiment_id, self.run_id),
+                run=self._page(),
             )
         except Exception:  # a note is worth no trial
             log.exception("trial %d: its note could not be written", self.trial.number)
 
+    def _page(self) -> str | None:
+        """Address of the run's page in MLflow, None if MLflow was away when it began."""
+        assert self.recorder is not None
+        experiment, run_id = self.worker.book.experiment_id(), self.recorder.run_id
+        if experiment is None or is_local(run_id):
+            return None
+        return run_page(notes.pages_of(self.worker.job.tracking_uri), experiment, run_id)
+
     def _end_tracking(self, outcome: Outcome | None) -> None:
-        """End the MLflow run, whatever happened."""
+        """End the MLflow run, whatever happened. What cannot be recorded of it costs no trial: it is told."""
+        assert self.recorder is not None
+        try:
+            self._finish_recorder(outcome)
+        except StorageError as error:
+            log.error("trial %d: %s", self.trial.number, error)
+            self.worker.link.send(Said(text=f"trial {self.trial.number}: {error}"))
+
+    def _finish_recorder(self, outcome: Outcome | None) -> None:
         recorder = self.recorder
         assert recorder is not None
         if outcome is None:  # an exception is on its way; `fail` tells it
@@ -377,5 +412,5 @@ class TrialRun:
         )
 
     def _frozen(self) -> Any:
-        """The trial as the storage has it."""
-        return self.study._storage.get_trial(self.trial._trial_id)
+        """The trial as the storage has it: this process alone writes to it, and Optuna keeps what it wrote."""
+        return self.trial._get_latest_trial()

@@ -1,12 +1,16 @@
-"""`python -m search.ui`: MLflow's pages and optuna-dashboard together, on this machine's loopback address only."""
+"""`python -m search.ui`: MLflow's pages and optuna-dashboard together, on this machine's loopback address.
+
+Told to listen elsewhere (`--host`), both want a password and answer to the given names only (search.access).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib.util
 import json
 import os
-import shutil
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,12 +27,13 @@ from typing import IO, Annotated, Any
 
 import typer
 
+from search import access
+from search.access import Access
 from search.errors import StorageError
-from search.opening import ARTIFACTS
+from search.opening import ARTIFACTS, STORAGE_VARIABLE, StorageOption, TrackingOption
 from trainer import cli
 from trainer.errors import UserError
 
-HOST = "127.0.0.1"
 START_S = 120
 """Longest wait for a page to answer; MLflow needs about ten seconds."""
 STOP_S = 10
@@ -43,13 +48,15 @@ class Server:
 
     name: str
     url: str
+    health: str
+    """Answered without a password."""
     process: subprocess.Popen[bytes]
     log: IO[bytes]
 
     def answers(self) -> bool:
         """Whether its page can be fetched."""
         try:
-            with urllib.request.urlopen(self.url, timeout=5) as response:  # noqa: S310 - our own http URL
+            with urllib.request.urlopen(self.health, timeout=5) as response:  # noqa: S310 - our own http URL
                 return bool(response.status == 200)
         except (OSError, http.client.HTTPException):
             return False
@@ -80,26 +87,33 @@ class ServerEnded(Exception):
 @app.command()
 def main(
     runs_dir: Annotated[Path, typer.Option(help="Folder of the databases, as given to search.run.")] = Path("runs"),
-    storage: Annotated[str | None, typer.Option(help="Optuna's database URL; optuna.db in the runs folder.")] = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's URI; mlflow.db in the runs folder.")] = None,
+    storage: StorageOption = None,
+    tracking_uri: TrackingOption = None,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow.")] = 5000,
     optuna_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of optuna-dashboard.")] = 8080,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond this machine, set LORA_SEARCH_UI_PASSWORD too.")
+    ] = access.LOOPBACK,
+    allowed_hosts: Annotated[
+        str | None, typer.Option(help="Further names that browsers may ask for, by commas; needed with --host.")
+    ] = None,
 ) -> None:
     """Open the dashboards: MLflow for curves and runs, optuna-dashboard for the search. Ctrl-C ends both."""
     storage = storage or f"sqlite:///{runs_dir / 'optuna.db'}"
     tracking_uri = tracking_uri or f"sqlite:///{runs_dir / 'mlflow.db'}"
     remote = tracking_uri.startswith(("http://", "https://"))
     ports = {"--optuna-port": optuna_port} if remote else {"--mlflow-port": mlflow_port, "--optuna-port": optuna_port}
-    check(storage, tracking_uri, ports)
+    granted = access.check(host, allowed_hosts)
+    check(storage, tracking_uri, ports, granted)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with contextlib.ExitStack() as stack:
             artifacts = runs_dir / ARTIFACTS
             print("starting ...", file=sys.stderr, flush=True)
-            servers = [] if remote else [stack.enter_context(mlflow_server(tracking_uri, mlflow_port))]
-            servers.append(stack.enter_context(optuna_dashboard(storage, optuna_port, artifacts)))
+            servers = [] if remote else [stack.enter_context(mlflow_server(tracking_uri, mlflow_port, granted))]
+            servers.append(stack.enter_context(optuna_dashboard(storage, optuna_port, artifacts, granted)))
             wait_until_ready(servers)
-            show(servers, tracking_uri if remote else None)
+            show(servers, tracking_uri if remote else None, granted)
             while True:
                 for server in servers:
                     server.check_alive()
@@ -115,8 +129,8 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def check(storage: str, tracking_uri: str, ports: dict[str, int]) -> None:
-    """Refuse databases that are not there and ports that are taken.
+def check(storage: str, tracking_uri: str, ports: dict[str, int], granted: Access | None = None) -> None:
+    """Refuse databases that are not there, ports that are taken, and passwords that nothing would ask for.
 
     Raises:
         UserError: everything that is wrong, in one message.
@@ -128,8 +142,10 @@ def check(storage: str, tracking_uri: str, ports: dict[str, int]) -> None:
         problems += [
             f"port {port} is already in use, perhaps by another search.ui; choose a free one with {option}"
             for option, port in ports.items()
-            if not _free(port)
+            if not _free(port, (granted or Access()).host)
         ]
+    if granted and granted.password and "--mlflow-port" in ports and importlib.util.find_spec("flask_wtf") is None:
+        problems.append("MLflow asks for a password with Flask-WTF only: pip install 'lora-search[server]'")
     for option, uri in (("--storage", storage), ("--tracking-uri", tracking_uri)):
         path = uri.removeprefix("sqlite:///")
         if path != uri and not Path(path).is_file():
@@ -158,20 +174,20 @@ def _unusable(storage: str, tracking_uri: str) -> Iterator[str]:
         yield str(error)
 
 
-def _free(port: int) -> bool:
+def _free(port: int, host: str) -> bool:
     with socket.socket() as listener:
         # As servers do: a port whose last connections are only just closed is free.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((HOST, port))
+            listener.bind((host, port))
         except OSError:
             return False
     return True
 
 
 @contextlib.contextmanager
-def mlflow_server(tracking_uri: str, port: int) -> Iterator[Server]:
-    """MLflow's server on a database."""
+def mlflow_server(tracking_uri: str, port: int, granted: Access) -> Iterator[Server]:
+    """MLflow's server on a database, with its own authentication if there is a password."""
     env = {
         "MLFLOW_BACKEND_STORE_URI": tracking_uri,  # not as an argument: other users can read those
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -179,35 +195,45 @@ def mlflow_server(tracking_uri: str, port: int) -> Iterator[Server]:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # three more processes, for nothing we use
         # The middleware against DNS rebinding compares the Host header, port included. Said here, so that an
         # environment variable meant for another server does not shut out the URL that we print.
-        "MLFLOW_SERVER_ALLOWED_HOSTS": f"{HOST}:{port},localhost:{port}",
-        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(granted.allowed_hosts(port)),
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(granted.allowed_origins(port)),
     }
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    with _started("MLflow", f"http://{HOST}:{port}", command, env) as server:
-        yield server
-
-
-@contextlib.contextmanager
-def optuna_dashboard(storage: str, port: int, artifacts: Path) -> Iterator[Server]:
-    """optuna-dashboard on a database."""
-    beside = Path(sys.executable).parent
-    program = shutil.which("optuna-dashboard", path=beside) or shutil.which("optuna-dashboard")
-    if program is None:
-        raise UserError("the program optuna-dashboard is missing; install it with: pip install optuna-dashboard")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", granted.host, "--port", str(port), "--workers", "1"]
     with tempfile.TemporaryDirectory() as folder:
-        # A file only we can read, not an argument: the URL may hold a password. JSON strings are valid TOML.
-        config = Path(folder) / "optuna-dashboard.toml"
-        lines = ["[optuna_dashboard]", f"storage = {json.dumps(storage)}"]
-        if artifacts.is_dir():
-            lines.append(f"artifact_dir = {json.dumps(str(artifacts.resolve()))}")
-        config.write_text("\n".join(lines) + "\n")
-        command = [program, "--from-config", str(config), "--host", HOST, "--port", str(port), "--server", "wsgiref"]
-        with _started("optuna-dashboard", f"http://{HOST}:{port}/dashboard/", command, {}) as server:
+        if granted.password is not None:
+            # Users are kept as long as the server runs: the password is always the one that the environment says.
+            config = Path(folder) / "basic_auth.ini"
+            config.write_text(
+                f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder}/users.db\n"
+                "auth_cache_ttl_seconds = 60\n"  # else each request costs a slow hash of the password
+            )
+            command += ["--app-name", "basic-auth"]
+            env |= {
+                "MLFLOW_AUTH_CONFIG_PATH": str(config),
+                "MLFLOW_AUTH_ADMIN_USERNAME": granted.user,
+                "MLFLOW_AUTH_ADMIN_PASSWORD": granted.password,
+                "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+            }
+        with _started("MLflow", granted, port, "", command, env) as server:
             yield server
 
 
 @contextlib.contextmanager
-def _started(name: str, url: str, command: list[str], env: dict[str, str]) -> Iterator[Server]:
+def optuna_dashboard(storage: str, port: int, artifacts: Path, granted: Access) -> Iterator[Server]:
+    """optuna-dashboard on a database."""
+    command = [sys.executable, "-m", "search.dashboard", "--host", granted.host, "--port", str(port)]
+    if artifacts.is_dir():
+        command += ["--artifact-dir", str(artifacts.resolve())]
+    env = {STORAGE_VARIABLE: storage, "LORA_SEARCH_ALLOWED_HOSTS": ",".join(granted.names)}
+    with _started("optuna-dashboard", granted, port, "/dashboard/", command, env) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _started(
+    name: str, granted: Access, port: int, path: str, command: list[str], env: dict[str, str]
+) -> Iterator[Server]:
+    address = granted.address(port)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,
@@ -217,7 +243,7 @@ def _started(name: str, url: str, command: list[str], env: dict[str, str]) -> It
             env={**os.environ, **env},
             start_new_session=True,
         )
-        server = Server(name, url, process, log)
+        server = Server(name, address + path, address + access.HEALTH, process, log)
         try:
             yield server
         finally:
@@ -241,7 +267,7 @@ def wait_until_ready(servers: list[Server]) -> None:
         time.sleep(0.2)
 
 
-def show(servers: list[Server], remote: str | None) -> None:
+def show(servers: list[Server], remote: str | None, granted: Access) -> None:
     """Print where to look: the studies' pages of curves first, newest on top."""
     from search.mlflow_uri import masked, runs_page
 
@@ -251,17 +277,20 @@ def show(servers: list[Server], remote: str | None) -> None:
     for name, url in urls.items():
         print(f"{name:<17} {url}")
         if name == "MLflow" and remote is None:
-            for experiment in _experiments(url):
+            for experiment in _experiments(url, granted):
                 print(f"  {experiment['name']:<15} {runs_page(url, experiment['experiment_id'])}")
     print("Ctrl-C ends both." if len(urls) == len(servers) else "Ctrl-C ends optuna-dashboard.", flush=True)
 
 
-def _experiments(url: str) -> list[dict[str, Any]]:
+def _experiments(url: str, granted: Access) -> list[dict[str, Any]]:
     """MLflow's experiments, the last used first, without the empty one it makes for itself."""
+    headers = {"Content-Type": "application/json"}
+    if authorization := granted.authorization():
+        headers["Authorization"] = authorization
     request = urllib.request.Request(  # noqa: S310 - our own http URL
         f"{url}/api/2.0/mlflow/experiments/search",
         data=json.dumps({"max_results": 10, "order_by": ["last_update_time DESC"]}).encode(),
-        headers={"Content-Type": "application/json"},
+        headers=headers,
     )
     with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310 - our own http URL
         found = json.load(response).get("experiments", [])

@@ -9,31 +9,37 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from search.messages import Gave, Idle, Loading, Message, Order, Said, Share, SlotsChosen
+from search.errors import DatabaseAway
+from search.messages import Alive, Gave, Idle, Loading, Message, Order, Said, Share, SlotsChosen
 from search.slots import Slots
 from search.study import Study
 from trainer.dataset import Examined
+from trainer.disk import no_room, out_of_room
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import optuna
 
-    from search.tracking import Tracking
     from search.trial import Outcome, TrialRun
     from trainer.bench import Workbench
     from trainer.loop import Happening, Pack
     from trainer.member import Member
 
-HEARTBEAT_S = 60
-"""What Optuna takes as the interval of heartbeats; its grace period is twice that."""
-BEAT_S = HEARTBEAT_S / 2
+LOST_AFTER_S = 600.0
+"""A trial of another host is lost after so long without a heartbeat. Beats come from a thread of the worker, not from
+its epochs, so this need not grow with the length of an epoch; a short one kills live trials (optuna#5470)."""
+BEATS = 20
+"""Heartbeats in that time."""
+ALIVE_S = 1.0
+"""Least seconds between two `Alive` messages."""
 IDLE_S = 2.0
 """Seconds between two looks of an idle worker for a trial that waits."""
 WORTH_MOVING_S = 2.0
@@ -52,8 +58,9 @@ class Job:
     study: Study
     study_name: str
     """Optuna's name, which tells generations apart."""
-    storage_url: str
-    tracking_uri: str
+    storage_url: str = field(repr=False)
+    """May hold a password, as the next."""
+    tracking_uri: str = field(repr=False)
     runs_dir: Path
     n_trials: int
     strategy: str
@@ -62,6 +69,10 @@ class Job:
     threads: int
     slots: int | None = None
     """Trials that a worker trains at once; None for as many as pay and fit."""
+    lost_after_s: float = LOST_AFTER_S
+    """Seconds without a heartbeat after which other hosts take the trials over."""
+    one_by_one: int = 0
+    """Trials to be run alone first: those of a worker that died with several, one of which may have killed it."""
 
     @property
     def folder(self) -> Path:
@@ -75,6 +86,7 @@ class Link:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._order = Order.GO_ON
+        self._told = 0.0
         self.share = False
         """Whether half of the running trials are wanted by a worker that has none."""
         self.look = False
@@ -82,10 +94,16 @@ class Link:
 
     def send(self, message: Message) -> None:
         """Tell the supervisor. If it is gone, the worker ends at the next step."""
+        self._told = time.monotonic()
         try:
             self._connection.send(message)
         except OSError:
             self._order = Order.END_NOW
+
+    def alive(self) -> None:
+        """Tell the supervisor that work goes on, unless it has heard something just now."""
+        if time.monotonic() - self._told >= ALIVE_S:
+            self.send(Alive())
 
     def order(self) -> Order:
         """What is wanted now. Cheap enough to ask at every step."""
@@ -136,9 +154,12 @@ def work(connection: Connection, gpu: str | None, threads: int) -> None:
         _Worker(job, link).run()
     except UserError as error:
         link.send(Gave(text=str(error), user=True))
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_code) from None
     except Exception as error:
         log.exception("worker ended by a fault")
+        if out_of_room(error):
+            link.send(Gave(text=str(no_room(error, job.folder)), user=True))
+            raise SystemExit(2) from None
         link.send(Gave(text=f"{type(error).__name__}: {error}", user=False))
         raise SystemExit(1) from None
 
@@ -163,6 +184,7 @@ def set_up_logging(folder: Path) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a full disk is told once, not with each line that it does not take
     logging.captureWarnings(True)
     for name in ("httpx", "alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -179,8 +201,9 @@ class _Worker:
         import optuna
         import torch
 
-        from search import lifecycle, pruning, sampling, tracking
-        from search.database import open_storage
+        from search import lifecycle, pruning, sampling
+        from search.database import reopen_storage
+        from search.runbook import RunBook
         from trainer.bench import Workbench
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -188,16 +211,17 @@ class _Worker:
         self.job = job
         self.link = link
         self.base = job.study.base_config()
-        self.storage = open_storage(job.storage_url, heartbeat_s=HEARTBEAT_S)
+        self.storage = reopen_storage(job.storage_url, heartbeat_s=1, grace_s=round(job.lost_after_s))
+        self.storage.say = lambda text: link.send(Said(text=text))
         self.study: optuna.Study = optuna.load_study(
             study_name=job.study_name,
             storage=self.storage,
             sampler=sampling.make_sampler(job.study, job.strategy, job.n_trials),
             pruner=pruning.pruner_for(job.pruner, self.base),
         )
-        self.tracking: Tracking = tracking.open_tracking(job.tracking_uri, job.runs_dir / "artifacts")
+        self.book = RunBook(job.tracking_uri, job.runs_dir / "artifacts", job.study_name, job.folder)
         self.bench: Workbench = Workbench(job.examined, self.base.data)
-        self.identity = lifecycle.this_worker()
+        self.identity = {**lifecycle.this_worker(), lifecycle.LOST_AFTER: job.lost_after_s}
         self.slots = Slots(1)
         self._failures = 0
         self._running: dict[Member, TrialRun] = {}
@@ -207,7 +231,7 @@ class _Worker:
         """The study wanted no further trial when it was last asked: not to be asked at every step."""
         self._to_give = 0
         """Running trials still to be handed over to an idle worker."""
-        self._alone = 0
+        self._alone = job.one_by_one
         """Trials still to be run one by one, after a fault that no single one could be blamed for."""
 
     def run(self) -> None:
@@ -228,6 +252,11 @@ class _Worker:
             try:
                 while self._train() or self._more_may_come():
                     pass
+            except DatabaseAway:  # nobody can be told now; the trials go on from their checkpoints another time
+                self._held = None
+                for run in self._running.values():
+                    run.leave()
+                raise
             finally:
                 if self._held is not None:  # an end came before its turn; it has no record of its own yet
                     lifecycle.park(self.study, self._held.trial)
@@ -237,10 +266,13 @@ class _Worker:
         from trainer.loop import Pack
 
         with Pack(self.bench) as pack:
+            pack.alive = self.link.alive
             try:
                 while self._fill(pack):
                     for member, event in pack.round():
                         self._take(pack, member, event)
+            except DatabaseAway:
+                raise
             except Exception as error:  # noqa: BLE001 - whatever it is: told, logged, and the trials go on or fail
                 self._pack_failed(error)
                 return True
@@ -287,11 +319,15 @@ class _Worker:
 
     def _take(self, pack: Pack, member: Member, happening: Happening) -> None:
         """Pass on what happened to a run to its trial, and let it go if that ends it."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
         run = self._running.get(member)
         if run is None:
             return
         outcome = None
         with self._blamed_on(run):
+            if run.taken_over:
+                raise UpdateFinishedTrialError
             if isinstance(happening, UserError | OSError):
                 raise happening
             outcome = run.take(happening)
@@ -331,15 +367,29 @@ class _Worker:
         """A fault within is this trial's alone: it fails, the others go on.
 
         Raises:
-            RuntimeError: too many in a row.
+            GaveUp: too many in a row.
+            NoRoom: a disk is full, which is no trial's fault: none is to fail for it.
         """
+        from optuna.exceptions import UpdateFinishedTrialError
+
         try:
             yield
             return
+        except DatabaseAway:
+            run.leave()
+            raise
+        except UpdateFinishedTrialError:
+            run.let_go()
+            self.link.send(Said(text=f"trial {run.trial.number} was taken over by another process; let go here"))
+            return
         except UserError as error:
+            if out_of_room(error):
+                raise
             text = str(error)
             self.link.send(Said(text=f"trial {run.trial.number} failed: {text}"))
         except Exception as error:
+            if out_of_room(error):
+                raise no_room(error, self.job.folder) from error
             log.exception("trial %d failed", run.trial.number)
             text = f"{type(error).__name__}: {error}"
             where = self.job.folder / "search.log"
@@ -358,6 +408,13 @@ class _Worker:
             for run in running:
                 run.finish(run.park())
             raise error
+        if out_of_room(error):
+            for run in running:
+                try:
+                    run.finish(run.park())
+                except Exception:  # the databases may lie on that disk: the next start finds the trial lost
+                    log.exception("trial %d could not be parked", run.trial.number)
+            raise error
         if len(running) == 1:
             with self._blamed_on(running[0]):
                 raise error
@@ -373,19 +430,28 @@ class _Worker:
 
     def _ask(self) -> optuna.Trial | None:
         """The next trial, or None if the total is reached. One worker at a time counts and asks."""
-        from optuna.trial import TrialState
+        from datetime import datetime
 
         from search import lifecycle, sampling
         from search.database import exclusive
 
-        with exclusive(self.storage):
-            waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if not waiting and lifecycle.counted(self.study) >= self.job.n_trials:
-                return None
-            trial = self.study.ask()
-            trial.set_user_attr("worker", self.identity)
-            sampling.suggest(trial, self.job.study)
-        return trial
+        began, tries = datetime.now(), 0
+
+        def ask() -> optuna.Trial | None:
+            nonlocal tries
+            tries += 1
+            with exclusive(self.storage):
+                if tries > 1:  # the database went away meanwhile, and may have given a trial before it did
+                    lifecycle.put_back(self.study, self.identity, began)
+                if not lifecycle.wants_another(self.study, self.job.n_trials):
+                    return None
+                trial = self.study.ask()
+                trial.set_user_attr("worker", self.identity)
+                lifecycle.heartbeat(self.study, trial)  # a trial that was parked has an old one
+                sampling.suggest(trial, self.job.study)
+            return trial
+
+        return self.storage.patiently(ask)
 
     def _show_features(self, done: int, total: int) -> None:
         self.link.send(Loading(what=f"vision outputs of {total} images ({100 * done // total} %)"))
@@ -398,11 +464,11 @@ class _Worker:
         done = threading.Event()
 
         def beat() -> None:
-            while not done.wait(BEAT_S):
+            while not done.wait(self.job.lost_after_s / BEATS):
                 runs = [*self._running.values()] + ([self._held] if self._held else [])
                 for run in runs:
                     try:
-                        lifecycle.heartbeat(self.study, run.trial)
+                        run.taken_over = not lifecycle.heartbeat(self.study, run.trial)
                     except Exception:  # whatever the database's driver raises; the next beat may get through
                         log.exception("heartbeat of trial %d not recorded", run.trial.number)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from search.study import load
+from tests import search_process
 from tests.benchmarks import configs, gate, peer
 from tests.benchmarks.sides import TrialLosses
 from tests.tiny import IMAGE_TOKEN, QUERIES, tiny_batch, tiny_model
@@ -112,3 +114,14 @@ def test_the_gate_takes_a_trial_for_chaotic_only_by_the_peers_own_measure() -> N
 def test_the_gate_refuses_other_trials() -> None:
     with pytest.raises(SystemExit, match="not the same trials"):
         gate.compare({"a": losses(0.5)}, {"b": losses(0.5)}, 1e-3, lambda labels: {})
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_scale_goes_on_with_a_prefilled_study() -> None:
+    done = search_process.run(
+        [sys.executable, "-m", "tests.benchmarks.scale", "--workers", "2", "--prefill", "30", "--trials", "4"]
+    )
+    assert done.returncode == 0, done.stderr
+    label, workers, _, trials, *figures = done.stdout.splitlines()[-1].replace("+", " ").split()
+    assert (label, workers, trials) == ("30", "2", "4")
+    assert all(float(figure) > 0 for figure in figures)

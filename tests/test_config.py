@@ -106,6 +106,7 @@ OTHER = {
     "target_modules": ("query",),
     "torch_dtype": "float16",
     "matmul_precision": "high",
+    "device_map": "auto",
     "device": "cpu",
     "val_fraction": 0.3,
     "lora_dropout": 0.2,

@@ -18,6 +18,7 @@ from search import storage as store
 from search.database import close_storage, open_storage
 from search.errors import StorageError
 from search.logkeeper import LogKeeper
+from search.runbook import RunBook
 from search.space import Float
 from search.study import Study
 from search.tracking import Tracking, open_tracking
@@ -138,7 +139,8 @@ def test_an_error_at_the_end_is_logged_too(quick: None, caplog: pytest.LogCaptur
 def test_log_note_and_artifacts_of_the_study_s_run(study: optuna.Study, tracking: Tracking, tmp_path: Path) -> None:
     parent = tracking.parent_run("demo", {})
     folder = tmp_path / "demo"
-    keeper = LogKeeper(study, tracking, folder, ("--runs-dir", "elsewhere"))
+    book = RunBook(tracking.uri, tmp_path / "artifacts", "demo", folder)
+    keeper = LogKeeper(study, book, folder, ("--runs-dir", "elsewhere"))
     keeper.start()
     trial = study.ask()
     trial.set_user_attr(records.CONFIG, TrainConfig().model_dump(mode="json"))

@@ -21,6 +21,7 @@ from optuna_dashboard._serializer import serialize_frozen_trial
 from search import lifecycle, notes, records, sampling
 from search.database import close_storage, open_storage
 from search.diagnosis import Curve, Finding, curve_from_events, diagnose
+from search.mlflow_uri import run_page
 from search.opening import ARTIFACTS
 from search.records import EpochRecord, TrialRecord
 from search.trial import Outcome
@@ -70,7 +71,7 @@ def annotate(
         findings=diagnose(curve) if findings is None else findings,
         epochs=curve.epochs,
         config=CONFIG,
-        run=("http://127.0.0.1:5000", "1", "abc123"),
+        run=run_page("http://127.0.0.1:5000", "1", "abc123"),
     )
     return get_note(trial)
 
@@ -143,7 +144,7 @@ def test_a_fence_in_the_configuration_ends_no_code_block(study: optuna.Study, tm
         findings=diagnose(curve(report_data.EXPERIMENT_3)),
         epochs=(),
         config={**CONFIG, "target_modules": ["```\n# heading"]},
-        run=("http://127.0.0.1:5000", "1", "abc123"),
+        run=run_page("http://127.0.0.1:5000", "1", "abc123"),
     )
     note = get_note(trial)
     assert note.count("````") == 2 and note.endswith("````")

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import optuna
 import pytest
+from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
-from search import records
+from search import records, sampling
 from search.errors import StudyError
 from search.sampling import (
     CONSTRAINTS,
@@ -208,6 +209,31 @@ def test_tpe_is_beyond_its_random_trials():
         told.append(params_of(study))
     assert told[0][:N_STARTUP_TRIALS] == told[1][:N_STARTUP_TRIALS]
     assert told[0][-1] != told[1][-1]
+
+
+@pytest.mark.parametrize("strategy", ["joint", "staged"])
+def test_tpe_told_the_space_samples_what_tpe_samples(monkeypatch, strategy):
+    """With trials given by hand, pruned, violated and failed, and several running at once."""
+
+    def params(n_trials):
+        study = in_memory(by_hand, strategy, n_trials)
+        study.enqueue_trial({"lora_r": 5, "learning_rate": 2e-4})
+        held = []
+        for index in range(n_trials):
+            if index % 6 == 4:
+                held.append(study.ask())
+                suggest(held[-1], by_hand)
+            elif index % 7 == 5:
+                study.tell(study.ask(), state=TrialState.FAIL)
+            else:
+                run_trial(study, by_hand, unstable_above=RATE_HIGH / 2)
+        return [t.params for t in study.trials]
+
+    by_hand = replace(MINI, space={**MINI.space, "weight_decay": Float(0.01, 0.01)})
+    told = params(24)
+    monkeypatch.setattr(sampling.KnownSpaceTPE, "infer_relative_search_space", TPESampler.infer_relative_search_space)
+    assert told == params(24)
+    assert len({p["learning_rate"] for p in told if p}) > 12
 
 
 def test_a_sampler_seeded_once_repeats_itself_after_a_restart(storage):

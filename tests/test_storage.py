@@ -392,6 +392,21 @@ def test_a_lost_trial_is_taken_up_twice_at_most(storage):
     assert len(study.trials) == 3
 
 
+def test_an_epoch_further_is_a_new_first_attempt(storage):
+    """On hosts that come and go, a long trial is lost more than three times, and must still come to its end."""
+    study = open_study(storage, STUDY)
+    started(study, worker=GONE)
+    for epoch in range(3, 8):
+        (lost,) = requeue_lost(study, is_alive=lambda worker: False)
+        again = study.ask()
+        assert again.number == lost.successor
+        assert again.user_attrs[records.ATTEMPT] == 1
+        suggest_all(again)
+        again.report(1.5, step=epoch)
+        again.set_user_attr(records.WORKER, GONE)
+    assert counted(study) == 1
+
+
 def test_live_trials_are_left_alone(storage):
     study = open_study(storage, STUDY)
     trial = started(study, worker=this_worker())
@@ -528,13 +543,16 @@ def test_every_way_to_end_counts_once(storage):
 def test_this_process_is_alive_and_others_are_told_apart():
     me = this_worker()
     assert local_worker_alive(me) is True
-    assert local_worker_alive({**me, "started_s": me["started_s"] - 60}) is False  # a reused process id
+    assert local_worker_alive({**me, "since_boot": "a-boot:1"}) is False  # a reused process id
+    elsewhere = {**me, "since_boot": None}  # where there is no /proc
+    assert local_worker_alive(elsewhere) is True
+    assert local_worker_alive({**elsewhere, "started_s": me["started_s"] - 60}) is False
     assert local_worker_alive({**me, "host": "elsewhere"}) is None
 
 
 def test_a_dead_or_unreaped_process_is_not_alive():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    worker = {**this_worker(), "pid": child.pid, "started_s": psutil.Process(child.pid).create_time()}
+    worker = {"host": this_worker()["host"], "pid": child.pid, "started_s": psutil.Process(child.pid).create_time()}
     assert local_worker_alive(worker) is True
     child.kill()
     deadline = time.monotonic() + 10

@@ -17,9 +17,11 @@ from mlflow.tracking import MlflowClient
 
 from search import environment as env
 from search import mlflow_uri, records
-from search.errors import StorageError
+from search.errors import StorageError, Unavailable
 from search.recorder import Logged, RunRecorder
-from search.run_writer import Point, Status, Unavailable
+from search.run_store import Point, Status
+from search.run_writer import send
+from search.spool import End, Spool, Write
 from search.tracking import Tracking, as_text, open_tracking, run_status
 from trainer.config import TrainConfig
 from trainer.events import (
@@ -116,7 +118,9 @@ class Store:
     def log_text(self, run_id: str, text: str, file: str) -> None:
         self.texts[file] = text
 
-    def end_run(self, run_id: str, status: Status, tags: Mapping[str, str], description: str) -> None:
+    def end_run(
+        self, run_id: str, status: Status, tags: Mapping[str, str], description: str, end_ms: int | None = None
+    ) -> None:
         self.tags.update(tags)
         self.ended = status
 
@@ -222,35 +226,70 @@ def test_a_resumed_run_doubles_nothing_and_ends_as_if_never_interrupted() -> Non
 # ---------------------------------------------------------------------- when the store fails
 
 
-def test_writes_that_fail_for_a_while_lose_nothing() -> None:
-    errors = iter([Unavailable("locked"), Unavailable("locked"), Unavailable("locked")])
-    store = record(whole_run(2, 40), Store(lambda: next(errors, None)))
-    assert len(store.curve("step/loss")) == 80
-    assert store.ended == "FINISHED"
+def test_what_the_store_does_not_take_goes_to_the_spool_with_all_that_follows(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    errors = iter([None, Unavailable("locked")])
+    store = Store(lambda: next(errors, None))
+    recorder = RunRecorder(store, "run", spool=spool)
+    events = whole_run(2, 40)
+    recorder(events[0])
+    while store.writes == 0:
+        time.sleep(0.01)
+    for event in events[1:]:
+        recorder(event)
+    recorder.finish("FINISHED", state="COMPLETE", reason="finished")
+    assert store.curve("step/loss") == {} and store.ended is None
+    assert recorder.problem == "locked" and recorder.writer.lost == 0
+    kept = [entry for entry, _ in spool.read("run")]
+    for entry in kept:
+        send(store, "run", entry)
+    assert store.curve("step/loss") == {s: 1 / s for s in range(1, 81)}
+    assert store.ended == "FINISHED" and store.tags["reason"] == "finished"
 
 
-def test_a_store_that_stays_away_is_told_and_the_run_ended() -> None:
-    store = Store(lambda: Unavailable("database is locked"))
-    recorder = RunRecorder(store, "run", close_s=0.5)
+def test_without_a_spool_what_is_lost_is_told() -> None:
+    recorder = RunRecorder(Store(lambda: Unavailable("database is locked")), "run")
     recorder(step(1))
-    with pytest.raises(StorageError, match="3 metrics and tags could not be recorded: database is locked"):
+    with pytest.raises(StorageError, match="4 metrics and tags could not be recorded: database is locked"):
         recorder.finish("FINISHED", state="COMPLETE")
-    assert store.ended == "FINISHED"
-    assert store.tags["tracking_lost"] == "3"
 
 
 @pytest.mark.parametrize("error", [StorageError("run was deleted"), KeyError("bug")])
-def test_an_error_that_is_final_is_told_and_later_writes_go_on(error: Exception) -> None:
+def test_what_is_refused_for_good_is_kept_apart_and_later_writes_go_on(error: Exception, tmp_path: Path) -> None:
     errors = iter([error])
     store = Store(lambda: next(errors, None))
-    recorder = RunRecorder(store, "run")
+    spool = Spool(tmp_path / "spool")
+    recorder = RunRecorder(store, "run", spool=spool)
     recorder(started(40))
     while store.writes == 0:
         time.sleep(0.01)
     recorder(epoch(1, 40))
-    with pytest.raises(StorageError, match=r"could not be recorded: (run was deleted|KeyError: 'bug')"):
-        recorder.finish("FINISHED", state="COMPLETE")
+    recorder.finish("FINISHED", state="COMPLETE")
     assert store.curve("val_loss") == {1: 1.5}
+    assert spool.runs() == []
+    rejected = (tmp_path / "spool" / "run.rejected").read_text()
+    assert "steps_per_epoch" in rejected and ("run was deleted" in rejected or "KeyError: 'bug'" in rejected)
+
+
+def test_a_store_that_hangs_holds_up_no_trial(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def hang() -> None:
+        release.wait(30)
+
+    store, spool = Store(hang), Spool(tmp_path / "spool")
+    recorder = RunRecorder(store, "run", spool=spool, close_s=0.2)
+    for event in whole_run(1, 40):
+        recorder(event)
+    began = time.perf_counter()
+    recorder.finish("FINISHED", state="COMPLETE")
+    assert time.perf_counter() - began < 2
+    kept = [entry for entry, _ in spool.read("run")]
+    assert sum(len(entry.points) for entry in kept if isinstance(entry, Write)) == 3 * 40 + 10
+    assert isinstance(kept[-1], End)
+    release.set()
+    recorder.writer.join()
+    assert store.ended is None, "the thread that hung wrote on"
 
 
 def test_training_never_waits_for_the_store() -> None:

@@ -165,7 +165,7 @@ def test_when_one_dies_the_other_ends_too(runs_dir: Path) -> None:
     while len(children) < 2 and process.poll() is None:
         time.sleep(0.1)
         children = psutil.Process(process.pid).children()
-    dashboard = next(child for child in children if any("optuna-dashboard" in part for part in child.cmdline()))
+    dashboard = next(child for child in children if "search.dashboard" in child.cmdline())
     dashboard.kill()
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1

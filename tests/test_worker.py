@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from search import lifecycle, slots
+from search import lifecycle, records, slots
 from search import storage as store
 from search.database import close_storage, open_storage
 from search.messages import EpochDone, Idle, Message, Order, Said, SlotsChosen, TrialEnded
@@ -19,11 +19,14 @@ from search.slots import Slots
 from search.space import Float, Int
 from search.study import Study, load
 from search.tracking import open_tracking
+from search.trial import TrialRun
 from search.worker import GaveUp, Job, _Worker
 from trainer import dataset, loop, member
 from trainer.bench import Workbench
 from trainer.data import Batch
+from trainer.disk import NoRoom
 from trainer.errors import DataError
+from trainer.events import EpochEnded, StepEnded
 from trainer.model import Forward, forward
 
 
@@ -41,6 +44,9 @@ class Ear:
         if isinstance(message, EpochDone) and self.share_after is not None:
             self.share_after -= 1
             self.share = self.share_after == 0
+
+    def alive(self) -> None:
+        """Nobody watches."""
 
     def order(self) -> Order:
         return Order.END_AFTER_EPOCH if any(isinstance(message, Idle) for message in self.heard) else Order.GO_ON
@@ -62,6 +68,7 @@ def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
         fails: type[Exception] | None = None,
         where: str = "runs",
         share_after: int | None = None,
+        one_by_one: int = 0,
         **base: Any,
     ) -> Any:
         runs = tmp_path / where
@@ -92,6 +99,7 @@ def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
             examined=dataset.examine("mini"),
             threads=1,
             slots=slots,
+            one_by_one=one_by_one,
         )
         ear = Ear(share_after)
         worker = _Worker(job, ear)  # type: ignore[arg-type]  # it sends and asks for orders, which is all that is used
@@ -161,7 +169,7 @@ def test_a_trial_of_its_own_fault_fails_alone(search: Search, monkeypatch: pytes
     assert [m.text for m in heard if isinstance(m, Said)] == ["trial 1 failed: images/x.png: the image is truncated"]
 
 
-def test_a_full_disk_at_a_checkpoint_fails_that_trial(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_a_checkpoint_fails_no_trial(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     original = loop.Member.epoch_ended
 
     def full(self: member.Member, val_loss: float, eval_s: float) -> Any:
@@ -170,9 +178,75 @@ def test_a_full_disk_at_a_checkpoint_fails_that_trial(search: Search, monkeypatc
         return original(self, val_loss, eval_s)
 
     monkeypatch.setattr(member.Member, "epoch_ended", full)
-    trials, _ = search(trials=2, slots=2)
-    assert [t.state for t in trials] == ["FAIL", "COMPLETE"]
-    assert "No space left on device" in str(trials[0].detail)
+    trials, _ = search(trials=2, slots=2, fails=NoRoom)
+    assert [t.state for t in trials] == ["WAITING", "WAITING"]
+
+
+def test_a_trial_too_large_for_memory_violates_a_constraint_and_its_neighbours_go_on(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, _ = search(trials=3, slots=3, where="alone")
+    original = loop.Pack._pass
+
+    def hungry(self: loop.Pack, work: Any) -> Any:
+        self._passing = [member for member, _, _ in work]
+        if any(member.out_dir.name == "0001" for member in self._passing):
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return original(self, work)
+
+    monkeypatch.setattr(loop.Pack, "_pass", hungry)
+    trials, _ = search(trials=3, slots=3)
+    assert [t.state for t in trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert trials[1].reason == records.OUT_OF_MEMORY and trials[1].violated == (records.OUT_OF_MEMORY,)
+    assert trials[1].detail == "step 1: tried to allocate 20.00 GiB"
+    for mine, theirs in zip(trials[::2], alone[::2], strict=True):
+        assert mine.value == pytest.approx(theirs.value, rel=1e-5)
+
+
+def test_a_trial_that_another_host_has_taken_over_is_let_go(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This host slept, was taken for lost, and woke up: it must not touch what is another's now."""
+    original = TrialRun._epoch
+
+    def woken(self: TrialRun, event: Any, *, from_checkpoint: bool) -> Any:
+        if self.trial.number == 0 and event.epoch == 1:
+            lost = lifecycle.requeue_lost(self.study, is_alive=lambda worker: False)
+            assert 0 in [each.number for each in lost]
+        return original(self, event, from_checkpoint=from_checkpoint)
+
+    monkeypatch.setattr(TrialRun, "_epoch", woken)
+    trials, heard = search(trials=1, slots=1)
+    assert [(t.state, t.reason) for t in trials] == [("FAIL", records.LOST), ("COMPLETE", records.FINISHED)]
+    assert "was taken over by another process" in next(m.text for m in heard if isinstance(m, Said))
+    assert len(trials[1].attrs["train_losses"]) == 2
+
+
+def test_the_heartbeat_tells_that_a_trial_was_taken_over(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before an epoch ends, whose checkpoint would be written beside the other's."""
+    original = TrialRun._event
+    saved: list[int] = []
+
+    def woken(self: TrialRun, event: Any) -> Any:
+        if self.trial.number == 0 and isinstance(event, StepEnded) and event.step == 1:
+            lifecycle.requeue_lost(self.study, is_alive=lambda worker: False)
+            self.taken_over = not lifecycle.heartbeat(self.study, self.trial)
+        if self.trial.number == 0 and isinstance(event, EpochEnded):
+            saved.append(event.epoch)
+        return original(self, event)
+
+    monkeypatch.setattr(TrialRun, "_event", woken)
+    trials, _ = search(trials=1, slots=1)
+    assert [t.state for t in trials] == ["FAIL", "COMPLETE"] and not saved
+
+
+def test_trials_of_a_worker_that_died_are_run_one_by_one_at_first(search: Search) -> None:
+    trials, heard = search(trials=4, slots=4, one_by_one=2)
+    assert [t.state for t in trials] == ["COMPLETE"] * 4
+    ends = [m.number for m in heard if isinstance(m, TrialEnded)]
+    starts = [m.number for m in heard if type(m).__name__ == "TrialStarted"]
+    first_two = [type(m).__name__ for m in heard if type(m).__name__ in ("TrialStarted", "TrialEnded")][:4]
+    assert first_two == ["TrialStarted", "TrialEnded"] * 2
+    assert starts[:2] == ends[:2] == [0, 1]
+    assert most_at_once(heard) == 2
 
 
 def test_three_failures_in_a_row_end_the_worker_and_park_the_rest(

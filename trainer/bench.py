@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 
-from trainer import adapters, dataset, runtime
+from trainer import adapters, dataset, memory, runtime
 from trainer.config import TrainConfig
 from trainer.data import CaptionDataset, Pixels, Tokenizer
 from trainer.dataset import Examined
@@ -24,16 +23,20 @@ class Workbench:
         self.progress: Callable[[int, int], None] | None = None
         """Called with (done, total) while vision outputs are computed."""
         self._examined = (data, examined) if data is not None and examined is not None else None
-        self._base: tuple[tuple[str, str, str], Base] | None = None
+        self._base: tuple[tuple[str, ...], Base] | None = None
         self._datasets: dict[tuple[object, ...], tuple[CaptionDataset, CaptionDataset]] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
         self._pixels: Pixels | None = None
         self._features: dict[tuple[object, ...], Features] = {}
 
     def base(self, config: TrainConfig) -> Base:
-        """The frozen base of this configuration."""
+        """The frozen base of this configuration.
+
+        Raises:
+            ModelError: it cannot be loaded, or does not fit on its device.
+        """
         device = runtime.resolve_device(config.device)
-        key = (config.model, config.torch_dtype, str(device))
+        key = (config.model, config.torch_dtype, str(device), config.device_map)
         if self._base is None or self._base[0] != key:
             if self._base is not None and self._base[0][0] != config.model:
                 self._tokenizers.clear()
@@ -41,9 +44,11 @@ class Workbench:
                 self._pixels = None
             self._base = None
             self._features.clear()
-            gc.collect()  # the old base goes before the new one comes: two would not fit on a GPU
+            runtime.release_memory(device)  # the old base goes before the new one comes: two would not fit on a GPU
+            memory.check(config, device)
             dtype = runtime.DTYPES[config.torch_dtype]
-            self._base = (key, load_base(config.model, dtype=dtype, device=device))
+            spread = config.device_map == "auto"
+            self._base = (key, load_base(config.model, dtype=dtype, device=device, spread=spread))
         return self._base[1]
 
     def examined(self, config: TrainConfig) -> Examined:

@@ -12,6 +12,7 @@ best are kept.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import MACHINE_FIELDS, TrainConfig
+from trainer.disk import out_of_room
 from trainer.errors import CheckpointError
 from trainer.events import EpochEnded, NonFinite, epoch_from_dict, to_dict
 from trainer.lora import Adapter
@@ -109,8 +111,10 @@ def save(
         temporary.rename(final)
         _flush_folder(final.parent)
         _flush_folder(out_dir)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if out_of_room(error) and not isinstance(error, OSError):  # safetensors has an exception of its own
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final)) from error
         raise
     keep = {state.epoch, state.best_epoch()}
     left = [folder for epoch, folder in _epochs(out_dir) if epoch not in keep]

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from trainer.disk import no_room, out_of_room
 from trainer.errors import UserError
 
 
@@ -26,11 +27,14 @@ def run(app: Callable[[], object], log_file: Callable[[], Path | None] = lambda:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:  # the outermost place; it is told and logged
         path = log_file()
+        if out_of_room(error):
+            print(f"error: {no_room(error, path.parent if path else 'it')}", file=sys.stderr)
+            sys.exit(2)
         if path is None:
             traceback.print_exc()
         else:

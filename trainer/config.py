@@ -15,7 +15,7 @@ from trainer.errors import MOST_SHOWN, ConfigError, shown
 EMBEDDED = "mini"
 """The name under which the embedded model and data are found: `model="mini"`, `data="mini"`."""
 
-MACHINE_FIELDS = ("device", "num_workers", "prefetch_factor")
+MACHINE_FIELDS = ("device", "device_map", "num_workers", "prefetch_factor")
 """Fields that say where and how fast a run goes, not what it computes."""
 
 MOST = 1_000_000_000
@@ -104,6 +104,9 @@ class TrainConfig(BaseModel):
     """PyTorch's float32 matmul precision on CUDA; `high` allows TF32."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """`auto` takes CUDA where there is one."""
+    device_map: Literal["single", "auto"] = "single"
+    """`auto` spreads the base over all CUDA devices that the process sees (Transformers' and Accelerate's device map),
+    for a base that one does not hold; the adapters have to lie on one of them."""
     num_workers: Annotated[int, Field(ge=0, le=128)] = 0
     """DataLoader worker processes; 0 loads in the training process."""
     prefetch_factor: Annotated[int, Field(ge=1, le=MOST)] = 2

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
@@ -175,6 +176,22 @@ class Tokenizer:
         return Tokens(tuple(instruction), tuple(prompt), (*caption, self.text.eos_token_id))
 
 
+def preprocessed(image_processor: Any, image: Image, path: Path) -> torch.Tensor:
+    """(3, height, width), float: the image as the model takes it.
+
+    Raises:
+        DataError: a pixel is not finite. It would make every loss NaN that the image has a part in, and blame the
+            learning rate.
+    """
+    pixels: torch.Tensor = image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+    if not bool(torch.isfinite(pixels).all()):
+        raise DataError(
+            f"{path}: its pixels are not finite after preprocessing; check image_mean, image_std and rescale_factor "
+            "in the model's preprocessor_config.json"
+        )
+    return pixels
+
+
 class Pixels:
     """Images as the model takes them, kept while they fit in `PIXEL_CACHE_BYTES`. One store serves all data sets of a
     workbench, so that a study over `max_samples` does not keep a copy for each."""
@@ -188,11 +205,11 @@ class Pixels:
         """(3, height, width), float.
 
         Raises:
-            DataError: the image went bad after the data folder was examined.
+            DataError: the image went bad after the data folder was examined, or its pixels are not finite.
         """
         pixels = self._kept.get(path)
         if pixels is None:
-            pixels = self.image_processor(images=open_image(path), return_tensors="pt")["pixel_values"][0]
+            pixels = preprocessed(self.image_processor, open_image(path), path)
             size = pixels.numel() * pixels.element_size()
             worker = get_worker_info()
             if self._kept_bytes + size <= PIXEL_CACHE_BYTES // (worker.num_workers if worker else 1):

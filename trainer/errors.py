@@ -4,10 +4,13 @@
     ├── ConfigError             a configuration that names unknown fields or impossible values
     ├── DataError               a data folder that is missing, broken or unsafe
     ├── ModelError              a checkpoint that is missing, is no InstructBLIP, or lacks the target modules
-    └── CheckpointError         a training checkpoint that is damaged or belongs to another configuration
+    ├── CheckpointError         a training checkpoint that is damaged or belongs to another configuration
+    └── NoRoom (trainer.disk)   a disk that is full
 
 Everything else is a bug of ours and shows its traceback.
 """
+
+from typing import ClassVar
 
 MOST_SHOWN = 100
 """Characters of a value that a message repeats."""
@@ -24,6 +27,9 @@ def shown(value: object, most: int = MOST_SHOWN) -> str:
 
 class UserError(ValueError):
     """Something the user can mend: the message says what is wrong, where, and what to do."""
+
+    exit_code: ClassVar[int] = 2
+    """Of the command that ends with it."""
 
 
 class ConfigError(UserError):

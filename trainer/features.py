@@ -21,7 +21,7 @@ import PIL
 import torch
 import transformers
 
-from trainer.data import Pixels
+from trainer.data import Pixels, preprocessed
 from trainer.errors import DataError
 from trainer.feature_store import Store, Stored, bytes_of, gb
 from trainer.images import IMAGE_ERRORS, content_of, decode, problem_of
@@ -193,7 +193,9 @@ def _complete(
         report(done, len(paths))
         with store.writer() as writer:
             for batch, pixel_values in _decoded(missing, paths, image_processor, pool):
-                writer.add(batch, _encode(base, pixel_values, store.shape))
+                rows = _encode(base, pixel_values, store.shape)
+                _refuse_not_finite(rows, [paths[digest] for digest in batch])
+                writer.add(batch, rows)
                 done += len(batch)
                 report(done, len(paths))
         return {**found, **store.find(missing)}, len(missing)
@@ -213,6 +215,19 @@ def _encode(base: Base, pixel_values: torch.Tensor, shape: tuple[int, int]) -> t
         vision.train(training)
     assert output.shape[1:] == shape and output.dtype == base.dtype
     return output[:number].cpu().contiguous()
+
+
+def _refuse_not_finite(rows: torch.Tensor, paths: Sequence[Path]) -> None:
+    """In float32 the tower overflows for no image; in half precision it may, and the trial's health shows that."""
+    if rows.dtype != torch.float32:
+        return
+    finite = torch.isfinite(rows).flatten(1).all(dim=1).tolist()
+    bad = [str(path) for path, whole in zip(paths, finite, strict=True) if not whole]
+    if bad:
+        raise DataError(
+            f"{', '.join(bad)}: the vision tower's output is not finite in float32; take the image out, or check the "
+            "model's weights"
+        )
 
 
 def _decoded(
@@ -239,7 +254,7 @@ def _pixels_of(path: Path, digest: str, image_processor: Any) -> torch.Tensor:
         raise DataError(f"{path}: {problem_of(error)}") from error
     if hashlib.sha256(content).hexdigest() != digest:
         raise DataError(f"{path}: the image was changed while its features were being computed")
-    return image_processor(images=image, return_tensors="pt")["pixel_values"][0]  # type: ignore[no-any-return]
+    return preprocessed(image_processor, image, path)
 
 
 def _digest_of(path: Path) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -71,6 +71,8 @@ class Pack:
         self.members: list[Member] = []
         self.at_once: int | None = None
         """Runs in one pass, if memory does not hold all of them."""
+        self.alive: Callable[[], None] = lambda: None
+        """Called before each forward pass, in training and in evaluation."""
         self.window: int | None = None
         """Rounds between two looks at the figures; None for what suits the device."""
         self._key: tuple[object, ...] | None = None
@@ -95,7 +97,7 @@ class Pack:
     def _key_of(self, config: TrainConfig) -> tuple[object, ...]:
         """What runs must have in common: the base, how it computes, and in which form they see images."""
         seen = config.cache_features and not self.bench.adapts_vision(config)
-        return (config.model, config.torch_dtype, config.device, config.matmul_precision, seen)
+        return (config.model, config.torch_dtype, config.device, config.device_map, config.matmul_precision, seen)
 
     def add(self, config: TrainConfig, out_dir: Path) -> Member:
         """Take a run in; it begins with the next round, and disturbs none that is under way.
@@ -108,8 +110,9 @@ class Pack:
                 "runs that train together need the same model, torch_dtype, device, matmul_precision and "
                 "cache_features"
             )
-        device = runtime.prepare(config)
+        runtime.prepare(config)
         base = self.bench.base(config)
+        device = base.device
         if self._hooks is None or self._hooks.model is not base.model:
             self._hooks = Hooks(base.model)
         member = Member(config, self.bench, out_dir, device)
@@ -235,6 +238,7 @@ class Pack:
     def _forward(self, parts: Sequence[tuple[Member, Batch]], *, training: bool) -> tuple[Forward, list[Segment]]:
         """One pass over the batches of several runs, each seeing its own adapter."""
         assert self._hooks is not None
+        self.alive()
         config = self._hooks.model.config
         patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
         batch, lengths = merge([part for _, part in parts], (int(config.num_query_tokens), patches))

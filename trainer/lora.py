@@ -72,6 +72,7 @@ class Adapter:
         with adapters.attached(model, config) as (peft_model, self.modules):
             initial = {name: p.detach().clone() for name, p in adapters.parameters(peft_model).items()}
         first = next(iter(initial.values()))
+        _refuse_scattered(model, self.modules)
         self.weights = torch.cat([p.reshape(-1) for p in initial.values()])
         self.grads = torch.zeros_like(self.weights)
         self.shapes = {name: p.shape for name, p in initial.items()}
@@ -173,6 +174,18 @@ class Adapter:
             # Where AdamW itself keeps them: the count beside the weights if fused, else on the host.
             there = {key: value.to(device) if key in STATE or self.fused else value for key, value in stored.items()}
             self.optimizer.state[self.parameter] = there
+
+
+def _refuse_scattered(model: Any, modules: Sequence[str]) -> None:
+    """An adapter is one flat tensor, beside the Q-Former; a base that is spread may have modules elsewhere."""
+    here = next(model.qformer.parameters()).device
+    elsewhere = [name for name in modules if model.get_submodule(name).weight.device != here]
+    if elsewhere:
+        raise ModelError(
+            f"device_map=auto has put {len(elsewhere)} of the {len(modules)} adapted modules on other devices than "
+            f"the Q-Former's ({here}), {elsewhere[0]!r} among them; adapt Q-Former modules only (the default "
+            "target_modules), or use a device that holds the whole base"
+        )
 
 
 @dataclass

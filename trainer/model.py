@@ -38,6 +38,7 @@ class Base:
     name: str
     dtype: torch.dtype
     device: torch.device
+    """Of inputs and adapters; of the whole base, unless it is spread over several."""
     fingerprint: str
 
     @property
@@ -61,8 +62,11 @@ class Forward:
         return self.token_losses.sum()
 
 
-def load_base(name: str, *, dtype: torch.dtype, device: torch.device) -> Base:
+def load_base(name: str, *, dtype: torch.dtype, device: torch.device, spread: bool = False) -> Base:
     """Load an InstructBLIP checkpoint (folder, hub id or `mini`) frozen onto the device.
+
+    With `spread`, Accelerate spreads it over all CUDA devices that the process sees, and moves what flows from one
+    layer to the next; on a CPU or a single GPU it is the whole base on that.
 
     Only safetensors are read, never pickle, and no code that comes with the checkpoint is run.
 
@@ -76,11 +80,15 @@ def load_base(name: str, *, dtype: torch.dtype, device: torch.device) -> Base:
     transformers_logging.disable_progress_bar()
     path = locate(name)
     options: dict[str, Any] = {"local_files_only": Path(path).is_dir()}
+    placement: dict[str, Any] = {}
+    if spread:
+        several = device.type == "cuda" and torch.cuda.device_count() > 1
+        placement["device_map"] = "auto" if several else {"": device}
     try:
         check_type(name, InstructBlipConfig.get_config_dict(path, **options)[0])
         processor = InstructBlipProcessor.from_pretrained(path, **options)
         model = InstructBlipForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, **options
+            path, dtype=dtype, use_safetensors=True, **options, **placement
         )
     except ModelError:
         raise
@@ -94,7 +102,22 @@ def load_base(name: str, *, dtype: torch.dtype, device: torch.device) -> Base:
         )
     model.requires_grad_(False)
     fuse(model)
-    return Base(model.to(device).eval(), processor, name, dtype, device, fingerprint(path))
+    if spread:
+        _refuse_offloaded(name, model, device)
+        device = next(model.qformer.parameters()).device
+    else:
+        model.to(device)
+    return Base(model.eval(), processor, name, dtype, device, fingerprint(path))
+
+
+def _refuse_offloaded(name: str, model: Any, device: torch.device) -> None:
+    """Layers for which the GPUs had no room were put elsewhere, from where each would be fetched at every step."""
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if device.type == "cuda" and places & {"cpu", "disk"}:
+        raise ModelError(
+            f"the model {name!r} does not fit on the {torch.cuda.device_count()} GPUs that this process sees: parts "
+            "of it would lie on the host; give a worker more GPUs (--gpus-per-worker), or --set torch_dtype=bfloat16"
+        )
 
 
 def fuse(model: nn.Module) -> None:
@@ -145,7 +168,7 @@ def encode_images(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
 def query_images(model: Any, image_embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
     """The Q-Former's output at the query tokens: (B, Q, Q-Former hidden size)."""
     size = image_embeds.shape[0]
-    queries = model.query_tokens.to(image_embeds.dtype).expand(size, -1, -1)
+    queries = model.query_tokens.to(image_embeds).expand(size, -1, -1)
     query_mask = torch.ones(queries.shape[:-1], dtype=torch.long, device=image_embeds.device)
     output = model.qformer(
         input_ids=batch.qformer_ids,
@@ -162,16 +185,18 @@ def forward(model: Any, batch: Batch) -> Forward:
 
     Args:
         model: the InstructBLIP, with adapters injected or without.
-        batch: on the model's device, with pixels or vision outputs.
+        batch: on the base's device, with pixels or vision outputs. Of a base that is spread over several devices,
+            layers may lie elsewhere; what flows between them is moved, and the losses come back here.
     """
     image_embeds = batch.image_embeds
     if image_embeds is None:
         assert batch.pixel_values is not None
-        image_embeds = encode_images(model, batch.pixel_values)
+        image_embeds = encode_images(model, batch.pixel_values).to(batch.qformer_ids.device)
     query_output = query_images(model, image_embeds, batch)
     logits, labels = label_logits(model, query_output, batch)
     # float32 for the loss whatever the model's dtype: a sum over thousands of tokens overflows in float16.
-    return Forward(F.cross_entropy(at_least_float32(logits), labels, reduction="none"), query_output)
+    losses = F.cross_entropy(at_least_float32(logits), labels.to(logits.device), reduction="none")
+    return Forward(losses.to(query_output.device), query_output)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -184,9 +209,9 @@ def label_logits(model: Any, query_output: torch.Tensor, batch: Batch) -> tuple[
     language = model.language_model
     projected = model.language_projection(query_output)
     text = model.get_input_embeddings()(batch.text_ids)
-    embeds = torch.cat([projected.to(text.dtype), text], dim=1)
+    embeds = torch.cat([projected.to(text), text], dim=1)
     image_mask = torch.ones(projected.shape[:-1], dtype=batch.text_mask.dtype, device=embeds.device)
-    mask = torch.cat([image_mask, batch.text_mask], dim=1)
+    mask = torch.cat([image_mask, batch.text_mask.to(embeds.device)], dim=1)
     rows = batch.label_rows
     if rows is None:
         rows = (batch.labels != IGNORE).view(-1).nonzero().view(-1)
@@ -211,7 +236,7 @@ def _only_rows(head: nn.Module, rows: torch.Tensor) -> Iterator[None]:
     """
 
     def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0].flatten(0, 1).index_select(0, rows), *args[1:])
+        return (args[0].flatten(0, 1).index_select(0, rows.to(args[0].device)), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:

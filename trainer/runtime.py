@@ -33,6 +33,22 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def visible_devices(device: torch.device) -> list[torch.device]:
+    """All devices of this one's kind that the process sees."""
+    if device.type != "cuda":
+        return [device]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: on a CUDA device, or on the host."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def prepare(config: TrainConfig) -> torch.device:
     """Make the process deterministic and set its precision; returns the device."""
     # cuBLAS is deterministic only with a fixed workspace, to be set before its first use.

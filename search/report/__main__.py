@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from search.errors import StorageError
-from search.opening import is_file, sqlite_url
+from search.errors import StorageError, Unavailable
+from search.opening import StorageOption, TrackingOption, is_file, sqlite_url
 from trainer import cli
 from trainer.errors import shown
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.storages import RDBStorage
+
+    from search.patience import PatientStorage
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -27,8 +29,8 @@ def main(
         Literal["md", "html"], typer.Option("--format", help="Markdown with plots beside it, or one HTML file.")
     ] = "md",
     out: Annotated[Path | None, typer.Option(help="The file; RUNS_DIR/STUDY/tuning-log.md by default.")] = None,
-    storage: Annotated[str | None, typer.Option(help="Optuna's database URL; runs/optuna.db by default.")] = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow's URI; runs/mlflow.db by default.")] = None,
+    storage: StorageOption = None,
+    tracking_uri: TrackingOption = None,
     runs_dir: Annotated[Path, typer.Option(help="Folder of the studies and of both databases.")] = Path("runs"),
 ) -> None:
     """Write the tuning log of a study from what Optuna and MLflow recorded of it."""
@@ -38,12 +40,18 @@ def main(
     from search import storage as store
     from search.report import write
     from search.report.facts import gather
+    from search.spool import FOLDER, Spool
     from search.tracking import open_tracking
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found = _find(store.open_storage(_existing(storage, runs_dir / "optuna.db", "Optuna")), study)
-    tracking = open_tracking(_existing(tracking_uri, runs_dir / "mlflow.db", "MLflow"), runs_dir / "artifacts")
-    record = reading.read_study(found, tracking)
+    uri = _existing(tracking_uri, runs_dir / "mlflow.db", "MLflow")
+    spool = Spool(runs_dir / found.study_name / FOLDER)
+    try:
+        record = reading.read_study(found, open_tracking(uri, runs_dir / "artifacts"), spool)
+    except Unavailable as error:
+        print(f"{error}; the log is written from what Optuna has", file=sys.stderr)
+        record = reading.read_study(found, None, spool, away=True)
     facts = gather(record, options=_options(storage, tracking_uri, runs_dir))
     path = out or runs_dir / record.name / write.default_name(lang, format_)
     if format_ == "html":
@@ -55,7 +63,7 @@ def main(
     print(path)
 
 
-def _find(database: RDBStorage, study: str) -> optuna.Study:
+def _find(database: PatientStorage, study: str) -> optuna.Study:
     """The study of this name, hyphen or underscore as on the search's command line."""
     from search import storage as store
 

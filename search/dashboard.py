@@ -1,0 +1,76 @@
+"""`python -m search.dashboard`: optuna-dashboard behind a check of names, origins and a password (search.access).
+
+Its own program has none of them. The database's URL comes from the environment, so that no password is shown by `ps`.
+"""
+
+from __future__ import annotations
+
+import signal
+import socketserver
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import typer
+
+from search import access
+from search.opening import STORAGE_VARIABLE
+from trainer import cli
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Quiet(WSGIRequestHandler):
+    """No line on the terminal for each request, and no look-up of the client's name, which may take seconds."""
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+    def address_string(self) -> str:
+        """The address as it is."""
+        return str(self.client_address[0])
+
+
+@app.command()
+def main(
+    storage: Annotated[
+        str, typer.Option(envvar=STORAGE_VARIABLE, show_envvar=True, help="Optuna's database URL.")
+    ] = "sqlite:///runs/optuna.db",
+    artifact_dir: Annotated[Path | None, typer.Option(help="Folder of the files that notes show.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = access.LOOPBACK,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
+    allowed_hosts: Annotated[
+        str | None,
+        typer.Option(envvar="LORA_SEARCH_ALLOWED_HOSTS", help="Further names it may be asked for, by commas."),
+    ] = None,
+) -> None:
+    """Serve optuna-dashboard. Beyond this machine a password is needed: LORA_SEARCH_UI_PASSWORD."""
+    granted = access.check(host, allowed_hosts)
+    from optuna.artifacts import FileSystemArtifactStore
+    from optuna_dashboard import wsgi
+
+    from search.database import open_storage
+
+    store = None
+    if artifact_dir is not None:
+        artifact_dir.mkdir(parents=True, exist_ok=True)  # workers put files there later
+        store = FileSystemArtifactStore(artifact_dir)
+    application = access.Gate(wsgi(open_storage(storage), artifact_store=store), granted, port)
+    signal.signal(signal.SIGTERM, _end)
+    with make_server(host, port, application, server_class=_Server, handler_class=_Quiet) as server:
+        print(f"optuna-dashboard on http://{host}:{port}/dashboard/", file=sys.stderr, flush=True)
+        server.serve_forever()
+
+
+def _end(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    cli.run(app)

@@ -1,0 +1,223 @@
+"""Optuna's database restarted, cut off, locked: calls are done again, each once, and a stop is one that resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy
+from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from search import database, lifecycle, patience, records
+from search.database import close_storage, open_storage, reopen_storage
+from search.errors import DatabaseAway, StorageError
+from search.patience import PatientStorage
+from search.space import Float
+from search.storage import open_study
+from search.study import Study
+from search.worker import _Worker
+from tests.faults.postgres import Postgres
+
+STUDY = Study(name="faults", description="", space={"learning_rate": Float(1e-6, 1e-3, log=True)}, n_trials=12)
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    server = Postgres(tmp_path_factory.mktemp("pg"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/optuna.db"
+    found: str = request.getfixturevalue("postgres").new_database()
+    return found
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[[str], PatientStorage]]:
+    storages: list[PatientStorage] = []
+
+    def open_(url: str) -> PatientStorage:
+        storages.append(open_storage(url))
+        return storages[-1]
+
+    yield open_
+    for storage in storages:
+        close_storage(storage)
+
+
+def run_trials(storage: PatientStorage, study: optuna.Study, pause_s: float = 0.0) -> None:
+    """What a worker does with its trials, but the training."""
+    worker: Any = SimpleNamespace(
+        storage=storage, study=study, identity=lifecycle.this_worker(), job=SimpleNamespace(n_trials=12, study=STUDY)
+    )
+    while (trial := _Worker._ask(worker)) is not None:
+        trial.set_user_attr(records.CONFIG, {"learning_rate": trial.params["learning_rate"]})
+        for epoch in range(1, EPOCHS + 1):
+            trial.report(loss(trial.number, epoch), epoch)
+            trial.set_user_attr(records.TRAIN_LOSSES, [1.0] * epoch)
+            time.sleep(pause_s)
+        study.tell(trial, loss(trial.number, EPOCHS))
+
+
+def loss(number: int, epoch: int) -> float:
+    return 1 / (1 + number) + 1 / epoch
+
+
+def check(study: optuna.Study) -> None:
+    """Twelve trials, each told once, nothing reported missing, nobody left behind."""
+    trials = study.get_trials()
+    assert [t.number for t in trials] == list(range(12))
+    assert {t.state for t in trials} == {TrialState.COMPLETE}
+    for trial in trials:
+        assert trial.intermediate_values == {e: loss(trial.number, e) for e in range(1, EPOCHS + 1)}
+        assert trial.value == loss(trial.number, EPOCHS) and len(trial.user_attrs[records.TRAIN_LOSSES]) == EPOCHS
+        assert trial.params.keys() == {"learning_rate"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_commits_that_fail_at_random_before_or_after_they_are_done(
+    seed: int, url: str, opened: Callable[[str], PatientStorage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = opened(url)
+    study = open_study(storage, STUDY)
+    chance = random.Random(seed)
+    real = Session.commit
+    failures = 0
+
+    def commit(session: Session) -> None:
+        nonlocal failures
+        how = chance.choice(("before", "after", *[""] * 8))
+        if how != "before":
+            real(session)
+        if how:
+            failures += 1
+            raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
+
+    monkeypatch.setattr(Session, "commit", commit)
+    monkeypatch.setattr(patience.time, "sleep", lambda _: None)  # Optuna's own pauses too
+    run_trials(storage, study)
+    monkeypatch.undo()
+    check(study)
+    assert failures > 20
+
+
+def test_connections_cut(postgres: Postgres, opened: Callable[[str], PatientStorage]) -> None:
+    storage = opened(postgres.new_database())
+    study = open_study(storage, STUDY)
+    done = threading.Event()
+
+    def cut() -> None:
+        while not done.wait(0.05):
+            postgres.cut()
+
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    try:
+        run_trials(storage, study, pause_s=0.02)
+    finally:
+        done.set()
+        cutter.join()
+    check(study)
+
+
+def test_the_server_is_restarted(postgres: Postgres, opened: Callable[[str], PatientStorage]) -> None:
+    storage = opened(postgres.new_database())
+    study = open_study(storage, STUDY)
+    said: list[str] = []
+    storage.say = said.append
+
+    def restart() -> None:
+        for pause_s in (0.2, 5.0):
+            time.sleep(0.3)
+            postgres.stop()
+            time.sleep(pause_s)
+            postgres.start()
+
+    restarter = threading.Thread(target=restart)
+    restarter.start()
+    try:
+        run_trials(storage, study, pause_s=0.15)
+    finally:
+        restarter.join()
+    check(study)
+    assert len(said) == 2 and "the database does not answer" in said[0] and "answers again" in said[1]
+
+
+def test_a_server_that_stays_away_stops_the_search_and_a_worker_waits_for_one_that_comes(
+    postgres: Postgres, opened: Callable[[str], PatientStorage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres.new_database()
+    storage = opened(url)
+    study = open_study(storage, STUDY)
+    trial = study.ask()
+    postgres.stop()
+    monkeypatch.setattr(patience, "RETRY_S", 1.0)
+    began = time.monotonic()
+    try:
+        with pytest.raises(DatabaseAway, match="same command goes on from the last checkpoints") as away:
+            trial.report(1.0, 1)
+        assert time.monotonic() - began < 5 and away.value.exit_code == 75
+        monkeypatch.setattr(patience, "RETRY_S", 30.0)
+        starter = threading.Timer(1.0, postgres.start)
+        starter.start()
+        close_storage(reopen_storage(url))
+        starter.join()
+    except BaseException:
+        with contextlib.suppress(Exception):
+            postgres.start()
+        raise
+    trial.report(1.0, 1)
+    assert study.get_trials()[0].intermediate_values == {1: 1.0}
+
+
+def test_a_locked_file_is_waited_for_then_given_up(
+    tmp_path: Path, opened: Callable[[str], PatientStorage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_S", 0.1)
+    storage = opened(f"sqlite:///{tmp_path}/optuna.db")
+    study = open_study(storage, STUDY)
+    trial = study.ask()
+    other = sqlite3.connect(tmp_path / "optuna.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    monkeypatch.setattr(patience, "RETRY_S", 0.5)
+    with pytest.raises(DatabaseAway, match="database is locked"):
+        trial.report(1.0, 1)
+    monkeypatch.setattr(patience, "RETRY_S", 30.0)
+    release = threading.Timer(1.0, lambda: other.execute("ROLLBACK"))
+    release.start()
+    trial.report(1.0, 1)
+    release.join()
+    other.close()
+    assert study.get_trials()[0].intermediate_values == {1: 1.0}
+
+
+def test_what_trying_again_does_not_mend_is_not_tried_again(
+    tmp_path: Path, opened: Callable[[str], PatientStorage]
+) -> None:
+    storage = opened(f"sqlite:///{tmp_path}/optuna.db")
+    study = open_study(storage, STUDY)
+    with storage.engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DROP TABLE trial_user_attributes"))
+    began = time.monotonic()
+    with pytest.raises((optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)):
+        study.ask().set_user_attr("x", 1)
+    assert time.monotonic() - began < 15
+    with pytest.raises(StorageError, match="is no SQLite database"):
+        (tmp_path / "notes.txt").write_text("not a database, but long enough for a header")
+        reopen_storage(f"sqlite:///{tmp_path}/notes.txt")

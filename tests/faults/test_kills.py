@@ -1,0 +1,44 @@
+"""kill -9 at random moments: of a worker, of the supervisor, of both."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.harness import Place, check_records, storm, write_study
+from tests.search_process import Search
+
+Start = Callable[[list[str]], Search]
+
+
+def test_supervisor_and_worker_are_killed_at_once(
+    tiny_checkpoint: Path, tmp_path: Path, start: Start, bench: Any
+) -> None:
+    place = Place(tmp_path / "runs")
+    command = place.command(write_study(tmp_path, tiny_checkpoint, trials=1, num_epochs=20))
+    search = start(command)
+    search.wait_for("epoch 2:")
+    os.killpg(search.process.pid, signal.SIGKILL)
+    again = start(command)
+    assert again.end() == 0, again.output()
+    again.wait_for("trial 0 was lost: process")
+    assert "after epoch" in again.wait_for("trial 1: learning_rate"), "it began anew"
+    check_records(place, bench, num_trials=1, num_epochs=20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_fifty_kills_in_one_study(tiny_checkpoint: Path, tmp_path: Path, start: Start, bench: Any) -> None:
+    rng = random.Random(0)
+    place = Place(tmp_path / "runs", workers=2)
+    command = place.command(write_study(tmp_path, tiny_checkpoint, trials=12, num_epochs=60))
+    kills = rng.choices(["worker", "supervisor", "both"], weights=[5, 3, 2], k=50)
+    done = storm(lambda: start(command), kills, rng, longest_s=6)
+    print(dict(done))
+    check_records(place, bench, num_trials=12, num_epochs=60)

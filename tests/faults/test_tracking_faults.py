@@ -1,0 +1,285 @@
+"""MLflow down, slow, wrong or locked: training goes on, and in the end every record is there once, in its order."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.entities import ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from mlflow.tracking import MlflowClient
+
+from search import courier as couriers
+from search.courier import Courier
+from search.delivery import Delivery
+from search.errors import StorageError, Unavailable
+from search.runbook import RunBook
+from search.spool import is_local
+from search.tracking import Tracking, open_tracking
+from tests.test_tracking import copy_database, whole_run
+from trainer.config import TrainConfig
+
+SAME = {"pid", "record_id", "mlflow.parentRunId", "resumed_from_epoch"}
+"""Tags that differ between two recordings of the same."""
+
+
+class Flaky:
+    """MLflow's client, of which calls fail when told to: before they are made, or after."""
+
+    def __init__(self, client: MlflowClient, fail: Callable[[], str]) -> None:
+        self._client, self._fail = client, fail
+        self.calls = self.failures = 0
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            how = self._fail()
+            result = None if how == "before" else method(*arguments, **options)
+            if how in ("before", "after"):
+                self.failures += 1
+                raise MlflowException("the server is away", error_code=TEMPORARILY_UNAVAILABLE)
+            return result
+
+        return call
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("empty")
+    open_tracking(f"sqlite:///{folder}/mlflow.db", folder / "artifacts")
+    return folder / "mlflow.db"
+
+
+class Place:
+    """A folder with MLflow's database and a study's spool, as one process after another finds it."""
+
+    def __init__(self, folder: Path, empty: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        copy_database(empty, folder / "mlflow.db")
+        self.folder = folder
+        self.uri = f"sqlite:///{folder}/mlflow.db"
+        self.fail: Callable[[], str] = lambda: ""
+
+    def book(self) -> RunBook:
+        """A process' own. Its store fails as `fail` says at the time."""
+        book = RunBook(self.uri, self.folder / "artifacts", "demo", self.folder / "demo")
+        opened: list[Tracking] = []
+
+        def connect() -> Tracking:
+            if not opened:
+                tracking = open_tracking(self.uri, self.folder / "artifacts")
+                tracking._client = Flaky(tracking._client, lambda: self.fail())  # type: ignore[assignment]
+                opened.append(tracking)
+            return opened[0]
+
+        book.connect = connect  # type: ignore[method-assign]
+        return book
+
+
+@pytest.fixture
+def place(tmp_path: Path, empty: Path) -> Place:
+    return Place(tmp_path / "flaky", empty)
+
+
+def deliver(place: Place, rounds: int = 400) -> None:
+    """Deliver all, every tenth round by another process that begins again."""
+    for number in range(rounds):
+        if number % 10 == 0:
+            book = place.book()
+            delivery = Delivery(book.spool, "demo", book.connect)
+        with contextlib.suppress(StorageError):
+            delivery.once()
+        if not book.spool.runs():
+            return
+        if number % 10 == 9:
+            delivery.close()
+    raise AssertionError(f"still there: {place.book().spool.runs()}")
+
+
+def content(uri: str) -> dict[str, Any]:
+    """All that MLflow has of the study by run, with every point that was ever written, but ids and times."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("demo")
+    assert experiment is not None
+    found: dict[str, Any] = {}
+    for run in client.search_runs([experiment.experiment_id], run_view_type=ViewType.ACTIVE_ONLY):
+        assert run.info.run_name not in found, f"{run.info.run_name} is there twice"
+        history = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+        for key, metrics in history.items():
+            times = [m.timestamp for m in metrics]
+            assert times == sorted(times), f"{key} is out of order"
+        found[run.info.run_name] = {
+            "status": run.info.status,
+            "params": run.data.params,
+            "tags": {k: v for k, v in run.data.tags.items() if k not in SAME},
+            "metrics": {key: [(m.step, m.value) for m in metrics] for key, metrics in history.items()},
+            "files": sorted(f.path for f in client.list_artifacts(run.info.run_id)),
+            "ended": run.info.end_time is not None,
+        }
+    return found
+
+
+def search(book: RunBook, restart: Callable[[], RunBook]) -> None:
+    """What a search records: three trials, of which the second is interrupted and goes on in another process."""
+    events = whole_run(3, 20)
+    second_epoch = events.index(next(e for e in events if getattr(e, "epoch", 0) == 2 and not hasattr(e, "loss")))
+    book.start_study({"data_fingerprint": "d"})
+    log = book.spool.folder.parent / "tuning-log.md"
+    for number in range(3):
+        tags = {"trial": str(number)}
+        recorder = book.begin(f"trial {number}", TrainConfig().model_dump(), tags)
+        stop = second_epoch - 7 if number == 1 else len(events)  # in the middle of the second epoch
+        for event in events[:stop]:
+            recorder(event)
+            if hasattr(event, "train_loss"):
+                recorder.writer.put(now=True)
+                time.sleep(0.02)
+        if number == 1:
+            recorder.finish("KILLED", state="WAITING", reason="interrupted", findings=("slow",), tags={"detail": "x"})
+            book = restart()
+            book.start_study({"data_fingerprint": "d"})
+            recorder = book.go_on(recorder.run_id)
+            first_epoch = events.index(next(e for e in events if hasattr(e, "train_loss")))
+            for event in [events[first_epoch], events[0], *events[first_epoch + 1 :]]:
+                recorder(event)  # the checkpoint's history, then the rest again
+        recorder.put_metric("best_val_loss", 1.5, 1)
+        recorder.finish("FINISHED", state="COMPLETE", reason="finished", findings=("healthy",), description="# How")
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("the log")
+    book.keep(log)
+    book.end_study("FINISHED", {"summary": "3 trials"})
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, empty: Path) -> dict[str, Any]:
+    """What an undisturbed search leaves."""
+    place = Place(tmp_path_factory.mktemp("calm"), empty)
+    search(place.book(), place.book)
+    assert place.book().spool.runs() == []
+    found = content(place.uri)
+    assert set(found) == {"demo", "trial 0", "trial 1", "trial 2"}
+    assert [step for step, _ in found["trial 1"]["metrics"]["step/loss"]] == list(range(1, 61))
+    assert "finding.slow" not in found["trial 1"]["tags"]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calls_that_fail_at_random_before_or_after_they_are_made(
+    seed: int, place: Place, expected: dict[str, Any]
+) -> None:
+    chance = random.Random(seed)
+
+    def fail() -> str:
+        return chance.choice(("before", "after", "", "", "", "")) if chance.random() < 0.9 else ""
+
+    place.fail = fail
+    search(place.book(), place.book)
+    deliver(place)
+    assert content(place.uri) == expected
+    assert not [*place.book().spool.folder.glob("*.rejected")]
+
+
+def test_away_from_start_to_end(place: Place, expected: dict[str, Any]) -> None:
+    place.fail = lambda: "before"
+    book = place.book()
+    began = time.monotonic()
+    search(book, place.book)
+    assert time.monotonic() - began < 10
+    assert all(is_local(run_id) or run_id == "study" for run_id in book.spool.runs()) and len(book.spool.runs()) == 4
+    place.fail = lambda: ""
+    deliver(place)
+    assert content(place.uri) == expected
+
+
+@pytest.mark.parametrize(("since", "until"), [(5, 30), (0, 12), (20, 10_000)])
+def test_away_for_a_while(since: int, until: int, place: Place, expected: dict[str, Any]) -> None:
+    """At the start, in the middle, and to the end, by the number of the call."""
+    calls = iter(range(10_000_000))
+    place.fail = lambda: "before" if since <= next(calls) < until else ""
+    search(place.book(), place.book)
+    place.fail = lambda: ""
+    deliver(place)
+    assert content(place.uri) == expected
+
+
+def test_the_user_is_told_once_and_when_it_is_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(couriers, "POLL_S", 0.05)
+    place.fail = lambda: "before"
+    book = place.book()
+    said: list[str] = []
+    courier = Courier(Delivery(book.spool, "demo", book.connect), "http://mlflow", said.append)
+    courier.start()
+    book.begin("trial 0", {}, {}).finish("FINISHED", state="COMPLETE")
+    time.sleep(0.8)
+    assert len(said) == 1 and "MLflow (http://mlflow) does not take records now" in said[0]
+    assert "the server is away" in said[0] and str(book.spool.folder) in said[0]
+    place.fail = lambda: ""
+    deadline = time.monotonic() + 20
+    while len(said) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert said[1].startswith("MLflow answers again after") and courier.close() is None
+    assert content(place.uri)["trial 0"]["status"] == "FINISHED"
+
+
+def test_what_is_left_at_the_end_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(couriers, "FINAL_S", 0.1)
+    place.fail = lambda: "before"
+    book = place.book()
+    book.begin("trial 0", {}, {}).finish("FINISHED", state="COMPLETE")
+    courier = Courier(Delivery(book.spool, "demo", book.connect), "http://mlflow", lambda _: None)
+    left = courier.close()
+    assert left is not None and left.startswith("records of 1 runs are still to be delivered") and "away" in left
+
+
+def test_a_run_that_is_refused_does_not_hold_up_the_others(place: Place) -> None:
+    place.fail = lambda: "before"
+    book = place.book()
+    gone = book.begin("trial 0", {}, {})
+    place.fail = lambda: ""
+    gone.finish("FINISHED", state="COMPLETE")
+    book.end("0" * 32, "FAILED", {"state": "FAIL"})
+    book.begin("trial 1", {}, {}).finish("FINISHED", state="COMPLETE")
+    done = Delivery(book.spool, "demo", book.connect).once()
+    assert done.runs == 3 and len(done.rejected) == 1 and "0" * 32 in done.rejected[0]
+    assert (book.spool.folder / f"{'0' * 32}.rejected").is_file()
+    assert {"trial 0", "trial 1"} <= content(place.uri).keys()
+
+
+def test_a_locked_sqlite_database(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process holds MLflow's file: what is recorded meanwhile comes after."""
+    book = RunBook(place.uri, place.folder / "artifacts", "demo", place.folder / "demo")
+    recorder = book.begin("trial 0", TrainConfig().model_dump(), {})
+    assert not is_local(recorder.run_id)
+    recorder._close_s = 0.5
+    other = sqlite3.connect(place.folder / "mlflow.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    for event in whole_run(2, 20):
+        recorder(event)
+    began = time.monotonic()
+    recorder.finish("FINISHED", state="COMPLETE", reason="finished")
+    assert time.monotonic() - began < 5
+    assert book.spool.runs() == [recorder.run_id]
+    other.execute("ROLLBACK")
+    other.close()
+    recorder.writer.join()
+    deliver(place)
+    run = content(place.uri)["trial 0"]
+    assert run["status"] == "FINISHED" and run["tags"]["reason"] == "finished"
+    assert [step for step, _ in run["metrics"]["step/loss"]] == list(range(1, 41))
+
+
+def test_an_address_that_nobody_has_is_refused_and_one_that_is_silent_is_not(tmp_path: Path) -> None:
+    with pytest.raises(StorageError) as refused:
+        RunBook("http://no-such-host.invalid:5000", tmp_path, "demo", tmp_path).start_study({})
+    assert not isinstance(refused.value, Unavailable)
+    why = RunBook("http://127.0.0.1:9", tmp_path, "demo", tmp_path).start_study({})
+    assert why is not None and "no MLflow server answers" in why
