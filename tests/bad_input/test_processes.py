@@ -43,6 +43,7 @@ def test_a_study_file_that_ends_the_program(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["mine.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "said"),
     [("target_modules=querry", "did you mean 'query'?"), ("device=cuda:99", "device")],
