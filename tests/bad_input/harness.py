@@ -137,8 +137,11 @@ def _start(*_: Any, **__: Any) -> None:
 
 
 class _Crew:
-    def __init__(self, size: int, threads: int) -> None:
-        self.size = size
+    def __init__(self, size: int, threads: int, *_: object) -> None:
+        self.size, self.threads = size, threads
+
+    def alive(self, worker: object) -> None:
+        """Nothing is known."""
 
     def __enter__(self) -> _Crew:
         return self
