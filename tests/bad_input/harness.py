@@ -137,7 +137,7 @@ def _start(*_: Any, **__: Any) -> None:
 
 
 class _Crew:
-    def __init__(self, size: int, threads: int) -> None:
+    def __init__(self, size: int, *_: object) -> None:
         self.size = size
 
     def __enter__(self) -> _Crew:
