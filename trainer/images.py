@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import stat
 import struct
 import threading
@@ -43,6 +44,7 @@ IMAGE_ERRORS = (
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "JPEG2000")
 """Named, since Pillow knows formats that start other programs (EPS: Ghostscript)."""
 _FILTERS = threading.Lock()
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs of a broken file it raises as well
 
 
 def content_of(path: Path) -> bytes:

@@ -49,7 +49,7 @@ def train_noise(samples: float | None) -> float:
 
 def usable(value: float | None) -> bool:
     """Whether there is a value one can calculate with: neither missing nor NaN, infinite or about to overflow."""
-    return value is not None and math.isfinite(value) and abs(value) < _LARGEST
+    return value is not None and -_LARGEST < value < _LARGEST  # NaN is not; a whole number may be beyond floats
 
 
 def series(points: Iterable[tuple[int, float | None]]) -> Series:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
@@ -136,6 +137,18 @@ def test_caption_files(content: bytes) -> None:
         assert not outcome.accepted
 
 
+def test_a_file_that_is_odd_yet_gives_its_pixels_is_silent(tmp_path: Path) -> None:
+    """Pillow warns of it, and warnings are errors here: `Tag data larger than file. Skipping tag 259`."""
+    data = make(tmp_path)
+    content = bytearray(picture("TIFF"))
+    content[51] = 4
+    (data / "images" / "odd_1.png").write_bytes(content)
+    rows = [*GOOD, {"filename": "odd_1.png", "text_output": "A pier."}]
+    (data / "captions.json").write_text(json.dumps({"annotations": rows}))
+    assert tried(tmp_path).accepted
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # a worker has them in its log
 @examples(250)
 @given(st.sampled_from(FORMATS), st.data())
 def test_images_damaged_anywhere(kind: str, data: st.DataObject) -> None:
