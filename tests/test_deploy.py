@@ -69,7 +69,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         )
         yield port
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # as docker-compose.yml stops it: SIGTERM would wait for sessions
         process.wait(30)
 
 
