@@ -1,6 +1,7 @@
 """The services of docker-compose.yml, started as processes by their own commands, and a study of three workers."""
 
 import json
+import signal
 import subprocess
 import urllib.error
 import urllib.request
