@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from search.crew import Crew, gpus
 from search.errors import StudyError
 from search.study import Study
-from search.supervisor import Crew, gpus
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import threading
@@ -16,12 +17,30 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL
 
-from search.errors import DatabaseAway
+from search.errors import DatabaseAway, StorageError
 from search.secret_urls import secrets, shown
 
 log = logging.getLogger("search.patience")
 
-RETRY_S = float(os.environ.get("LORA_SEARCH_DATABASE_WAIT_S", "120"))
+WAIT_VARIABLE = "LORA_SEARCH_DATABASE_WAIT_S"
+
+
+def _wait_s(text: str) -> float:
+    """Seconds of the environment variable.
+
+    Raises:
+        StorageError: it is no time.
+    """
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise StorageError(f"{WAIT_VARIABLE} must be a number of seconds such as 120, but is {text!r}")
+    return seconds
+
+
+RETRY_S = _wait_s(os.environ.get(WAIT_VARIABLE, "120"))
 """How long a search waits for its database to come back. A server's restart takes seconds, a failover a minute."""
 MAX_PAUSE_S = 5.0
 SAY_AFTER_S = 3.0

@@ -23,11 +23,12 @@ from typing import Any
 
 import psutil
 
+from search.crew import Crew
 from search.errors import StudyError
+from search.job import Job
 from search.messages import Alive, Idle, Message, Order, Said, Share, TrialStarted
 from search.ray_layout import Layout, amount, check_shared, lay_out, node_of
-from search.supervisor import Crew
-from search.worker import Job, work
+from search.worker import work
 
 EXCHANGE_S = 0.5
 """Longest wait of an actor for what its worker says, and so of an order for the next exchange."""

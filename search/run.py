@@ -20,13 +20,13 @@ from trainer.errors import shown
 if TYPE_CHECKING:
     import optuna
 
+    from search.crew import Crew
     from search.display import Display
     from search.executors import Executor
+    from search.job import Job
     from search.records import TrialRecord
     from search.run_store import Status
     from search.study import Study
-    from search.supervisor import Crew
-    from search.worker import Job
     from trainer.dataset import Examined
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -260,11 +260,12 @@ def _run(
     from search.database import open_storage
     from search.delivery import Delivery
     from search.display import Live_, Plain
+    from search.job import Job
     from search.logkeeper import LogKeeper
     from search.mlflow_uri import masked
     from search.runbook import RunBook
     from search.supervisor import Supervisor
-    from search.worker import Job, set_up_logging
+    from search.worker import set_up_logging
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     _make_folder(runs_dir)

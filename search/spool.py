@@ -13,7 +13,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,11 +149,10 @@ class Spool:
 
     def runs(self) -> list[str]:
         """Ids of the runs with undelivered records, the study's own first, then the oldest."""
-        try:
-            found = [(entry.stat().st_mtime, entry.name) for entry in os.scandir(self.folder)]
-        except FileNotFoundError:
-            return []
-        ids = [(time_s, name.removesuffix(_SUFFIX)) for time_s, name in found if name.endswith(_SUFFIX)]
+        ids = []
+        for path in self.folder.glob(f"*{_SUFFIX}"):
+            with suppress(FileNotFoundError):  # delivered by another process meanwhile; the others are still there
+                ids.append((path.stat().st_mtime, path.stem))
         return [run_id for _, run_id in sorted(ids, key=lambda item: (item[1] != STUDY, *item))]
 
     def read(self, run_id: str, start: int = 0) -> list[Kept]:

@@ -53,12 +53,12 @@ STUDY = "study"
 RECORD_ID = "record_id"
 """Tag: the run's id by `search.spool.local_id`, under which it is found again if its creation was not answered."""
 
-TRANSIENT = (
+AWAY = (
     *("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_CONFLICT"),
     *("REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"),
-    *("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"),
-    "ENDPOINT_NOT_FOUND",
 )
+"""Error codes of an MLflow that is away or busy."""
+TRANSIENT = (*AWAY, "PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND")
 """Error codes of MLflow after which the same call may succeed: a locked database, a server that is away or busy,
 rights that are given back, a proxy that does not find its server (a missing run is RESOURCE_DOES_NOT_EXIST)."""
 _TRANSIENT_HTTP = (401, 403, 404, 408, 409, 429)
@@ -118,7 +118,7 @@ def open_tracking(uri: str, artifact_root: Path) -> Tracking:
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
         except MlflowException as error:
-            away = error.error_code in TRANSIENT[:7] and "out-of-date" not in str(error)
+            away = error.error_code in AWAY and "out-of-date" not in str(error)
             raise (Unavailable if away else StorageError)(mlflow_uri.explain(uri, error)) from error
     return Tracking(client, uri, artifact_root)
 

@@ -9,19 +9,16 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search.errors import DatabaseAway
-from search.messages import Alive, Gave, Idle, Loading, Message, Order, Said, Share, SlotsChosen
+from search.job import Job, Link
+from search.messages import Gave, Idle, Loading, Order, Said, SlotsChosen
 from search.slots import Slots
-from search.study import Study
-from trainer.dataset import Examined
 from trainer.disk import no_room, out_of_room
 from trainer.errors import UserError
 
@@ -33,13 +30,8 @@ if TYPE_CHECKING:
     from trainer.loop import Happening, Pack
     from trainer.member import Member
 
-LOST_AFTER_S = 600.0
-"""A trial of another host is lost after so long without a heartbeat. Beats come from a thread of the worker, not from
-its epochs, so this need not grow with the length of an epoch; a short one kills live trials (optuna#5470)."""
 BEATS = 20
-"""Heartbeats in that time."""
-ALIVE_S = 1.0
-"""Least seconds between two `Alive` messages."""
+"""Heartbeats in the time after which a trial is lost (`Job.lost_after_s`)."""
 IDLE_S = 2.0
 """Seconds between two looks of an idle worker for a trial that waits."""
 WORTH_MOVING_S = 2.0
@@ -49,84 +41,6 @@ MAX_FAILURES_IN_A_ROW = 3
 the whole budget (wandb#5088: 470 of 500 runs out of memory)."""
 
 log = logging.getLogger("search.worker")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every worker of a search is given. Picklable: it crosses to a new process."""
-
-    study: Study
-    study_name: str
-    """Optuna's name, which tells generations apart."""
-    storage_url: str = field(repr=False)
-    """May hold a password, as the next."""
-    tracking_uri: str = field(repr=False)
-    runs_dir: Path
-    n_trials: int
-    strategy: str
-    pruner: str
-    examined: Examined
-    threads: int
-    slots: int | None = None
-    """Trials that a worker trains at once; None for as many as pay and fit."""
-    lost_after_s: float = LOST_AFTER_S
-    """Seconds without a heartbeat after which other hosts take the trials over."""
-    one_by_one: int = 0
-    """Trials to be run alone first: those of a worker that died with several, one of which may have killed it."""
-
-    @property
-    def folder(self) -> Path:
-        """Where the study's files lie."""
-        return self.runs_dir / self.study_name
-
-
-class Link:
-    """The worker's end of the pipe: sends messages, and keeps the highest order received."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._order = Order.GO_ON
-        self._told = 0.0
-        self.share = False
-        """Whether half of the running trials are wanted by a worker that has none."""
-        self.look = False
-        """Whether another worker has set a trial back to waiting."""
-
-    def send(self, message: Message) -> None:
-        """Tell the supervisor. If it is gone, the worker ends at the next step."""
-        self._told = time.monotonic()
-        try:
-            self._connection.send(message)
-        except OSError:
-            self._order = Order.END_NOW
-
-    def alive(self) -> None:
-        """Tell the supervisor that work goes on, unless it has heard something just now."""
-        if time.monotonic() - self._told >= ALIVE_S:
-            self.send(Alive())
-
-    def order(self) -> Order:
-        """What is wanted now. Cheap enough to ask at every step."""
-        try:
-            while self._connection.poll():
-                received = self._connection.recv()
-                if isinstance(received, Share):
-                    self.share = True
-                else:
-                    self.look = True
-                    self.raise_to(Order(received))
-        except (EOFError, OSError):
-            self._order = Order.END_NOW  # the supervisor died
-        return self._order
-
-    def wait(self, timeout_s: float) -> None:
-        """Until the supervisor says something, or so long."""
-        with suppress(EOFError, OSError):
-            self._connection.poll(timeout_s)
-
-    def raise_to(self, order: Order) -> None:
-        """Take an order, unless a higher one was taken before."""
-        self._order = max(self._order, order)
 
 
 def work(connection: Connection, gpu: str | None, threads: int) -> None:
@@ -315,7 +229,10 @@ class _Worker:
         from search.trial import TrialRun
 
         trial = self._ask()
-        return None if trial is None else TrialRun(trial, self)
+        if trial is None:
+            return None
+        self._to_give = 0  # there is work for whoever is idle: nobody waits for ours any more
+        return TrialRun(trial, self)
 
     def _take(self, pack: Pack, member: Member, happening: Happening) -> None:
         """Pass on what happened to a run to its trial, and let it go if that ends it."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from search import supervisor
+from search import crew
+from search.crew import Crew, device_groups
 from search.errors import StorageError, StudyError
 from search.executors import Executor
 from search.ray_crew import RayCrew, _reason
 from search.ray_layout import Layout, Node, check_shared, lay_out, node_of
-from search.supervisor import Crew, device_groups
 from studies.rsicap_mini import STUDY as MINI
 from tests import search_process
 
@@ -36,7 +36,7 @@ def test_gpus_of_each_worker(devices: list[str], size: int, groups: list[str]) -
 
 
 def test_a_machine_without_enough_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "gpus", lambda: ["0"])
+    monkeypatch.setattr(crew, "gpus", lambda: ["0"])
     with pytest.raises(StudyError, match="--gpus-per-worker 2: this machine has 1 GPU that"):
         Crew(1, 1, 2)
 

@@ -10,10 +10,10 @@ from markdown_it import MarkdownIt
 
 from search import database, mlflow_uri
 from search.errors import StorageError
+from search.job import Job
 from search.secret_urls import secrets, shown
 from search.space import Int
 from search.study import Study
-from search.worker import Job
 from tests.compose import ROOT
 from trainer.dataset import Examined
 

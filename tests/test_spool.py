@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,3 +161,20 @@ def test_killed_at_any_moment_it_holds_all_that_was_kept(tmp_path: Path) -> None
             promised = counted.get()
         found += [e.points[0].step for e, _ in spool.read("run", end) if isinstance(e, Write)]
         assert found == list(range(1, len(found) + 1)) and len(found) >= promised
+
+
+def test_a_run_that_another_process_delivers_meanwhile_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = Spool(tmp_path / "spool")
+    for run_id in ("a", "b", "c"):
+        spool.append(run_id, [Write(tags={"key": "value"})])
+    stat = Path.stat
+
+    def delivered_first(path: Path, **options: Any) -> Any:
+        if path.name == "b.jsonl":
+            path.unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", delivered_first)
+    assert sorted(spool.runs()) == ["a", "c"]

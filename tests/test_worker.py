@@ -13,6 +13,7 @@ import torch
 from search import lifecycle, records, slots
 from search import storage as store
 from search.database import close_storage, open_storage
+from search.job import Job
 from search.messages import EpochDone, Idle, Message, Order, Said, SlotsChosen, TrialEnded
 from search.records import TrialRecord
 from search.slots import Slots
@@ -20,7 +21,7 @@ from search.space import Float, Int
 from search.study import Study, load
 from search.tracking import open_tracking
 from search.trial import TrialRun
-from search.worker import GaveUp, Job, _Worker
+from search.worker import GaveUp, _Worker
 from trainer import dataset, loop, member
 from trainer.bench import Workbench
 from trainer.data import Batch

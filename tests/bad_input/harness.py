@@ -109,11 +109,11 @@ def search(arguments: Sequence[str]) -> Outcome:
 @contextmanager
 def no_workers() -> Iterator[None]:
     """No processes, no tuning log, the embedded data examined once."""
-    from search import logkeeper, supervisor
+    from search import executors, logkeeper, supervisor
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr(supervisor, "Crew", _Crew)
+        patch.setattr(executors, "Crew", _Crew)
         patch.setattr(supervisor, "Supervisor", _start)
         patch.setattr(logkeeper, "LogKeeper", _Keeper)
         patch.setattr(dataset, "examine", _examine)

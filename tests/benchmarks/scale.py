@@ -89,8 +89,8 @@ def new_study(folder: Path, urls: tuple[str, str], n_trials: int) -> Any:
     from search import storage as store
     from search import study as studies
     from search.database import close_storage, open_storage
+    from search.job import Job
     from search.tracking import open_tracking
-    from search.worker import Job
     from trainer import dataset
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -18,10 +18,11 @@ import optuna
 from search import storage as store
 from search import study as studies
 from search.database import open_storage
+from search.job import Job
 from search.messages import Message, Order
 from search.tracking import open_tracking
 from search.trial import TrialRun
-from search.worker import Job, _Worker
+from search.worker import _Worker
 from trainer import dataset
 from trainer.events import EpochEnded, EpochTiming, Event, RunStarted, StepEnded, StepTiming
 

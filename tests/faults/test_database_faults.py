@@ -222,3 +222,9 @@ def test_what_trying_again_does_not_mend_is_not_tried_again(
     with pytest.raises(StorageError, match="is no SQLite database"):
         (tmp_path / "notes.txt").write_text("not a database, but long enough for a header")
         reopen_storage(f"sqlite:///{tmp_path}/notes.txt")
+
+
+@pytest.mark.parametrize("text", ["soon", "", "-1", "inf", "nan"])
+def test_a_wait_that_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(StorageError, match="LORA_SEARCH_DATABASE_WAIT_S must be a number of seconds"):
+        patience._wait_s(text)

@@ -1,0 +1,110 @@
+"""`Crew`: a search's worker processes on this machine, each with its devices and threads."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from search.errors import StudyError
+from search.worker import work
+
+
+class WorkerProcess(Protocol):
+    """A worker's process, here or (search.ray_crew) on another machine, as `multiprocessing` has it."""
+
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def sentinel(self) -> int: ...
+    @property
+    def exitcode(self) -> int | None: ...
+    def is_alive(self) -> bool: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+    def join(self, timeout: float | None = None) -> None: ...
+    def close(self) -> None: ...
+
+
+class Crew:
+    """Worker processes, each with its devices and threads, started before there is a job for them.
+
+    A context: leaving it ends those that were given none.
+
+    Args:
+        size: How many.
+        threads: BLAS threads of each.
+        gpus_per_worker: GPUs that each sees. Where there are fewer GPUs than the workers need, workers share them.
+
+    Raises:
+        StudyError: the machine has not as many as one worker is to see.
+    """
+
+    def __init__(self, size: int, threads: int, gpus_per_worker: int = 1) -> None:
+        self.size = size
+        self.threads = threads
+        self._devices = device_groups(gpus(), gpus_per_worker)
+        self._context = multiprocessing.get_context("spawn")
+        self._ready: dict[int, tuple[WorkerProcess, Connection]] = {}
+
+    def __enter__(self) -> Crew:
+        for index in range(self.size):
+            self._ready[index] = self._spawn(index)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process, link in self._ready.values():
+            process.kill()  # without a job it has nothing to lose
+            process.join()
+            link.close()
+        self._ready.clear()
+
+    def alive(self, worker: Mapping[str, Any]) -> bool | None:
+        """Whether the process of a `records.WORKER` still runs; None if nothing is known of it."""
+        from search.lifecycle import local_worker_alive
+
+        return local_worker_alive(worker)
+
+    def take(self, index: int) -> tuple[WorkerProcess, Connection]:
+        """The process of a place: the one that is ready, or a new one if that was taken and has ended."""
+        return self._ready.pop(index, None) or self._spawn(index)
+
+    def _spawn(self, index: int) -> tuple[WorkerProcess, Connection]:
+        ours, theirs = self._context.Pipe()
+        gpu = self._devices[index % len(self._devices)] if self._devices else None
+        process = self._context.Process(
+            target=work, args=(theirs, gpu, self.threads), name=f"worker-{index}", daemon=False
+        )
+        process.start()
+        theirs.close()  # so that the worker's death closes the pipe
+        return process, ours
+
+
+def device_groups(devices: list[str], size: int) -> list[str]:
+    """What each worker sees, as CUDA_VISIBLE_DEVICES names it: so many of the devices; the rest is left idle.
+
+    Raises:
+        StudyError: there are fewer than that.
+    """
+    if size > max(1, len(devices)):
+        found = f"{len(devices)} GPU" + ("" if len(devices) == 1 else "s")
+        raise StudyError(f"--gpus-per-worker {size}: this machine has {found} that can be seen")
+    return [",".join(devices[low : low + size]) for low in range(0, len(devices) - size + 1, size)]
+
+
+def gpus() -> list[str]:
+    """The GPUs workers may have, as CUDA_VISIBLE_DEVICES names them; empty on a machine without."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    query = shutil.which("nvidia-smi")
+    if query is None:
+        return []
+    found = subprocess.run(
+        [query, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.split() if found.returncode == 0 else []
