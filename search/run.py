@@ -18,13 +18,9 @@ from trainer.config import MOST
 from trainer.errors import shown
 
 if TYPE_CHECKING:
-    import optuna
-
     from search.crew import Crew
     from search.display import Display
     from search.executors import Executor
-    from search.job import Job
-    from search.records import TrialRecord
     from search.run_store import Status
     from search.study import Study
     from trainer.dataset import Examined
@@ -254,7 +250,7 @@ def _run(
     global _log_file
     import optuna
 
-    from search import lifecycle, pruning, records, sampling
+    from search import ending, lifecycle, pruning, records, sampling
     from search import storage as store
     from search.courier import Courier
     from search.database import open_storage
@@ -326,7 +322,7 @@ def _run(
     waiting = left.waiting
     done = lifecycle.counted(study)
     with display:
-        display.say(_headline(job, study, done, waiting))
+        display.say(ending.headline(job, study, done, waiting))
         courier.start(away)
         code = 0
         if waiting or left.running or done < n_trials:
@@ -351,22 +347,13 @@ def _run(
     courier.close()  # first, so that the log has what MLflow has
     logs = keeper.close() if keeper.is_alive() else []
     trials = lifecycle.read_trials(study)
-    book.end_study(ENDS.get(code, "FAILED"), _study_tags(trials))
+    book.end_study(ENDS.get(code, "FAILED"), ending.study_tags(trials))
     undelivered = courier.close(0)
     book.close_dangling(_is_dead)
-    _sum_up(console, trials, job, code, logs)
+    ending.sum_up(console, trials, job, code, logs)
     if undelivered is not None:
-        console.print(_undelivered(undelivered, job), markup=False, highlight=False, soft_wrap=True)
+        console.print(ending.undelivered(undelivered, job), markup=False, highlight=False, soft_wrap=True)
     return code
-
-
-def _undelivered(why: str, job: Job) -> str:
-    """What is left to do once MLflow answers."""
-    options = f" --runs-dir {job.runs_dir}" if job.runs_dir != Path("runs") else ""
-    return (
-        f"\nMLflow did not take everything: {why}\nthey are kept in {job.folder / 'spool'}; the same command delivers "
-        f"them, or `python -m search.deliver --study {job.study_name}{options}` with the same --tracking-uri"
-    )
 
 
 def _options(storage_url: str, tracking_uri: str, runs_dir: Path) -> tuple[str, ...]:
@@ -399,62 +386,6 @@ def _console() -> Any:
     from rich.console import Console
 
     return Console(soft_wrap=False)
-
-
-def _headline(job: Job, study: optuna.Study, done: int, waiting: int) -> str:
-    going_on = f", {done - waiting} done" if done - waiting else ""
-    held = f", {waiting} waiting" if waiting else ""
-    return (
-        f"study {study.study_name}: {job.n_trials} trials{going_on}{held}; "
-        f"{len(job.examined.rows)} captioned images; files in {job.folder}"
-    )
-
-
-def _study_tags(trials: Sequence[TrialRecord]) -> dict[str, str]:
-    from search import leaderboard
-
-    best = leaderboard.best(trials)
-    tags = {"summary": leaderboard.summary(trials)}
-    if best is not None and best.value is not None:
-        tags |= {"best_trial": str(best.number), "best_val_loss": f"{best.value:.6f}"}
-    return tags
-
-
-def _sum_up(console: Any, trials: Sequence[TrialRecord], job: Job, code: int, logs: Sequence[Path]) -> None:
-    """Leaderboard, best configuration, where everything lies, and how to look at it."""
-    from search import leaderboard
-    from search.mlflow_uri import masked
-    from search.opening import ARTIFACTS
-
-    def say(text: str = "") -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    finished = [t for t in trials if t.state in ("COMPLETE", "PRUNED", "FAIL")]
-    if finished:
-        say()
-        if console.is_terminal:
-            console.print(leaderboard.as_table(finished))
-        else:
-            say(leaderboard.as_text(finished))
-    say()
-    say(leaderboard.summary(trials))
-    best = leaderboard.best(trials)
-    if best is not None:
-        say(f"\nBest: trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}")
-        say(leaderboard.training_config(best.config))
-        folder = job.folder / best.attrs["folder"] / "checkpoints" / f"epoch-{best.best_epoch:04d}" / "adapter"
-        say(f"\nadapter  {folder}")
-    say(f"files    {job.folder}")
-    options = f" --runs-dir {job.runs_dir}" if job.runs_dir != Path("runs") else ""
-    for path in logs:
-        if path.suffix == ".md":
-            say(f"log      {path}")
-    say("\nLook at it:")
-    say(f"  mlflow ui --backend-store-uri {masked(job.tracking_uri)}")
-    say(f"  optuna-dashboard --artifact-dir {job.runs_dir / ARTIFACTS} {masked(job.storage_url)}")
-    say(f"or both at once: python -m search.ui{options}")
-    if code in (130, 143):
-        say("\ninterrupted; the same command continues the study")
 
 
 if __name__ == "__main__":
