@@ -10,7 +10,7 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from search.diagnosis import Curve, diagnose, messages
 from search.records import EpochRecord
@@ -21,6 +21,10 @@ FEWEST_PEERS = 3
 """Other runs of the same model needed before one is called slow against them: a median of fewer is an extreme."""
 MOST_PROBLEMS = 20
 """Problems of a file that are listed; a wrong kind of file has thousands."""
+
+
+MOST = 10**18
+"""Largest whole number of a configuration; one beyond floats cannot be calculated with."""
 
 
 class RecordedEpoch(BaseModel):
@@ -46,6 +50,14 @@ class RecordedRun(BaseModel):
     name: Annotated[str, Field(min_length=1)]
     config: dict[str, Any] = {}
     epochs: list[RecordedEpoch]
+
+    @field_validator("config")
+    @classmethod
+    def _calculable(cls, config: dict[str, Any]) -> dict[str, Any]:
+        for name, value in config.items():
+            if isinstance(value, int) and abs(value) > MOST:
+                raise ValueError(f"{shown(name)} is {shown(value)}; give a number up to {MOST:.0e}")
+        return config
 
     @model_validator(mode="after")
     def _in_order(self) -> RecordedRun:

@@ -117,8 +117,7 @@ def _check_database(uri: str) -> None:
         with engine.connect() as connection:
             tables = set(sa.inspect(connection).get_table_names())
             if url.get_backend_name() == "sqlite":
-                # Kept in the file: a dashboard that reads then does not hold up the workers' writes.
-                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+                _write_ahead(uri, connection)
     except (sa.exc.SQLAlchemyError, TypeError, ValueError) as error:  # the last two of an option in the query
         cause = getattr(error, "orig", None) or error
         signs = ("locked", "refused", "timeout expired", "starting up", "shutting down", "closed the connection")
@@ -131,6 +130,22 @@ def _check_database(uri: str) -> None:
             f"{masked(uri)} is Optuna's database; MLflow needs one of its own (both keep their "
             f"schema version in a table named alembic_version)"
         )
+
+
+def _write_ahead(uri: str, connection: sa.Connection) -> None:
+    """Let a dashboard that reads not hold up the workers' writes. The file keeps this.
+
+    Of two processes that switch a file over at once SQLite refuses one as "locked" without waiting, whatever the
+    timeout: https://www.sqlite.org/wal.html#sometimes_queries_return_sqlite_busy_in_wal_mode
+    """
+
+    def kept() -> bool:
+        return connection.exec_driver_sql("PRAGMA journal_mode").scalar() in ("wal", "memory")
+
+    if not kept():
+        with creating(uri):
+            if not kept():
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 
 
 @contextlib.contextmanager

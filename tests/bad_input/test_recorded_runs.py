@@ -70,6 +70,7 @@ def test_runs_of_the_right_form_with_odd_values(runs: list[Any], lang: str) -> N
 @examples(100)
 @given(st.one_of(ANY, ANY.map(lambda x: {"runs": x}), st.lists(ANY | RUN, max_size=3).map(lambda x: {"runs": x})))
 @example({"runs": [{"name": "\ud800", "epochs": []}]})
+@example({"runs": [{"name": "a", "config": {"max_samples": 10**400}, "epochs": [{"epoch": 1, "elapsed_s": 0}]}] * 2})
 @example({"runs": [{"name": "a", "config": {"num_epochs": 10**400}, "epochs": [{"epoch": 1, "val_loss": 1.0}]}]})
 @example({"runs": [{"name": "x" * 100_000, "epochs": 3}]})
 def test_other_forms(content: Any) -> None:
