@@ -85,7 +85,7 @@ def test_postgresql_restarted(postgres: Postgres, search: Any, calm: Any, tmp_pa
     running.wait_for("trial 2: epoch 1")
     postgres.cut()
     assert running.end(240) == 0
-    assert "answers again" in running.output() and "failed" not in running.output()
+    assert "answers again" in running.output() and "FAIL" not in running.output()
     assert curves(url) == calm
 
 
