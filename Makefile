@@ -31,9 +31,10 @@ test: check
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 1800
 
-# Known vulnerabilities of the pinned versions. In an environment of its own: pip-audit needs pins of its own.
+# Known vulnerabilities of the pinned versions; fails if one cannot be looked up, as behind a mirror without pypi.org's
+# API. In an environment of its own: pip-audit needs pins of its own.
 audit: .venv-audit/installed
-	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	.venv-audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 .venv-audit/installed:
 	$(PYTHON) -m venv .venv-audit

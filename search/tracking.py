@@ -30,6 +30,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME, MLFLOW_USER
 
 from search import mlflow_uri, records
+from search.artifacts import artifacts_moved
 from search.curves import RunCurves, SqlReader, epoch_records, step_records
 from search.environment import environment
 from search.errors import StorageError, Unavailable
@@ -153,9 +154,11 @@ class Tracking:
     def experiment(self, study_name: str) -> str:
         """Id of the study's experiment, created if there is none. Any number of processes may ask at once."""
         found = self.find_experiment(study_name)
-        if found is not None:
-            return found
         location = None if self._sql is None else (self._artifact_root / study_name).as_uri()
+        if found is not None:
+            if location is not None:
+                artifacts_moved(self.uri, found, location)
+            return found
         with _told(f"creating experiment {study_name!r}"):
             try:
                 return str(self._client.create_experiment(study_name, artifact_location=location))

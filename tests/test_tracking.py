@@ -339,6 +339,28 @@ def new_run(tracking: Tracking, study: str = "demo", name: str = "trial 0", **ta
     return tracking.start_run(experiment, parent, name=name, config=TrainConfig().model_dump(), tags=tags)
 
 
+def test_files_of_runs_move_with_the_folder(tracking: Tracking, tmp_path: Path) -> None:
+    # An underscore is a wildcard of LIKE, and a blank is written as %20.
+    first, second = new_run(tracking, study="a_b c"), new_run(tracking, study="axb c")
+    for run_id in (first, second):
+        tracking.log_text(run_id, "before", "note.txt")
+    tracking.experiment("a_b c")  # nothing has moved yet
+    moved = tmp_path / "else where"
+    moved.mkdir()
+    copy_database(tmp_path / "mlflow.db", moved / "mlflow.db")
+    (tmp_path / "artifacts").rename(moved / "artifacts")
+    there = open_tracking(f"sqlite:///{moved}/mlflow.db", moved / "artifacts")
+    there.experiment("a_b c")
+    there.log_text(new_run(there, study="a_b c"), "new", "new.txt")
+    assert not (tmp_path / "artifacts").exists()
+    assert len(list((moved / "artifacts" / "a_b c").rglob("*.txt"))) == 2
+    # MLflow keeps in mind, within a process, where it last wrote a run's files: the place is read instead.
+    location = (moved / "artifacts" / "a_b c").as_uri()
+    places = {run_id: there._client.get_run(run_id).info.artifact_uri for run_id in (first, second)}
+    assert places[first] == f"{location}/{first}/artifacts"
+    assert places[second] == f"{(tmp_path / 'artifacts' / 'axb c').as_uri()}/{second}/artifacts"
+
+
 def test_a_trial_as_mlflow_has_it(tracking: Tracking) -> None:
     run_id = new_run(tracking, trial="0")
     recorder = tracking.recorder(run_id)
