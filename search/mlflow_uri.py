@@ -9,12 +9,13 @@ import contextlib
 import hashlib
 import http.client
 import socket
+import sqlite3
 import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -192,9 +193,40 @@ def _postgres_lock(url: sa.URL) -> Iterator[None]:
         engine.dispose()
 
 
+def fill_in_one_go(uri: str, make_tables: Callable[[str], object]) -> None:
+    """Make the tables of an empty SQLite database all at once: in a file beside it, copied in one transaction.
+
+    MLflow makes them one by one, each of them committed. Killed meanwhile, it would find some there the next time,
+    and never get over it. PostgreSQL's transactions hold tables, too.
+
+    Args:
+        uri: held by `creating`; other databases are left alone.
+        make_tables: opens a store at the URI that it is given.
+    """
+    url = sa.make_url(uri) if uri.startswith("sqlite") else None
+    if url is None or not url.database or url.database == ":memory:":
+        return
+    with contextlib.closing(sqlite3.connect(url.database)) as database:
+        if database.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
+            return
+    with tempfile.TemporaryDirectory(dir=Path(url.database).absolute().parent, prefix="mlflow-") as folder:
+        beside = Path(folder) / "new.db"
+        make_tables(f"sqlite:///{beside}")
+        with (
+            contextlib.closing(sqlite3.connect(beside)) as made,
+            contextlib.closing(sqlite3.connect(url.database)) as database,
+        ):
+            made.backup(database)
+
+
 def explain(uri: str, error: Exception) -> str:
     """Why MLflow refused a store that `check` had let pass, and the way out."""
     text = first_line(error)
+    if "already exists" in text or "duplicate column" in text:
+        return (
+            f"the tracking database {masked(uri)} has only some of MLflow's tables, as if MLflow was killed while it "
+            "made them; name another database, or delete this one if nothing is in it"
+        )
     if "out-of-date database schema" in text:
         return (
             f"the tracking database {masked(uri)} was made by another version of MLflow; after a backup run "

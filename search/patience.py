@@ -46,7 +46,10 @@ MAX_PAUSE_S = 5.0
 SAY_AFTER_S = 3.0
 """Shorter absences are only logged."""
 
-_NO_USE = ("no such", "does not exist", "readonly", "read-only", "malformed", "not a database", "lock timeout")
+_NO_USE = (
+    *("no such", "does not exist", "readonly", "read-only", "malformed", "not a database", "lock timeout"),
+    "database or disk is full",  # told at once, as where a checkpoint finds no room
+)
 """What drivers call operational too, and trying again does not mend."""
 
 T = TypeVar("T")

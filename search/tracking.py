@@ -28,6 +28,7 @@ from mlflow.entities import Experiment, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME, MLFLOW_USER
+from sqlalchemy.exc import SQLAlchemyError
 
 from search import mlflow_uri, records
 from search.artifacts import artifacts_moved
@@ -116,12 +117,21 @@ def open_tracking(uri: str, artifact_root: Path) -> Tracking:
     with mlflow_uri.creating(uri), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-            client.search_experiments(max_results=1)
+            mlflow_uri.fill_in_one_go(uri, _client)
+            client = _client(uri)
         except MlflowException as error:
             away = error.error_code in AWAY and "out-of-date" not in str(error)
             raise (Unavailable if away else StorageError)(mlflow_uri.explain(uri, error)) from error
+        except SQLAlchemyError as error:  # while making tables MLflow passes it on as it is
+            raise StorageError(mlflow_uri.explain(uri, error)) from error
     return Tracking(client, uri, artifact_root)
+
+
+def _client(uri: str) -> MlflowClient:
+    """A client of a store that has its tables, made now if they are missing."""
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client.search_experiments(max_results=1)
+    return client
 
 
 class Tracking:

@@ -517,6 +517,43 @@ def test_processes_that_start_at_once_share_one_store_and_are_silent(tmp_path: P
     assert len({out for out, _ in done}) == 1
 
 
+KILLED = """
+import os, sys, sqlalchemy
+from sqlalchemy.engine import Engine
+from pathlib import Path
+from search.tracking import open_tracking
+left = int(sys.argv[3])
+@sqlalchemy.event.listens_for(Engine, "after_cursor_execute")
+def count(connection, cursor, statement, *_):
+    global left
+    left -= statement.strip().upper().startswith(("CREATE", "ALTER", "DROP"))
+    if left < 0:
+        os._exit(9)
+open_tracking(sys.argv[1], Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("statements", [1, 20, 90])
+def test_killed_while_the_tables_are_made_the_next_one_makes_them(tmp_path: Path, statements: int) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    command = [sys.executable, "-c", KILLED, uri, str(tmp_path / "a"), str(statements)]
+    assert subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == 9
+    tracking = open_tracking(uri, tmp_path / "a")
+    assert new_run(tracking)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_tables_that_are_half_made_are_refused(empty_database: Path, tmp_path: Path) -> None:
+    copy_database(empty_database, tmp_path / "mlflow.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("DELETE FROM alembic_version")
+        database.execute("DROP TABLE webhooks")
+        database.commit()
+    with pytest.raises(StorageError, match=r"only some of MLflow's tables.*name another database"):
+        open_tracking(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "a")
+
+
 def garbage(folder: Path) -> str:
     (folder / "x.db").write_text("this is no database, " * 100)
     return f"sqlite:///{folder}/x.db"

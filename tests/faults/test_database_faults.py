@@ -28,6 +28,7 @@ from search.storage import open_study
 from search.study import Study
 from search.worker import _Worker
 from tests.faults.postgres import Postgres
+from trainer.disk import out_of_room
 
 STUDY = Study(name="faults", description="", space={"learning_rate": Float(1e-6, 1e-3, log=True)}, n_trials=12)
 EPOCHS = 3
@@ -222,6 +223,25 @@ def test_what_trying_again_does_not_mend_is_not_tried_again(
     with pytest.raises(StorageError, match="is no SQLite database"):
         (tmp_path / "notes.txt").write_text("not a database, but long enough for a header")
         reopen_storage(f"sqlite:///{tmp_path}/notes.txt")
+
+
+def test_a_full_disk_is_not_waited_for(tmp_path: Path, opened: Callable[[str], PatientStorage]) -> None:
+    storage = opened(f"sqlite:///{tmp_path}/optuna.db")
+    study = open_study(storage, STUDY)
+    trial = study.ask()
+    with storage.engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+
+    def grown(connection: Any, _record: Any) -> None:
+        connection.execute(f"PRAGMA max_page_count={pages}").close()
+
+    sqlalchemy.event.listen(storage.engine, "connect", grown)
+    storage.engine.dispose()
+    began = time.monotonic()
+    with pytest.raises((optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)) as full:
+        for number in range(100):
+            trial.set_user_attr(f"note {number}", "x" * 2_000)
+    assert out_of_room(full.value) and time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize("text", ["soon", "", "-1", "inf", "nan"])
