@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeGuard
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from search import records
@@ -105,6 +106,40 @@ def _jumps(loss: float | None, reference: float | None, jump: float) -> bool:
     if loss is None or reference is None:
         return False
     return not math.isfinite(loss) or loss > reference * (1 + jump)
+
+
+class HalvingPruner(SuccessiveHalvingPruner):
+    """Successive halving that takes a promotion back once enough other trials have come to the same rung.
+
+    Optuna's (ASHA, Li et al. 2018) judges a trial once, among those that were at the rung before it: of trials that
+    are trained side by side the first to arrive go on to the end whatever the others reach. Here every rung behind a
+    trial is looked at again after each epoch. One after the other, where the field does not grow meanwhile, it is
+    Optuna's.
+
+    Args:
+        min_resource: Epoch of the first rung.
+        reduction_factor: One trial of so many goes on; the next rung is so many times later.
+    """
+
+    def __init__(self, min_resource: int = 1, reduction_factor: int = 3) -> None:
+        super().__init__(min_resource=min_resource, reduction_factor=reduction_factor)
+        self._one_of = reduction_factor
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether the trial should stop now: at a rung, or because of what others have reached at one behind it."""
+        if super().prune(study, trial):
+            return True
+        trials = study.get_trials(deepcopy=False)
+        sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+        rung = 0
+        # As the storage has them now: the call above has noted the rung that the trial has just passed.
+        reached = trials[trial.number].system_attrs
+        while (key := f"completed_rung_{rung}") in reached:
+            field = sorted(sign * each.system_attrs[key] for each in trials if key in each.system_attrs)
+            if sign * reached[key] > field[max(len(field) // self._one_of, 1) - 1]:
+                return True
+            rung += 1
+        return False
 
 
 class RisingLossPruner(BasePruner):
@@ -223,7 +258,7 @@ def make_pruner(name: str, *, patience: int = 3, min_delta: float = 0.0, num_epo
             # which a dozen trials cannot afford.
             other = HyperbandPruner(min_resource=1, max_resource=num_epochs, reduction_factor=3)
         case "halving":
-            other = SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+            other = HalvingPruner()
         case "median":
             other = MedianPruner(n_startup_trials=MIN_PEERS, n_warmup_steps=1)
         case _:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from pathlib import Path
 
 import optuna
@@ -14,6 +15,7 @@ from search import records
 from search.errors import StudyError
 from search.pruning import (
     PRUNERS,
+    HalvingPruner,
     RisingLossPruner,
     Verdict,
     best_value,
@@ -252,6 +254,45 @@ def test_halving_gives_a_bad_start_up():
         found = verdict(study, study.trials[trial.number])
         study.tell(trial, state=TrialState.PRUNED)
     assert found.reason == records.SUPERSEDED
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_halving_takes_back_what_the_first_at_a_rung_were_given(direction):
+    """Six trials side by side, the worst one first at each epoch."""
+    sign = 1 if direction == "minimize" else -1
+    study = optuna.create_study(pruner=HalvingPruner(), direction=direction)
+    running = {study.ask().number: sign * value for value in (1.6, 1.5, 1.4, 1.3, 1.2, 1.1)}
+    reported = dict.fromkeys(running, 0)
+    for epoch in range(1, 7):
+        for number, value in list(running.items()):
+            trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
+            trial.report(value - sign * 0.01 * epoch, step=epoch)
+            reported[number] += 1
+            if study.pruner.prune(study, study.trials[number]):
+                del running[number]
+    # All six are best when they come to rung 1; two of six may stay once they all have come, one of two to the end.
+    assert list(running) == [5]
+    assert [reported[n] for n in range(6)] == [2, 2, 2, 2, 4, 6]
+
+
+def test_halving_of_trials_one_after_the_other_is_optunas():
+    rng = random.Random(0)
+    curves = [[rng.uniform(1, 2) for _ in range(9)] for _ in range(30)]
+
+    def lengths(pruner):
+        study = optuna.create_study(pruner=pruner)
+        found = []
+        for curve in curves:
+            trial = study.ask()
+            for epoch, value in enumerate(curve, 1):
+                trial.report(value, step=epoch)
+                if pruner.prune(study, study.trials[trial.number]):
+                    break
+            found.append(epoch)
+            study.tell(trial, state=TrialState.PRUNED)
+        return found
+
+    assert lengths(HalvingPruner()) == lengths(optuna.pruners.SuccessiveHalvingPruner(1, 3))
 
 
 def test_a_plain_optuna_pruner_has_a_verdict_too():
