@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from tests.tiny import IMAGE_TOKEN, QUERIES, tiny_batch, tiny_model
 from trainer import adapters
@@ -16,7 +17,8 @@ from trainer.config import TrainConfig
 from trainer.data import IGNORE, Batch
 from trainer.errors import ModelError
 from trainer.lora import Adapter, Hooks, Segment
-from trainer.model import encode_images, forward, label_logits, load_base, query_images
+from trainer.model import encode_images, forward, fuse, label_logits, load_base, query_images
+from trainer.norm import RMSNorm, _Normed
 
 KINDS = ("t5", "llama")
 
@@ -43,6 +45,8 @@ def library_forward(model: Any, batch: Batch, kind: str) -> Any:
 def test_forward_equals_the_library(kind: str) -> None:
     model, batch = tiny_model(kind), tiny_batch(kind)
     theirs = library_forward(model, batch, kind)
+    fuse(model)
+    assert sum(isinstance(module, RMSNorm) for module in model.modules()) == {"t5": 12, "llama": 5}[kind]
     ours = forward(model, batch)
     assert ours.loss_sum / batch.num_tokens() == pytest.approx(float(theirs.loss), abs=1e-5)
     logits, labels = label_logits(model, ours.query_output, batch)
@@ -53,6 +57,21 @@ def test_forward_equals_the_library(kind: str) -> None:
         expected = theirs.logits[:, QUERIES:][shifted != IGNORE]
         assert torch.equal(labels, shifted[shifted != IGNORE])
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_the_norms_derivative() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True), torch.rand(5, dtype=torch.float64)
+    torch.autograd.gradcheck(lambda x: _Normed.apply(x, weight, 1e-3), x)
+    expected = torch.nn.functional.rms_norm(x, (5,), weight, 1e-3)
+    torch.testing.assert_close(_Normed.apply(x, weight, 1e-3), expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_norms_of_other_dtypes_stay_the_librarys(dtype: torch.dtype) -> None:
+    theirs = T5LayerNorm(5).to(dtype).requires_grad_(False)
+    x = torch.randn(3, 5, dtype=dtype)
+    assert torch.equal(RMSNorm(theirs)(x), theirs(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,6 +86,7 @@ def test_gradients_equal_the_library(kind: str) -> None:
         theirs = {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
         for p in parameters.values():
             p.grad = None
+        fuse(model)
         (forward(model, batch).loss_sum / batch.num_tokens()).backward()
         assert theirs
         for name, grad in theirs.items():
