@@ -9,13 +9,12 @@ import contextlib
 import hashlib
 import http.client
 import socket
-import sqlite3
 import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -191,32 +190,6 @@ def _postgres_lock(url: sa.URL) -> Iterator[None]:
             connection.execute(sa.select(sa.func.pg_advisory_unlock(key)))
     finally:
         engine.dispose()
-
-
-def fill_in_one_go(uri: str, make_tables: Callable[[str], object]) -> None:
-    """Make the tables of an empty SQLite database all at once: in a file beside it, copied in one transaction.
-
-    MLflow makes them one by one, each of them committed. Killed meanwhile, it would find some there the next time,
-    and never get over it. PostgreSQL's transactions hold tables, too.
-
-    Args:
-        uri: held by `creating`; other databases are left alone.
-        make_tables: opens a store at the URI that it is given.
-    """
-    url = sa.make_url(uri) if uri.startswith("sqlite") else None
-    if url is None or not url.database or url.database == ":memory:":
-        return
-    with contextlib.closing(sqlite3.connect(url.database)) as database:
-        if database.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
-            return
-    with tempfile.TemporaryDirectory(dir=Path(url.database).absolute().parent, prefix="mlflow-") as folder:
-        beside = Path(folder) / "new.db"
-        make_tables(f"sqlite:///{beside}")
-        with (
-            contextlib.closing(sqlite3.connect(beside)) as made,
-            contextlib.closing(sqlite3.connect(url.database)) as database,
-        ):
-            made.backup(database)
 
 
 def explain(uri: str, error: Exception) -> str:

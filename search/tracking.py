@@ -28,6 +28,7 @@ from mlflow.entities import Experiment, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME, MLFLOW_USER
+from mlflow.version import VERSION
 from sqlalchemy.exc import SQLAlchemyError
 
 from search import mlflow_uri, records
@@ -35,6 +36,7 @@ from search.artifacts import artifacts_moved
 from search.curves import RunCurves, SqlReader, epoch_records, step_records
 from search.environment import environment
 from search.errors import StorageError, Unavailable
+from search.mlflow_tables import fill_in_one_go
 from search.recorder import CLOSE_S, Logged, RunRecorder
 from search.run_store import Point, Status
 from search.spool import Spool, is_local
@@ -117,7 +119,7 @@ def open_tracking(uri: str, artifact_root: Path) -> Tracking:
     with mlflow_uri.creating(uri), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            mlflow_uri.fill_in_one_go(uri, _client)
+            fill_in_one_go(uri, VERSION, _client)
             client = _client(uri)
         except MlflowException as error:
             away = error.error_code in AWAY and "out-of-date" not in str(error)
