@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import shutil
 import subprocess
+import sys
+import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -77,11 +80,32 @@ class Crew:
         ours, theirs = self._context.Pipe()
         gpu = self._devices[index % len(self._devices)] if self._devices else None
         process = self._context.Process(
-            target=work, args=(theirs, gpu, self.threads), name=f"worker-{index}", daemon=False
+            target=_main, args=(theirs, gpu, self.threads), name=f"worker-{index}", daemon=False
         )
         process.start()
         theirs.close()  # so that the worker's death closes the pipe
         return process, ours
+
+
+def _main(connection: Connection, gpu: str | None, threads: int) -> None:
+    """A worker's process. It ends without Python's own end, a second of taking torch and Transformers apart.
+
+    What it has to say or to write it has by then: recorders are closed, files synced. SQLite's write-ahead logs are
+    folded in by the last process that closes the databases, the supervisor.
+    """
+    code = 1
+    try:
+        work(connection, gpu, threads)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except Exception:  # noqa: BLE001 - whatever `work` itself did not tell
+        traceback.print_exc()
+    finally:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def device_groups(devices: list[str], size: int) -> list[str]:

@@ -59,6 +59,8 @@ class _Seat:
     gave: Gave | None = None
     running: set[int] = field(default_factory=set)
     """Numbers of its trials."""
+    closed: bool = False
+    """Whether its end of the pipe is closed: waiting for that would not wait."""
     idle: bool = False
     asked: bool = False
     """Whether it was asked to hand trials over, and has not yet done so."""
@@ -135,7 +137,8 @@ class Supervisor:
         """Until no worker is left; the exit code apart from signals."""
         code = 0
         while self._seats:
-            waited: list[Any] = [seat.link for seat in self._seats] + [seat.process.sentinel for seat in self._seats]
+            waited: list[Any] = [seat.process.sentinel for seat in self._seats]
+            waited += [seat.link for seat in self._seats if not seat.closed]
             wait(waited, timeout=REFRESH_S)
             self._forgive_a_pause()
             for seat in list(self._seats):
@@ -154,12 +157,14 @@ class Supervisor:
         return code
 
     def _read(self, seat: _Seat) -> None:
-        with suppress(EOFError, OSError):  # it has ended; its exit code says how
+        try:
             while seat.link.poll():
                 message: Message = seat.link.recv()
                 seat.heard = time.monotonic()
                 self._note(seat, message)
                 self.display(message)
+        except (EOFError, OSError):  # it ends; its exit code says how
+            seat.closed = True
 
     def _note(self, seat: _Seat, message: Message) -> None:
         """What a message says about its worker."""
