@@ -22,7 +22,7 @@ EXPERIMENTS = sa.table("experiments", sa.column("experiment_id"), sa.column("art
 RUNS = sa.table("runs", sa.column("experiment_id"), sa.column("artifact_uri"))
 
 
-def artifacts_moved(uri: str, experiment_id: str, location: str) -> None:
+def relocate(uri: str, experiment_id: str, location: str) -> None:
     """Let an experiment and its runs keep their files at `location`, if their old folder is gone.
 
     Only on SQLite, whose file lies beside the artifacts: to a database server other hosts have other folders.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -103,8 +104,9 @@ def _main(connection: Connection, gpu: str | None, threads: int) -> None:
         traceback.print_exc()
     finally:
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # whoever read it has gone
+                stream.flush()
         os._exit(code)
 
 

@@ -21,8 +21,6 @@ FEWEST_PEERS = 3
 """Other runs of the same model needed before one is called slow against them: a median of fewer is an extreme."""
 MOST_PROBLEMS = 20
 """Problems of a file that are listed; a wrong kind of file has thousands."""
-
-
 MOST = 10**18
 """Largest whole number of a configuration; one beyond floats cannot be calculated with."""
 

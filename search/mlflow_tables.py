@@ -30,9 +30,12 @@ def fill_in_one_go(uri: str, version: str, make_tables: Callable[[str], object])
         uri: of the database, held by `mlflow_uri.creating`.
         version: MLflow's.
         make_tables: opens a store at the URI that it is given, which makes its tables.
+
+    Raises:
+        sqlite3.Error: the database is locked, or the disk is full.
     """
     url = sa.make_url(uri) if uri.startswith("sqlite") else None
-    if url is None or not url.database or url.database == ":memory:":
+    if url is None or not url.database or url.database == ":memory:" or url.database.startswith("file:"):
         return
     target = Path(url.database).absolute()
     with contextlib.closing(sqlite3.connect(target)) as database:
@@ -43,7 +46,7 @@ def fill_in_one_go(uri: str, version: str, make_tables: Callable[[str], object])
         try:
             _copy(kept, target)
         except sqlite3.DatabaseError as error:
-            log.warning("%s is damaged and made anew: %s", kept, error)
+            log.warning("%s cannot be used and is made anew: %s", kept, error)
         else:
             return
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="mlflow-") as folder:
@@ -61,7 +64,7 @@ def _copy(source: Path, target: Path) -> None:
     """All of a database into another, in one transaction.
 
     Raises:
-        sqlite3.DatabaseError: the source is damaged; the target is as it was.
+        sqlite3.DatabaseError: the source is damaged, or the target locked; the target is as it was.
     """
     with (
         contextlib.closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as made,

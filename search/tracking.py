@@ -10,6 +10,7 @@ import contextlib
 import getpass
 import logging
 import os
+import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +33,7 @@ from mlflow.version import VERSION
 from sqlalchemy.exc import SQLAlchemyError
 
 from search import mlflow_uri, records
-from search.artifacts import artifacts_moved
+from search.artifacts import relocate
 from search.curves import RunCurves, SqlReader, epoch_records, step_records
 from search.environment import environment
 from search.errors import StorageError, Unavailable
@@ -124,8 +125,9 @@ def open_tracking(uri: str, artifact_root: Path) -> Tracking:
         except MlflowException as error:
             away = error.error_code in AWAY and "out-of-date" not in str(error)
             raise (Unavailable if away else StorageError)(mlflow_uri.explain(uri, error)) from error
-        except SQLAlchemyError as error:  # while making tables MLflow passes it on as it is
-            raise StorageError(mlflow_uri.explain(uri, error)) from error
+        except (SQLAlchemyError, sqlite3.Error) as error:  # while making tables MLflow passes them on as they are
+            kind = Unavailable if "locked" in str(error) else StorageError
+            raise kind(mlflow_uri.explain(uri, error)) from error
     return Tracking(client, uri, artifact_root)
 
 
@@ -169,7 +171,7 @@ class Tracking:
         location = None if self._sql is None else (self._artifact_root / study_name).as_uri()
         if found is not None:
             if location is not None:
-                artifacts_moved(self.uri, found, location)
+                relocate(self.uri, found, location)
             return found
         with _told(f"creating experiment {study_name!r}"):
             try:

@@ -554,6 +554,17 @@ def test_killed_while_the_tables_are_made_the_next_one_makes_them(
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+def test_an_empty_database_that_is_held_is_not_there_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`check` has let it pass a moment ago."""
+    monkeypatch.setattr("search.mlflow_uri.check", lambda uri: None)
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(Unavailable, match="database is locked"):
+            open_tracking(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "a")
+        other.execute("ROLLBACK")
+    assert new_run(open_tracking(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "a"))
+
+
 def test_tables_that_are_half_made_are_refused(empty_database: Path, tmp_path: Path) -> None:
     copy_database(empty_database, tmp_path / "mlflow.db")
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
