@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import atexit
 import multiprocessing
 import os
 import shutil
@@ -89,10 +89,10 @@ class Crew:
 
 
 def _main(connection: Connection, gpu: str | None, threads: int) -> None:
-    """A worker's process. It ends without Python's own end, a second of taking torch and Transformers apart.
+    """A worker's process. It ends without a second of taking torch's and Transformers' modules apart.
 
-    What it has to say or to write it has by then: recorders are closed, files synced. SQLite's write-ahead logs are
-    folded in by the last process that closes the databases, the supervisor.
+    What wants to be called at exit is called. SQLite's write-ahead logs are folded in by the last process that closes
+    the databases, the supervisor.
     """
     code = 1
     try:
@@ -103,11 +103,13 @@ def _main(connection: Connection, gpu: str | None, threads: int) -> None:
     except Exception:  # noqa: BLE001 - whatever `work` itself did not tell
         traceback.print_exc()
     finally:
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # whoever read it has gone
-                stream.flush()
-        os._exit(code)
+        try:
+            atexit._run_exitfuncs()  # semaphores given back, logs closed
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):  # whoever read it has gone
+                    stream.flush()
+        finally:
+            os._exit(code)
 
 
 def device_groups(devices: list[str], size: int) -> list[str]:

@@ -63,6 +63,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
     runs = tmp_path_factory.mktemp("finished")
     done = run(command(runs, "--trials", "3"))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "", "a worker's end is silent too"
     yield runs, done.stdout
 
 
