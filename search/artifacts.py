@@ -19,7 +19,7 @@ from search.mlflow_uri import first_line, masked
 log = logging.getLogger("search.artifacts")
 
 EXPERIMENTS = sa.table("experiments", sa.column("experiment_id"), sa.column("artifact_location"))
-RUNS = sa.table("runs", sa.column("experiment_id"), sa.column("artifact_uri"))
+RUNS = sa.table("runs", sa.column("artifact_uri"))
 
 
 def relocate(uri: str, experiment_id: str, location: str) -> None:
@@ -47,7 +47,7 @@ def relocate(uri: str, experiment_id: str, location: str) -> None:
                 return
             here = RUNS.c.artifact_uri
             behind = sa.literal(location).concat(sa.func.substr(here, len(old) + 1))
-            inside = sa.and_(RUNS.c.experiment_id == number, here.startswith(old + "/", autoescape=True))
+            inside = sa.func.substr(here, 1, len(old) + 1) == old + "/"
             connection.execute(sa.update(RUNS).where(inside).values(artifact_uri=behind))
             mine = EXPERIMENTS.c.experiment_id == number
             connection.execute(sa.update(EXPERIMENTS).where(mine).values(artifact_location=location))

@@ -340,7 +340,7 @@ def new_run(tracking: Tracking, study: str = "demo", name: str = "trial 0", **ta
 
 
 def test_files_of_runs_move_with_the_folder(tracking: Tracking, tmp_path: Path) -> None:
-    # An underscore is a wildcard of LIKE, and a blank is written as %20.
+    # An underscore is a wildcard of LIKE, which takes a and A for the same; a blank is written as %20.
     first, second = new_run(tracking, study="a_b c"), new_run(tracking, study="axb c")
     for run_id in (first, second):
         tracking.log_text(run_id, "before", "note.txt")
@@ -547,9 +547,12 @@ def test_killed_while_the_tables_are_made_the_next_one_makes_them(
     began = time.monotonic()
     assert new_run(open_tracking(f"sqlite:///{tmp_path}/second.db", tmp_path / "a"))
     assert time.monotonic() - began < 2, "the tables were made again"
-    kept.write_bytes(kept.read_bytes()[:50_000])
-    assert new_run(open_tracking(f"sqlite:///{tmp_path}/third.db", tmp_path / "a"))
-    assert new_run(open_tracking(f"sqlite:///{tmp_path}/fourth.db", tmp_path / "a"))
+    whole = kept.read_bytes()
+    damaged = whole[: len(whole) // 2] + b"\x5a" * 8_192 + whole[len(whole) // 2 + 8_192 :]
+    for name, content in (("third", whole[:50_000]), ("fourth", damaged)):
+        kept.write_bytes(content)
+        assert new_run(open_tracking(f"sqlite:///{tmp_path}/{name}.db", tmp_path / "a"))
+        assert kept.read_bytes() != content, "it was not made anew"
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
