@@ -35,13 +35,13 @@ class EarlyCrew:
 
 
 class Rounds:
-    """A display that counts the supervisor's rounds."""
+    """A display that notes when the supervisor makes a round."""
 
     def __init__(self) -> None:
-        self.refreshed = 0
+        self.times: list[float] = []
 
     def refresh(self) -> None:
-        self.refreshed += 1
+        self.times.append(time.monotonic())
 
     def say(self, text: str) -> None:
         raise AssertionError(text)
@@ -64,7 +64,8 @@ def test_the_supervisor_sleeps_while_a_worker_ends(monkeypatch: Any) -> None:
         look=lambda: Unfinished(waiting=0, running=0),
         trial_ended=lambda: None,
     )
-    began = time.process_time()
     assert supervisor.run() == 0
-    assert rounds.refreshed < 30
-    assert time.process_time() - began < 0.5
+    # Once the kernel takes the process apart its sentinel can be read, some milliseconds before it can be reaped.
+    before_the_end = rounds.times[-1] - LINGERS_S / 3
+    lingering = [at for at in rounds.times if before_the_end - LINGERS_S / 3 < at < before_the_end]
+    assert len(lingering) < 5
