@@ -21,7 +21,7 @@ VOCABULARY = 97
 IMAGE_TOKEN = 96
 
 
-def tiny_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+def tiny_model(kind: str, dtype: torch.dtype = torch.float32, cross_attention_frequency: int = 2) -> Any:
     """An InstructBLIP of some ten thousand parameters with a `t5` or `llama` language model."""
     torch.manual_seed(0)
     if kind == "t5":
@@ -67,6 +67,7 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
             intermediate_size=32,
             encoder_hidden_size=24,
             max_position_embeddings=40,
+            cross_attention_frequency=cross_attention_frequency,
         ).to_dict(),
         text_config=text.to_dict(),
         num_query_tokens=QUERIES,

@@ -1,17 +1,17 @@
-"""LoRA for several runs at once on one frozen base: each run's weights in one flat tensor, applied by hooks.
+"""LoRA for several runs at once on one frozen base: each run's weights in one flat tensor, applied in adapted modules.
 
-A pass holds the samples of several runs one after the other. Each adapted linear module gets a forward hook that adds
-to every run's rows what its own adapter gives, with its own rank, scaling and dropout (Hu et al. 2021):
+A pass holds the samples of several runs one after the other. What stands in for the forward of an adapted module
+adds to every run's rows what its own adapter gives, with its own rank, scaling and dropout (Hu et al. 2021):
 y_k += s_k drop(x_k) A_k' B_k'. The rows of different runs never meet: what is not finite in one leaves the bits of the
 others alone.
 
-One autograd node for a module does all runs' arithmetic and writes their gradients where AdamW finds them. PEFT
-decides initial values and file format, and is what tests compare with (tests/test_pack.py).
+One autograd node for a module does the base's and all runs' arithmetic, and writes their gradients where AdamW finds
+them. PEFT decides initial values and file format, and is what tests compare with (tests/test_pack.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -205,21 +205,25 @@ class Segment:
 
 
 class Hooks:
-    """Forward hooks on the adapted modules; they act on the samples of the plan that is set."""
+    """What stands in for the forward of adapted modules; it acts on the samples of the plan that is set."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.segments: Sequence[Segment] = ()
         self.training = False
-        self._handles: dict[str, Any] = {}
+        self._covered: dict[str, tuple[nn.Module, str, Any]] = {}
         self._anchor: torch.Tensor | None = None
 
     def cover(self, modules: Iterable[str]) -> None:
-        """Put a hook on those of the modules that have none."""
+        """Stand in for those of the modules for which nothing does yet."""
         for name in modules:
-            if name not in self._handles:
+            if name not in self._covered:
                 module = self.model.get_submodule(name)
-                self._handles[name] = module.register_forward_hook(partial(self._apply, name))
+                # Accelerate has put itself before the forward of a base that is spread, and calls this one.
+                attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+                original = getattr(module, attribute)
+                self._covered[name] = (module, attribute, original)
+                setattr(module, attribute, partial(self._apply, name, module, original))
                 if self._anchor is None:
                     # The weights are no inputs of the graph (their gradients are written straight to their place),
                     # so something else has to say that there is a gradient at all.
@@ -227,22 +231,25 @@ class Hooks:
 
     def remove(self) -> None:
         """Leave the base as it was."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+        for module, attribute, original in self._covered.values():
+            if attribute == "forward":
+                delattr(module, attribute)  # and the class's own shows again
+            else:
+                setattr(module, attribute, original)
+        self._covered.clear()
 
-    def _apply(self, name: str, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
+    def _apply(self, name: str, module: nn.Linear, original: Callable[..., Any], x: torch.Tensor) -> Any:
         segments = self.segments
         if not any(name in segment.adapter.pairs for segment in segments):
-            return None
-        return _Lora.apply(self._anchor, args[0], output, name, segments, self.training)  # type: ignore[no-untyped-call]
+            return original(x)
+        return _Lora.apply(self._anchor, x, module.weight, module.bias, name, segments, self.training)  # type: ignore[no-untyped-call]
 
 
 class _Lora(torch.autograd.Function):
-    """y + s drop(x) A' B' for the rows of each segment, in place on y.
+    """x W' + bias, and s drop(x) A' B' added to the rows of each segment.
 
     The operations are few and small, so that it is their number that costs: rows are split once for all segments, and
-    products are added where their sums are wanted.
+    products are added where their sums are wanted, the base's gradient for x among them.
     """
 
     @staticmethod
@@ -250,67 +257,64 @@ class _Lora(torch.autograd.Function):
         ctx: Any,
         _anchor: torch.Tensor,
         x: torch.Tensor,
-        y: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
         name: str,
         segments: Sequence[Segment],
         training: bool,
     ) -> torch.Tensor:
         sizes = _sizes(segments, x)
-        saved: list[torch.Tensor | None] = [x]
-        # view, not reshape: written to a copy, the sums would be lost.
-        ys = y.view(-1, y.shape[-1]).split(sizes)
-        for segment, rows, out in zip(segments, _split(x, sizes), ys, strict=True):
+        rows = x.reshape(-1, x.shape[-1])
+        y = nn.functional.linear(rows, weight, bias)
+        saved: list[torch.Tensor | None] = [weight, rows]
+        for segment, own, out in zip(segments, _split(rows, sizes), _split(y, sizes), strict=True):
             adapter, pair = segment.adapter, segment.adapter.pairs.get(name)
             low, mask = None, None
             if pair is not None:
                 if training and adapter.dropout:
                     mask = _dropout_mask(segment, x)
-                    rows = rows * mask
-                low = torch.mm(rows, pair.a_t)
+                    own = own * mask
+                low = torch.mm(own, pair.a_t)
                 out.addmm_(low, pair.b_t, alpha=adapter.scale)
             saved += [low, mask]
         ctx.save_for_backward(*saved)
-        ctx.name, ctx.segments, ctx.sizes = name, segments, sizes
-        ctx.mark_dirty(y)
-        return y
+        ctx.name, ctx.segments, ctx.sizes, ctx.shape = name, segments, sizes, x.shape
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, *saved = ctx.saved_tensors
+        weight, rows, *saved = ctx.saved_tensors
         sizes = ctx.sizes
-        xs, above = _split(x, sizes), _split(grad, sizes)
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_x = torch.mm(grad, weight) if ctx.needs_input_grad[1] else None
         backs = [None] * len(sizes) if grad_x is None else _split(grad_x, sizes)
-        for segment, rows, out, back, low, mask in zip(
-            ctx.segments, xs, above, backs, saved[0::2], saved[1::2], strict=True
+        for segment, own, above, back, low, mask in zip(
+            ctx.segments, _split(rows, sizes), _split(grad, sizes), backs, saved[0::2], saved[1::2], strict=True
         ):
             pair, scale = segment.adapter.pairs.get(ctx.name), segment.adapter.scale
             if pair is None:
-                if back is not None:
-                    back.zero_()
                 continue
-            below = torch.mm(out, pair.b)
-            pair.grad_b.addmm_(out.t(), low, alpha=scale)
-            pair.grad_a.addmm_(below.t(), rows if mask is None else rows * mask, alpha=scale)
-            if back is not None:
-                torch.addmm(back, below, pair.a, beta=0, alpha=scale, out=back)
-                if mask is not None:
-                    back.mul_(mask)
-        return None, grad_x, grad, None, None, None
+            below = torch.mm(above, pair.b)
+            pair.grad_b.addmm_(above.t(), low, alpha=scale)
+            pair.grad_a.addmm_(below.t(), own if mask is None else own * mask, alpha=scale)
+            if back is not None and mask is None:
+                back.addmm_(below, pair.a, alpha=scale)
+            elif back is not None:
+                back.addcmul_(torch.mm(below, pair.a), mask, value=scale)
+        return None, None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, None
 
 
 def _sizes(segments: Sequence[Segment], x: torch.Tensor) -> list[int]:
     """Rows that each segment has of an input (samples, ..., features), or (label tokens, features) at the head."""
     if x.dim() == 2:
         return [segment.last_token - segment.first_token for segment in segments]
-    each = x[0, ..., 0].numel()
+    each = x.numel() // (x.shape[0] * x.shape[-1])
     return [(segment.stop - segment.start) * each for segment in segments]
 
 
-def _split(x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    """The rows of each segment, (rows, features); views of a contiguous x."""
-    parts: tuple[torch.Tensor, ...] = x.reshape(-1, x.shape[-1]).split(sizes)
-    return parts
+def _split(rows: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
+    """The rows of each segment: views. Tensor.split is this behind 10 us of Python."""
+    return rows.split_with_sizes(sizes) if len(sizes) > 1 else (rows,)
 
 
 def _dropout_mask(segment: Segment, x: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from trainer.data import IGNORE, Batch
 from trainer.errors import ModelError
+from trainer.fuse import fuse
 from trainer.locate import check_type, locate
-from trainer.norm import RMSNorm
 
 SAMPLE_BLOCKS, SAMPLE_BYTES = 64, 65_536
 """A weight file's fingerprint reads this many blocks of this size: 4 MiB instead of 16 GB."""
@@ -119,24 +119,6 @@ def _refuse_offloaded(name: str, model: Any, device: torch.device) -> None:
             f"the model {name!r} does not fit on the {torch.cuda.device_count()} GPUs that this process sees: parts "
             "of it would lie on the host; give a worker more GPUs (--gpus-per-worker), or --set torch_dtype=bfloat16"
         )
-
-
-def fuse(model: nn.Module) -> None:
-    """Replace what Transformers writes out in many operations by the same function, to rounding, in few.
-
-    The tanh GELU of FlanT5's feed-forward, for which PyTorch has one operation; in training it keeps one tensor
-    instead of six. The norms of T5 and Llama, see `trainer.norm`, but not where Accelerate has hooked into them.
-    """
-    from transformers.activations import NewGELUActivation
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-    from transformers.models.t5.modeling_t5 import T5LayerNorm
-
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
-            elif isinstance(child, T5LayerNorm | LlamaRMSNorm) and not hasattr(child, "_hf_hook"):
-                setattr(module, name, RMSNorm(child))
 
 
 def fingerprint(path: str) -> str:
