@@ -48,6 +48,7 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in facts.items() if value}
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """`version.<package>` for each of PACKAGES that is installed, from package metadata."""
     found = {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from search.opening import StorageOption, TrackingOption, sqlite_url
 from trainer import cli
 from trainer.config import MOST
 from trainer.errors import shown
+from trainer.startup import without_collection
 
 if TYPE_CHECKING:
     from search.crew import Crew
@@ -224,8 +225,10 @@ def _search(definition: Study, *, executor: Executor, storage_url: str, tracking
     from search import prepare
 
     examined = prepare.check(definition)
-    with executor.crew({"--storage": storage_url, "--tracking-uri": tracking_uri}) as crew:
-        return _run(definition, crew, examined, storage_url=storage_url, tracking_uri=tracking_uri, **options)
+    with executor.crew({"--storage": storage_url, "--tracking-uri": tracking_uri}) as crew, ExitStack() as starting:
+        starting.enter_context(without_collection())
+        options |= {"storage_url": storage_url, "tracking_uri": tracking_uri}
+        return _run(definition, crew, examined, started=starting.close, **options)
 
 
 def _run(
@@ -233,6 +236,7 @@ def _run(
     crew: Crew,
     examined: Examined,
     *,
+    started: Callable[[], None],
     n_trials: int,
     timeout_s: float | None,
     hang_timeout_s: float,
@@ -319,6 +323,7 @@ def _run(
     storage.say = display.say
     book.close_dangling(_is_dead)
     left = look()
+    started()
     waiting = left.waiting
     done = lifecycle.counted(study)
     with display:

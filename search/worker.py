@@ -21,6 +21,7 @@ from search.messages import Gave, Idle, Loading, Order, Said, SlotsChosen
 from search.slots import Slots
 from trainer.disk import no_room, out_of_room
 from trainer.errors import UserError
+from trainer.startup import import_libraries, without_collection
 
 if TYPE_CHECKING:
     import optuna
@@ -80,14 +81,11 @@ def work(connection: Connection, gpu: str | None, threads: int) -> None:
 
 def _import_early() -> None:
     """Five seconds of imports, most of them Transformers'."""
-    with suppress(ImportError):  # a broken installation is reported where it is used
-        import peft
-        from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
+    with without_collection(), suppress(ImportError):
+        import_libraries()
+        from search import database, runbook, trial
 
-        from search import trial
-        from trainer import loop
-
-        del peft, InstructBlipForConditionalGeneration, InstructBlipProcessor, trial, loop
+        del database, runbook, trial
 
 
 def set_up_logging(folder: Path) -> None:

@@ -189,7 +189,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no object": (lambda f: (f / "state.json").write_text("[]"), "epoch-0002: "),
     "old": (lambda f: (f / "state.json").write_text('{"format": 0}'), "has format 0"),
-    "empty": (lambda f: (f / "state.json").write_text('{"format": 1}'), "state.json lacks 'checksum'"),
+    "empty": (
+        lambda f: (f / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT})),
+        "state.json lacks 'checksum'",
+    ),
 }
 
 

@@ -30,17 +30,21 @@ STATE = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Pair:
-    """One module's A and B with their gradients: views of the adapter's flat tensors."""
+    """One module's A and B with their gradients: views of the adapter's flat tensors, made once, not at every use.
+
+    B lies there transposed. A product of many rows with a matrix of a few columns takes a BLAS on a CPU two to four
+    times as long if the few are what is contiguous: with B as PEFT has it, one for B's gradient and one for x's.
+    """
 
     a: torch.Tensor
     """(r, d_in)."""
+    a_t: torch.Tensor
     b: torch.Tensor
     """(d_out, r)."""
-    grad_a: torch.Tensor
-    grad_b: torch.Tensor
-    a_t: torch.Tensor
-    """A transposed: a view made once, not at every use."""
     b_t: torch.Tensor
+    grad_a: torch.Tensor
+    grad_b_t: torch.Tensor
+    """(r, d_out)."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,16 @@ class Adapter:
             initial = {name: p.detach().clone() for name, p in adapters.parameters(peft_model).items()}
         first = next(iter(initial.values()))
         _refuse_scattered(model, self.modules)
-        self.weights = torch.cat([p.reshape(-1) for p in initial.values()])
-        self.grads = torch.zeros_like(self.weights)
         self.shapes = {name: p.shape for name, p in initial.items()}
+        self.weights = torch.empty(sum(p.numel() for p in initial.values()), dtype=first.dtype, device=first.device)
+        self.grads = torch.zeros_like(self.weights)
         weights, grads = self._split(self.weights), self._split(self.grads)
+        for name, p in initial.items():
+            weights[name].copy_(p)
         self.pairs: dict[str, Pair] = {}
         for module in self.modules:
             a, b = (f"base_model.model.{module}.lora_{x}.default.weight" for x in "AB")
-            self.pairs[module] = Pair(weights[a], weights[b], grads[a], grads[b], weights[a].t(), weights[b].t())
+            self.pairs[module] = Pair(weights[a], weights[a].t(), weights[b], weights[b].t(), grads[a], grads[b].t())
         self.parameter = nn.Parameter(self.weights)
         self.parameter.grad = self.grads
         # The fused kernel computes in float32 whatever the dtype, and float16 has to fail as it did in the hand-run.
@@ -99,8 +105,12 @@ class Adapter:
         return self.weights.numel()
 
     def _split(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A flat tensor as the weights' views, in PEFT's shapes; see `Pair` for how B lies in it."""
         parts = flat.split([shape.numel() for shape in self.shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        return {
+            name: part.view(shape[1], shape[0]).t() if ".lora_B." in name else part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
     def named(self) -> dict[str, Named]:
         """Every weight by PEFT's name for it, in a fixed order."""
@@ -295,7 +305,7 @@ class _Lora(torch.autograd.Function):
             if pair is None:
                 continue
             below = torch.mm(above, pair.b)
-            pair.grad_b.addmm_(above.t(), low, alpha=scale)
+            pair.grad_b_t.addmm_(low.t(), above, alpha=scale)
             pair.grad_a.addmm_(below.t(), own if mask is None else own * mask, alpha=scale)
             if back is not None and mask is None:
                 back.addmm_(below, pair.a, alpha=scale)

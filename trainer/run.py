@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer import cli, dataset, locate
+from trainer import cli, dataset, locate, startup
 from trainer.config import TrainConfig
 from trainer.dataset import Examined
 from trainer.errors import UserError
@@ -40,6 +40,7 @@ def main(
         print(json.dumps(config.model_dump(mode="json"), indent=1))
         return
     examined = _check(config)
+    startup.import_libraries()
     from trainer import events
     from trainer.bench import Workbench
     from trainer.checkpoint import folder_of

@@ -1,0 +1,34 @@
+"""The imports of a process that trains, made at once and without looking for garbage among them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """No garbage collection within.
+
+    Imports make a million objects, all of which stay; going through them time and again is a sixth of what importing
+    PyTorch, Transformers, PEFT and MLflow takes (6.9 s of CPU, 5.8 s without).
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def import_libraries() -> None:
+    """Import what training needs; a broken installation is reported where it is used."""
+    with without_collection(), suppress(ImportError):
+        import peft
+        from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
+
+        from trainer import loop
+
+        del peft, InstructBlipForConditionalGeneration, InstructBlipProcessor, loop
