@@ -27,7 +27,7 @@ from trainer.errors import shown
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 CONNECT_S = 10
 """Longest wait for a database or server to answer."""
-MOST_CHARACTERS = 2000
+MOST_CHARACTERS = 1000
 """Of an address that is shown whole: no file's name is longer, and hardly any other's."""
 CREATE_S = 300
 """Longest wait for another process that creates the tables."""
@@ -36,10 +36,14 @@ CREATE_S = 300
 def masked(uri: str) -> str:
     """The URI with its password as `***`."""
     try:
-        text = shown_url(sa.make_url(uri))
-        return text if len(text) < MOST_CHARACTERS else f"{text[:200]}...{text[-100:]}"
+        return _cut(shown_url(sa.make_url(uri)))
     except (sa.exc.ArgumentError, ValueError):
         return _hidden(uri)
+
+
+def _cut(text: str) -> str:
+    """The text, the middle of a long one left out."""
+    return text if len(text) < MOST_CHARACTERS else f"{text[:200]}...{text[-100:]}"
 
 
 def _hidden(uri: str) -> str:
@@ -51,7 +55,7 @@ def _hidden(uri: str) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says, without the statement, parameters and links that SQLAlchemy adds."""
     lines = [line.partition(" (Background")[0] for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
+    return _cut(lines[0].strip()) if lines else type(error).__name__
 
 
 def check(uri: str) -> None:
@@ -170,9 +174,13 @@ def creating(uri: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise Unavailable(f"another process has held {str(path)!r} for {CREATE_S} s; end it and try again") from None
+        raise Unavailable(
+            f"another process has held {shown(str(path))} for {CREATE_S} s; end it and try again"
+        ) from None
     except OSError as error:
-        raise StorageError(f"the tracking database {masked(uri)}: cannot write {str(path)!r}: {error}") from error
+        raise StorageError(
+            f"the tracking database {masked(uri)}: cannot write {shown(str(path))}: {first_line(error)}"
+        ) from error
     try:
         yield
     finally:

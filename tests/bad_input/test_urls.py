@@ -93,6 +93,7 @@ def _accepted(*_: Any) -> None:
 @given(URLS)
 @example("sqlite:///HERE/new.db?nothing=1")
 @example("http://127.0.0.1:99999")  # OverflowError
+@example("sqlite:///" + "n/" * 1300)  # the path twice: in the URL, and in what the system says
 def test_tracking(uri: str) -> None:
     """The check alone and the lock, up to where MLflow would create its tables."""
     from search import tracking
