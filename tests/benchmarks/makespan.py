@@ -74,8 +74,8 @@ def makespan(bench: Bench, pruner: str, repeat: int, tolerance: float, *, skip_p
         return rows, "no peer: the figure does not count"
     ours, peer = rows[0].runs[0], rows[1].runs[0]
 
-    def nudged(labels: Sequence[str]) -> Any:
-        return bench.nudge_peer(f"nudged-{pruner}", labels, gate.NUDGE)
+    def nudged(labels: Sequence[str], nudge: float) -> Any:
+        return bench.nudge_peer(f"nudged-{pruner}-{gate.NUDGES.index(nudge)}", labels, nudge)
 
     counts, text = gate.report(gate.compare(ours.trials, peer.trials, tolerance, nudged), tolerance)
     if pruner != "none":
