@@ -301,6 +301,7 @@ def _run(
         pruner=pruner,
         examined=examined,
         threads=crew.threads,
+        threads_together=crew.threads_together,
         slots=slots,
         lost_after_s=lost_after_s,
     )

@@ -13,6 +13,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,14 @@ def run(search: PeerSearch, trials: int, jobs: int) -> optuna.Study:
     for fixed in search.definition.enqueue[:trials]:
         params, _ = studies.fixed_trial(search.definition, fixed)
         study.enqueue_trial(params, user_attrs={"label": fixed.label})
+    # On SQLite two of Optuna's threads can be given the same waiting trial.
+    lock, ask = threading.Lock(), study.ask
+
+    def one_at_a_time() -> optuna.Trial:
+        with lock:
+            return ask()
+
+    setattr(study, "ask", one_at_a_time)  # noqa: B010 - a method is not assigned to
     study.optimize(search.objective, n_trials=trials, n_jobs=jobs)
     return study
 
