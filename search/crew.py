@@ -55,11 +55,6 @@ class Crew:
         self._context = multiprocessing.get_context("spawn")
         self._ready: dict[int, tuple[WorkerProcess, Connection]] = {}
 
-    @property
-    def threads_together(self) -> int:
-        """Of all workers on one machine."""
-        return self.size * self.threads
-
     def __enter__(self) -> Crew:
         for index in range(self.size):
             self._ready[index] = self._spawn(index)

@@ -35,8 +35,6 @@ class Job:
     pruner: str
     examined: Examined
     threads: int
-    threads_together: int = 1
-    """BLAS threads of all workers beside this one and its own."""
     slots: int | None = None
     """Trials that a worker trains at once; None for as many as pay and fit."""
     lost_after_s: float = LOST_AFTER_S

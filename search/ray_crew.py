@@ -69,11 +69,6 @@ class RayCrew(Crew):
         self.placed: dict[RemoteProcess, bool] = {}
         """The workers on nodes; whether each has nothing to train."""
 
-    @property
-    def threads_together(self) -> int:
-        """A worker's own: what the others on its node have is not known."""
-        return self.threads
-
     def __enter__(self) -> RayCrew:
         self._connect()
         import ray

@@ -301,7 +301,6 @@ def _run(
         pruner=pruner,
         examined=examined,
         threads=crew.threads,
-        threads_together=crew.threads_together,
         slots=slots,
         lost_after_s=lost_after_s,
     )

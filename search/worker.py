@@ -133,7 +133,6 @@ class _Worker:
         )
         self.book = RunBook(job.tracking_uri, job.runs_dir / "artifacts", job.study_name, job.folder)
         self.bench: Workbench = Workbench(job.examined, self.base.data)
-        self.bench.vision_threads = job.threads_together
         self.identity = {**lifecycle.this_worker(), lifecycle.LOST_AFTER: job.lost_after_s}
         self.slots = Slots(1)
         self._failures = 0

@@ -100,23 +100,6 @@ def test_features_are_the_towers_output(
     assert torch.equal(all_of(again, images), all_of(found, images))
 
 
-def test_the_tower_has_the_threads_of_those_who_wait(
-    opened: Open, images: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used = []
-
-    def encode(*args: Any) -> torch.Tensor:
-        used.append(torch.get_num_threads())
-        return original(*args)
-
-    original = features._encode
-    monkeypatch.setattr(features, "_encode", encode)
-    before = torch.get_num_threads()
-    more = before + 1
-    opened(images, threads=more)
-    assert set(used) == {more} and torch.get_num_threads() == before
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_the_company(
     dtype: torch.dtype, tiny_checkpoint: Path, tmp_path: Path, images: list[Path]

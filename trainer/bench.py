@@ -22,8 +22,6 @@ class Workbench:
         """Take over a data folder that was examined already (`data` is the configuration's name for it)."""
         self.progress: Callable[[int, int], None] | None = None
         """Called with (done, total) while vision outputs are computed."""
-        self.vision_threads: int | None = None
-        """BLAS threads that a pass of the vision tower may take, see `compute_or_open`."""
         self._examined = (data, examined) if data is not None and examined is not None else None
         self._base: tuple[tuple[str, ...], Base] | None = None
         self._datasets: dict[tuple[object, ...], tuple[CaptionDataset, CaptionDataset]] = {}
@@ -105,12 +103,7 @@ class Workbench:
             assert self._pixels is not None
             images = list(dict.fromkeys(row.image for part in parts for row in part.rows))
             self._features[key] = compute_or_open(
-                default_folder(),
-                self.base(config),
-                images,
-                self._pixels,
-                progress=self.progress,
-                threads=self.vision_threads,
+                default_folder(), self.base(config), images, self._pixels, progress=self.progress
             )
         return self._features[key]
 

@@ -14,7 +14,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +95,7 @@ class Features:
 
 
 def compute_or_open(
-    folder: Path,
-    base: Base,
-    images: Sequence[Path],
-    pixels: Pixels,
-    *,
-    progress: Progress | None = None,
-    threads: int | None = None,
+    folder: Path, base: Base, images: Sequence[Path], pixels: Pixels, *, progress: Progress | None = None
 ) -> Features:
     """The vision features of these images: read from the store in `folder`, those it lacks computed and added first.
 
@@ -120,8 +113,6 @@ def compute_or_open(
         pixels: gives the preprocessing. Images are read from their files, not from what it keeps: the bits that are
             hashed are the ones that are decoded.
         progress: called with (images done, all) if any must be computed, and every second while another process does.
-        threads: BLAS threads for the tower on a CPU; None for those that the process has. The others that would use
-            the cores wait for what is computed here.
 
     Raises:
         DataError: an image cannot be read, the disk lacks room, or the folder cannot be written. What had been
@@ -137,8 +128,7 @@ def compute_or_open(
         found = store.find(paths)
         computed = 0
         if len(found) < len(paths) or _unsound(found, pool):
-            with _blas_threads(threads if base.device.type == "cpu" else None):
-                found, computed = _complete(store, key, base, paths, pixels.image_processor, pool, progress)
+            found, computed = _complete(store, key, base, paths, pixels.image_processor, pool, progress)
     numbers = {digest: number for number, digest in enumerate(paths)}
     features = Features(
         [found[digest].data for digest in paths],
@@ -209,16 +199,6 @@ def _complete(
                 done += len(batch)
                 report(done, len(paths))
         return {**found, **store.find(missing)}, len(missing)
-
-
-@contextmanager
-def _blas_threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _encode(base: Base, pixel_values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
