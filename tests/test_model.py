@@ -18,7 +18,7 @@ from trainer.config import TrainConfig
 from trainer.data import IGNORE, Batch
 from trainer.errors import ModelError
 from trainer.fuse import fuse
-from trainer.lora import Adapter, Hooks, Segment
+from trainer.lora import Adapter, Hooks, Segment, _dropout_mask
 from trainer.model import encode_images, forward, label_logits, load_base, query_images
 from trainer.norm import RMSNorm, _Normed
 
@@ -119,7 +119,8 @@ def test_the_last_layer_without_its_text_positions(frequency: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_gelu(dtype: torch.dtype) -> None:
-    x = torch.cat([torch.linspace(-8, 8, 101), torch.tensor([1e4, -1e4])]).to(dtype).requires_grad_()
+    torch.manual_seed(0)
+    x = torch.cat([torch.linspace(-8, 8, 101), torch.tensor([1e4, -1e4, 1e15, -1e15])]).to(dtype).requires_grad_()
     grad = torch.randn(len(x), dtype=dtype)
     expected = torch.nn.functional.gelu(x, approximate="tanh")
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
@@ -198,6 +199,88 @@ def test_a_fresh_adapter_changes_nothing_and_leaves_no_trace() -> None:
         assert set(model.state_dict()) == keys
         assert not any(p.requires_grad for p in model.parameters())
     assert torch.equal(forward(model, batch).loss_sum, before)
+
+
+EVERYWHERE = {
+    "q-former": ("t5", ("query", "value", "dense")),
+    "vision tower": ("t5", ("qkv", "fc1")),
+    "head": ("t5", ("lm_head",)),
+    "t5": ("t5", ("q", "k", "wo", "query")),
+    "llama": ("llama", ("q_proj", "down_proj", "lm_head", "language_projection")),
+}
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_gradients_equal_pefts_wherever_adapters_sit(where: str) -> None:
+    kind, targets = EVERYWHERE[where]
+    model, batch = tiny_model(kind, torch.float64), tiny_batch(kind)
+    assert batch.pixel_values is not None
+    batch = replace(batch, pixel_values=batch.pixel_values.double())
+    config = TrainConfig(target_modules=targets, lora_r=3, lora_dropout=0.0)
+    fuse(model)
+    adapter, hooks = Adapter(model, config), Hooks(model)
+    adapter.weights.normal_(std=0.2)
+    hooks.cover(adapter.modules)
+    hooks.segments = [Segment(adapter, 0, len(batch), 0, batch.num_tokens())]
+    ours = forward(model, batch).loss_sum
+    ours.backward()
+    hooks.remove()
+    found = adapter.named()
+    with adapters.attached(model, config) as (peft_model, _):
+        parameters = adapters.parameters(peft_model)
+        assert list(parameters) == list(found)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(found[name].weight)
+        theirs = forward(model, batch).loss_sum
+        theirs.backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    for name, parameter in parameters.items():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(found[name].grad, expected, rtol=1e-9, atol=1e-12)
+    assert any(each.grad.any() for each in found.values())
+
+
+@pytest.mark.parametrize("hooked_by_accelerate", [False, True])
+def test_an_adapted_module_with_dropout_in_company_and_not(hooked_by_accelerate: bool) -> None:
+    """By autograd, with the masks that are drawn: output, the input's gradient and the adapter's."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = tiny_model("t5", torch.float64)
+    name = "qformer.encoder.layer.0.attention.attention.query"
+    module = model.get_submodule(name)
+    if hooked_by_accelerate:
+        add_hook_to_module(module, ModelHook())
+    adapter = Adapter(model, TrainConfig(target_modules=("query",), lora_r=3, lora_alpha=5, lora_dropout=0.4))
+    other = Adapter(model, TrainConfig(target_modules=("value",)))
+    adapter.weights.normal_(std=0.3)
+    hooks = Hooks(model)
+    hooks.cover([*adapter.modules, *other.modules])
+    own, others = Segment(adapter, 1, 4, 5, 9), Segment(other, 0, 1, 0, 5)
+    hooks.segments, hooks.training = (others, own), True
+    torch.manual_seed(1)
+    x = torch.randn(6, 4, 16, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    adapter.generator.manual_seed(3)
+    mask = _dropout_mask(own, x).view(3, 6, 16)
+    adapter.generator.manual_seed(3)
+    y = module(x)
+    above = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, x, above, retain_graph=True)
+    adapter.grads.zero_()
+    y.backward(above)
+    named = adapter.named()
+    a, b = (
+        named[f"base_model.model.{name}.lora_{part}.default.weight"].weight.clone().requires_grad_() for part in "AB"
+    )
+    low = (x[1:] * mask) @ a.t() @ b.t() * (5 / 3)
+    expected = torch.nn.functional.linear(x, module.weight, module.bias) + torch.cat([torch.zeros_like(y[:1]), low])
+    torch.testing.assert_close(y, expected)
+    grad_x, grad_a, grad_b = torch.autograd.grad(expected, (x, a, b), above)
+    torch.testing.assert_close(found, grad_x)
+    torch.testing.assert_close(named[f"base_model.model.{name}.lora_A.default.weight"].grad, grad_a)
+    torch.testing.assert_close(named[f"base_model.model.{name}.lora_B.default.weight"].grad, grad_b)
+    hooks.remove()
+    assert torch.equal(module(x), torch.nn.functional.linear(x, module.weight, module.bias))
 
 
 def test_saved_adapters_load_with_peft(tmp_path: Path) -> None:

@@ -37,5 +37,6 @@ class _TanhGELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, gate = ctx.saved_tensors
-        slope = (x * x).mul_(3 * CUBIC).add_(SLOPE).mul_(x)
+        # Beyond 1e4 the derivative is 0 or 1 whatever the slope; its overflow times 0 would be NaN.
+        slope = (x * x).clamp_(max=1e8).mul_(3 * CUBIC).add_(SLOPE).mul_(x)
         return slope.mul_(torch.ops.aten.sigmoid_backward(grad, gate)).addcmul_(grad, gate)

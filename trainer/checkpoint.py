@@ -28,8 +28,7 @@ from trainer.errors import CheckpointError
 from trainer.events import EpochEnded, NonFinite, epoch_from_dict, to_dict
 from trainer.lora import Adapter
 
-FORMAT = 2
-"""2: AdamW's moments lie as the adapter's weights do in memory, B transposed."""
+FORMAT = 1
 
 
 @dataclass

@@ -29,7 +29,8 @@ def fuse(model: Any) -> None:
             elif isinstance(child, T5LayerNorm | LlamaRMSNorm) and not hasattr(child, "_hf_hook"):
                 setattr(module, name, RMSNorm(child))
     last = model.qformer.encoder.layer[-1]
-    if not hasattr(last, "_hf_hook"):
+    # Other kinds of attention have masks of other shapes.
+    if not hasattr(last, "_hf_hook") and model.qformer.config._attn_implementation in ("sdpa", "eager"):
         last.forward = partial(_query_positions, last)
 
 

@@ -230,8 +230,11 @@ class Pack:
                 # NaN goes through abs, amax and maximum.
                 peak = out.query_output.detach()[segment.start : segment.stop].abs().amax()
                 peaks[i] = torch.maximum(peaks[i], at_least_float32(peak))
-            # Each with a gradient of one of its own: in a sum, one NaN would be everybody's.
-            torch.autograd.backward(shares)
+            # Each with a gradient of one of its own: in a sum, one NaN would be everybody's. A run whose adapters all
+            # sit where nothing is read (the text feed-forward of the Q-Former's last layer) may have none.
+            live = [share for share in shares if share.requires_grad]
+            if live:
+                torch.autograd.backward(live)
         norms = [at_least_float32(torch.linalg.vector_norm(member.adapter.grads)) for member in self._passing]
         return [(n, torch.stack(each)) for n, each in zip(tokens, zip(losses, norms, peaks, strict=True), strict=True)]
 

@@ -173,9 +173,10 @@ class Adapter:
             weight.copy_(stored[name])
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """AdamW's state by name: its moments as flat tensors and the number of its updates."""
+        """AdamW's state by name: its moments as flat tensors, B as PEFT has it, and the number of its updates."""
         state = self.optimizer.state.get(self.parameter, {})
-        return {key: value.detach().contiguous() for key, value in state.items()}
+        moments = {key: torch.cat([v.reshape(-1) for v in self._split(state[key]).values()]) for key in STATE if state}
+        return {key: moments.get(key, value).detach() for key, value in state.items()}
 
     def restore_optimizer(self, stored: Mapping[str, torch.Tensor]) -> None:
         """Set AdamW's state from what `optimizer_tensors` gave, bit for bit."""
@@ -183,6 +184,12 @@ class Adapter:
             device = self.weights.device
             # Where AdamW itself keeps them: the count beside the weights if fused, else on the host.
             there = {key: value.to(device) if key in STATE or self.fused else value for key, value in stored.items()}
+            for key in STATE:
+                moment = torch.empty_like(self.weights, dtype=there[key].dtype)
+                parts = there[key].split([shape.numel() for shape in self.shapes.values()])
+                for view, part, shape in zip(self._split(moment).values(), parts, self.shapes.values(), strict=True):
+                    view.copy_(part.view(shape))
+                there[key] = moment
             self.optimizer.state[self.parameter] = there
 
 

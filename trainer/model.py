@@ -145,11 +145,9 @@ def fingerprint(path: str) -> str:
 def encode_images(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     """Vision output of (B, 3, height, width) pixels: (B, patches + 1, vision hidden size).
 
-    Without gradients unless an adapter sits in the vision tower.
+    Frozen, the tower makes no graph: nothing that goes into it has a gradient until an adapter adds something.
     """
-    adapted = any(p.requires_grad for p in model.vision_model.parameters())
-    with torch.set_grad_enabled(adapted and torch.is_grad_enabled()):
-        output = model.vision_model(pixel_values=pixel_values, return_dict=True)
+    output = model.vision_model(pixel_values=pixel_values, return_dict=True)
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 

@@ -79,7 +79,7 @@ class PeerSearch:
     def _command(self, number: int, out: Path) -> list[str]:
         command: list[Any] = [sys.executable, "-m", "tests.benchmarks.peer", "--config", out / "config.json"]
         command += ["--rows", self.rows, "--trial", number, "--out", out, "--logging-steps", self.logging_steps]
-        command += ["--tracking-uri", self.tracking_uri, "--experiment", NAME, "--nudge", self.nudge]
+        command += ["--tracking-uri", self.tracking_uri, "--experiment", NAME, f"--nudge={self.nudge}"]
         if self.pruner != "none":
             command += ["--storage", self.storage_url, "--study", NAME, "--pruner", self.pruner]
         return [str(part) for part in command]

@@ -113,7 +113,7 @@ class Bench:
             encoding="utf-8",
         )
         command = ["-m", "tests.benchmarks.peer_study", "--study", file, "--rows", self.rows, "--trials", len(chosen)]
-        self._timed(name, [*command, "--runs-dir", runs, "--nudge", nudge, *self.peer])
+        self._timed(name, [*command, "--runs-dir", runs, f"--nudge={nudge}", *self.peer])
         return self._read_peer(runs)
 
     def run_each(self, name: str, jobs: int, *settings: str) -> Ran:
