@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -225,10 +225,8 @@ def _search(definition: Study, *, executor: Executor, storage_url: str, tracking
     from search import prepare
 
     examined = prepare.check(definition)
-    with executor.crew({"--storage": storage_url, "--tracking-uri": tracking_uri}) as crew, ExitStack() as starting:
-        starting.enter_context(without_collection())
-        options |= {"storage_url": storage_url, "tracking_uri": tracking_uri}
-        return _run(definition, crew, examined, started=starting.close, **options)
+    with executor.crew({"--storage": storage_url, "--tracking-uri": tracking_uri}) as crew:
+        return _run(definition, crew, examined, storage_url=storage_url, tracking_uri=tracking_uri, **options)
 
 
 def _run(
@@ -236,7 +234,6 @@ def _run(
     crew: Crew,
     examined: Examined,
     *,
-    started: Callable[[], None],
     n_trials: int,
     timeout_s: float | None,
     hang_timeout_s: float,
@@ -252,20 +249,21 @@ def _run(
 ) -> int:
     """Open everything, run the workers, sum up; returns the exit code."""
     global _log_file
-    import optuna
+    with without_collection():
+        import optuna
 
-    from search import ending, lifecycle, pruning, records, sampling
-    from search import storage as store
-    from search.courier import Courier
-    from search.database import open_storage
-    from search.delivery import Delivery
-    from search.display import Live_, Plain
-    from search.job import Job
-    from search.logkeeper import LogKeeper
-    from search.mlflow_uri import masked
-    from search.runbook import RunBook
-    from search.supervisor import Supervisor
-    from search.worker import set_up_logging
+        from search import ending, lifecycle, pruning, records, sampling
+        from search import storage as store
+        from search.courier import Courier
+        from search.database import open_storage
+        from search.delivery import Delivery
+        from search.display import Live_, Plain
+        from search.job import Job
+        from search.logkeeper import LogKeeper
+        from search.mlflow_uri import masked
+        from search.runbook import RunBook
+        from search.supervisor import Supervisor
+        from search.worker import set_up_logging
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     _make_folder(runs_dir)
@@ -323,7 +321,6 @@ def _run(
     storage.say = display.say
     book.close_dangling(_is_dead)
     left = look()
-    started()
     waiting = left.waiting
     done = lifecycle.counted(study)
     with display:
