@@ -13,7 +13,7 @@ import torch
 
 from search.study import load
 from tests import search_process
-from tests.benchmarks import configs, gate, peer
+from tests.benchmarks import configs, gate, peer, peer_study, sides
 from tests.benchmarks.sides import TrialLosses
 from tests.tiny import IMAGE_TOKEN, QUERIES, tiny_batch, tiny_model
 from trainer import dataset
@@ -115,6 +115,26 @@ def test_the_gate_takes_a_trial_for_chaotic_only_by_the_peers_own_measure() -> N
     assert counts(losses(0.5, 0.44), losses(0.5, 0.4), losses(0.5, 0.4001), losses(0.5, 0.4), losses(0.5, 0.43))
     other_start = losses(0.5, 0.44, first=(1.0, 0.8))
     assert not counts(other_start, losses(0.5, 0.4), losses(0.5, 0.43))
+
+
+@pytest.mark.parametrize("nudge", gate.NUDGES)
+def test_a_nudge_reaches_the_peers_process(nudge: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-1.2e-07 as an argument of its own is an option that argparse does not know."""
+    started: list[float] = []
+    monkeypatch.setattr(peer_study, "run", lambda search, *_: started.append(search.nudge))
+    monkeypatch.setattr(sides.Bench, "_read_peer", lambda *_: {})
+    monkeypatch.setattr(sides.Bench, "_timed", lambda _self, _name, command: arguments(monkeypatch, command))
+    configs_of = configs.study_text(configs.SCALES["mini"], 2, 0, {"model": "mini", "data": "mini"})
+    bench = sides.Bench(folder=tmp_path, trials=2, ours=(), peer=())
+    bench.study_file.write_text(configs_of, encoding="utf-8")
+    bench.nudge_peer("nudged", ["c00"], nudge)
+    assert started == [nudge]
+
+
+def arguments(monkeypatch: pytest.MonkeyPatch, command: Sequence[Any]) -> None:
+    """Run the peer's study by its command line, in this process."""
+    monkeypatch.setattr(sys, "argv", [str(each) for each in command[1:]])
+    peer_study.main()
 
 
 def test_the_gate_refuses_other_trials() -> None:

@@ -283,6 +283,20 @@ def test_an_adapted_module_with_dropout_in_company_and_not(hooked_by_accelerate:
     assert torch.equal(module(x), torch.nn.functional.linear(x, module.weight, module.bias))
 
 
+def test_moments_are_kept_in_pefts_order() -> None:
+    """However B lies in memory: what a checkpoint holds must not depend on it."""
+    adapter = Adapter(tiny_model("t5"), TrainConfig(lora_r=3))
+    adapter.grads.normal_()
+    adapter.update(1e-2, torch.tensor(1.0), torch.tensor(False))
+    kept = {key: value.clone() for key, value in adapter.optimizer_tensors().items()}
+    moments = [each.exp_avg for each in adapter.named().values()]
+    assert torch.equal(kept["exp_avg"], torch.cat([m.contiguous().view(-1) for m in moments if m is not None]))
+    again = Adapter(tiny_model("t5"), TrainConfig(lora_r=3))
+    again.restore_optimizer(kept)
+    for one, other in zip(adapter.named().values(), again.named().values(), strict=True):
+        assert one.exp_avg is not None and other.exp_avg is not None and torch.equal(one.exp_avg, other.exp_avg)
+
+
 def test_saved_adapters_load_with_peft(tmp_path: Path) -> None:
     model, batch = tiny_model("t5"), tiny_batch("t5")
     config = TrainConfig(lora_r=3, lora_alpha=5)
