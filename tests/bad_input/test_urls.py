@@ -93,7 +93,7 @@ def _accepted(*_: Any) -> None:
 @given(URLS)
 @example("sqlite:///HERE/new.db?nothing=1")
 @example("http://127.0.0.1:99999")  # OverflowError
-@example("sqlite:///" + "n/" * 1300)  # the path twice: in the URL, and in what the system says
+@example("sqlite:///" + "n/" * 890 + "n")  # the path twice: in the URL, and in what the system says
 def test_tracking(uri: str) -> None:
     """The check alone and the lock, up to where MLflow would create its tables."""
     from search import tracking
@@ -110,6 +110,13 @@ def test_tracking(uri: str) -> None:
         except StorageError as error:
             text = str(error)
         assert ":secret" not in text and 10 < len(text) < 2500 and not (here / "artifacts").exists()
+
+
+def test_what_the_system_says_of_a_long_path_is_cut() -> None:
+    from search.mlflow_uri import first_line
+
+    text = first_line(OSError(36, "File name too long", "n/" * 1300))
+    assert text.startswith("[Errno 36] File name too long") and len(text) < 1000
 
 
 def _accepted_client(**_: Any) -> None:
