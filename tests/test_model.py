@@ -14,12 +14,13 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from tests.tiny import IMAGE_TOKEN, QUERIES, tiny_batch, tiny_model
 from trainer import adapters
 from trainer.activation import TanhGELU
+from trainer.chain import query_images
 from trainer.config import TrainConfig
 from trainer.data import IGNORE, Batch
 from trainer.errors import ModelError
 from trainer.fuse import fuse
 from trainer.lora import Adapter, Hooks, Segment, _dropout_mask
-from trainer.model import encode_images, forward, label_logits, load_base, query_images
+from trainer.model import encode_images, forward, label_logits, layout_of, load_base
 from trainer.norm import RMSNorm, _Normed
 
 KINDS = ("t5", "llama")
@@ -51,7 +52,8 @@ def test_forward_equals_the_library(kind: str) -> None:
     assert sum(isinstance(module, RMSNorm) for module in model.modules()) == {"t5": 12, "llama": 5}[kind]
     ours = forward(model, batch)
     assert ours.loss_sum / batch.num_tokens() == pytest.approx(float(theirs.loss), abs=1e-5)
-    logits, labels = label_logits(model, ours.query_output, batch)
+    layout = layout_of(model.config, batch)
+    logits, labels = label_logits(model, ours.query_output.flatten(0, 1), layout), layout.label_ids
     if kind == "t5":
         expected = theirs.logits[batch.labels != IGNORE]
     else:
@@ -100,6 +102,18 @@ def test_gradients_equal_the_library(kind: str) -> None:
                 torch.testing.assert_close(ours, grad, atol=1e-5, rtol=1e-4)
 
 
+def query_output(model: Any, embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The library's."""
+    size = len(batch)
+    mask = torch.cat([torch.ones(size, QUERIES, dtype=torch.long), batch.qformer_mask], dim=1)
+    return model.qformer(
+        input_ids=batch.qformer_ids,
+        attention_mask=mask,
+        query_embeds=model.query_tokens.expand(size, -1, -1),
+        encoder_hidden_states=embeds,
+    ).last_hidden_state[:, :QUERIES]
+
+
 @pytest.mark.parametrize("frequency", [1, 2])
 def test_the_last_layer_without_its_text_positions(frequency: int) -> None:
     """With cross-attention in the last layer, and without."""
@@ -107,14 +121,14 @@ def test_the_last_layer_without_its_text_positions(frequency: int) -> None:
     assert model.qformer.encoder.layer[-1].has_cross_attention == (frequency == 1)
     assert batch.pixel_values is not None
     embeds = encode_images(model, batch.pixel_values)
-    whole = query_images(model, embeds, batch)
     rows: list[int] = []
     model.qformer.encoder.layer[-1].attention.output.register_forward_pre_hook(
-        lambda _, args: rows.append(args[0].shape[1])
+        lambda _, args: rows.append(len(args[0]))
     )
-    fuse(model)
-    torch.testing.assert_close(query_images(model, embeds, batch), whole, rtol=0, atol=1e-6)
-    assert rows == [QUERIES]
+    found = query_images(model, embeds, layout_of(model.config, batch))
+    assert rows == [len(batch) * QUERIES]
+    expected = query_output(model, embeds, batch)
+    torch.testing.assert_close(found, expected.flatten(0, 1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -146,7 +160,7 @@ def test_known_image_embeddings_give_the_same(kind: str) -> None:
     embeds = encode_images(model, batch.pixel_values)
     known = replace(batch, pixel_values=None, image_embeds=embeds)
     assert torch.equal(forward(model, batch).loss_sum, forward(model, known).loss_sum)
-    assert query_images(model, embeds, batch).shape == (3, QUERIES, 16)
+    assert forward(model, known).query_output.shape == (3, QUERIES, 16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -261,7 +275,7 @@ def test_an_adapted_module_with_dropout_in_company_and_not(hooked_by_accelerate:
     torch.manual_seed(1)
     x = torch.randn(6, 4, 16, dtype=torch.float64).transpose(0, 1).requires_grad_()
     adapter.generator.manual_seed(3)
-    mask = _dropout_mask(own, x).view(3, 6, 16)
+    mask = _dropout_mask(adapter, x[1:4].reshape(-1, 16)).view(3, 6, 16)
     adapter.generator.manual_seed(3)
     y = module(x)
     above = torch.randn_like(y)

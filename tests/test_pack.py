@@ -14,7 +14,7 @@ import torch
 from trainer import adapters, data, loop, runtime
 from trainer.bench import Workbench
 from trainer.config import TrainConfig
-from trainer.data import IGNORE, Batch, merge
+from trainer.data import IGNORE, Batch
 from trainer.errors import ConfigError
 from trainer.events import (
     CheckpointSaved,
@@ -306,32 +306,6 @@ def test_time_is_shared_by_samples(bench: Workbench, small: Small, tmp_path: Pat
 
 def steps(events: list[Event]) -> list[StepEnded]:
     return [e for e in events if isinstance(e, StepEnded)]
-
-
-def batch_of(queries: int, qformer: int, text: int, labels: int) -> Batch:
-    ones = torch.ones(2, 1, dtype=torch.long)
-    return Batch(
-        pixel_values=torch.zeros(2, 3, 4, 4),
-        qformer_ids=ones.expand(2, qformer),
-        qformer_mask=ones.expand(2, qformer),
-        text_ids=ones.expand(2, text),
-        text_mask=ones.expand(2, text),
-        labels=ones.expand(2, labels),
-    )
-
-
-@pytest.mark.parametrize(
-    "lengths", [((5, 6, 7), (5, 6, 9)), ((5, 6, 7), (5, 6, 4)), ((3, 4, 8), (4, 8, 3)), ((2, 2, 2), (6, 9, 9))]
-)
-def test_a_padded_length_is_no_other_length(lengths: tuple[tuple[int, int, int], ...]) -> None:
-    queries, patches = 4, 17
-    merged, maps = merge([batch_of(queries, *each) for each in lengths], (queries, patches))
-    assert len(merged) == 4 and merged.num_tokens() == 2 * sum(each[2] for each in lengths)
-    padded = (merged.qformer_ids.shape[1], merged.text_ids.shape[1], merged.labels.shape[1])
-    for each, found in zip(lengths, maps, strict=True):
-        for own, length in zip(each, padded, strict=True):
-            assert found[length] == own and found[length + queries] == own + queries
-        assert found.get(queries, queries) == queries and found.get(patches, patches) == patches
 
 
 def test_events_start_with_the_start(bench: Workbench, small: Small, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
@@ -17,6 +17,9 @@ from trainer.config import TrainConfig
 from trainer.dataset import Row
 from trainer.errors import DataError, ModelError
 from trainer.images import open_image
+
+if TYPE_CHECKING:
+    from trainer.rows import Layout
 
 IGNORE = -100
 """Label of positions that take no part in the loss, as in Transformers."""
@@ -58,9 +61,8 @@ class Batch:
     """(B,), the images' rows in a feature store."""
     image_embeds: torch.Tensor | None = None
     """(B, patches + 1, vision hidden size)."""
-    label_rows: torch.Tensor | None = None
-    """(N,), where the N label tokens are in the flattened labels. Found on the host: on a GPU, asking for them would
-    stop the host until all before is done."""
+    layout: Layout | None = None
+    """Where its rows are, if that has been found already."""
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -71,80 +73,50 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on the device."""
-        rows = (self.labels != IGNORE).view(-1).nonzero().view(-1) if self.label_rows is None else self.label_rows
-        moved = replace(self, label_rows=rows)._each(lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(moved, image_rows=self.image_rows)  # the store takes them from the host
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        layout = None if self.layout is None else self.layout.to(device)
+        return replace(moved, layout=layout, image_rows=self.image_rows)  # the store takes rows from the host
 
     def micro(self, size: int) -> Iterator[Batch]:
         """Slices of at most `size` samples, padded as the whole batch is."""
-        whole = replace(self, label_rows=None)
         for start in range(0, len(self), size):
-            yield whole._each(lambda tensor, start=start: tensor[start : start + size])  # type: ignore[misc]
+            yield self._each(lambda tensor, start=start: tensor[start : start + size])  # type: ignore[misc]
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader where the device is a GPU."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"}
+        changed = {name: change(value) for name, value in values.items() if value is not None}
+        return replace(self, **changed, layout=None)
 
 
-def merge(batches: Sequence[Batch], reserved: Sequence[int]) -> tuple[Batch, list[dict[int, int]]]:
-    """Several batches as one, each padded to the longest of all.
-
-    Args:
-        batches: on the host, all of one kind of model.
-        reserved: lengths that dimensions of the model have for other reasons (queries, image patches).
-
-    Returns:
-        The merged batch, and for each of the batches: the length that something is padded to -> its own length. Where
-        a batch has to be padded, no padded length is equal to another length of the pass, so that this is unambiguous.
-    """
+def merge(batches: Sequence[Batch]) -> Batch:
+    """Several batches, on the host and all of one kind of model, as one, each padded to the longest of all."""
     if len(batches) == 1:
-        return batches[0], [{}]
-    queries = reserved[0]
-    kinds = ("qformer_ids", "text_ids", "labels")
-    own = [{kind: getattr(batch, kind).shape[1] for kind in kinds} for batch in batches]
-    padded = {kind: max(lengths[kind] for lengths in own) for kind in kinds}
-    if batches[0].labels.shape[1] == batches[0].text_ids.shape[1] and all(
-        lengths["labels"] == lengths["text_ids"] for lengths in own
-    ):
-        kinds_apart: tuple[str, ...] = ("qformer_ids", "text_ids")  # decoder-only: labels lie on the text
-    else:
-        kinds_apart = kinds
-    apart = {kind: any(lengths[kind] != padded[kind] for lengths in own) for kind in kinds_apart}
-    taken = set(reserved)
-    for kind in sorted(kinds_apart, key=lambda kind: apart[kind]):  # those that cannot move come first
-        while apart[kind] and {padded[kind], queries + padded[kind]} & taken:
-            padded[kind] += 1
-        taken |= {padded[kind], queries + padded[kind]}
-    if kinds_apart != kinds:
-        padded["labels"] = padded["text_ids"]
-    lengths_of = [
-        {padded[kind] + more: lengths[kind] + more for kind in kinds for more in (0, queries)} for lengths in own
-    ]
+        return batches[0]
 
-    def joined(name: str, kind: str, value: int) -> torch.Tensor:
+    def joined(name: str, value: int) -> torch.Tensor:
         parts = [getattr(batch, name) for batch in batches]
-        return torch.cat([F.pad(part, (0, padded[kind] - part.shape[1]), value=value) for part in parts])
+        longest = max(part.shape[1] for part in parts)
+        return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=value) for part in parts])
 
     def images(name: str) -> torch.Tensor | None:
         parts = [getattr(batch, name) for batch in batches]
         return None if parts[0] is None else torch.cat(parts)
 
-    merged = Batch(
+    return Batch(
         pixel_values=images("pixel_values"),
         image_rows=images("image_rows"),
         image_embeds=images("image_embeds"),
         # Padded positions are masked; their ids need only be ones that the vocabulary has.
-        qformer_ids=joined("qformer_ids", "qformer_ids", 0),
-        qformer_mask=joined("qformer_mask", "qformer_ids", 0),
-        text_ids=joined("text_ids", "text_ids", 0),
-        text_mask=joined("text_mask", "text_ids", 0),
-        labels=joined("labels", "labels", IGNORE),
+        qformer_ids=joined("qformer_ids", 0),
+        qformer_mask=joined("qformer_mask", 0),
+        text_ids=joined("text_ids", 0),
+        text_mask=joined("text_mask", 0),
+        labels=joined("labels", IGNORE),
     )
-    return merged, lengths_of
 
 
 class Tokenizer:

@@ -26,7 +26,7 @@ from trainer.errors import ConfigError, UserError
 from trainer.events import EpochEnded, Event, MicroBatchReduced, OutOfMemory
 from trainer.lora import Hooks, Segment
 from trainer.member import Member, Step
-from trainer.model import Forward, at_least_float32, forward
+from trainer.model import Forward, at_least_float32, forward, layout_of, runs_on_rows
 
 CUDA_WINDOW = 8
 """Rounds on a GPU between two looks at losses and norms: each look makes the host wait for the device."""
@@ -115,6 +115,8 @@ class Pack:
         device = base.device
         if self._hooks is None or self._hooks.model is not base.model:
             self._hooks = Hooks(base.model)
+            if not runs_on_rows(base.model.config):
+                self.at_once = 1  # padded to the longest of a pass, dropout would depend on a run's company
         member = Member(config, self.bench, out_dir, device)
         self._hooks.cover(member.adapter.modules)
         self._key = self._key_of(config)
@@ -242,16 +244,13 @@ class Pack:
         """One pass over the batches of several runs, each seeing its own adapter."""
         assert self._hooks is not None
         self.alive()
-        config = self._hooks.model.config
-        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
-        batch, lengths = merge([part for _, part in parts], (int(config.num_query_tokens), patches))
+        batch = merge([part for _, part in parts])
+        batch.layout = layout_of(self._hooks.model.config, batch)
         segments: list[Segment] = []
-        for (member, part), own in zip(parts, lengths, strict=True):
+        for member, part in parts:
             last = segments[-1] if segments else None
             start, token = (last.stop, last.last_token) if last else (0, 0)
-            segments.append(
-                Segment(member.adapter, start, start + len(part), token, token + part.num_tokens(), lengths=own)
-            )
+            segments.append(Segment(member.adapter, start, start + len(part), token, token + part.num_tokens()))
         moved = batch.to(parts[0][0].device)
         if batch.image_rows is not None:
             moved.image_embeds = _vision_outputs(parts)

@@ -12,7 +12,7 @@ them. PEFT decides initial values and file format, and is what tests compare wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import nn
 from trainer import adapters
 from trainer.config import TrainConfig
 from trainer.errors import ModelError
+from trainer.rows import current
 
 STATE = ("exp_avg", "exp_avg_sq")
 """AdamW's moments, as its state names them."""
@@ -216,9 +217,6 @@ class Segment:
     first_token: int
     """First of its label tokens."""
     last_token: int
-    lengths: dict[int, int] = field(default_factory=dict)
-    """Length that the pass is padded to -> length that the run alone would have. Dropout is drawn for the latter,
-    so that a run's masks don't depend on its company."""
 
 
 class Hooks:
@@ -289,7 +287,7 @@ class _Lora(torch.autograd.Function):
             low, mask = None, None
             if pair is not None:
                 if training and adapter.dropout:
-                    mask = _dropout_mask(segment, x)
+                    mask = _dropout_mask(adapter, own)
                     own = own * mask
                 low = torch.mm(own, pair.a_t)
                 out.addmm_(low, pair.b_t, alpha=adapter.scale)
@@ -322,9 +320,10 @@ class _Lora(torch.autograd.Function):
 
 
 def _sizes(segments: Sequence[Segment], x: torch.Tensor) -> list[int]:
-    """Rows that each segment has of an input (samples, ..., features), or (label tokens, features) at the head."""
+    """Rows that each segment has of an input: (samples, ..., features), or rows as they are laid out at the moment."""
     if x.dim() == 2:
-        return [segment.last_token - segment.first_token for segment in segments]
+        starts = current().starts
+        return [starts[segment.stop] - starts[segment.start] for segment in segments]
     each = x.numel() // (x.shape[0] * x.shape[-1])
     return [(segment.stop - segment.start) * each for segment in segments]
 
@@ -334,15 +333,7 @@ def _split(rows: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
     return rows.split_with_sizes(sizes) if len(sizes) > 1 else (rows,)
 
 
-def _dropout_mask(segment: Segment, x: torch.Tensor) -> torch.Tensor:
+def _dropout_mask(adapter: Adapter, rows: torch.Tensor) -> torch.Tensor:
     """What a run's rows are multiplied by, (rows, features): 0, or 1 / (1 - p)."""
-    keep = 1.0 - segment.adapter.dropout
-    shape = [segment.last_token - segment.first_token if x.dim() == 2 else segment.stop - segment.start, *x.shape[1:]]
-    padded = x.shape[1]
-    if x.dim() > 2:
-        shape[1] = segment.lengths.get(padded, padded)
-    mask = torch.empty(shape, dtype=x.dtype, device=x.device)
-    mask.bernoulli_(keep, generator=segment.adapter.generator).div_(keep)
-    if x.dim() > 2 and shape[1] != padded:
-        mask = nn.functional.pad(mask, (0, 0, 0, padded - shape[1]))
-    return mask.view(-1, x.shape[-1])
+    keep = 1.0 - adapter.dropout
+    return torch.empty_like(rows).bernoulli_(keep, generator=adapter.generator).div_(keep)

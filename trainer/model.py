@@ -20,10 +20,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trainer.data import IGNORE, Batch
+from trainer.chain import llama, query_images, t5
+from trainer.data import Batch
 from trainer.errors import ModelError
 from trainer.fuse import fuse
 from trainer.locate import check_type, locate
+from trainer.rows import Layout, laid_out, take
+
+CHAINS = {"t5": t5, "llama": llama}
+"""Language models whose arithmetic is written out on rows without padding; others go through the library's forward."""
 
 SAMPLE_BLOCKS, SAMPLE_BYTES = 64, 65_536
 """A weight file's fingerprint reads this many blocks of this size: 4 MiB instead of 16 GB."""
@@ -151,21 +156,6 @@ def encode_images(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 
-def query_images(model: Any, image_embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The Q-Former's output at the query tokens: (B, Q, Q-Former hidden size)."""
-    size = image_embeds.shape[0]
-    queries = model.query_tokens.to(image_embeds).expand(size, -1, -1)
-    query_mask = torch.ones(queries.shape[:-1], dtype=torch.long, device=image_embeds.device)
-    output = model.qformer(
-        input_ids=batch.qformer_ids,
-        attention_mask=torch.cat([query_mask, batch.qformer_mask], dim=1),
-        query_embeds=queries,
-        encoder_hidden_states=image_embeds,
-        return_dict=True,
-    )
-    return output.last_hidden_state[:, : queries.shape[1]]  # type: ignore[no-any-return]
-
-
 def forward(model: Any, batch: Batch) -> Forward:
     """Loss of a batch, its logits computed at label positions only.
 
@@ -174,15 +164,21 @@ def forward(model: Any, batch: Batch) -> Forward:
         batch: on the base's device, with pixels or vision outputs. Of a base that is spread over several devices,
             layers may lie elsewhere; what flows between them is moved, and the losses come back here.
     """
+    layout = batch.layout or layout_of(model.config, batch)
     image_embeds = batch.image_embeds
     if image_embeds is None:
         assert batch.pixel_values is not None
         image_embeds = encode_images(model, batch.pixel_values).to(batch.qformer_ids.device)
-    query_output = query_images(model, image_embeds, batch)
-    logits, labels = label_logits(model, query_output, batch)
+    queries = query_images(model, image_embeds, layout).to(batch.labels.device)
+    logits = label_logits(model, queries, layout)
     # float32 for the loss whatever the model's dtype: a sum over thousands of tokens overflows in float16.
-    losses = F.cross_entropy(at_least_float32(logits), labels.to(logits.device), reduction="none")
-    return Forward(losses.to(query_output.device), query_output)
+    losses = F.cross_entropy(at_least_float32(logits), layout.label_ids.to(logits.device), reduction="none")
+    return Forward(losses.to(queries.device), queries.unflatten(0, (len(batch), -1)))
+
+
+def layout_of(config: Any, batch: Batch) -> Layout:
+    """Where the batch's rows are, for an InstructBLIP of this config."""
+    return Layout.of(batch, int(config.num_query_tokens), decoder_only=bool(config.use_decoder_only_language_model))
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -190,39 +186,58 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def label_logits(model: Any, query_output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits, labels) at the N label positions of the batch: (N, vocabulary) and (N,)."""
+def runs_on_rows(config: Any) -> bool:
+    """Whether an InstructBLIP of this config has a language model that `trainer.chain` knows."""
+    return config.text_config.model_type in CHAINS
+
+
+def label_logits(model: Any, queries: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Logits at the N label tokens, (N, vocabulary).
+
+    Args:
+        model: the InstructBLIP.
+        queries: (B x Q, Q-Former's hidden size).
+        layout: of the pass.
+    """
     language = model.language_model
-    projected = model.language_projection(query_output)
-    text = model.get_input_embeddings()(batch.text_ids)
-    embeds = torch.cat([projected.to(text), text], dim=1)
-    image_mask = torch.ones(projected.shape[:-1], dtype=batch.text_mask.dtype, device=embeds.device)
-    mask = torch.cat([image_mask, batch.text_mask.to(embeds.device)], dim=1)
-    rows = batch.label_rows
-    if rows is None:
-        rows = (batch.labels != IGNORE).view(-1).nonzero().view(-1)
-    targets = batch.labels.view(-1).index_select(0, rows)
-    if model.config.use_decoder_only_language_model:
-        # The state at position i predicts token i + 1, and the image positions come before the text.
-        length, queries = batch.labels.shape[1], projected.shape[1]
-        rows = rows // length * (length + queries) + rows % length + queries - 1
+    with laid_out(layout.queries):
+        projected = model.language_projection(queries)
+    text = model.get_input_embeddings()(layout.text_ids)
+    embeds = layout.text.join(projected.to(text), text)
+    if not runs_on_rows(model.config):
+        return _library_logits(model, embeds, layout)
+    states = CHAINS[model.config.text_config.model_type](language, embeds, layout)
+    with laid_out(layout.labels):
+        return model.get_output_embeddings()(states)  # type: ignore[no-any-return]
+
+
+def _library_logits(model: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The same through the library's forward, padded, of a language model that `trainer.chain` doesn't know."""
+    rows, labels = layout.text.rows, layout.labels
+    keys = rows.keys()
+    mask = None if keys is None else keys[:, 0, 0].long()
+    if layout.predicts is not None:
+        read = layout.predicts if rows.slots is None else rows.slots[layout.predicts]
         inputs = {}
     else:
-        inputs = {"decoder_input_ids": language.prepare_decoder_input_ids_from_labels(batch.labels)}
-    with _only_rows(model.get_output_embeddings(), rows):
-        logits = language(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **inputs).logits
-    return logits, targets
+        read = labels.slots
+        padded = labels.pad(layout.label_ids[:, None])[:, :, 0]
+        inputs = {"decoder_input_ids": model.language_model.prepare_decoder_input_ids_from_labels(padded)}
+    with _only_rows(model.get_output_embeddings(), read), laid_out(labels):
+        return model.language_model(  # type: ignore[no-any-return]
+            inputs_embeds=rows.pad(embeds), attention_mask=mask, use_cache=False, **inputs
+        ).logits
 
 
 @contextmanager
-def _only_rows(head: nn.Module, rows: torch.Tensor) -> Iterator[None]:
+def _only_rows(head: nn.Module, rows: torch.Tensor | None) -> Iterator[None]:
     """Within, the language-model head sees only these rows: (B, L, hidden) becomes (N, hidden).
 
     A hook, so that everything before the head (T5's output scaling among it) stays the library's own code.
     """
 
     def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0].flatten(0, 1).index_select(0, rows.to(args[0].device)), *args[1:])
+        return (take(args[0].flatten(0, 1), rows), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:

@@ -1,0 +1,225 @@
+"""Sequences of different lengths as rows, without padding between them.
+
+A batch's hidden states are one matrix, sample after sample: linear layers, norms and activations, which is nearly all
+of the arithmetic, compute nothing for padding. Attention alone takes them apart, `Rows.pad`, and gives them back.
+Krell et al. 2021, https://arxiv.org/abs/2107.02027, have what padding costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from trainer.data import IGNORE, Batch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of each sample are: N rows of B samples, the longest of which has L."""
+
+    starts: tuple[int, ...]
+    """(B + 1): the first row of each sample, and N."""
+    length: int
+    """L."""
+    slots: torch.Tensor | None
+    """(N,): the place of each row in (B x L) padded ones. None if all samples have L rows."""
+    sources: torch.Tensor | None
+    """(B x L,): the row of each place; of padding, the last one of its own sample, so that what is not finite stays
+    in its sample."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Rows:
+        """For samples of these lengths."""
+        starts = tuple(accumulate(lengths, initial=0))
+        longest = max(lengths)
+        if min(lengths) == longest:
+            return cls(starts, longest, None, None)
+        places = torch.arange(longest)
+        counts = torch.tensor(lengths)[:, None]
+        slots = (places < counts).view(-1).nonzero().view(-1)
+        sources = (torch.tensor(starts[:-1])[:, None] + places.minimum(counts - 1)).view(-1)
+        return cls(starts, longest, slots.to(device), sources.to(device))
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return len(self.starts) - 1
+
+    def pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """(N, features) to (B, L, features); what padding holds is finite if its sample is, and means nothing."""
+        if self.sources is not None and self.slots is not None:
+            rows = _Pad.apply(rows, self.sources.to(rows.device), self.slots.to(rows.device))  # type: ignore[no-untyped-call]
+        return rows.view(self.samples, self.length, -1)
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """(B, L, features) to (N, features)."""
+        return take(padded.flatten(0, 1), self.slots)
+
+    def keys(self) -> torch.Tensor | None:
+        """(B, 1, 1, L), true at places that are no padding; None if none is."""
+        if self.slots is None:
+            return None
+        mask = torch.zeros(self.samples * self.length, dtype=torch.bool, device=self.slots.device)
+        return mask.index_fill_(0, self.slots, True).view(self.samples, 1, 1, self.length)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Rows that each begin with the Q queries of their sample, its text after them."""
+
+    rows: Rows
+    queries: torch.Tensor
+    """(B x Q,): which rows are queries."""
+    text: torch.Tensor
+    """(T,): which are text."""
+
+    @classmethod
+    def of(cls, text: Rows, lengths: Sequence[int], queries: int, device: torch.device) -> Joined:
+        """For texts of these lengths."""
+        rows = Rows.of([queries + length for length in lengths], device)
+        starts = torch.tensor(rows.starts[:-1])
+        own = (starts[:, None] + torch.arange(queries)).view(-1)
+        # The text's rows, each moved on by the queries of its own sample and of those before.
+        moved = torch.arange(text.starts[-1]) + torch.arange(1, len(lengths) + 1).mul_(queries).repeat_interleave(
+            torch.tensor(lengths)
+        )
+        return cls(rows, own.to(device), moved.to(device))
+
+    def join(self, queries: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """(B x Q, features) and (T, features) as (N, features)."""
+        device = queries.device
+        return _Join.apply(queries, text, self.queries.to(device), self.text.to(device))  # type: ignore[no-any-return,no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that a pass has to know of the lengths of its samples, and the ids of their rows."""
+
+    queries: Rows
+    instructions: Joined
+    """What the Q-Former sees."""
+    instruction_ids: torch.Tensor
+    instruction_positions: torch.Tensor
+    instruction_rows: Rows
+    text: Joined
+    """What the language model sees, or its encoder."""
+    text_ids: torch.Tensor
+    labels: Rows
+    """Label tokens."""
+    label_ids: torch.Tensor
+    predicts: torch.Tensor | None
+    """(N label tokens,): the row of `text` that predicts each, where the language model is decoder-only."""
+
+    @classmethod
+    def of(cls, batch: Batch, queries: int, *, decoder_only: bool) -> Layout:
+        """The layout of a batch: found on the host, or a GPU would be asked for each length."""
+        device = batch.labels.device
+        masks = (batch.qformer_mask.bool(), batch.text_mask.bool(), batch.labels != IGNORE)
+        instruction_mask, text_mask, label_mask = (mask.cpu() for mask in masks)
+        instructions, texts, labels = (mask.sum(1).tolist() for mask in (instruction_mask, text_mask, label_mask))
+        instruction_rows, text_rows = Rows.of(instructions, device), Rows.of(texts, device)
+        joined = Joined.of(text_rows, texts, queries, device)
+        predicts = None
+        if decoder_only:
+            # The state before a token predicts it, and before the first there are the queries.
+            sample, place = label_mask.nonzero().unbind(1)
+            predicts = (torch.tensor(joined.rows.starts)[sample] + place + queries - 1).to(device)
+        return cls(
+            queries=Rows.of([queries] * len(batch), device),
+            instructions=Joined.of(instruction_rows, instructions, queries, device),
+            instruction_ids=batch.qformer_ids[instruction_mask],
+            instruction_positions=torch.cat([torch.arange(n) for n in instructions]).to(device),
+            instruction_rows=instruction_rows,
+            text=joined,
+            text_ids=batch.text_ids[text_mask],
+            labels=Rows.of(labels, device),
+            label_ids=batch.labels[label_mask],
+            predicts=predicts,
+        )
+
+    def to(self, device: torch.device) -> Layout:
+        """The layout on the device."""
+        return _moved(self, device)  # type: ignore[no-any-return]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Rows | Joined | Layout):
+        return type(value)(**{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+def take(rows: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """Those of the rows that are named, each at most once; all of them for None."""
+    return rows if index is None else _Take.apply(rows, index.to(rows.device))  # type: ignore[no-any-return,no-untyped-call]
+
+
+_current: Rows | None = None
+
+
+@contextmanager
+def laid_out(rows: Rows) -> Iterator[None]:
+    """Within, matrices have these rows: what adapters of several runs have to know of the modules' inputs."""
+    global _current
+    before, _current = _current, rows
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def current() -> Rows:
+    """The rows of matrices here."""
+    assert _current is not None, "a matrix of rows outside of `laid_out`"
+    return _current
+
+
+# PyTorch's index_select adds its gradient up row by row, since an index may name a row twice. These name none twice,
+# or only where a gradient means nothing.
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, index, grad), None
+
+
+class _Pad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, sources: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(slots)
+        return rows.index_select(0, sources)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (slots,) = ctx.saved_tensors
+        return grad.index_select(0, slots), None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, one: torch.Tensor, other: torch.Tensor, index: torch.Tensor, other_index: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(index, other_index)
+        joined = one.new_empty(one.shape[0] + other.shape[0], one.shape[1])
+        return joined.index_copy_(0, index, one).index_copy_(0, other_index, other)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        needed, indices = ctx.needs_input_grad[:2], ctx.saved_tensors
+        grads = [grad.index_select(0, index) if need else None for need, index in zip(needed, indices, strict=True)]
+        return *grads, None, None
