@@ -11,38 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
+from trainer.attention import attend, hidden
 from trainer.rows import Layout, Rows, laid_out, take
-
-
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    heads: int,
-    rows: Rows,
-    scale: float,
-    mask: torch.Tensor | None = None,
-    causal: bool = False,
-) -> torch.Tensor:
-    """Scaled dot-product attention of N rows: (N, features).
-
-    Args:
-        query: (N, features), as `rows` lie.
-        key: (B, keys, features of the key heads), padded; fewer heads than queries have are used by several.
-        value: likewise.
-        heads: of the queries.
-        mask: broadcast to (B, heads, L, keys): true where attended, or what is added.
-        causal: keys after the query are not attended to, instead of a mask.
-    """
-    padded = rows.pad(query).unflatten(2, (heads, -1)).transpose(1, 2)
-    key, value = (each.unflatten(2, (-1, padded.shape[3])).transpose(1, 2) for each in (key, value))
-    out = F.scaled_dot_product_attention(
-        padded, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=key.shape[1] != heads
-    )
-    return rows.unpad(out.transpose(1, 2).flatten(2))
 
 
 def _on(module: torch.nn.Module, *tensors: Any) -> Any:
@@ -59,48 +30,37 @@ def query_images(model: Any, image_embeds: torch.Tensor, layout: Layout) -> torc
     queries = model.query_tokens.to(text).expand(layout.queries.samples, -1, -1).flatten(0, 1)
     dtype = embeddings.layernorm.weight.dtype
     queries, text = (embeddings.layernorm(each.to(dtype)) for each in (queries, text))
-    joined = layout.instructions
-    mask = joined.rows.keys()
+    joined, images = layout.instructions, Rows.of([image_embeds.shape[1]] * layout.queries.samples, text.device)
+    bias = hidden(joined.rows.seen(), dtype)
     for layer in layers:
-        queries, text, image_embeds, mask = _on(layer, queries, text, image_embeds, mask)
-        attention = layer.attention
+        queries, text, image_embeds, bias = _on(layer, queries, text, image_embeds, bias)
         rows = joined.join(queries, text)
-        with laid_out(joined.rows):
-            key, value = (joined.rows.pad(part(rows)) for part in (attention.attention.key, attention.attention.value))
-        last = layer is layers[-1]
-        own, own_rows = (queries, layout.queries) if last else (rows, joined.rows)
-        with laid_out(own_rows):
-            own = _attention(attention, own, key, value, own_rows, mask)
-        if not last:
-            queries, text = take(own, joined.queries), take(own, joined.text)
+        if layer is layers[-1]:
+            queries = _block(layer.attention, queries, layout.queries, rows, joined.rows, bias)
+        else:
+            rows = _block(layer.attention, rows, joined.rows, rows, joined.rows, bias)
+            queries, text = take(rows, joined.queries), take(rows, joined.text)
             with laid_out(layout.instruction_rows):
                 text = layer.feed_forward_chunk(text)
-        else:
-            queries = own
+        if layer.has_cross_attention:
+            queries = _block(layer.crossattention, queries, layout.queries, image_embeds, images, None)
         with laid_out(layout.queries):
-            if layer.has_cross_attention:
-                cross = layer.crossattention.attention
-                key, value = cross.key(image_embeds), cross.value(image_embeds)
-                queries = _attention(layer.crossattention, queries, key, value, layout.queries, None)
             queries = layer.feed_forward_chunk_query(queries)
     return queries
 
 
-def _attention(
-    module: Any, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor, of: Rows, mask: torch.Tensor | None
+def _block(
+    module: Any, states: torch.Tensor, rows: Rows, memory: torch.Tensor, keys: Rows, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """An attention block of the Q-Former, its keys and values known."""
+    """An attention block of the Q-Former: states that attend to a memory, rows or (B, patches + 1, hidden) images."""
     inner = module.attention
-    out = attend(
-        inner.query(rows),
-        key,
-        value,
-        heads=inner.num_attention_heads,
-        rows=of,
-        scale=inner.attention_head_size**-0.5,
-        mask=mask,
-    )
-    return module.output(out, rows)  # type: ignore[no-any-return]
+    with laid_out(keys):
+        key, value = (part(memory).view(keys.starts[-1], -1) for part in (inner.key, inner.value))
+    size = inner.attention_head_size
+    with laid_out(rows):
+        query = inner.query(states)
+        out = attend(query, key, value, size=size, rows=rows, keys=keys, scale=size**-0.5, bias=bias)
+        return module.output(out, states)  # type: ignore[no-any-return]
 
 
 def t5(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -130,47 +90,45 @@ def _shifted(layout: Layout, start: int) -> torch.Tensor:
 def _t5_stack(
     stack: Any, states: torch.Tensor, rows: Rows, encoded: tuple[torch.Tensor, Rows] | None = None
 ) -> torch.Tensor:
-    first = stack.block[0].layer[0].SelfAttention
-    bias = first.compute_bias(rows.length, rows.length).to(states.dtype)
-    lowest = torch.finfo(bias.dtype).min
+    bias = stack.block[0].layer[0].SelfAttention.compute_bias(rows.length, rows.length).to(states.dtype)
     # Of padding, a decoder sees nothing anyway: it comes after what is read.
-    visible = rows.keys() if encoded is None else torch.ones_like(bias[:1, :1], dtype=torch.bool).tril_()
-    bias = bias if visible is None else torch.where(visible.to(bias.device), bias, lowest)
-    cross_mask = None
-    memory, memory_rows = encoded or (states, rows)
-    if encoded is not None:
-        cross_mask = memory_rows.keys()
+    seen = rows.seen() if encoded is None else torch.ones_like(bias[:1, :1], dtype=torch.bool).tril_()
+    if seen is not None:
+        bias = torch.where(seen.to(bias.device), bias, torch.finfo(bias.dtype).min)
+    memory, memory_rows = encoded or (None, rows)
+    memory_bias = hidden(memory_rows.seen(), states.dtype)
     for block in stack.block:
-        states, memory, bias, cross_mask = _on(block, states, memory, bias, cross_mask)
-        with laid_out(rows):
-            states = _clamped(_t5_attention(block.layer[0], "SelfAttention", states, None, rows, rows, bias))
-        if encoded is not None:
+        states, memory, bias, memory_bias = _on(block, states, memory, bias, memory_bias)
+        layer = block.layer[0]
+        states = _t5_block(layer, layer.SelfAttention, states, rows, None, rows, bias)
+        if memory is not None:
             layer = block.layer[1]
-            states = _clamped(_t5_attention(layer, "EncDecAttention", states, memory, rows, memory_rows, cross_mask))
+            states = _t5_block(layer, layer.EncDecAttention, states, rows, memory, memory_rows, memory_bias)
         with laid_out(rows):
             states = _clamped(block.layer[-1](states))
     (states,) = _on(stack.final_layer_norm, states)
     return stack.final_layer_norm(states)  # type: ignore[no-any-return]
 
 
-def _t5_attention(
+def _t5_block(
     layer: Any,
-    kind: str,
+    inner: Any,
     states: torch.Tensor,
-    memory: torch.Tensor | None,
     rows: Rows,
-    memory_rows: Rows,
-    mask: torch.Tensor | None,
+    memory: torch.Tensor | None,
+    keys: Rows,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    inner = getattr(layer, kind)
+    """An attention block of T5: of the states to a memory, or to themselves."""
     normed = layer.layer_norm(states)
-    with laid_out(memory_rows):
+    with laid_out(keys):
         seen = normed if memory is None else memory
-        key, value = memory_rows.pad(inner.k(seen)), memory_rows.pad(inner.v(seen))
+        key, value = inner.k(seen), inner.v(seen)
     with laid_out(rows):
         # T5 does not scale: its initial values do.
-        out = attend(inner.q(normed), key, value, heads=inner.n_heads, rows=rows, scale=1.0, mask=mask)
-        return states + inner.o(out)  # type: ignore[no-any-return]
+        size = inner.key_value_proj_dim
+        out = attend(inner.q(normed), key, value, size=size, rows=rows, keys=keys, scale=1.0, bias=bias)
+        return _clamped(states + inner.o(out))
 
 
 def _clamped(states: torch.Tensor) -> torch.Tensor:
@@ -196,48 +154,46 @@ def llama(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
     positions = torch.arange(rows.length, device=embeds.device).repeat(rows.samples)
     positions = positions if rows.slots is None else positions.index_select(0, rows.slots)
     cos, sin = (each[0, :, None] for each in model.rotary_emb(embeds, position_ids=positions[None]))
+    order = torch.arange(rows.length, device=embeds.device)
+    bias = hidden(order <= order[:, None], embeds.dtype)
     states = embeds
     for layer in model.layers[:-1]:
-        states, cos, sin = _on(layer, states, cos, sin)
+        states, cos, sin, bias = _on(layer, states, cos, sin, bias)
         with laid_out(rows):
-            key, value, normed = _llama_keys(layer, states, rows, cos, sin)
-            query = _rotated(layer.self_attn.q_proj(normed), cos, sin)
-            states = _llama_rest(layer, states, query, key, value, rows, None)
+            normed = layer.input_layernorm(states)
+            key, value = _rotated(layer.self_attn.k_proj(normed), cos, sin), layer.self_attn.v_proj(normed)
+            states = _llama_layer(layer, states, normed, rows, key, value, rows, cos, sin, bias)
     layer = model.layers[-1]
-    states, cos, sin, predicts = _on(layer, states, cos, sin, layout.predicts)
+    states, cos, sin, predicts, positions = _on(layer, states, cos, sin, layout.predicts, positions)
     with laid_out(rows):
-        key, value, normed = _llama_keys(layer, states, rows, cos, sin)
+        normed = layer.input_layernorm(states)
+        key, value = _rotated(layer.self_attn.k_proj(normed), cos, sin), layer.self_attn.v_proj(normed)
+    states, normed, cos, sin = take(states, predicts), take(normed, predicts), cos[predicts], sin[predicts]
+    places = layout.labels.pad(positions[predicts][:, None])
+    bias = hidden((order.to(places.device) <= places)[:, None], embeds.dtype)
     with laid_out(layout.labels):
-        states, normed, cos, sin = take(states, predicts), take(normed, predicts), cos[predicts], sin[predicts]
-        query = _rotated(layer.self_attn.q_proj(normed), cos, sin)
-        places = layout.labels.pad(positions.to(predicts.device)[predicts][:, None])
-        mask = torch.arange(rows.length, device=places.device) <= places  # (B, labels, keys)
-        states = _llama_rest(layer, states, query, key, value, layout.labels, mask[:, None])
+        states = _llama_layer(layer, states, normed, layout.labels, key, value, rows, cos, sin, bias)
         (states,) = _on(model.norm, states)
         return model.norm(states)  # type: ignore[no-any-return]
 
 
-def _llama_keys(
-    layer: Any, states: torch.Tensor, rows: Rows, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(keys, values) padded, and the normed states that they are of."""
-    inner = layer.self_attn
-    normed = layer.input_layernorm(states)
-    return rows.pad(_rotated(inner.k_proj(normed), cos, sin)), rows.pad(inner.v_proj(normed)), normed
-
-
-def _llama_rest(
+def _llama_layer(
     layer: Any,
     states: torch.Tensor,
-    query: torch.Tensor,
+    normed: torch.Tensor,
+    rows: Rows,
     key: torch.Tensor,
     value: torch.Tensor,
-    rows: Rows,
-    mask: torch.Tensor | None,
+    keys: Rows,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
+    """A layer of Llama, its keys and values known."""
     inner = layer.self_attn
-    heads, causal = query.shape[1] // inner.head_dim, mask is None
-    out = attend(query, key, value, heads=heads, rows=rows, scale=inner.scaling, mask=mask, causal=causal)
+    query = _rotated(inner.q_proj(normed), cos, sin)
+    scale, size = inner.scaling, inner.head_dim
+    out = attend(query, key, value, size=size, rows=rows, keys=keys, scale=scale, bias=bias)
     states = states + inner.o_proj(out)
     return states + layer.mlp(layer.post_attention_layernorm(states))  # type: ignore[no-any-return]
 

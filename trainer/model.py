@@ -214,8 +214,8 @@ def label_logits(model: Any, queries: torch.Tensor, layout: Layout) -> torch.Ten
 def _library_logits(model: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The same through the library's forward, padded, of a language model that `trainer.chain` doesn't know."""
     rows, labels = layout.text.rows, layout.labels
-    keys = rows.keys()
-    mask = None if keys is None else keys[:, 0, 0].long()
+    seen = rows.seen()
+    mask = None if seen is None else seen[:, 0, 0].long()
     if layout.predicts is not None:
         read = layout.predicts if rows.slots is None else rows.slots[layout.predicts]
         inputs = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from typing import Any
 
@@ -31,6 +31,7 @@ class Rows:
     sources: torch.Tensor | None
     """(B x L,): the row of each place; of padding, the last one of its own sample, so that what is not finite stays
     in its sample."""
+    _heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, compare=False)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Rows:
@@ -60,12 +61,54 @@ class Rows:
         """(B, L, features) to (N, features)."""
         return take(padded.flatten(0, 1), self.slots)
 
-    def keys(self) -> torch.Tensor | None:
+    def seen(self) -> torch.Tensor | None:
         """(B, 1, 1, L), true at places that are no padding; None if none is."""
         if self.slots is None:
             return None
         mask = torch.zeros(self.samples * self.length, dtype=torch.bool, device=self.slots.device)
         return mask.index_fill_(0, self.slots, True).view(self.samples, 1, 1, self.length)
+
+    def apart(self, rows: torch.Tensor, heads: int, *, zeros: bool = False) -> torch.Tensor:
+        """(N, heads x size) to (B x heads, L, size); no autograd.
+
+        Args:
+            rows: one for each of these.
+            heads: that a row holds side by side.
+            zeros: padding is 0, not something finite.
+        """
+        if self.slots is None:
+            return (
+                rows.view(self.samples, self.length, heads, -1)
+                .transpose(1, 2)
+                .reshape(self.samples * heads, self.length, -1)
+            )
+        slots, sources = self._by_head(heads)
+        parts = rows.reshape(-1, rows.shape[1] // heads)
+        if zeros:
+            out = parts.new_zeros(len(sources), parts.shape[1]).index_copy_(0, slots, parts)
+        else:
+            out = parts.index_select(0, sources)
+        return out.view(self.samples * heads, self.length, -1)
+
+    def together(self, heads_apart: torch.Tensor, heads: int) -> torch.Tensor:
+        """What `apart` takes apart: (B x heads, L, size) to (N, heads x size); no autograd."""
+        size = heads_apart.shape[-1]
+        if self.slots is None:
+            whole = heads_apart.view(self.samples, heads, self.length, size).transpose(1, 2)
+            return whole.reshape(self.samples * self.length, heads * size)
+        slots, _ = self._by_head(heads)
+        return heads_apart.view(-1, size).index_select(0, slots).view(-1, heads * size)
+
+    def _by_head(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slots, sources) of (N x heads) parts of rows in (B, heads, L) places, found once."""
+        if heads not in self._heads:
+            assert self.slots is not None and self.sources is not None
+            head = torch.arange(heads, device=self.slots.device)
+            sample, place = self.slots // self.length, self.slots % self.length
+            slots = (sample[:, None] * heads + head) * self.length + place[:, None]
+            sources = self.sources.view(-1, 1, self.length) * heads + head[:, None]
+            self._heads[heads] = slots.view(-1), sources.view(-1)
+        return self._heads[heads]
 
 
 @dataclass(frozen=True)
@@ -151,7 +194,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Rows | Joined | Layout):
-        return type(value)(**{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+        return type(value)(**{f.name: _moved(getattr(value, f.name), device) for f in fields(value) if f.init})
     return value
 
 
