@@ -63,6 +63,31 @@ def lora_config(config: TrainConfig, modules: Sequence[str], base_name: str | No
     )
 
 
+def initial_values(model: Any, config: TrainConfig) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """What PEFT gives a fresh adapter for this seed, by its names for the weights, and the adapted modules' names.
+
+    As `attached` would: but PEFT is shown the adapted modules alone, under their names, instead of a model that it
+    goes through a dozen times and from which all has to be taken off again.
+    """
+    from peft import get_peft_model
+
+    modules = resolve_targets(model, config.target_modules)
+    wanted = set(modules)
+    skeleton = nn.Module()
+    for name, module in model.named_modules():  # in this order initial values are drawn
+        if name in wanted:
+            *path, last = name.split(".")
+            parent = skeleton
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(last, module)
+    torch.manual_seed(config.seed)
+    peft_model = get_peft_model(skeleton, lora_config(config, modules, None), autocast_adapter_dtype=False)
+    return {name: p.detach() for name, p in parameters(peft_model).items()}, modules
+
+
 @contextmanager
 def attached(model: Any, config: TrainConfig) -> Iterator[tuple[Any, tuple[str, ...]]]:
     """The base with a fresh adapter, for as long as the context lasts: (PEFT model, adapted module names).

@@ -1,7 +1,7 @@
 """Scaled dot-product attention between rows without padding (`trainer.rows`).
 
 PyTorch's fused kernel on padded sequences; where these are short on a CPU, batched products of matrices instead. The
-kernel works head by head there, and for captions of some dozens of tokens its own overhead is more than its arithmetic.
+kernel works head by head there, and for some dozens of tokens its own overhead is more than its arithmetic.
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762.
 """
 
@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from trainer.rows import Rows
 
 DENSE = 10_000
-"""Scores of a head, up to which writing attention out is faster on a CPU: forward and backward of 70 x 70 takes 2.95 ms
-instead of 4.08 (4 samples, 9 heads of 64), of 47 x 47 4.0 instead of 5.2 (32, 4 of 32), of 128 x 128 as long."""
+"""Scores of a head, up to which writing attention out is faster on a CPU: forward and backward of 70 x 70 takes
+2.95 ms instead of 4.08 (4 samples, 9 heads of 64), of 47 x 47 4.0 instead of 5.2 (32, 4 of 32), of 128 x 128 as
+long."""
 
 
 def attend(
@@ -95,9 +96,7 @@ class _Dense(torch.autograd.Function):
         heads, groups, rows, keys, scale = ctx.args
         above = rows.apart(grad, heads, zeros=True).view(k.shape[0], -1, v.shape[2])
         grad_v = torch.bmm(shares.transpose(1, 2), above)
-        grad_scores = torch._softmax_backward_data(  # type: ignore[attr-defined]
-            torch.bmm(above, v.transpose(1, 2)), shares, -1, shares.dtype
-        )
+        grad_scores = torch._softmax_backward_data(torch.bmm(above, v.transpose(1, 2)), shares, -1, shares.dtype)
         grad_q = torch.bmm(grad_scores, k)
         if scale != 1.0:
             grad_q.mul_(scale)

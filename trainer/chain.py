@@ -9,21 +9,25 @@ spread over several devices (Accelerate splits no layer), what flows is moved at
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from trainer.attention import attend, hidden
 from trainer.rows import Layout, Rows, laid_out, take
 
+BIAS_STEP = 64
+"""Position biases are computed for lengths that are multiples of this."""
 
-def _on(module: torch.nn.Module, *tensors: Any) -> Any:
-    """The tensors on the device that the module is on."""
-    device = next(module.parameters()).device
-    return [each.to(device) if isinstance(each, torch.Tensor) else each for each in tensors]
+
+def _on(weight: torch.Tensor, *tensors: Any) -> Any:
+    """The tensors on the device of a module's weight."""
+    device = weight.device
+    return [each if each is None or each.device == device else each.to(device) for each in tensors]
 
 
 def query_images(model: Any, image_embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The Q-Former's output at the query tokens of (B, patches + 1, hidden) images: (B x Q, Q-Former's hidden size)."""
+    """The Q-Former's output at the query tokens, (B x Q, hidden), of (B, patches + 1, vision hidden size) images."""
     embeddings, layers = model.qformer.embeddings, model.qformer.encoder.layer
     text = embeddings.word_embeddings(layout.instruction_ids)
     text = text + embeddings.position_embeddings(layout.instruction_positions)
@@ -33,7 +37,7 @@ def query_images(model: Any, image_embeds: torch.Tensor, layout: Layout) -> torc
     joined, images = layout.instructions, Rows.of([image_embeds.shape[1]] * layout.queries.samples, text.device)
     bias = hidden(joined.rows.seen(), dtype)
     for layer in layers:
-        queries, text, image_embeds, bias = _on(layer, queries, text, image_embeds, bias)
+        queries, text, image_embeds, bias = _on(layer.output_query.LayerNorm.weight, queries, text, image_embeds, bias)
         rows = joined.join(queries, text)
         if layer is layers[-1]:
             queries = _block(layer.attention, queries, layout.queries, rows, joined.rows, bias)
@@ -46,7 +50,7 @@ def query_images(model: Any, image_embeds: torch.Tensor, layout: Layout) -> torc
             queries = _block(layer.crossattention, queries, layout.queries, image_embeds, images, None)
         with laid_out(layout.queries):
             queries = layer.feed_forward_chunk_query(queries)
-    return queries
+    return queries  # type: ignore[no-any-return]
 
 
 def _block(
@@ -90,15 +94,15 @@ def _shifted(layout: Layout, start: int) -> torch.Tensor:
 def _t5_stack(
     stack: Any, states: torch.Tensor, rows: Rows, encoded: tuple[torch.Tensor, Rows] | None = None
 ) -> torch.Tensor:
-    bias = stack.block[0].layer[0].SelfAttention.compute_bias(rows.length, rows.length).to(states.dtype)
+    bias = _position_bias(stack, rows.length)
     # Of padding, a decoder sees nothing anyway: it comes after what is read.
-    seen = rows.seen() if encoded is None else torch.ones_like(bias[:1, :1], dtype=torch.bool).tril_()
+    seen = rows.seen() if encoded is None else None
     if seen is not None:
         bias = torch.where(seen.to(bias.device), bias, torch.finfo(bias.dtype).min)
     memory, memory_rows = encoded or (None, rows)
     memory_bias = hidden(memory_rows.seen(), states.dtype)
     for block in stack.block:
-        states, memory, bias, memory_bias = _on(block, states, memory, bias, memory_bias)
+        states, memory, bias, memory_bias = _on(block.layer[0].layer_norm.weight, states, memory, bias, memory_bias)
         layer = block.layer[0]
         states = _t5_block(layer, layer.SelfAttention, states, rows, None, rows, bias)
         if memory is not None:
@@ -106,8 +110,26 @@ def _t5_stack(
             states = _t5_block(layer, layer.EncDecAttention, states, rows, memory, memory_rows, memory_bias)
         with laid_out(rows):
             states = _clamped(block.layer[-1](states))
-    (states,) = _on(stack.final_layer_norm, states)
+    (states,) = _on(stack.final_layer_norm.weight, states)
     return stack.final_layer_norm(states)  # type: ignore[no-any-return]
+
+
+_position_biases: WeakKeyDictionary[torch.nn.Module, torch.Tensor] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _position_bias(stack: Any, length: int) -> torch.Tensor:
+    """(1, heads, length, length), of a decoder causal. Only distances matter: the longest so far has all in it."""
+    kept = _position_biases.get(stack)
+    first = stack.block[0].layer[0].SelfAttention
+    if kept is None or kept.shape[2] < length or kept.device != first.relative_attention_bias.weight.device:
+        longest = -(-length // BIAS_STEP) * BIAS_STEP
+        kept = first.compute_bias(longest, longest)
+        if stack.is_decoder:
+            later = torch.ones(longest, longest, dtype=torch.bool, device=kept.device).triu_(1)
+            kept = kept.masked_fill(later, torch.finfo(kept.dtype).min)
+        _position_biases[stack] = kept
+    return kept[:, :, :length, :length]
 
 
 def _t5_block(
@@ -158,13 +180,15 @@ def llama(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
     bias = hidden(order <= order[:, None], embeds.dtype)
     states = embeds
     for layer in model.layers[:-1]:
-        states, cos, sin, bias = _on(layer, states, cos, sin, bias)
+        states, cos, sin, bias = _on(layer.input_layernorm.weight, states, cos, sin, bias)
         with laid_out(rows):
             normed = layer.input_layernorm(states)
             key, value = _rotated(layer.self_attn.k_proj(normed), cos, sin), layer.self_attn.v_proj(normed)
             states = _llama_layer(layer, states, normed, rows, key, value, rows, cos, sin, bias)
     layer = model.layers[-1]
-    states, cos, sin, predicts, positions = _on(layer, states, cos, sin, layout.predicts, positions)
+    states, cos, sin, predicts, positions = _on(
+        layer.input_layernorm.weight, states, cos, sin, layout.predicts, positions
+    )
     with laid_out(rows):
         normed = layer.input_layernorm(states)
         key, value = _rotated(layer.self_attn.k_proj(normed), cos, sin), layer.self_attn.v_proj(normed)
@@ -173,7 +197,7 @@ def llama(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
     bias = hidden((order.to(places.device) <= places)[:, None], embeds.dtype)
     with laid_out(layout.labels):
         states = _llama_layer(layer, states, normed, layout.labels, key, value, rows, cos, sin, bias)
-        (states,) = _on(model.norm, states)
+        (states,) = _on(model.norm.weight, states)
         return model.norm(states)  # type: ignore[no-any-return]
 
 
@@ -202,4 +226,5 @@ def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     """Rotary position embedding of (N, heads x size) rows; cosines and sines are (N, 1, size)."""
     apart = states.unflatten(1, (-1, cos.shape[-1]))
     one, other = apart.chunk(2, dim=-1)
-    return (apart * cos + torch.cat([-other, one], dim=-1) * sin).flatten(1)
+    rotated: torch.Tensor = apart * cos + torch.cat([-other, one], dim=-1) * sin
+    return rotated.flatten(1)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from trainer.config import TrainConfig
@@ -98,9 +98,13 @@ def merge(batches: Sequence[Batch]) -> Batch:
         return batches[0]
 
     def joined(name: str, value: int) -> torch.Tensor:
-        parts = [getattr(batch, name) for batch in batches]
-        longest = max(part.shape[1] for part in parts)
-        return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=value) for part in parts])
+        parts = [getattr(batch, name).numpy() for batch in batches]
+        whole = np.full((sum(len(part) for part in parts), max(part.shape[1] for part in parts)), value)
+        at = 0
+        for part in parts:
+            whole[at : at + len(part), : part.shape[1]] = part
+            at += len(part)
+        return torch.from_numpy(whole)
 
     def images(name: str) -> torch.Tensor | None:
         parts = [getattr(batch, name) for batch in batches]
@@ -289,10 +293,18 @@ class Collator:
 
 def _pad(sequences: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask), both (len(sequences), longest)."""
-    longest = max(len(s) for s in sequences)
-    ids = torch.tensor([[*s, *[value] * (longest - len(s))] for s in sequences], dtype=torch.long)
-    lengths = torch.tensor([len(s) for s in sequences])
-    return ids, (torch.arange(longest) < lengths[:, None]).long()
+    ids = _padded(sequences, value)
+    lengths = np.array([len(s) for s in sequences])
+    mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def _padded(sequences: Sequence[Sequence[int]], value: int) -> np.ndarray:
+    """(len(sequences), longest); NumPy, for so few numbers an operation of PyTorch's takes five times as long."""
+    padded = np.full((len(sequences), max(len(s) for s in sequences)), value, dtype=np.int64)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return padded
 
 
 def batches(loader: DataLoader[Any]) -> Iterator[Batch]:

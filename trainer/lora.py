@@ -74,8 +74,7 @@ class Adapter:
         self.config = config
         self.scale = config.lora_alpha / config.lora_r
         self.dropout = config.lora_dropout
-        with adapters.attached(model, config) as (peft_model, self.modules):
-            initial = {name: p.detach().clone() for name, p in adapters.parameters(peft_model).items()}
+        initial, self.modules = adapters.initial_values(model, config)
         first = next(iter(initial.values()))
         _refuse_scattered(model, self.modules)
         self.shapes = {name: p.shape for name, p in initial.items()}
@@ -281,7 +280,7 @@ class _Lora(torch.autograd.Function):
         sizes = _sizes(segments, x)
         rows = x.reshape(-1, x.shape[-1])
         y = nn.functional.linear(rows, weight, bias)
-        saved: list[torch.Tensor | None] = [weight, rows]
+        kept: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
         for segment, own, out in zip(segments, _split(rows, sizes), _split(y, sizes), strict=True):
             adapter, pair = segment.adapter, segment.adapter.pairs.get(name)
             low, mask = None, None
@@ -291,22 +290,24 @@ class _Lora(torch.autograd.Function):
                     own = own * mask
                 low = torch.mm(own, pair.a_t)
                 out.addmm_(low, pair.b_t, alpha=adapter.scale)
-            saved += [low, mask]
-        ctx.save_for_backward(*saved)
-        ctx.name, ctx.segments, ctx.sizes, ctx.shape = name, segments, sizes, x.shape
+            kept.append((low, mask))
+        ctx.save_for_backward(weight, rows)
+        # What is made here, nobody can change: there is no version of it to be checked, for each of the segments.
+        ctx.name, ctx.segments, ctx.sizes, ctx.shape, ctx.kept = name, segments, sizes, x.shape, kept
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        weight, rows, *saved = ctx.saved_tensors
-        sizes = ctx.sizes
+        weight, rows = ctx.saved_tensors
+        name, sizes = ctx.name, ctx.sizes
         grad = grad.reshape(-1, grad.shape[-1])
         grad_x = torch.mm(grad, weight) if ctx.needs_input_grad[1] else None
         backs = [None] * len(sizes) if grad_x is None else _split(grad_x, sizes)
-        for segment, own, above, back, low, mask in zip(
-            ctx.segments, _split(rows, sizes), _split(grad, sizes), backs, saved[0::2], saved[1::2], strict=True
+        for segment, own, above, back, (low, mask) in zip(
+            ctx.segments, _split(rows, sizes), _split(grad, sizes), backs, ctx.kept, strict=True
         ):
-            pair, scale = segment.adapter.pairs.get(ctx.name), segment.adapter.scale
+            adapter = segment.adapter
+            pair, scale = adapter.pairs.get(name), adapter.scale
             if pair is None:
                 continue
             below = torch.mm(above, pair.b)

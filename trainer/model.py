@@ -217,7 +217,7 @@ def _library_logits(model: Any, embeds: torch.Tensor, layout: Layout) -> torch.T
     seen = rows.seen()
     mask = None if seen is None else seen[:, 0, 0].long()
     if layout.predicts is not None:
-        read = layout.predicts if rows.slots is None else rows.slots[layout.predicts]
+        read: torch.Tensor | None = layout.predicts if rows.slots is None else rows.slots[layout.predicts]
         inputs = {}
     else:
         read = labels.slots
