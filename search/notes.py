@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
-from optuna_dashboard import get_note, save_note
-from optuna_dashboard.artifact import get_artifact_path
 
 from search import leaderboard
 from search.diagnosis import Finding, leaf, messages
 from search.opening import ARTIFACTS
 from search.records import EpochRecord, TrialRecord
 from search.report.render import code, escape, fenced
+from trainer.startup import without_module
+
+with without_module("sklearn"):
+    # For importances, which only its server computes, optuna-dashboard imports scikit-learn, SciPy and pandas: a
+    # second of each worker's start.
+    from optuna_dashboard import get_note, save_note
+    from optuna_dashboard.artifact import get_artifact_path
 
 if TYPE_CHECKING:
     from search.trial import Outcome

@@ -148,7 +148,7 @@ class RunRecorder:
         logged: Logged | None = None,
         *,
         spool: Spool | None = None,
-        flush_s: float = 5.0,
+        flush_s: float = 10.0,
         close_s: float = CLOSE_S,
     ) -> None:
         self.run_id = run_id

@@ -297,7 +297,7 @@ class Tracking:
         self.write(run_id, (), {"state": "RUNNING", **(here() if tags is None else tags)})
 
     def recorder(
-        self, run_id: str, *, spool: Spool | None = None, flush_s: float = 5.0, close_s: float = CLOSE_S
+        self, run_id: str, *, spool: Spool | None = None, flush_s: float = 10.0, close_s: float = CLOSE_S
     ) -> RunRecorder:
         """A sink for the events of a run. `recorder.logged` says what the run already has."""
         return RunRecorder(self, run_id, self.logged(run_id), spool=spool, flush_s=flush_s, close_s=close_s)
