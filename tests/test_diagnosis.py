@@ -208,7 +208,7 @@ def test_a_short_epoch_that_waits_is_worth_a_word_only() -> None:
     assert [(f.id, f.severity) for f in diagnose(timed(3.0, 0.5, 0.1))][-1] == ("slow_epoch", "info")
 
 
-@pytest.mark.parametrize(("peers", "slow"), [(0.07, True), (0.5, False)])
+@pytest.mark.parametrize(("peers", "slow"), [(0.07, True), (0.5, False), (1e-313, False), (0.0, False)])
 def test_slow_against_comparable_runs(peers: float, slow: bool) -> None:
     found = timed(130.0, 0.0, 0.1, config={"max_samples": 200}, peer_seconds_per_sample=peers)
     assert ("slow_epoch" in ids(found)) is slow

@@ -242,9 +242,11 @@ def slow_epoch(curve: Curve) -> Finding | None:
     samples = curve.num_samples or curve.number("max_samples")
     if samples and curve.peer_seconds_per_sample:
         expected = curve.peer_seconds_per_sample * samples
-        if seconds > PEER_RATIO * expected and seconds - expected > LEAST_EXCESS_S:
+        # A ratio beyond all numbers is one to something that no clock has measured.
+        ratio = seconds / expected if expected > 0 else math.inf
+        if PEER_RATIO < ratio < math.inf and seconds - expected > LEAST_EXCESS_S:
             kind = "peers"
-            evidence |= {"expected_seconds": expected, "ratio": seconds / expected, "samples": int(samples)}
+            evidence |= {"expected_seconds": expected, "ratio": ratio, "samples": int(samples)}
     if seconds > curve.slow_epoch_s:
         kind, evidence["limit_seconds"] = "clock", curve.slow_epoch_s
     if kind is None and wait is not None and wait > WAIT_SHARE:
