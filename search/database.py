@@ -83,6 +83,7 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None)
                     grace_period=grace_s or GRACE_HEARTBEATS * heartbeat_s,
                     skip_compatibility_check=True,  # done here, in our words
                 )
+                undo.callback(storage.remove_session)  # gives its connection back, before the engine lets all go
                 _check_schema(parsed, storage)
         except SQLAlchemyError as error:
             raise _explained(parsed, error) from None

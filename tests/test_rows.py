@@ -155,7 +155,7 @@ def test_they_train_one_run_in_a_pass(
 
 
 def test_float16_is_kept_from_overflow_as_t5_does_it() -> None:
-    """In T5Block, what overflows becomes 1,000 less than the largest number (rounded); in other dtypes nothing is done."""
+    """As in T5Block: what overflows becomes 1,000 less than the largest number, to float16's precision."""
     inf = float("inf")
     half = torch.tensor([inf, -inf, 65_504, 5.0], dtype=torch.float16)
     assert chain._clamped(half).tolist() == [64_512, -64_512, 64_512, 5.0]

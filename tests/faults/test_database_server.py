@@ -44,8 +44,10 @@ def search() -> Iterator[Any]:
 def curves(url: str) -> dict[int, tuple[str, dict[int, float]]]:
     """(state, reported losses by epoch) of each trial; a lost one and the one that took its work up are one."""
     storage = open_storage(url)
-    trials = find_study(storage, "rsicap_mini").get_trials()
-    close_storage(storage)
+    try:
+        trials = find_study(storage, "rsicap_mini").get_trials()
+    finally:
+        close_storage(storage)
     first = {t.number: t.user_attrs.get("resumes", t.number) for t in trials}
     found = {}
     for trial in trials:
