@@ -49,8 +49,10 @@ def attend(
         return _Dense.apply(query, key, value, bias, size, rows, keys, scale)  # type: ignore[no-any-return,no-untyped-call]
     padded = rows.pad(query), keys.pad(key), keys.pad(value)
     q, k, v = (each.unflatten(2, (-1, size)).transpose(1, 2) for each in padded)
-    gqa = k.shape[1] != q.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=gqa)
+    if k.shape[1] != q.shape[1]:
+        # Not by `enable_gqa`: with a bias, that falls back to the slowest of CUDA's kernels.
+        k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return rows.unpad(out.transpose(1, 2).flatten(2))
 
 

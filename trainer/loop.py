@@ -245,7 +245,8 @@ class Pack:
         assert self._hooks is not None
         self.alive()
         batch = merge([part for _, part in parts])
-        batch.layout = layout_of(self._hooks.model.config, batch)
+        if batch.layout is None:  # a run alone keeps its batches of validation rows
+            batch.layout = layout_of(self._hooks.model.config, batch)
         segments: list[Segment] = []
         for member, part in parts:
             last = segments[-1] if segments else None
