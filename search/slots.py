@@ -31,7 +31,7 @@ MOST = 16
 BUSY_CPU = 4.5e7
 """On a CPU core, dispatch costs some 10 microseconds an operation; a product of T rows with a matrix of d x d takes as
 long at T d^2 = 3e5. The embedded model (d = 128) gains 52 % from 4 samples in a pass to 16, 11 % from 16 to 32 and
-hardly any beyond, and a model of d = 768 nothing (docs/benchmarks.md): 150 times that break-even, 2,700 rows and 75."""
+hardly any beyond, and one of d = 768 nothing (docs/benchmarks.md): 150 times that break-even, 2,700 rows and 75."""
 BUSY_CUDA = {"highest": 160, "high": 1200}
 """On a GPU, weights must be read for however few rows. An H100 (67 TFLOPS in float32, 495 in TF32, 3.35 TB/s) computes
 as long as it reads at 40 and 295 rows; four times that leaves reading a fifth. From the data sheet, not measured."""

@@ -65,6 +65,7 @@ def test_queries_come_before_their_samples_text(lengths: list[int], queries: int
     assert rows == expected
     whole = joined.join(own, text)
     assert torch.equal(take(whole, joined.queries), own) and torch.equal(take(whole, joined.text), text)
+    assert all(map(torch.equal, joined.split(whole), (own, text)))
 
 
 def test_derivatives() -> None:
@@ -79,6 +80,8 @@ def test_derivatives() -> None:
     assert torch.autograd.gradcheck(lambda x: rows.unpad((rows.pad(x) * mask).cumsum(1)), x)
     assert torch.autograd.gradcheck(lambda q, x: joined.join(q, x) ** 2, (queries, x))
     assert torch.autograd.gradcheck(lambda q, x: take(joined.join(q, x), joined.text), (queries, x))
+    assert torch.autograd.gradcheck(lambda q, x: joined.split(joined.join(q, x) ** 2), (queries, x))
+    assert torch.autograd.gradcheck(lambda q, x: joined.split(joined.join(q, x) ** 2)[1], (queries, x))
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (3, 1)])
@@ -157,10 +160,9 @@ def test_they_train_one_run_in_a_pass(
 def test_float16_is_kept_from_overflow_as_t5_does_it() -> None:
     """As in T5Block: what overflows becomes 1,000 less than the largest number, to float16's precision."""
     inf = float("inf")
-    half = torch.tensor([inf, -inf, 65_504, 5.0], dtype=torch.float16)
-    assert chain._clamped(half).tolist() == [64_512, -64_512, 64_512, 5.0]
-    assert torch.equal(chain._clamped(half[2:]), half[2:])
-    assert chain._clamped(half.float()).tolist() == [inf, -inf, 65_504, 5.0]
+    half = torch.tensor([[inf, -inf, 65_504, 5.0], [65_504, 0.0, 0.0, 0.0]], dtype=torch.float16)
+    assert chain._clamped(half).tolist() == [[64_512, -64_512, 64_512, 5.0], [65_504, 0.0, 0.0, 0.0]]
+    assert chain._clamped(half.float()).tolist()[0] == [inf, -inf, 65_504, 5.0]
     model_, batch = tiny_model("t5", torch.float16), tiny_batch("t5")
     assert batch.pixel_values is not None
     batch.pixel_values = batch.pixel_values.half()

@@ -43,7 +43,7 @@ def query_images(model: Any, image_embeds: torch.Tensor, layout: Layout) -> torc
             queries = _block(layer.attention, queries, layout.queries, rows, joined.rows, bias)
         else:
             rows = _block(layer.attention, rows, joined.rows, rows, joined.rows, bias)
-            queries, text = take(rows, joined.queries), take(rows, joined.text)
+            queries, text = joined.split(rows)
             with laid_out(layout.instruction_rows):
                 text = layer.feed_forward_chunk(text)
         if layer.has_cross_attention:
@@ -122,7 +122,8 @@ def _position_bias(stack: Any, length: int) -> torch.Tensor:
     """(1, heads, length, length), of a decoder causal. Only distances matter: the longest so far has all in it."""
     kept = _position_biases.get(stack)
     first = stack.block[0].layer[0].SelfAttention
-    if kept is None or kept.shape[2] < length or kept.device != first.relative_attention_bias.weight.device:
+    weight = first.relative_attention_bias.weight
+    if kept is None or kept.shape[2] < length or (kept.device, kept.dtype) != (weight.device, weight.dtype):
         longest = -(-length // BIAS_STEP) * BIAS_STEP
         kept = first.compute_bias(longest, longest)
         if stack.is_decoder:
@@ -154,11 +155,12 @@ def _t5_block(
 
 
 def _clamped(states: torch.Tensor) -> torch.Tensor:
-    """As T5 has it in float16, whose overflow it would otherwise carry on; the library's own arithmetic."""
+    """As T5 has it in float16, whose overflow it would otherwise carry on."""
     if states.dtype != torch.float16:
         return states
     most = torch.finfo(states.dtype).max
-    limit = torch.where(torch.isinf(states).any(), most - 1000, most)
+    # Row by row, where the library asks whether anything of the batch is infinite: runs have to be independent.
+    limit = torch.where(torch.isinf(states).any(-1, keepdim=True), most - 1000, most).to(states.dtype)
     return torch.clamp(states, min=-limit, max=limit)
 
 
@@ -174,7 +176,7 @@ def llama(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
     assert layout.predicts is not None
     # Positions of a sample count from 0: rows that are padded to the right have those of the places.
     positions = torch.arange(rows.length, device=embeds.device).repeat(rows.samples)
-    positions = positions if rows.slots is None else positions.index_select(0, rows.slots)
+    positions = take(positions[:, None], rows.slots)[:, 0]
     cos, sin = (each[0, :, None] for each in model.rotary_emb(embeds, position_ids=positions[None]))
     order = torch.arange(rows.length, device=embeds.device)
     bias = hidden(order <= order[:, None], embeds.dtype)

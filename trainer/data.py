@@ -99,7 +99,7 @@ def merge(batches: Sequence[Batch]) -> Batch:
 
     def joined(name: str, value: int) -> torch.Tensor:
         parts = [getattr(batch, name).numpy() for batch in batches]
-        whole = np.full((sum(len(part) for part in parts), max(part.shape[1] for part in parts)), value)
+        whole = np.full((sum(len(part) for part in parts), max(part.shape[1] for part in parts)), value, np.int64)
         at = 0
         for part in parts:
             whole[at : at + len(part), : part.shape[1]] = part

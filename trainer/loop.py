@@ -115,8 +115,8 @@ class Pack:
         device = base.device
         if self._hooks is None or self._hooks.model is not base.model:
             self._hooks = Hooks(base.model)
-            if not runs_on_rows(base.model.config):
-                self.at_once = 1  # padded to the longest of a pass, dropout would depend on a run's company
+            # Padded to the longest of a pass, dropout would depend on a run's company.
+            self.at_once = None if runs_on_rows(base.model.config) else 1
         member = Member(config, self.bench, out_dir, device)
         self._hooks.cover(member.adapter.modules)
         self._key = self._key_of(config)
@@ -237,6 +237,7 @@ class Pack:
             live = [share for share in shares if share.requires_grad]
             if live:
                 torch.autograd.backward(live)
+            del out, shares, live  # or the next micro-batch's pass would begin beside this one's graph
         norms = [at_least_float32(torch.linalg.vector_norm(member.adapter.grads)) for member in self._passing]
         return [(n, torch.stack(each)) for n, each in zip(tokens, zip(losses, norms, peaks, strict=True), strict=True)]
 

@@ -280,7 +280,8 @@ class _Lora(torch.autograd.Function):
         sizes = _sizes(segments, x)
         rows = x.reshape(-1, x.shape[-1])
         y = nn.functional.linear(rows, weight, bias)
-        kept: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
+        lows: list[torch.Tensor | None] = []
+        masks: list[torch.Tensor | None] = []
         for segment, own, out in zip(segments, _split(rows, sizes), _split(y, sizes), strict=True):
             adapter, pair = segment.adapter, segment.adapter.pairs.get(name)
             low, mask = None, None
@@ -290,21 +291,24 @@ class _Lora(torch.autograd.Function):
                     own = own * mask
                 low = torch.mm(own, pair.a_t)
                 out.addmm_(low, pair.b_t, alpha=adapter.scale)
-            kept.append((low, mask))
-        ctx.save_for_backward(weight, rows)
-        # What is made here, nobody can change: there is no version of it to be checked, for each of the segments.
-        ctx.name, ctx.segments, ctx.sizes, ctx.shape, ctx.kept = name, segments, sizes, x.shape, kept
+            lows.append(low)
+            masks.append(mask)
+        # Masks are as large as x, and let go with the backward pass of this node; what else is made here is small, and
+        # nobody can change it: there is no version of it to be checked, for each of the segments.
+        ctx.save_for_backward(weight, rows, *(masks if any(mask is not None for mask in masks) else ()))
+        ctx.name, ctx.segments, ctx.sizes, ctx.shape, ctx.lows = name, segments, sizes, x.shape, lows
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        weight, rows = ctx.saved_tensors
+        weight, rows, *masks = ctx.saved_tensors
         name, sizes = ctx.name, ctx.sizes
         grad = grad.reshape(-1, grad.shape[-1])
         grad_x = torch.mm(grad, weight) if ctx.needs_input_grad[1] else None
         backs = [None] * len(sizes) if grad_x is None else _split(grad_x, sizes)
-        for segment, own, above, back, (low, mask) in zip(
-            ctx.segments, _split(rows, sizes), _split(grad, sizes), backs, ctx.kept, strict=True
+        masks = masks or [None] * len(sizes)
+        for segment, own, above, back, low, mask in zip(
+            ctx.segments, _split(rows, sizes), _split(grad, sizes), backs, ctx.lows, masks, strict=True
         ):
             adapter = segment.adapter
             pair, scale = adapter.pairs.get(name), adapter.scale

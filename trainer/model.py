@@ -215,7 +215,7 @@ def _library_logits(model: Any, embeds: torch.Tensor, layout: Layout) -> torch.T
     """The same through the library's forward, padded, of a language model that `trainer.chain` doesn't know."""
     rows, labels = layout.text.rows, layout.labels
     seen = rows.seen()
-    mask = None if seen is None else seen[:, 0, 0].long()
+    mask = None if seen is None else seen[:, 0, 0].long().to(embeds.device)
     if layout.predicts is not None:
         read: torch.Tensor | None = layout.predicts if rows.slots is None else rows.slots[layout.predicts]
         inputs = {}

@@ -32,6 +32,8 @@ class Rows:
     sources: torch.Tensor | None
     """(B x L,): the row of each place; of padding, the last one of its own sample, so that what is not finite stays
     in its sample."""
+    gradients: torch.Tensor | None
+    """(B x L,): the same, of padding N: the row of zeros that is put behind the gradient of what was `unpad`ded."""
     _heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, compare=False)
 
     @classmethod
@@ -40,10 +42,12 @@ class Rows:
         starts = tuple(accumulate(lengths, initial=0))
         longest = max(lengths)
         if min(lengths) == longest:
-            return cls(starts, longest, None, None)
-        places, counts = np.arange(longest), np.array(lengths)[:, None]
-        sources = np.array(starts[:-1])[:, None] + np.minimum(places, counts - 1)
-        return cls(starts, longest, _tensor(np.flatnonzero(places < counts), device), _tensor(sources.ravel(), device))
+            return cls(starts, longest, None, None, None)
+        places, counts = np.arange(longest), np.array(lengths, dtype=np.int64)[:, None]
+        sources = np.array(starts[:-1], dtype=np.int64)[:, None] + np.minimum(places, counts - 1)
+        gradients = np.where(places < counts, sources, starts[-1])
+        slots = np.flatnonzero(places < counts)
+        return cls(starts, longest, *(_tensor(each.ravel(), device) for each in (slots, sources, gradients)))
 
     @property
     def samples(self) -> int:
@@ -58,7 +62,11 @@ class Rows:
 
     def unpad(self, padded: torch.Tensor) -> torch.Tensor:
         """(B, L, features) to (N, features)."""
-        return take(padded.flatten(0, 1), self.slots)
+        places = padded.flatten(0, 1)
+        if self.slots is None or self.gradients is None:
+            return places
+        device = places.device
+        return _Unpad.apply(places, self.slots.to(device), self.gradients.to(device))  # type: ignore[no-any-return,no-untyped-call]
 
     def seen(self) -> torch.Tensor | None:
         """(B, 1, 1, L), true at places that are no padding; None if none is."""
@@ -119,20 +127,29 @@ class Joined:
     """(B x Q,): which rows are queries."""
     text: torch.Tensor
     """(T,): which are text."""
+    order: torch.Tensor
+    """(N,): where each row is in all queries with all text behind them."""
 
     @classmethod
     def of(cls, text: Rows, lengths: Sequence[int], queries: int, device: torch.device) -> Joined:
         """For texts of these lengths."""
         rows = Rows.of([queries + length for length in lengths], device)
-        own = np.array(rows.starts[:-1])[:, None] + np.arange(queries)
+        own = (np.array(rows.starts[:-1], dtype=np.int64)[:, None] + np.arange(queries)).ravel()
         # The text's rows, each moved on by the queries of its own sample and of those before.
         moved = np.arange(text.starts[-1]) + np.repeat(queries * np.arange(1, len(lengths) + 1), lengths)
-        return cls(rows, _tensor(own.ravel(), device), _tensor(moved, device))
+        order = np.argsort(np.concatenate([own, moved]))
+        return cls(rows, *(_tensor(each, device) for each in (own, moved, order)))
 
     def join(self, queries: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """(B x Q, features) and (T, features) as (N, features)."""
-        device = queries.device
-        return _Join.apply(queries, text, self.queries.to(device), self.text.to(device))  # type: ignore[no-any-return,no-untyped-call]
+        return _Join.apply(queries, text, *self._on(queries.device))  # type: ignore[no-any-return,no-untyped-call]
+
+    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `join` joins: (N, features) to (B x Q, features) and (T, features)."""
+        return _Split.apply(rows, *self._on(rows.device))  # type: ignore[no-any-return,no-untyped-call]
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.order.to(device), self.queries.to(device), self.text.to(device)
 
 
 @dataclass(frozen=True)
@@ -228,10 +245,13 @@ def current() -> Rows:
 
 
 # PyTorch's index_select adds its gradient up row by row, since an index may name a row twice. These name none twice,
-# or only where a gradient means nothing.
+# or only where a gradient means nothing. Both ways are gathers: where algorithms have to be deterministic, CUDA sorts
+# the indices of whatever scatters.
 
 
 class _Take(torch.autograd.Function):
+    """Rare, so that it may scatter."""
+
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(index)
@@ -256,17 +276,40 @@ class _Pad(torch.autograd.Function):
         return grad.index_select(0, slots), None, None
 
 
+class _Unpad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, places: torch.Tensor, slots: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradients)
+        return places.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (gradients,) = ctx.saved_tensors
+        return torch.cat([grad, grad.new_zeros(1, grad.shape[1])]).index_select(0, gradients), None, None
+
+
 class _Join(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, one: torch.Tensor, other: torch.Tensor, index: torch.Tensor, other_index: torch.Tensor
+        ctx: Any, one: torch.Tensor, other: torch.Tensor, order: torch.Tensor, *indices: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(index, other_index)
-        joined = one.new_empty(one.shape[0] + other.shape[0], one.shape[1])
-        return joined.index_copy_(0, index, one).index_copy_(0, other_index, other)
+        ctx.save_for_backward(*indices)
+        return torch.cat([one, other]).index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         needed, indices = ctx.needs_input_grad[:2], ctx.saved_tensors
         grads = [grad.index_select(0, index) if need else None for need, index in zip(needed, indices, strict=True)]
-        return *grads, None, None
+        return *grads, None, None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, *indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(order)
+        return tuple(rows.index_select(0, index) for index in indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (order,) = ctx.saved_tensors
+        return torch.cat(grads).index_select(0, order), None, None, None

@@ -37,7 +37,7 @@ def without_module(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
 
 
 def import_libraries() -> None:

@@ -15,7 +15,7 @@ from trainer import adapters
 from trainer.bench import Workbench
 from trainer.config import TrainConfig
 from trainer.data import Batch, batches, train_loader
-from trainer.model import forward
+from trainer.model import forward, layout_of
 
 
 def synchronize() -> None:
@@ -34,7 +34,10 @@ def ready_batches(bench: Workbench, config: TrainConfig, epoch: int = 1) -> list
         train_set = train_set.seen_through(lambda path: torch.tensor(index(path)))
     loader, sampler = train_loader(train_set, bench.tokenizer(config), config, pin=False)
     sampler.epoch = epoch
-    found = [batch.to(base.device) for batch in batches(loader)]
+    found = []
+    for batch in batches(loader):
+        batch.layout = layout_of(base.model.config, batch)  # on the host: a GPU would be asked for each length
+        found.append(batch.to(base.device))
     if features is None:
         return found
     return [
