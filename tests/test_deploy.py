@@ -144,12 +144,15 @@ def test_three_workers_ran_the_study_between_them(
 ) -> None:
     monkeypatch.setenv("PGPASSWORD", SECRETS["OPTUNA_DB_PASSWORD"])
     url = team.environment("worker-cpu")["LORA_SEARCH_STORAGE"]
-    study = optuna.load_study(study_name="team", storage=url)
-    trials = study.get_trials()
+    storage = optuna.storages.RDBStorage(url)
+    try:
+        trials = optuna.load_study(study_name="team", storage=storage).get_trials()
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
     assert len(trials) == TRIALS
     assert {trial.state.name for trial in trials} <= {"COMPLETE", "PRUNED"}
     assert len({json.dumps(trial.user_attrs["worker"], sort_keys=True) for trial in trials}) > 1
-    study._storage.remove_session()
 
 
 def test_mlflow_has_the_runs_and_keeps_their_files(team: Deployment) -> None:
