@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ from trainer.data import IGNORE
 from trainer.loop import Pack
 from trainer.lora import Adapter
 from trainer.model import forward, layout_of
-from trainer.rows import Joined, Rows, current, laid_out, take
+from trainer.rows import Chosen, Joined, Rows, current, laid_out
 
 CPU = torch.device("cpu")
 lengths_of = st.lists(st.integers(1, 7), min_size=1, max_size=5)
@@ -64,7 +65,6 @@ def test_queries_come_before_their_samples_text(lengths: list[int], queries: int
         expected += [float(sum(lengths[:sample]) + place) for place in range(length)]
     assert rows == expected
     whole = joined.join(own, text)
-    assert torch.equal(take(whole, joined.queries), own) and torch.equal(take(whole, joined.text), text)
     assert all(map(torch.equal, joined.split(whole), (own, text)))
 
 
@@ -79,7 +79,9 @@ def test_derivatives() -> None:
     mask = seen.view(3, 4, 1)
     assert torch.autograd.gradcheck(lambda x: rows.unpad((rows.pad(x) * mask).cumsum(1)), x)
     assert torch.autograd.gradcheck(lambda q, x: joined.join(q, x) ** 2, (queries, x))
-    assert torch.autograd.gradcheck(lambda q, x: take(joined.join(q, x), joined.text), (queries, x))
+    chosen = Chosen.of(np.array([5, 0, 6]), 7, CPU)
+    assert torch.equal(chosen.take(x), x[[5, 0, 6]])
+    assert torch.autograd.gradcheck(lambda x: chosen.take(x) ** 2, x)
     assert torch.autograd.gradcheck(lambda q, x: joined.split(joined.join(q, x) ** 2), (queries, x))
     assert torch.autograd.gradcheck(lambda q, x: joined.split(joined.join(q, x) ** 2)[1], (queries, x))
 
@@ -128,7 +130,7 @@ def test_where_labels_are_predicted(kind: str) -> None:
         places[sample, : QUERIES + length] = torch.arange(at, at + QUERIES + length)
         at += QUERIES + length
     assert layout.predicts is not None
-    assert torch.equal(layout.predicts, places[:, QUERIES - 1 : -1][batch.labels != IGNORE])
+    assert torch.equal(layout.predicts.index, places[:, QUERIES - 1 : -1][batch.labels != IGNORE])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from trainer.attention import attend, hidden
-from trainer.rows import Layout, Rows, laid_out, take
+from trainer.rows import Chosen, Layout, Rows, laid_out
 
 BIAS_STEP = 64
 """Position biases are computed for lengths that are multiples of this."""
@@ -174,54 +174,45 @@ def llama(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
     """
     model, rows = language.model, layout.text.rows
     assert layout.predicts is not None
-    # Positions of a sample count from 0: rows that are padded to the right have those of the places.
-    positions = torch.arange(rows.length, device=embeds.device).repeat(rows.samples)
-    positions = take(positions[:, None], rows.slots)[:, 0]
-    cos, sin = (each[0, :, None] for each in model.rotary_emb(embeds, position_ids=positions[None]))
+    # Positions of a sample count from 0, as its padded places do.
     order = torch.arange(rows.length, device=embeds.device)
+    positions = rows.unpad(order.repeat(rows.samples).view(rows.samples, -1, 1))
+    rotary = tuple(each[0, :, None] for each in model.rotary_emb(embeds, position_ids=positions.view(1, -1)))
     bias = hidden(order <= order[:, None], embeds.dtype)
     states = embeds
     for layer in model.layers[:-1]:
-        states, cos, sin, bias = _on(layer.input_layernorm.weight, states, cos, sin, bias)
-        with laid_out(rows):
-            normed = layer.input_layernorm(states)
-            key, value = _rotated(layer.self_attn.k_proj(normed), cos, sin), layer.self_attn.v_proj(normed)
-            states = _llama_layer(layer, states, normed, rows, key, value, rows, cos, sin, bias)
-    layer = model.layers[-1]
-    states, cos, sin, predicts, positions = _on(
-        layer.input_layernorm.weight, states, cos, sin, layout.predicts, positions
-    )
-    with laid_out(rows):
-        normed = layer.input_layernorm(states)
-        key, value = _rotated(layer.self_attn.k_proj(normed), cos, sin), layer.self_attn.v_proj(normed)
-    states, normed, cos, sin = take(states, predicts), take(normed, predicts), cos[predicts], sin[predicts]
-    places = layout.labels.pad(positions[predicts][:, None])
-    bias = hidden((order.to(places.device) <= places)[:, None], embeds.dtype)
-    with laid_out(layout.labels):
-        states = _llama_layer(layer, states, normed, layout.labels, key, value, rows, cos, sin, bias)
-        (states,) = _on(model.norm.weight, states)
-        return model.norm(states)  # type: ignore[no-any-return]
+        states = _llama_layer(layer, states, rows, rotary, bias)
+    places = layout.labels.pad(layout.predicts.take(positions))
+    bias = hidden((order <= places)[:, None], embeds.dtype)
+    states = _llama_layer(model.layers[-1], states, rows, rotary, bias, (layout.predicts, layout.labels))
+    (states,) = _on(model.norm.weight, states)
+    return model.norm(states)  # type: ignore[no-any-return]
 
 
 def _llama_layer(
     layer: Any,
     states: torch.Tensor,
-    normed: torch.Tensor,
     rows: Rows,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keys: Rows,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    rotary: tuple[torch.Tensor, ...],
     bias: torch.Tensor | None,
+    read: tuple[Chosen, Rows] | None = None,
 ) -> torch.Tensor:
-    """A layer of Llama, its keys and values known."""
+    """A layer of Llama: at all rows, or at those that are read."""
+    states, cos, sin, bias = _on(layer.input_layernorm.weight, states, *rotary, bias)
     inner = layer.self_attn
-    query = _rotated(inner.q_proj(normed), cos, sin)
-    scale, size = inner.scaling, inner.head_dim
-    out = attend(query, key, value, size=size, rows=rows, keys=keys, scale=scale, bias=bias)
-    states = states + inner.o_proj(out)
-    return states + layer.mlp(layer.post_attention_layernorm(states))  # type: ignore[no-any-return]
+    with laid_out(rows):
+        normed = layer.input_layernorm(states)
+        key, value = _rotated(inner.k_proj(normed), cos, sin), inner.v_proj(normed)
+    own = rows
+    if read is not None:
+        chosen, own = read
+        index = chosen.index.to(cos.device)
+        states, normed, cos, sin = chosen.take(states), chosen.take(normed), cos[index], sin[index]
+    with laid_out(own):
+        query = _rotated(inner.q_proj(normed), cos, sin)
+        out = attend(query, key, value, size=inner.head_dim, rows=own, keys=rows, scale=inner.scaling, bias=bias)
+        states = states + inner.o_proj(out)
+        return states + layer.mlp(layer.post_attention_layernorm(states))  # type: ignore[no-any-return]
 
 
 def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

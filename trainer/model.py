@@ -25,7 +25,7 @@ from trainer.data import Batch
 from trainer.errors import ModelError
 from trainer.fuse import fuse
 from trainer.locate import check_type, locate
-from trainer.rows import Layout, laid_out, take
+from trainer.rows import Layout, laid_out
 
 CHAINS = {"t5": t5, "llama": llama}
 """Language models whose arithmetic is written out on rows without padding; others go through the library's forward."""
@@ -216,28 +216,27 @@ def _library_logits(model: Any, embeds: torch.Tensor, layout: Layout) -> torch.T
     rows, labels = layout.text.rows, layout.labels
     seen = rows.seen()
     mask = None if seen is None else seen[:, 0, 0].long().to(embeds.device)
-    if layout.predicts is not None:
-        read: torch.Tensor | None = layout.predicts if rows.slots is None else rows.slots[layout.predicts]
-        inputs = {}
-    else:
-        read = labels.slots
+    inputs = {}
+    if layout.predicts is None:
         padded = labels.pad(layout.label_ids[:, None])[:, :, 0]
         inputs = {"decoder_input_ids": model.language_model.prepare_decoder_input_ids_from_labels(padded)}
-    with _only_rows(model.get_output_embeddings(), read), laid_out(labels):
+    with _only_labels(model.get_output_embeddings(), layout), laid_out(labels):
         return model.language_model(  # type: ignore[no-any-return]
             inputs_embeds=rows.pad(embeds), attention_mask=mask, use_cache=False, **inputs
         ).logits
 
 
 @contextmanager
-def _only_rows(head: nn.Module, rows: torch.Tensor | None) -> Iterator[None]:
-    """Within, the language-model head sees only these rows: (B, L, hidden) becomes (N, hidden).
+def _only_labels(head: nn.Module, layout: Layout) -> Iterator[None]:
+    """Within, the language-model head sees the states of label tokens only: (B, L, hidden) becomes (N, hidden).
 
     A hook, so that everything before the head (T5's output scaling among it) stays the library's own code.
     """
 
     def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (take(args[0].flatten(0, 1), rows), *args[1:])
+        if layout.predicts is None:
+            return (layout.labels.unpad(args[0]), *args[1:])
+        return (layout.predicts.take(layout.text.rows.unpad(args[0])), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:

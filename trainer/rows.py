@@ -57,7 +57,7 @@ class Rows:
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
         """(N, features) to (B, L, features); what padding holds is finite if its sample is, and means nothing."""
         if self.sources is not None and self.slots is not None:
-            rows = _Pad.apply(rows, self.sources.to(rows.device), self.slots.to(rows.device))  # type: ignore[no-untyped-call]
+            rows = _gather(rows, self.sources, self.slots, holes=False)
         return rows.view(self.samples, self.length, -1)
 
     def unpad(self, padded: torch.Tensor) -> torch.Tensor:
@@ -65,8 +65,7 @@ class Rows:
         places = padded.flatten(0, 1)
         if self.slots is None or self.gradients is None:
             return places
-        device = places.device
-        return _Unpad.apply(places, self.slots.to(device), self.gradients.to(device))  # type: ignore[no-any-return,no-untyped-call]
+        return _gather(places, self.slots, self.gradients, holes=True)
 
     def seen(self) -> torch.Tensor | None:
         """(B, 1, 1, L), true at places that are no padding; None if none is."""
@@ -153,6 +152,27 @@ class Joined:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Some of N rows."""
+
+    index: torch.Tensor
+    """(n,): which, each at most once."""
+    back: torch.Tensor
+    """(N,): where each is among the chosen; of the others n, as `Rows.gradients` has it."""
+
+    @classmethod
+    def of(cls, index: np.ndarray, total: int, device: torch.device) -> Chosen:
+        """These of `total` rows."""
+        back = np.full(total, len(index), dtype=np.int64)
+        back[index] = np.arange(len(index))
+        return cls(_tensor(index, device), _tensor(back, device))
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """(N, features) to (n, features)."""
+        return _gather(rows, self.index, self.back, holes=True)
+
+
+@dataclass(frozen=True)
 class Layout:
     """All that a pass has to know of the lengths of its samples, and the ids of their rows."""
 
@@ -168,8 +188,8 @@ class Layout:
     labels: Rows
     """Label tokens."""
     label_ids: torch.Tensor
-    predicts: torch.Tensor | None
-    """(N label tokens,): the row of `text` that predicts each, where the language model is decoder-only."""
+    predicts: Chosen | None
+    """The row of `text` that predicts each label token, where the language model is decoder-only."""
 
     @classmethod
     def of(cls, batch: Batch, queries: int, *, decoder_only: bool) -> Layout:
@@ -186,7 +206,8 @@ class Layout:
         if decoder_only:
             # The state before a token predicts it, and before the first there are the queries.
             sample, place = np.nonzero(label_mask)
-            predicts = _tensor(np.array(text.rows.starts)[sample] + place + queries - 1, device)
+            predicting = np.array(text.rows.starts, dtype=np.int64)[sample] + place + queries - 1
+            predicts = Chosen.of(predicting, text.rows.starts[-1], device)
         return cls(
             queries=Rows.of([queries] * len(batch), device),
             instructions=Joined.of(instruction_rows, instructions, queries, device),
@@ -212,16 +233,9 @@ def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, Rows | Joined | Layout):
+    if isinstance(value, Rows | Joined | Chosen | Layout):
         return type(value)(**{f.name: _moved(getattr(value, f.name), device) for f in fields(value) if f.init})
     return value
-
-
-def take(rows: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """Those of the rows that are named, each at most once; all of them for None."""
-    if index is None:
-        return rows
-    return _Take.apply(rows, index.to(rows.device))  # type: ignore[no-any-return,no-untyped-call]
 
 
 _current: Rows | None = None
@@ -249,43 +263,26 @@ def current() -> Rows:
 # the indices of whatever scatters.
 
 
-class _Take(torch.autograd.Function):
-    """Rare, so that it may scatter."""
+class _Gather(torch.autograd.Function):
+    """rows[index], and going back grad[back]."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(index)
-        ctx.rows = rows.shape[0]
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor, back: torch.Tensor, holes: bool) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        ctx.holes = holes
         return rows.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (index,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, index, grad), None
+        (back,) = ctx.saved_tensors
+        if ctx.holes:  # rows that the index doesn't name: `back` names a row of zeros for them, behind all others
+            grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1])])
+        return grad.index_select(0, back), None, None, None
 
 
-class _Pad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, sources: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(slots)
-        return rows.index_select(0, sources)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (slots,) = ctx.saved_tensors
-        return grad.index_select(0, slots), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, places: torch.Tensor, slots: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gradients)
-        return places.index_select(0, slots)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (gradients,) = ctx.saved_tensors
-        return torch.cat([grad, grad.new_zeros(1, grad.shape[1])]).index_select(0, gradients), None, None
+def _gather(rows: torch.Tensor, index: torch.Tensor, back: torch.Tensor, *, holes: bool) -> torch.Tensor:
+    device = rows.device
+    return _Gather.apply(rows, index.to(device), back.to(device), holes)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Join(torch.autograd.Function):
