@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -236,3 +238,13 @@ def test_a_note_costs_little(study: optuna.Study, tmp_path: Path) -> None:
         annotate(study.ask(), tmp_path, seen)
     each_ms = 1000 * (time.process_time() - began) / 3
     assert each_ms < 400, f"{each_ms:.0f} ms of CPU a trial; it was 130 when this was written, 110 of them the plot"
+
+
+def test_workers_do_without_scikit_learn() -> None:
+    """And a process that wants it later can have it: hiding it leaves nothing behind."""
+    code = (
+        "import sys, search.trial, search.notes; "
+        "assert not {'sklearn', 'scipy.stats'} & set(sys.modules); "
+        "import sklearn.ensemble; assert 'search.notes' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
