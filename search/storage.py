@@ -37,6 +37,7 @@ from trainer.config import nearest
 
 __all__ = [
     "Lost",
+    "check_definition",
     "check_fingerprints",
     "check_strategy",
     "close_storage",
@@ -77,11 +78,12 @@ def open_study(
     """The Optuna study of this definition: continued if there is one, else created with its trials given by hand.
 
     `fresh` starts a new generation: `<name>`, then `<name>-2`, `<name>-3`, ... Without it the latest generation goes
-    on. Trials given by hand that the study does not have yet (a new one in the study file, or a process that died
-    while it created the study) are added; those it has are never added twice.
+    on; one that has no trial takes the definition, so that a typo that was refused is in nobody's way. Trials given by
+    hand that the study does not have yet (a new one in the study file, or a process that died while it created the
+    study) are added; those it has are never added twice.
 
     Raises:
-        DefinitionChanged: the latest generation has another definition; every difference is named.
+        DefinitionChanged: the latest generation has trials of another definition; every difference is named.
         StorageError: a study of that name was made by another program.
     """
     with exclusive(storage):
@@ -91,7 +93,12 @@ def open_study(
         else:
             name = generations[max(generations)]
             opened = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
-            _refuse_changed(opened, study, 1 + max(generations))
+            if opened.get_trials(deepcopy=False):
+                _refuse_changed(opened, study, 1 + max(generations))
+            elif list(_changes(opened, study)):
+                for held in (FINGERPRINTS, STRATEGY):
+                    opened.set_user_attr(held, None)
+                opened.set_user_attr(DEFINITION, study.definition())
         _enqueue_missing(opened, study)
     return opened
 
@@ -109,6 +116,15 @@ def find_study(storage: PatientStorage, name: str) -> optuna.Study:
         known = f"; it has {', '.join(names)}" if names else "; it has none yet"
         raise StudyError(f"the database has no study {name!r}{nearest(name, names)}{known}")
     return optuna.load_study(study_name=exact, storage=storage)
+
+
+def check_definition(opened: optuna.Study, study: Study) -> None:
+    """Make sure, holding the database's lock, that a study's first trial is one of this definition.
+
+    Raises:
+        DefinitionChanged: another search has given the study another one while it had no trial.
+    """
+    _refuse_changed(opened, study, 1 + opened.user_attrs[GENERATION])
 
 
 def check_fingerprints(study: optuna.Study, *, data: str, model: str) -> None:
@@ -179,9 +195,7 @@ def _enqueue_missing(opened: optuna.Study, study: Study) -> None:
 
 
 def _refuse_changed(opened: optuna.Study, study: Study, next_generation: int) -> None:
-    old = opened.user_attrs[DEFINITION]
-    new = json.loads(json.dumps(study.definition()))
-    lines = [_difference(path, a, b) for path, a, b in _differences(old, new)]
+    lines = [_difference(path, a, b) for path, a, b in _changes(opened, study)]
     if lines:
         count = len(opened.get_trials(deepcopy=False))
         listed = "\n".join(f"  - {line}" for line in lines)
@@ -190,6 +204,10 @@ def _refuse_changed(opened: optuna.Study, study: Study, next_generation: int) ->
             f"compared with new ones:\n{listed}\n"
             f"take the change back, or start anew with --fresh (as {_generation_name(study.name, next_generation)!r})"
         )
+
+
+def _changes(opened: optuna.Study, study: Study) -> Iterator[tuple[str, Any, Any]]:
+    return _differences(opened.user_attrs[DEFINITION], json.loads(json.dumps(study.definition())))
 
 
 _MISSING = object()

@@ -139,6 +139,7 @@ class _Worker:
         self._running: dict[Member, TrialRun] = {}
         self._held: TrialRun | None = None
         """Asked for, but of a kind that cannot train beside those that are running."""
+        self._has_asked = False
         self._dry = False
         """The study wanted no further trial when it was last asked: not to be asked at every step."""
         self._to_give = 0
@@ -349,6 +350,7 @@ class _Worker:
 
         from search import lifecycle, sampling
         from search.database import exclusive
+        from search.storage import check_definition
 
         began, tries = datetime.now(), 0
 
@@ -360,6 +362,9 @@ class _Worker:
                     lifecycle.put_back(self.study, self.identity, began)
                 if not lifecycle.wants_another(self.study, self.job.n_trials):
                     return None
+                if not self._has_asked:  # from here on the study has a trial, and keeps its definition
+                    check_definition(self.study, self.job.study)
+                    self._has_asked = True
                 trial = self.study.ask()
                 trial.set_user_attr("worker", self.identity)
                 lifecycle.heartbeat(self.study, trial)  # a trial that was parked has an old one

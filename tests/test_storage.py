@@ -21,6 +21,7 @@ from search import database, records
 from search.errors import DefinitionChanged, StorageError, StudyError
 from search.space import Choice, Float, Int, Multiple
 from search.storage import (
+    check_definition,
     check_fingerprints,
     check_strategy,
     close_storage,
@@ -216,6 +217,27 @@ def test_a_changed_definition_is_refused_with_every_difference(storage):
         "  - seed: 0 -> 3 (as before with --seed 0)",
         "take the change back, or start anew with --fresh (as 'rsicap-2')",
     ]
+
+
+def test_without_a_trial_there_is_nothing_to_compare(storage):
+    """A typo no trial was made with: mended, the same command goes on; who opened the study with the typo may not."""
+    first = open_study(storage, STUDY)
+    check_fingerprints(first, data="d1", model="m1")
+    check_strategy(first, "joint")
+    check_definition(first, STUDY)
+    changed = replace(STUDY, seed=3)
+    second = open_study(storage, changed)
+    assert second.study_name == first.study_name
+    check_fingerprints(second, data="d2", model="m1")
+    check_strategy(second, "staged")
+    check_definition(second, changed)
+    with pytest.raises(DefinitionChanged, match=r"seed: 3 -> 0"):
+        check_definition(first, STUDY)
+    second.ask()
+    with pytest.raises(DefinitionChanged, match=r"its 1 trials cannot be compared"):
+        open_study(storage, STUDY)
+    with pytest.raises(DefinitionChanged, match="data: d2 -> d1"):
+        check_fingerprints(first, data="d1", model="m1")
 
 
 def test_what_cannot_change_a_result_may_change(storage):

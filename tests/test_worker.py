@@ -13,6 +13,7 @@ import torch
 from search import lifecycle, records, slots
 from search import storage as store
 from search.database import close_storage, open_storage
+from search.errors import DefinitionChanged
 from search.job import Job
 from search.messages import EpochDone, Idle, Message, Order, Said, SlotsChosen, TrialEnded
 from search.records import TrialRecord
@@ -70,6 +71,7 @@ def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
         where: str = "runs",
         share_after: int | None = None,
         one_by_one: int = 0,
+        redefined: bool = False,
         **base: Any,
     ) -> Any:
         runs = tmp_path / where
@@ -85,6 +87,8 @@ def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
         urls = [f"sqlite:///{runs / name}" for name in ("optuna.db", "mlflow.db")]
         storage = open_storage(urls[0], heartbeat_s=60)
         opened = store.open_study(storage, study)
+        if redefined:  # by another search, in the moment before this one asks for its first trial
+            opened.set_user_attr(store.DEFINITION, {**opened.user_attrs[store.DEFINITION], "seed": 7})
         tracking = open_tracking(urls[1], runs / "artifacts")
         tracking.experiment("work")
         tracking.parent_run("work", {})
@@ -125,6 +129,11 @@ def most_at_once(heard: list[Message]) -> int:
         running -= isinstance(message, TrialEnded)
         most = max(most, running)
     return most
+
+
+def test_a_worker_asks_for_no_first_trial_of_another_definition(search: Search) -> None:
+    trials, _ = search(trials=2, fails=DefinitionChanged, redefined=True)
+    assert trials == ()
 
 
 @pytest.mark.parametrize(("wanted", "at_once"), [(1, 1), (3, 3), (None, 4)])

@@ -65,7 +65,11 @@ def opened() -> Iterator[Callable[[str], PatientStorage]]:
 def run_trials(storage: PatientStorage, study: optuna.Study, pause_s: float = 0.0) -> None:
     """What a worker does with its trials, but the training."""
     worker: Any = SimpleNamespace(
-        storage=storage, study=study, identity=lifecycle.this_worker(), job=SimpleNamespace(n_trials=12, study=STUDY)
+        storage=storage,
+        study=study,
+        identity=lifecycle.this_worker(),
+        job=SimpleNamespace(n_trials=12, study=STUDY),
+        _has_asked=False,
     )
     while (trial := _Worker._ask(worker)) is not None:
         trial.set_user_attr(records.CONFIG, {"learning_rate": trial.params["learning_rate"]})
