@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import optuna
 import pytest
@@ -34,7 +35,6 @@ from trainer.events import Diverged, Event
 
 CONFIG = TrainConfig().model_dump(mode="json")
 EVIL = "<script>alert(1)</script> | `code` [link](javascript:x) *bold* ![x](http://evil.example/x.png)\n# heading"
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
@@ -101,15 +101,16 @@ def test_note_and_plot_outlive_the_end_of_the_trial(study: optuna.Study, tmp_pat
     frozen = study.trials[0]
     assert note_of(study, frozen) == note
     kept = get_all_artifact_meta(frozen, storage=study._storage)
-    assert [meta.filename for meta in kept] == ["trial-000-losses.png"]
+    assert [meta.filename for meta in kept] == ["trial-000-losses.svg"]
     assert f"/artifacts/{study._study_id}/{frozen._trial_id}/{kept[0].artifact_id})" in note
-    copy = tmp_path / "copy.png"
+    copy = tmp_path / "copy.svg"
     download_artifact(
         artifact_store=FileSystemArtifactStore(tmp_path / ARTIFACTS),
         artifact_id=kept[0].artifact_id,
         file_path=str(copy),
     )
-    assert copy.read_bytes().startswith(PNG)
+    assert kept[0].mimetype == "image/svg+xml"
+    assert ElementTree.fromstring(copy.read_bytes()).tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def test_what_comes_from_data_stays_text(study: optuna.Study, tmp_path: Path) -> None:
