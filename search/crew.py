@@ -1,4 +1,10 @@
-"""`Crew`: a search's worker processes on this machine, each with its devices and threads."""
+"""`Crew`: a search's worker processes on this machine, each with its devices and threads.
+
+On a machine without GPUs they are forked from a process that has made the imports of all of them, once
+(`search.preload`): two workers on two cores begin two seconds earlier, and one that takes a dead one's place begins at
+once. If that process is killed, its workers look dead to the supervisor; it starts others, and they give their trials
+back as they do when a supervisor is gone. CUDA does not outlive a fork, so beside GPUs each imports for itself.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +12,18 @@ import atexit
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from search.errors import StudyError
-from search.worker import work
+from search.worker import environment, work
 
 
 class WorkerProcess(Protocol):
@@ -52,12 +60,15 @@ class Crew:
         self.size = size
         self.threads = threads
         self._devices = device_groups(gpus(), gpus_per_worker)
-        self._context = multiprocessing.get_context("spawn")
+        self._forks = not self._devices
         self._ready: dict[int, tuple[WorkerProcess, Connection]] = {}
 
     def __enter__(self) -> Crew:
-        for index in range(self.size):
-            self._ready[index] = self._spawn(index)
+        if self._forks and self.size:
+            _start_importing(self.threads)  # and does not wait for it, as starting a worker would
+        else:
+            for index in range(self.size):
+                self._ready[index] = self._spawn(index)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,6 +77,8 @@ class Crew:
             process.join()
             link.close()
         self._ready.clear()
+        if self._forks and self.size:
+            _end_importing()
 
     def alive(self, worker: Mapping[str, Any]) -> bool | None:
         """Whether the process of a `records.WORKER` still runs; None if nothing is known of it."""
@@ -78,14 +91,47 @@ class Crew:
         return self._ready.pop(index, None) or self._spawn(index)
 
     def _spawn(self, index: int) -> tuple[WorkerProcess, Connection]:
-        ours, theirs = self._context.Pipe()
+        context: Any = multiprocessing.get_context("forkserver" if self._forks else "spawn")
+        ours, theirs = context.Pipe()
         gpu = self._devices[index % len(self._devices)] if self._devices else None
-        process = self._context.Process(
-            target=_main, args=(theirs, gpu, self.threads), name=f"worker-{index}", daemon=False
-        )
-        process.start()
+        process = context.Process(target=_main, args=(theirs, gpu, self.threads), name=f"worker-{index}", daemon=False)
+        with _threads_of(self.threads):  # should the process to fork from have to be started anew
+            process.start()
         theirs.close()  # so that the worker's death closes the pipe
         return process, ours
+
+
+def _start_importing(threads: int) -> None:
+    """Start the process that workers are forked from."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["search.preload"])
+    with _threads_of(threads):
+        forkserver.ensure_running()
+
+
+def _end_importing() -> None:
+    """End it, without waiting for what it may still import."""
+    server = forkserver._forkserver
+    pid = getattr(server, "_forkserver_pid", None)
+    if pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        server._stop()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _threads_of(threads: int) -> Iterator[None]:
+    """Within, processes are started that compute with so many threads: OpenMP asks but once, when it is loaded."""
+    wanted = environment(threads)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _main(connection: Connection, gpu: str | None, threads: int) -> None:

@@ -35,6 +35,8 @@ class Job:
     pruner: str
     examined: Examined
     threads: int
+    workers: int = 1
+    """Of this search."""
     slots: int | None = None
     """Trials that a worker trains at once; None for as many as pay and fit."""
     lost_after_s: float = LOST_AFTER_S

@@ -59,6 +59,7 @@ class RayCrew(Crew):
         self, workers: int | None, gpus_per_worker: int, address: str | None, databases: Mapping[str, str]
     ) -> None:
         super().__init__(0, 1)
+        self._forks = False  # the workers' processes are their actors'
         self._wanted = workers
         self._gpus_per_worker = gpus_per_worker
         self._address = address

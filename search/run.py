@@ -299,6 +299,7 @@ def _run(
         pruner=pruner,
         examined=examined,
         threads=crew.threads,
+        workers=crew.size,
         slots=slots,
         lost_after_s=lost_after_s,
     )

@@ -51,15 +51,12 @@ def work(connection: Connection, gpu: str | None, threads: int) -> None:
     """
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    # OpenMP threads that spin while they wait slow processes that share cores tenfold (measured).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.update(environment(threads))
     # Ctrl-C reaches the whole process group; what it means is the supervisor's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     link = Link(connection)
     signal.signal(signal.SIGTERM, lambda *_: link.raise_to(Order.END_NOW))
-    _import_early()
+    import_early()
     try:
         job: Job = connection.recv()
     except EOFError:  # the search did not come to its start
@@ -79,7 +76,18 @@ def work(connection: Connection, gpu: str | None, threads: int) -> None:
         raise SystemExit(1) from None
 
 
-def _import_early() -> None:
+def environment(threads: int) -> dict[str, str]:
+    """The variables that libraries read when they are loaded."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        # OpenMP threads that spin while they wait slow processes that share cores tenfold (measured).
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def import_early() -> None:
     """Five seconds of imports, most of them Transformers'."""
     with without_collection(), suppress(ImportError):
         import_libraries()
@@ -116,6 +124,7 @@ class _Worker:
         from search import lifecycle, pruning, sampling
         from search.database import reopen_storage
         from search.runbook import RunBook
+        from search.waiting import LongestFirst
         from trainer.bench import Workbench
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -125,11 +134,13 @@ class _Worker:
         self.base = job.study.base_config()
         self.storage = reopen_storage(job.storage_url, heartbeat_s=1, grace_s=round(job.lost_after_s))
         self.storage.say = lambda text: link.send(Said(text=text))
-        self.study: optuna.Study = optuna.load_study(
-            study_name=job.study_name,
-            storage=self.storage,
-            sampler=sampling.make_sampler(job.study, job.strategy, job.n_trials),
-            pruner=pruning.pruner_for(job.pruner, self.base),
+        self.study = LongestFirst(
+            job.study_name,
+            self.storage,
+            sampling.make_sampler(job.study, job.strategy, job.n_trials),
+            pruning.pruner_for(job.pruner, self.base),
+            job.study,
+            len(job.examined.rows),
         )
         self.book = RunBook(job.tracking_uri, job.runs_dir / "artifacts", job.study_name, job.folder)
         self.bench: Workbench = Workbench(job.examined, self.base.data)
@@ -160,6 +171,7 @@ class _Worker:
                 resolve_targets(base.model, config.target_modules)  # before a trial is taken that could not be run
         storage.check_fingerprints(self.study, data=self.job.examined.fingerprint, model=base.fingerprint)
         self.slots = slots.resolve(self.job.slots, self.job.study, self.bench)
+        self.study.longest_first = self.slots.most > 1 or self.job.workers > 1
         self.link.send(SlotsChosen(most=self.slots.most, samples=self.slots.samples, auto=self.job.slots is None))
         with self._beating():
             try:

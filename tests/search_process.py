@@ -7,8 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ("max_samples=24", "num_epochs=2", "warmup_steps=0")
@@ -30,6 +33,24 @@ def run(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str
     return subprocess.run(
         arguments, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=240, check=False, **options
     )
+
+
+def workers_of(supervisor: int) -> list[psutil.Process]:
+    """The worker processes of a supervisor's: forked from the process that makes their imports."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for below in psutil.Process(supervisor).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                forked = below.ppid() != supervisor and "forkserver" in " ".join(below.cmdline())
+                if forked and below.is_running() and below.status() != psutil.STATUS_ZOMBIE:
+                    found.append(below)
+    return found
+
+
+def importer_of(supervisor: int) -> psutil.Process:
+    """The process that workers are forked from."""
+    (found,) = (p for p in psutil.Process(supervisor).children() if "forkserver" in " ".join(p.cmdline()))
+    return found
 
 
 class Search:

@@ -19,7 +19,7 @@ from search.database import close_storage, open_storage
 from search.records import TrialRecord
 from search.storage import find_study
 from search.tracking import open_tracking
-from tests.search_process import QUICK, Search, command, run
+from tests.search_process import QUICK, Search, command, importer_of, run, workers_of
 
 LONG = ("max_samples=24", "num_epochs=4", "warmup_steps=0", "batch_size=2")
 
@@ -219,7 +219,7 @@ def test_a_killed_worker_is_replaced(tmp_path: Path, search: Any, undisturbed: d
     runs = tmp_path / "runs"
     running = search(command(runs, "--trials", "1", settings=LONG))
     running.wait_for("epoch 1:")
-    workers = [p for p in psutil.Process(running.process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    workers = workers_of(running.process.pid)
     assert len(workers) == 1
     workers[0].kill()
     assert running.end() == 0, running.output()
@@ -238,13 +238,30 @@ def test_a_killed_supervisor_leaves_a_study_that_resumes(
     arguments = command(runs, "--trials", "1", settings=LONG)
     running = search(arguments)
     running.wait_for("epoch 1:")
-    worker = psutil.Process(running.process.pid).children()
+    below = psutil.Process(running.process.pid).children(recursive=True)
+    assert workers_of(running.process.pid)
     running.process.kill()
-    gone, alive = psutil.wait_procs(worker, timeout=60)
+    gone, alive = psutil.wait_procs(below, timeout=60)
     assert gone and not alive, "a worker outlived its supervisor"
     assert run(arguments).returncode == 0
     assert trials_of(runs)[-1].state == "COMPLETE"
     assert list(curves_of(runs).values())[-1] == undisturbed[0]
+
+
+def test_the_process_that_workers_are_forked_from_is_killed(
+    tmp_path: Path, search: Any, undisturbed: dict[int, dict[int, float]]
+) -> None:
+    """Its workers look dead to the supervisor, which starts another; the trial is given back and goes on there."""
+    runs = tmp_path / "runs"
+    running = search(command(runs, "--trials", "1", settings=LONG))
+    running.wait_for("epoch 1:")
+    (worker,) = workers_of(running.process.pid)
+    importer_of(running.process.pid).kill()
+    assert running.end() == 0, running.output()
+    assert not worker.is_running()
+    assert [t.state for t in trials_of(runs)] == ["COMPLETE"]
+    assert curves_of(runs) == undisturbed
+    assert trials_of(runs)[0].attrs[records.WORKER]["pid"] != worker.pid
 
 
 def test_two_workers_share_a_study(tmp_path: Path) -> None:

@@ -104,21 +104,13 @@ class Place:
 
 def workers_of(search: Search) -> list[psutil.Process]:
     """The worker processes of a search."""
-    with suppress(psutil.NoSuchProcess):
-        children = psutil.Process(search.process.pid).children()
-        return [p for p in children if p.is_running() and "spawn_main" in " ".join(_command_of(p))]
-    return []
-
-
-def _command_of(process: psutil.Process) -> list[str]:
-    try:
-        return list(process.cmdline())
-    except psutil.Error:
-        return []
+    return search_process.workers_of(search.process.pid)
 
 
 def storm(start: Callable[[], Search], kills: Sequence[str], rng: random.Random, *, longest_s: float) -> Counter[str]:
-    """Kill -9 a `worker`, the `supervisor` or `both` at random moments; the search is started again where it ended.
+    """Kill -9 a `worker`, the `supervisor`, `both`, or the `importer` that workers are forked from, at random moments.
+
+    The search is started again where it ended.
 
     Returns how often each was killed.
     """
@@ -134,6 +126,9 @@ def storm(start: Callable[[], Search], kills: Sequence[str], rng: random.Random,
         workers = workers_of(search)
         if what in ("supervisor", "both"):
             search.process.kill()
+        if what == "importer":
+            with suppress(ValueError, psutil.NoSuchProcess):  # it is being started anew
+                search_process.importer_of(search.process.pid).kill()
         if what in ("worker", "both"):
             for process in workers if what == "both" else [rng.choice(workers)]:
                 with suppress(psutil.NoSuchProcess):

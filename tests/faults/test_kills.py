@@ -1,4 +1,4 @@
-"""kill -9 at random moments: of a worker, of the supervisor, of both."""
+"""kill -9 at random moments: of a worker, of the supervisor, of both, of what workers are forked from."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_fifty_kills_in_one_study(tiny_checkpoint: Path, tmp_path: Path, start: 
     rng = random.Random(0)
     place = Place(tmp_path / "runs", workers=2)
     command = place.command(write_study(tmp_path, tiny_checkpoint, trials=12, num_epochs=60))
-    kills = rng.choices(["worker", "supervisor", "both"], weights=[5, 3, 2], k=50)
+    kills = rng.choices(["worker", "supervisor", "both", "importer"], weights=[5, 3, 2, 1], k=50)
     done = storm(lambda: start(command), kills, rng, longest_s=6)
     print(dict(done))
     check_records(place, bench, num_trials=12, num_epochs=60)
