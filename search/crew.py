@@ -43,7 +43,7 @@ class WorkerProcess(Protocol):
 
 
 class Crew:
-    """Worker processes, each with its devices and threads, started before there is a job for them.
+    """Worker processes, each with its devices and threads; what they import is, before there is a job for them.
 
     A context: leaving it ends those that were given none.
 
@@ -63,10 +63,20 @@ class Crew:
         self._forks = not self._devices
         self._ready: dict[int, tuple[WorkerProcess, Connection]] = {}
 
+    @contextmanager
+    def importing(self) -> Iterator[None]:
+        """Within, the imports of workers that will be forked are being made, or have been."""
+        if not self._forks:
+            yield
+            return
+        _start_importing(self.threads)
+        try:
+            yield
+        finally:
+            _end_importing()
+
     def __enter__(self) -> Crew:
-        if self._forks and self.size:
-            _start_importing(self.threads)  # and does not wait for it, as starting a worker would
-        else:
+        if not self._forks:  # to fork one, it would have to wait for the imports
             for index in range(self.size):
                 self._ready[index] = self._spawn(index)
         return self
@@ -77,8 +87,6 @@ class Crew:
             process.join()
             link.close()
         self._ready.clear()
-        if self._forks and self.size:
-            _end_importing()
 
     def alive(self, worker: Mapping[str, Any]) -> bool | None:
         """Whether the process of a `records.WORKER` still runs; None if nothing is known of it."""

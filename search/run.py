@@ -224,9 +224,11 @@ def _search(definition: Study, *, executor: Executor, storage_url: str, tracking
     """Check, start the workers, and run the search; returns the exit code."""
     from search import prepare
 
-    examined = prepare.check(definition)
-    with executor.crew({"--storage": storage_url, "--tracking-uri": tracking_uri}) as crew:
-        return _run(definition, crew, examined, storage_url=storage_url, tracking_uri=tracking_uri, **options)
+    crew = executor.crew({"--storage": storage_url, "--tracking-uri": tracking_uri})
+    with crew.importing():
+        examined = prepare.check(definition)
+        with crew:
+            return _run(definition, crew, examined, storage_url=storage_url, tracking_uri=tracking_uri, **options)
 
 
 def _run(

@@ -25,12 +25,16 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import requests
-from mlflow.entities import Experiment, Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME, MLFLOW_USER
-from mlflow.version import VERSION
 from sqlalchemy.exc import SQLAlchemyError
+
+from trainer.startup import without_module
+
+with without_module("pandas"):  # for datasets that runs could name: 0.2 s
+    from mlflow.entities import Experiment, Metric, Param, Run, RunTag
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME, MLFLOW_USER
+    from mlflow.version import VERSION
 
 from search import mlflow_uri, records
 from search.artifacts import relocate

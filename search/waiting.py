@@ -60,5 +60,6 @@ class LongestFirst(optuna.Study):
         given = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         values = {**self._base, **trial.user_attrs.get(records.OVERRIDES, {}), **given}
         samples = min(values["max_samples"] or self._rows, self._rows)
-        steps = math.ceil(samples / (values["batch_size"] * values["gradient_accumulation_steps"]))
-        return steps * (values["num_epochs"] - len(trial.intermediate_values))
+        steps: int = math.ceil(samples / (values["batch_size"] * values["gradient_accumulation_steps"]))
+        epochs: int = values["num_epochs"] - len(trial.intermediate_values)
+        return steps * epochs

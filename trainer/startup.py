@@ -43,7 +43,8 @@ def without_module(name: str) -> Iterator[None]:
 
 def import_libraries() -> None:
     """Import what training needs; a broken installation is reported where it is used."""
-    with without_collection(), suppress(ImportError):
+    # Transformers takes an assignment algorithm for object detection from SciPy: 0.2 s.
+    with without_collection(), without_module("scipy"), suppress(ImportError):
         import peft
         from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
 
