@@ -9,6 +9,7 @@ back as they do when a supervisor is gone. CUDA does not outlive a fork, so besi
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
 import shutil
@@ -24,6 +25,8 @@ from typing import Any, Protocol
 
 from search.errors import StudyError
 from search.worker import environment, work
+
+log = logging.getLogger("search.crew")
 
 
 class WorkerProcess(Protocol):
@@ -69,7 +72,13 @@ class Crew:
         if not self._forks:
             yield
             return
-        _start_importing(self.threads)
+        try:
+            _start_importing(self.threads)
+        except OSError as error:  # no room for its socket, or a TMPDIR too long to be a socket's address
+            log.info("workers make their imports themselves: %s", error)
+            self._forks = False
+            yield
+            return
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,11 @@ from search.run_store import Point, RunStore, Status
 from search.spool import End, Entry, Spool, Text, Write, count
 
 __all__ = ["Point", "RunStore", "Status", "Unavailable", "Writer"]
+
+
+PAUSE_S = 2.0
+"""Seconds between two writes of a run, at least: a call of MLflow's costs as much as a hundred metrics, and epochs of
+small models are shorter than this. Nothing is lost for it: a run that goes on is given its checkpoint's history."""
 
 
 class Writer(threading.Thread):
@@ -48,7 +54,7 @@ class Writer(threading.Thread):
         *,
         now: bool = False,
     ) -> None:
-        """Queue; written within `flush_s` seconds, or `now`."""
+        """Queue; written within `flush_s` seconds, or `now`: at once, unless something was written a moment ago."""
         with self._changed:
             self._points.extend(points)
             self._tags.update(tags or {})
@@ -75,13 +81,16 @@ class Writer(threading.Thread):
 
     def run(self) -> None:
         """The thread's work."""
+        written = -math.inf
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._due, self._flush_s)
+                self._changed.wait_for(lambda: self._closing, max(0.0, written + PAUSE_S - time.monotonic()))
                 self._due, last = False, self._closing
             began = time.thread_time()
             self._drain()
             self.cpu_s += time.thread_time() - began
+            written = time.monotonic()
             if last or self._abandoned:
                 return
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,32 @@ def test_the_process_that_workers_are_forked_from_is_killed(
     assert [t.state for t in trials_of(runs)] == ["COMPLETE"]
     assert curves_of(runs) == undisturbed
     assert trials_of(runs)[0].attrs[records.WORKER]["pid"] != worker.pid
+
+
+def test_where_nothing_can_be_forked_from_workers_import_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket's address has some hundred characters at most, and lies below TMPDIR."""
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setenv("TMPDIR", str(deep))
+    done = run(command(tmp_path / "runs", "--trials", "1"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "" and trials_of(tmp_path / "runs")[0].state == "COMPLETE"
+
+
+def test_a_search_that_cannot_start_leaves_no_process(tmp_path: Path) -> None:
+    """What would be forked from is importing by then, and is not waited for."""
+    failing = Search(command(tmp_path / "runs", "--set", f"data={tmp_path / 'nowhere'}"))
+    assert failing.end() == 2, failing.output()
+    session = failing.process.pid
+    left = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process)
+    failing.kill()
+    assert not psutil.wait_procs(left, timeout=1)[1]
 
 
 def test_two_workers_share_a_study(tmp_path: Path) -> None:
