@@ -26,6 +26,10 @@ from typing import Any, Protocol
 from search.errors import StudyError
 from search.worker import environment, work
 
+UNSEEN = 255
+"""Exit code of a forked process that nobody could wait for, since what it was forked from was killed: the standard
+library's own (`multiprocessing.popen_forkserver`). Nothing says whether the process lives."""
+
 log = logging.getLogger("search.crew")
 
 
@@ -112,8 +116,17 @@ class Crew:
         ours, theirs = context.Pipe()
         gpu = self._devices[index % len(self._devices)] if self._devices else None
         process = context.Process(target=_main, args=(theirs, gpu, self.threads), name=f"worker-{index}", daemon=False)
-        with _threads_of(self.threads):  # should the process to fork from have to be started anew
-            process.start()
+        try:
+            with _threads_of(self.threads):  # should the process to fork from have to be started anew
+                process.start()
+        except (OSError, EOFError):  # it was killed in this moment, or cannot be started: its socket needs a place
+            if not self._forks:
+                raise
+            log.exception("no worker could be forked; from now on they import for themselves")
+            self._forks = False
+            ours.close()
+            theirs.close()
+            return self._spawn(index)
         theirs.close()  # so that the worker's death closes the pipe
         return process, ours
 
@@ -132,7 +145,8 @@ def _end_importing() -> None:
     if pid is not None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        server._stop()  # type: ignore[attr-defined]
+        with suppress(OSError):  # somebody has tidied up TMPDIR, where its socket lay
+            server._stop()  # type: ignore[attr-defined]
 
 
 @contextmanager

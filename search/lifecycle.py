@@ -4,7 +4,8 @@
         park           RUNNING -> WAITING, so that the same trial goes on later (Ctrl-C)
         requeue_lost   RUNNING -> FAIL (lost), and a new WAITING trial that takes up its work
 
-Optuna's `ask` takes waiting trials first, lowest number first, and leaves the params they have as they are.
+Optuna's `ask` takes waiting trials first and leaves the params they have as they are; in which order, search.waiting
+says.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeGuard
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
@@ -20,6 +21,8 @@ from search.report.render import loss as show_loss
 WIDTH, HEIGHT = 600, 320
 LEFT, RIGHT, TOP, BOTTOM = 72, 588, 32, 272
 """Edges of the plot itself."""
+MARKED = 200
+"""Most epochs that are marked one by one."""
 TICKS = 6
 """Most ticks of an axis, about."""
 
@@ -35,9 +38,9 @@ class Line:
 
 
 def draw(epochs: Sequence[EpochRecord], number: int) -> bytes:
-    """Training and validation loss by epoch, the best epoch marked. At least one loss is to be known."""
-    train = [(e.epoch, e.train_loss) for e in epochs if e.train_loss is not None]
-    val = [(e.epoch, e.val_loss) for e in epochs if e.val_loss is not None]
+    """Training and validation loss by epoch, the best epoch marked. At least one loss is to be finite."""
+    train = [(e.epoch, e.train_loss) for e in epochs if shown(e.train_loss)]
+    val = [(e.epoch, e.val_loss) for e in epochs if shown(e.val_loss)]
     losses = [loss for _, loss in train + val]
     x_low, x_high = min(e.epoch for e in epochs), max(e.epoch for e in epochs)
     y_low, y_high = min(losses), max(losses)
@@ -71,12 +74,18 @@ def draw(epochs: Sequence[EpochRecord], number: int) -> bytes:
         top=TOP,
         bottom=BOTTOM,
         x_ticks=[(place(x, y_low)[0], f"{x:.0f}") for x in _ticks(x_low, x_high, step)],
-        y_ticks=[(place(x_low, y)[1], f"{y:.10g}") for y in _ticks(y_low, y_high, _step(y_low, y_high))],
+        y_ticks=[(place(x_low, y)[1], f"{y:.6g}") for y in _ticks(y_low, y_high, _step(y_low, y_high))],
+        markers=len(epochs) <= MARKED,
         lines=lines,
         legend=legend,
         best=place(*best) if best is not None else None,
     )
     return text.encode()
+
+
+def shown(loss: float | None) -> TypeGuard[float]:
+    """Whether a loss has a place on a plot."""
+    return loss is not None and math.isfinite(loss)
 
 
 def _step(low: float, high: float) -> float:

@@ -61,9 +61,9 @@ def annotate_trial(
     # this form too, as a constraint named "0".
     trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [1.0 if outcome.violated else 0.0])
     plot = ""
-    if any(loss is not None for e in epochs for loss in (e.train_loss, e.val_loss)):
+    if any(losses_svg.shown(loss) for e in epochs for loss in (e.train_loss, e.val_loss)):
         plot = _keep(trial, runs_dir, losses_svg.draw(epochs, trial.number), f"trial-{trial.number:03d}-losses.svg")
-        best = min((e.val_loss for e in epochs if e.val_loss is not None), default=None)
+        best = min((e.val_loss for e in epochs if losses_svg.shown(e.val_loss)), default=None)
         seen = "" if best is None else f", lowest validation loss {best:.4f}"
         plot = f"![Losses of {len(epochs)} epochs{seen}]({plot})"
     lines = [_text(outcome.detail, f"**{outcome.state}** ({outcome.reason}): "), ""]

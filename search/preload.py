@@ -1,9 +1,15 @@
 """The imports of a worker, made by importing this: `multiprocessing`'s fork server does it by name."""
 
+import signal
 from contextlib import suppress
 
-from search.worker import import_early
-from trainer.startup import without_collection
+# Ctrl-C in a terminal, and SIGTERM as schedulers send it, reach the whole process group. This process ends with the
+# supervisor, which would lose sight of its workers if it went first; they set handlers of their own.
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+
+from search.worker import import_early  # noqa: E402
+from trainer.startup import without_collection  # noqa: E402
 
 import_early()
 with without_collection(), suppress(ImportError):

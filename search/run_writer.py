@@ -16,7 +16,8 @@ __all__ = ["Point", "RunStore", "Status", "Unavailable", "Writer"]
 
 PAUSE_S = 2.0
 """Seconds between two writes of a run, at least: a call of MLflow's costs as much as a hundred metrics, and epochs of
-small models are shorter than this. Nothing is lost for it: a run that goes on is given its checkpoint's history."""
+small models are shorter than this. A kill -9 costs no epoch for it, since a run that goes on is given its checkpoint's
+history, but the step metrics of these seconds."""
 
 
 class Writer(threading.Thread):

@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
 MOST = 16
 BUSY_CPU = 2.2e7
-"""For each thread. On a CPU core, dispatch costs some 10 microseconds an operation; a product of T rows with a matrix
-of d x d takes as long at T d^2 = 3e5. The embedded model (d = 128) gains 52 % from 4 samples in a pass to 16, and one
-of d = 768 nothing (docs/benchmarks.md): 75 times that break-even, 1,350 rows and 37. One process alone gains 11 % more
-from 32 samples, two that share a cache nothing: a study of 32 trials takes 75.6 s with passes of 16, 76.8 with 24 or
-33, and 84.0 with 11. And the fewer trials at once, the sooner each is judged: with successive halving 31.9 s, 37.0 and
-37.8."""
+"""For each thread, of two at most (with more, nothing was measured).
+
+On a CPU core, dispatch costs some 10 microseconds an operation; a product of T rows with a matrix of d x d takes as
+long at T d^2 = 3e5. The embedded model (d = 128) gains 52 % from 4 samples in a pass to 16, and one of d = 768 nothing
+(docs/benchmarks.md): 75 times that break-even, 1,350 rows and 37. One process alone gains 11 % more from 32 samples,
+two that share a cache nothing: a study of 32 trials takes 75.6 s with passes of 16, 76.8 with 24 or 33, and 84.0 with
+11. And the fewer trials at once, the sooner each is judged: with successive halving 31.9 s, 37.0 and 37.8."""
 BUSY_CUDA = {"highest": 160, "high": 1200}
 """On a GPU, weights must be read for however few rows. An H100 (67 TFLOPS in float32, 495 in TF32, 3.35 TB/s) computes
 as long as it reads at 40 and 295 rows; four times that leaves reading a fifth. From the data sheet, not measured."""
@@ -88,7 +89,7 @@ def busy_samples(config: TrainConfig, bench: Workbench) -> float:
     model = bench.base(config).model
     device = runtime.resolve_device(config.device)
     width = min(model.config.qformer_config.hidden_size, model.config.text_config.hidden_size)
-    on_cpu = BUSY_CPU * torch.get_num_threads() / width**2
+    on_cpu = BUSY_CPU * min(2, torch.get_num_threads()) / width**2
     busy = BUSY_CUDA[config.matmul_precision] if device.type == "cuda" else on_cpu
     return busy / _rows(config, bench)
 

@@ -21,7 +21,9 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from search.crew import Crew, WorkerProcess
+import psutil
+
+from search.crew import UNSEEN, Crew, WorkerProcess
 from search.display import Display
 from search.errors import DatabaseAway
 from search.job import Job
@@ -105,6 +107,8 @@ class Supervisor:
         self._trial_ended = trial_ended
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._seats: list[_Seat] = []
+        self._orphans: list[tuple[psutil.Process, float]] = []
+        """Workers out of sight, and when they will have had time enough to end."""
         self._order = Order.GO_ON
         self._signals: list[int] = []
         self._deaths = 0
@@ -141,6 +145,7 @@ class Supervisor:
             waited += [seat.link for seat in self._seats if not seat.closed]
             wait(waited, timeout=REFRESH_S)
             self._forgive_a_pause()
+            self._kill_hung_orphans()
             for seat in list(self._seats):
                 self._read(seat)
                 if not seat.process.is_alive():
@@ -253,6 +258,8 @@ class Supervisor:
     def _ended(self, seat: _Seat) -> int:
         """Deal with a worker that has ended; the exit code this asks for."""
         exit_code = seat.process.exitcode or 0
+        if exit_code == UNSEEN and seat.process.pid is not None and psutil.pid_exists(seat.process.pid):
+            return self._out_of_sight(seat)
         seat.link.close()
         seat.process.close()
         if exit_code == DatabaseAway.exit_code:
@@ -299,6 +306,28 @@ class Supervisor:
         else:
             self._order = max(self._order, Order.END_AFTER_EPOCH)
             self.display.say("finishing the current epoch; once more to stop at the next step")
+
+    def _out_of_sight(self, seat: _Seat) -> int:
+        """A worker lives whose end could not be seen any more: the process that it was forked from was killed.
+
+        It reads the end of the pipe, sets its trials back to waiting and ends. None of them is to blame.
+        """
+        pid = seat.process.pid
+        log.error("worker %d (process %s) is out of sight", seat.index, pid)
+        self._orphans.append((psutil.Process(pid), time.monotonic() + self._hang_timeout_s))
+        seat.link.close()
+        seat.process.close()
+        if self._order == Order.GO_ON:
+            self.display.say(f"worker {seat.index} is out of sight; another takes its place, its trials go on")
+            self._start(seat.index)
+        return 0
+
+    def _kill_hung_orphans(self) -> None:
+        for orphan, until in list(self._orphans):
+            if not orphan.is_running() or time.monotonic() > until:
+                with suppress(psutil.NoSuchProcess):
+                    orphan.kill()
+                self._orphans.remove((orphan, until))
 
     def _stop_all(self) -> None:
         """No worker outlives its supervisor."""

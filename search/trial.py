@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,7 +223,8 @@ class TrialRun:
         match event:
             case RunStarted():
                 self.total_steps = event.total_steps
-                log.info("trial %d: %s", self.trial.number, event)
+                facts = replace(event, adapted_modules=())  # MLflow has their names
+                log.info("trial %d: %s, %d modules", self.trial.number, facts, len(event.adapted_modules))
                 for problem in event.damaged_checkpoints:
                     text = f"trial {self.trial.number} goes on after epoch {event.resumed_from_epoch}: {problem}"
                     self.worker.link.send(Said(text=text))

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import records
 from search.study import Study
+from trainer.errors import ConfigError
 
 
 class LongestFirst(optuna.Study):
@@ -35,7 +36,7 @@ class LongestFirst(optuna.Study):
 
     def __init__(self, name: str, storage: Any, sampler: Any, pruner: Any, definition: Study, rows: int) -> None:
         super().__init__(name, storage, sampler, pruner)
-        self._base = definition.base_config().model_dump()
+        self._definition = definition
         self._rows = rows
         self.longest_first = False
         """Whether trials train side by side; one after the other, they keep the order of their numbers."""
@@ -58,8 +59,10 @@ class LongestFirst(optuna.Study):
     def steps_left(self, trial: FrozenTrial) -> int:
         """Optimizer steps until the trial's last epoch; what is still to be sampled counts as the base has it."""
         given = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        values = {**self._base, **trial.user_attrs.get(records.OVERRIDES, {}), **given}
-        samples = min(values["max_samples"] or self._rows, self._rows)
-        steps: int = math.ceil(samples / (values["batch_size"] * values["gradient_accumulation_steps"]))
-        epochs: int = values["num_epochs"] - len(trial.intermediate_values)
-        return steps * epochs
+        try:
+            config = self._definition.config(given, trial.user_attrs.get(records.OVERRIDES, {}))
+        except (ConfigError, TypeError, ValueError):
+            return 0  # somebody queued what cannot be run; who takes it will be told
+        samples = min(config.max_samples or self._rows, self._rows)
+        steps = math.ceil(samples / (config.batch_size * config.gradient_accumulation_steps))
+        return steps * (config.num_epochs - len(trial.intermediate_values))

@@ -113,6 +113,24 @@ def test_note_and_plot_outlive_the_end_of_the_trial(study: optuna.Study, tmp_pat
     assert ElementTree.fromstring(copy.read_bytes()).tag == "{http://www.w3.org/2000/svg}svg"
 
 
+@pytest.mark.parametrize("losses", [(math.inf, math.nan), (1.5, math.inf), (math.nan, 1.7)])
+def test_a_trial_whose_losses_overflow_has_its_note(
+    study: optuna.Study, tmp_path: Path, losses: tuple[float, float]
+) -> None:
+    """Matplotlib leaves out what has no place; so does the template."""
+    trial = study.ask()
+    note = annotate(trial, tmp_path, curve([*report_data.EXPERIMENT_3, losses]))
+    assert "overfitting" in note and "lowest validation loss 1.5700](/artifacts/" in note
+    (kept,) = get_all_artifact_meta(trial, storage=study._storage)
+    drawn = (tmp_path / ARTIFACTS / kept.artifact_id).read_text(encoding="utf-8")
+    assert "nan" not in drawn and "inf" not in drawn
+
+
+def test_a_trial_without_a_finite_loss_has_a_note_without_plot(study: optuna.Study, tmp_path: Path) -> None:
+    note = annotate(study.ask(), tmp_path, curve([(math.nan, math.inf)] * 3))
+    assert "**COMPLETE**" in note and "![" not in note
+
+
 def test_what_comes_from_data_stays_text(study: optuna.Study, tmp_path: Path) -> None:
     outcome = Outcome(state="PRUNED", reason=records.NON_FINITE, detail=EVIL)
     note = annotate(study.ask(), tmp_path, curve(report_data.EXPERIMENT_3), outcome=outcome)

@@ -263,6 +263,29 @@ def test_the_process_that_workers_are_forked_from_is_killed(
     assert [t.state for t in trials_of(runs)] == ["COMPLETE"]
     assert curves_of(runs) == undisturbed
     assert trials_of(runs)[0].attrs[records.WORKER]["pid"] != worker.pid
+    running.wait_for("worker 0 is out of sight; another takes its place")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_is_an_orderly_end(tmp_path: Path, search: Any, number: int) -> None:
+    """Schedulers and terminals signal every process, that from which workers are forked too."""
+    running = search(command(tmp_path / "runs", "--trials", "1", settings=LONG))
+    running.wait_for("epoch 1:")
+    worker = workers_of(running.process.pid)
+    os.killpg(running.process.pid, number)
+    assert running.end() == 128 + number, running.output()
+    assert not any(process.is_running() for process in worker)
+    assert trials_of(tmp_path / "runs")[0].state == "WAITING"
+    assert {status for status, _ in runs_of(tmp_path / "runs").values()} == {"KILLED"}
+    assert "Traceback" not in running.output() and "out of sight" not in running.output()
+
+
+def test_ctrl_c_while_imports_are_made(tmp_path: Path, search: Any) -> None:
+    running = search(command(tmp_path / "runs", "--trials", "1", settings=LONG))
+    running.wait_for("study rsicap_mini")  # the supervisor is ready long before the imports
+    os.killpg(running.process.pid, signal.SIGINT)
+    assert running.end() == 130, running.output()
+    assert "Traceback" not in running.output() and "KeyboardInterrupt" not in running.output()
 
 
 def test_where_nothing_can_be_forked_from_workers_import_themselves(

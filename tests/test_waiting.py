@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from search import lifecycle, sampling
 from search.database import close_storage, open_storage
-from search.space import Float, Int
+from search.space import Choice, Float, Int, Multiple, param_name
 from search.storage import open_study
 from search.study import Fixed, Study
 from search.waiting import LongestFirst
@@ -112,6 +112,21 @@ def test_a_new_trial_once_none_waits(waiting: LongestFirst) -> None:
 
 
 def test_what_a_definition_leaves_out_is_all_rows(waiting: LongestFirst) -> None:
-    assert replace(DEFINITION, base={**DEFINITION.base, "max_samples": None}).base_config().max_samples is None
-    waiting._base["max_samples"] = None
+    waiting._definition = replace(DEFINITION, base={**DEFINITION.base, "max_samples": None})
     assert waiting.steps_left(waiting.get_trials(deepcopy=False)[0]) == 6 * 2
+
+
+def test_multiples_and_texts_are_resolved(waiting: LongestFirst) -> None:
+    space = {"batch_size": Choice(("4", "8")), "gradient_accumulation_steps": Multiple("lora_r", (1, 2))}
+    waiting._definition = replace(DEFINITION, space=space, enqueue=())
+    waiting.enqueue_trial({"batch_size": "8", "gradient_accumulation_steps/lora_r": 2})
+    queued = waiting.get_trials(deepcopy=False)[-1]
+    name = param_name("gradient_accumulation_steps", space["gradient_accumulation_steps"])
+    queued.system_attrs["fixed_params"] = {"batch_size": "8", name: 2}
+    assert waiting.steps_left(queued) == 6 * 1  # 30 rows, 8 times 16 a step
+
+
+def test_what_cannot_be_run_is_no_obstacle(waiting: LongestFirst) -> None:
+    waiting.longest_first = True
+    waiting.enqueue_trial({"batch_size": 0}, user_attrs={"label": "wrong"})
+    assert taken(waiting)[-1] == "wrong"
