@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -142,6 +142,10 @@ class _Crew:
 
     def alive(self, worker: object) -> None:
         """Nothing is known."""
+
+    def importing(self) -> AbstractContextManager[None]:
+        """Nothing is imported."""
+        return nullcontext()
 
     def __enter__(self) -> _Crew:
         return self
