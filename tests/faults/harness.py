@@ -118,12 +118,13 @@ def storm(start: Callable[[], Search], kills: Sequence[str], rng: random.Random,
     search = start()
     for what in kills:
         time.sleep(rng.uniform(0.0, longest_s))
-        while search.process.poll() is not None or (what != "supervisor" and not workers_of(search)):
+        workers = workers_of(search)
+        while search.process.poll() is not None or (what != "supervisor" and not workers):
             if search.process.poll() is not None:
                 search.kill()
                 search = start()
             time.sleep(0.05)
-        workers = workers_of(search)
+            workers = workers_of(search)
         if what in ("supervisor", "both"):
             search.process.kill()
         if what == "importer":
