@@ -121,6 +121,7 @@ def storm(start: Callable[[], Search], kills: Sequence[str], rng: random.Random,
         workers = workers_of(search)
         while search.process.poll() is not None or (what != "supervisor" and not workers):
             if search.process.poll() is not None:
+                assert search.process.poll() != 0, f"the study was done after {done.total()} kills: too short for all"
                 search.kill()
                 search = start()
             time.sleep(0.05)
