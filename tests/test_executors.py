@@ -118,3 +118,32 @@ def test_rays_reasons_are_one_line() -> None:
     text = f"The actor died unexpectedly before finishing this task.\n\tpid: 9\n{reason}. Node Id: 1b0e\n\t"
     assert _reason(RuntimeError(text)) == reason
     assert _reason(RuntimeError("")) == "RuntimeError"
+
+
+@pytest.mark.parametrize("fault", [EOFError, ConnectionRefusedError])
+def test_a_fork_that_fails_is_a_spawn_instead(monkeypatch: pytest.MonkeyPatch, fault: type[Exception]) -> None:
+    """What workers are forked from may be killed in this very moment."""
+    asked = []
+
+    class Context:
+        def __init__(self, method: str) -> None:
+            asked.append(method)
+            self.method = method
+
+        def Pipe(self) -> tuple[Any, Any]:
+            return open("/dev/null"), open("/dev/null")
+
+        def Process(self, **_: Any) -> Any:
+            return self
+
+        def start(self) -> None:
+            if self.method == "forkserver":
+                raise fault
+
+    monkeypatch.setattr(crew, "gpus", list)
+    monkeypatch.setattr(crew.multiprocessing, "get_context", Context)
+    workers = Crew(1, 1)
+    for _ in range(2):
+        _, link = workers.take(0)
+        link.close()
+    assert asked == ["forkserver", "spawn", "spawn"]
