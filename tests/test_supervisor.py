@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
+from types import SimpleNamespace
 from typing import Any
 
 from search.lifecycle import Unfinished
 from search.messages import Message
-from search.supervisor import Supervisor
+from search.supervisor import Supervisor, _Seat
 
 LINGERS_S = 1.5
 
@@ -69,3 +71,29 @@ def test_the_supervisor_sleeps_while_a_worker_ends(monkeypatch: Any) -> None:
     before_the_end = rounds.times[-1] - LINGERS_S / 3
     lingering = [at for at in rounds.times if before_the_end - LINGERS_S / 3 < at < before_the_end]
     assert len(lingering) < 5
+
+
+def test_workers_out_of_sight_are_no_deaths(monkeypatch: Any) -> None:
+    """What they were forked from was killed: all seem to end at once, with the library's 255, and live."""
+    said: list[str] = []
+
+    class Shown(Rounds):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    display: Any = Shown()
+    supervisor = Supervisor(
+        Any,  # type: ignore[arg-type]
+        Any,  # type: ignore[arg-type]
+        timeout_s=None,
+        display=display,
+        look=lambda: None,  # type: ignore[arg-type,return-value]
+        trial_ended=lambda: None,
+    )
+    started: list[int] = []
+    monkeypatch.setattr(supervisor, "_start", lambda index, one_by_one=0: started.append(index))
+    for index in range(6):
+        process: Any = SimpleNamespace(pid=os.getpid(), exitcode=255, close=lambda: None)
+        link: Any = SimpleNamespace(close=lambda: None)
+        assert supervisor._ended(_Seat(index, process, link)) == 0
+    assert started == list(range(6)) and supervisor._deaths == 0 and len(said) == 6
