@@ -1,4 +1,4 @@
-"""`python -m search.dashboard`: optuna-dashboard behind a check of names, origins and a password (search.access).
+"""`python -m search.dashboard`: optuna-dashboard behind a check of names, origins and a password.
 
 Its own program has none of them. The database's URL comes from the environment, so that no password is shown by `ps`.
 """
@@ -15,9 +15,9 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import typer
 
-from search import access
-from search.opening import STORAGE_VARIABLE
-from trainer import cli
+from search.dashboards import access
+from search.options import STORAGE_VARIABLE
+from trainer.common import cli
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -55,7 +55,7 @@ def main(
     from optuna.artifacts import FileSystemArtifactStore
     from optuna_dashboard import wsgi
 
-    from search.database import open_storage
+    from search.storage.database import open_storage
 
     store = None
     if artifact_dir is not None:

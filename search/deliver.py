@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from search import opening
-from search.opening import RunsOption, TrackingOption
-from trainer import cli
+from search import options
+from search.options import RunsOption, TrackingOption
+from trainer.common import cli
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -21,15 +21,15 @@ def main(
     runs_dir: RunsOption = Path("runs"),
 ) -> None:
     """Deliver the records of a study that MLflow has not taken yet. The search's own command does so too."""
-    from search.delivery import Delivery
     from search.errors import StudyError
-    from search.runbook import RunBook
+    from search.tracking.delivery import Delivery
+    from search.tracking.runs import StudyRuns
 
     names = (study, study.replace("-", "_"))  # as search.run takes it
     folder = next((runs_dir / name for name in names if (runs_dir / name).is_dir()), None)
     if folder is None:
         raise StudyError(f"there is no folder {str(runs_dir / study)!r}; name the search's with --runs-dir")
-    book = RunBook(opening.tracking_uri(tracking_uri, runs_dir), runs_dir / "artifacts", folder.name, folder)
+    book = StudyRuns(options.tracking_uri(tracking_uri, runs_dir), runs_dir / "artifacts", folder.name, folder)
     if not book.spool.runs():
         print("nothing is to be delivered")
         return

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from search.diagnosis import Curve, diagnose, messages
 from search.records import EpochRecord
-from trainer import cli
-from trainer.errors import UserError, shown
+from trainer.common import cli
+from trainer.common.errors import UserError, shown
 
 FEWEST_PEERS = 3
 """Other runs of the same model needed before one is called slow against them: a median of fewer is an extreme."""

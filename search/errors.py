@@ -1,6 +1,6 @@
 """What can go wrong on the search's side because of the user's input or surroundings.
 
-trainer.errors.UserError
+trainer.common.errors.UserError
 ├── StudyError        a study file or search space that cannot be meant
 ├── DefinitionChanged a study that exists under this name with another definition
 └── StorageError      a database or tracking server that cannot be opened or reached
@@ -10,7 +10,7 @@ trainer.errors.UserError
 
 from typing import ClassVar
 
-from trainer.errors import UserError
+from trainer.common.errors import UserError
 
 
 class StudyError(UserError):

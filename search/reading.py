@@ -14,20 +14,21 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import optuna
 
-from search import records, storage
-from search.curves import RunCurves, merged, spooled
+from search import records
 from search.records import EpochRecord, StudyRecord, TrialRecord
-from search.spool import Spool
-from search.tracking import RECORD_ID, Tracking
+from search.storage import studies
+from search.tracking.client import RECORD_ID, Tracking
+from search.tracking.outbox import Outbox
+from search.tracking.reader import RunCurves, merged, spooled
 
 
 def read_study(
-    study: optuna.Study, tracking: Tracking | None = None, spool: Spool | None = None, *, away: bool = False
+    study: optuna.Study, tracking: Tracking | None = None, spool: Outbox | None = None, *, away: bool = False
 ) -> StudyRecord:
     """Everything recorded about a study, in two bulk reads.
 
     Args:
-        study: The Optuna study, see `search.storage.find_study`.
+        study: The Optuna study, see `search.storage.studies.find_study`.
         tracking: MLflow's store; None for what Optuna alone knows.
         spool: What is not yet delivered to it.
         away: There is a store, but it does not answer.
@@ -48,11 +49,11 @@ def read_study(
     attrs = dict(study.user_attrs)
     return StudyRecord(
         name=study.study_name,
-        definition=dict(attrs.pop(storage.DEFINITION, {})),
+        definition=dict(attrs.pop(studies.DEFINITION, {})),
         attrs=attrs,
         trials=tuple(
             _with_run(trial, runs.get(trial.run_id or ""), reported[trial.number])
-            for trial in (replace(t, run_id=ids.get(t.run_id or "", t.run_id)) for t in storage.read_trials(study))
+            for trial in (replace(t, run_id=ids.get(t.run_id or "", t.run_id)) for t in studies.read_trials(study))
         ),
         experiment_id=experiment_id,
         parent_run_id=parent,

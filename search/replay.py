@@ -14,13 +14,13 @@ import typer
 
 from search import records
 from search.errors import StudyError
-from search.opening import RunsOption, StorageOption, StudyOption, TrackingOption, opened
-from trainer import cli
+from search.options import RunsOption, StorageOption, StudyOption, TrackingOption, opened
+from trainer.common import cli
 
 if TYPE_CHECKING:
     from search.records import TrialRecord
-    from search.run_store import Point, Status
-    from search.tracking import Tracking
+    from search.tracking.client import Tracking
+    from search.tracking.run_store import Point, Status
     from trainer.config import TrainConfig
     from trainer.events import Event
 
@@ -47,7 +47,7 @@ FACTS = (
 PACKED_TOLERANCE = 1e-3
 """Relative difference up to which a trial that trained beside others counts as come again. It is trained again alone,
 and a matrix product of another height may be summed in another order: 4e-7 at the end of an epoch of the embedded
-model (tests/test_pack.py shows that nothing else differs), which training can amplify."""
+model (tests/trainer/test_pack.py shows that nothing else differs), which training can amplify."""
 
 Losses = Mapping[tuple[str, int], float]
 """Values by (metric, step or epoch)."""
@@ -77,7 +77,7 @@ class Comparison:
 
 
 class _Memory:
-    """A store that keeps the points written to it (search.run_writer.RunStore)."""
+    """A store that keeps the points written to it (search.tracking.writer.RunStore)."""
 
     def __init__(self) -> None:
         self.points: dict[tuple[str, int], float] = {}
@@ -107,7 +107,7 @@ def main(
     model: Annotated[str | None, typer.Option(help="The model, if it lies elsewhere now.")] = None,
 ) -> None:
     """Train a trial again and compare every recorded loss; exit code 0 if all came again, 1 if not."""
-    from search import lifecycle
+    from search.storage import lifecycle
     from trainer.config import TrainConfig
 
     with opened(study, storage, tracking_uri, runs_dir) as (opened_study, tracking):
@@ -125,10 +125,10 @@ def replay(record: TrialRecord, config: TrainConfig, tracking: Tracking) -> Comp
     """Train the configuration as far as the record goes, or to where the losses depart, and compare."""
     import torch
 
-    from search.environment import environment
-    from search.recorder import RunRecorder
-    from trainer.bench import Workbench
+    from search.tracking.environment import environment
+    from search.tracking.recorder import RunRecorder
     from trainer.loop import train
+    from trainer.workbench import Workbench
 
     assert record.run_id is not None
     recorded = recorded_losses(tracking, record.run_id)

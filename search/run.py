@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from search.errors import DatabaseAway, StudyError, Unavailable
-from search.opening import StorageOption, TrackingOption, sqlite_url
-from trainer import cli
+from search.options import StorageOption, TrackingOption, sqlite_url
+from trainer.common import cli
+from trainer.common.errors import shown
+from trainer.common.imports import without_collection
 from trainer.config import MOST
-from trainer.errors import shown
-from trainer.startup import without_collection
 
 if TYPE_CHECKING:
-    from search.crew import Crew
-    from search.display import Display
-    from search.executors import Executor
-    from search.run_store import Status
     from search.study import Study
-    from trainer.dataset import Examined
+    from search.terminal.live import Display
+    from search.tracking.run_store import Status
+    from search.workers.executor import Executor
+    from search.workers.pool import WorkerPool
+    from trainer.data.dataset import Examined
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -83,7 +83,7 @@ def main(
 ) -> None:
     """Search hyperparameters of LoRA fine-tunings of InstructBLIP. Run again to continue a study."""
     from search import study as studies
-    from search.executors import Executor
+    from search.workers.executor import Executor
 
     if list_:
         _list()
@@ -194,10 +194,11 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
     """Check model and data, and show what would run; writes nothing into the runs folder."""
     import optuna
 
-    from search import leaderboard, prepare, sampling, staged
-    from trainer import memory
+    from search import leaderboard, preflight
+    from search.sampling import samplers, staged
+    from trainer.model import memory
 
-    examined = prepare.check(study)
+    examined = preflight.check(study)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     print(f"study {study.name}: {study.description}")
     print(f"{n_trials} trials, strategy {strategy}, sampler {study.sampler}, pruner {pruner}, seed {study.seed}")
@@ -211,9 +212,9 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
         print(f"  {name}: {param}")
     for fixed in study.enqueue:
         print(f"given by hand: {fixed.label}: {dict(fixed.config)}")
-    dry = optuna.create_study(sampler=sampling.make_sampler(study, strategy, n_trials))
+    dry = optuna.create_study(sampler=samplers.make_sampler(study, strategy, n_trials))
     trial = dry.ask()
-    sampling.suggest(trial, study)
+    samplers.suggest(trial, study)
     config = study.config(trial.params, staged.stage_overrides(trial))
     print("the first sampled trial would be")
     print(leaderboard.training_config(config.model_dump(mode="json")))
@@ -222,18 +223,18 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
 
 def _search(definition: Study, *, executor: Executor, storage_url: str, tracking_uri: str, **options: Any) -> int:
     """Check, start the workers, and run the search; returns the exit code."""
-    from search import prepare
+    from search import preflight
 
     crew = executor.crew({"--storage": storage_url, "--tracking-uri": tracking_uri})
     with crew.importing():
-        examined = prepare.check(definition)
+        examined = preflight.check(definition)
         with crew:
             return _run(definition, crew, examined, storage_url=storage_url, tracking_uri=tracking_uri, **options)
 
 
 def _run(
     definition: Study,
-    crew: Crew,
+    crew: WorkerPool,
     examined: Examined,
     *,
     n_trials: int,
@@ -254,23 +255,26 @@ def _run(
     with without_collection():
         import optuna
 
-        from search import ending, lifecycle, pruning, records, sampling
-        from search import storage as store
-        from search.courier import Courier
-        from search.database import open_storage
-        from search.delivery import Delivery
-        from search.display import Live_, Plain
-        from search.job import Job
-        from search.logkeeper import LogKeeper
-        from search.mlflow_uri import masked
-        from search.runbook import RunBook
-        from search.supervisor import Supervisor
-        from search.worker import set_up_logging
+        from search import pruning, records
+        from search.report.keeper import LogKeeper
+        from search.sampling import samplers
+        from search.storage import lifecycle
+        from search.storage import studies as store
+        from search.storage.database import open_storage
+        from search.terminal import summary
+        from search.terminal.live import LiveDisplay, Plain
+        from search.tracking.address import masked
+        from search.tracking.courier import DeliveryThread
+        from search.tracking.delivery import Delivery
+        from search.tracking.runs import StudyRuns
+        from search.workers.job import Job
+        from search.workers.supervisor import Supervisor
+        from search.workers.worker import set_up_logging
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     _make_folder(runs_dir)
     storage = open_storage(storage_url, heartbeat_s=1, grace_s=round(lost_after_s))
-    sampler = sampling.make_sampler(definition, strategy, n_trials)
+    sampler = samplers.make_sampler(definition, strategy, n_trials)
     study = store.open_study(
         storage,
         definition,
@@ -284,7 +288,7 @@ def _run(
     _make_folder(runs_dir / name)
     set_up_logging(runs_dir / name)
     _log_file = runs_dir / name / "search.log"
-    book = RunBook(tracking_uri, runs_dir / "artifacts", name, runs_dir / name)
+    book = StudyRuns(tracking_uri, runs_dir / "artifacts", name, runs_dir / name)
     delivery = Delivery(book.spool, name, book.connect)
     caught_up = False
     with suppress(Unavailable):
@@ -318,16 +322,18 @@ def _run(
         return lifecycle.unfinished(study)
 
     console = _console()
-    display: Display = Live_(console, lambda: lifecycle.read_trials(study)) if console.is_terminal else Plain(console)
+    display: Display = (
+        LiveDisplay(console, lambda: lifecycle.read_trials(study)) if console.is_terminal else Plain(console)
+    )
     keeper = LogKeeper(study, book, job.folder, _options(storage_url, tracking_uri, runs_dir))
-    courier = Courier(delivery, masked(tracking_uri), display.say)
+    courier = DeliveryThread(delivery, masked(tracking_uri), display.say)
     storage.say = display.say
     book.close_dangling(_is_dead)
     left = look()
     waiting = left.waiting
     done = lifecycle.counted(study)
     with display:
-        display.say(ending.headline(job, study, done, waiting))
+        display.say(summary.headline(job, study, done, waiting))
         courier.start(away)
         code = 0
         if waiting or left.running or done < n_trials:
@@ -352,12 +358,12 @@ def _run(
     courier.close()  # first, so that the log has what MLflow has
     logs = keeper.close() if keeper.is_alive() else []
     trials = lifecycle.read_trials(study)
-    book.end_study(ENDS.get(code, "FAILED"), ending.study_tags(trials))
+    book.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials))
     undelivered = courier.close(0)
     book.close_dangling(_is_dead)
-    ending.sum_up(console, trials, job, code, logs)
+    summary.sum_up(console, trials, job, code, logs)
     if undelivered is not None:
-        console.print(ending.undelivered(undelivered, job), markup=False, highlight=False, soft_wrap=True)
+        console.print(summary.undelivered(undelivered, job), markup=False, highlight=False, soft_wrap=True)
     return code
 
 

@@ -1,6 +1,6 @@
 """The parameters of a search space: what may vary, between which values, on which scale.
 
-Pure descriptions: `search.sampling` turns them into Optuna's distributions.
+Pure descriptions: `search.sampling.samplers` turns them into Optuna's distributions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.errors import shown
+from trainer.common.errors import shown
 
 Scalar = float | int | str | bool
 

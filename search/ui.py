@@ -1,6 +1,6 @@
 """`python -m search.ui`: MLflow's pages and optuna-dashboard together, on this machine's loopback address.
 
-Told to listen elsewhere (`--host`), both want a password and answer to the given names only (search.access).
+Told to listen elsewhere (`--host`), both want a password and answer to the given names only.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from search import access
-from search.access import Access
+from search.dashboards import access
+from search.dashboards.access import Access
 from search.errors import StorageError
-from search.opening import ARTIFACTS, STORAGE_VARIABLE, StorageOption, TrackingOption
-from trainer import cli
-from trainer.errors import UserError
+from search.options import ARTIFACTS, STORAGE_VARIABLE, StorageOption, TrackingOption
+from trainer.common import cli
+from trainer.common.errors import UserError
 
 START_S = 120
 """Longest wait for a page to answer; MLflow needs about ten seconds."""
@@ -161,11 +161,11 @@ def check(storage: str, tracking_uri: str, ports: dict[str, int], granted: Acces
 
 def _unusable(storage: str, tracking_uri: str) -> Iterator[str]:
     """What is wrong with databases that seem to be there. Imports SQLAlchemy and Optuna, which takes a second."""
-    from search import mlflow_uri
-    from search.database import close_storage, open_storage
+    from search.storage.database import close_storage, open_storage
+    from search.tracking import address
 
     try:
-        mlflow_uri.check(tracking_uri)
+        address.check(tracking_uri)
     except StorageError as error:
         yield str(error)
     try:
@@ -193,7 +193,7 @@ def mlflow_server(tracking_uri: str, port: int, granted: Access) -> Iterator[Ser
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # three more processes, for nothing we use
-        # The middleware against DNS rebinding compares the Host header, port included. Said here, so that an
+        # The middleware against DNS rebinding compares the Host header, port included. Notice here, so that an
         # environment variable meant for another server does not shut out the URL that we print.
         "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(granted.allowed_hosts(port)),
         "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(granted.allowed_origins(port)),
@@ -269,7 +269,7 @@ def wait_until_ready(servers: list[Server]) -> None:
 
 def show(servers: list[Server], remote: str | None, granted: Access) -> None:
     """Print where to look: the studies' pages of curves first, newest on top."""
-    from search.mlflow_uri import masked, runs_page
+    from search.tracking.address import masked, runs_page
 
     urls = {server.name: server.url for server in servers}
     if remote is not None:

@@ -61,7 +61,7 @@ def bench() -> Any:
     """One workbench for all tests, as a worker has one for all its trials."""
     import torch
 
-    from trainer.bench import Workbench
+    from trainer.workbench import Workbench
 
     torch.set_num_threads(1)
     return Workbench()

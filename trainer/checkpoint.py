@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.common.disk import out_of_room
+from trainer.common.errors import CheckpointError
 from trainer.config import MACHINE_FIELDS, TrainConfig
-from trainer.disk import out_of_room
-from trainer.errors import CheckpointError
 from trainer.events import EpochEnded, NonFinite, epoch_from_dict, to_dict
-from trainer.lora import Adapter
+from trainer.model.lora import Adapter
 
 FORMAT = 1
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from trainer.errors import MOST_SHOWN, ConfigError, shown
+from trainer.common.errors import MOST_SHOWN, ConfigError, shown
 
 EMBEDDED = "mini"
 """The name under which the embedded model and data are found: `model="mini"`, `data="mini"`."""
@@ -114,7 +114,7 @@ class TrainConfig(BaseModel):
 
     patience: Annotated[int, Field(ge=1, le=MOST)] = 3
     """Evaluations in a row without a new best before validation loss counts as rising. Real curves set a record
-    after two flat epochs, never after three (tests/test_pruning.py holds it to the recorded runs)."""
+    after two flat epochs, never after three (tests/search/test_pruning.py holds it to the recorded runs)."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """A validation loss is a new best if it is lower by more than this."""
 

@@ -3,7 +3,7 @@
 `Pack` holds up to K runs and does one optimizer step of each in a round; `train` is a pack of one, as a generator of
 events. They report facts and decide nothing. Each run has its own adapter, data order, dropout, schedule, clipping,
 optimizer and epochs, and behaves as if alone: to the last bit but for the rounding of sums whose order depends on how
-many rows a matrix has (tests/test_pack.py holds it to 1e-12 in float64, against PEFT and PyTorch's AdamW).
+many rows a matrix has (tests/trainer/test_pack.py holds it to 1e-12 in float64, against PEFT and PyTorch's AdamW).
 
 The frozen base runs in evaluation mode: its own dropout is off, in training too. What regularises a run is
 `lora_dropout`, which the search samples. So attention takes the fused kernels, and a run's random numbers are its own.
@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 
 from trainer import checkpoint, runtime
-from trainer.bench import Workbench
+from trainer.common.errors import ConfigError, UserError
 from trainer.config import TrainConfig
-from trainer.data import Batch, merge
-from trainer.errors import ConfigError, UserError
+from trainer.data.batches import Batch, merge
 from trainer.events import EpochEnded, Event, MicroBatchReduced, OutOfMemory
-from trainer.lora import Hooks, Segment
 from trainer.member import Member, Step
-from trainer.model import Forward, at_least_float32, forward, layout_of, runs_on_rows
+from trainer.model.base import Forward, at_least_float32, forward, layout_of, runs_on_rows
+from trainer.model.lora import Hooks, Segment
+from trainer.workbench import Workbench
 
 CUDA_WINDOW = 8
 """Rounds on a GPU between two looks at losses and norms: each look makes the host wait for the device."""

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainer import checkpoint, health, runtime
+from trainer import checkpoint, runtime
+from trainer import nonfinite as health
 from trainer.config import TrainConfig
-from trainer.data import Batch, batches, eval_loader, train_loader
+from trainer.data.batches import Batch, batches, eval_loader, train_loader
 from trainer.events import CheckpointSaved, Diverged, EpochEnded, EpochTiming, Event, RunStarted, StepEnded, StepTiming
-from trainer.lora import Adapter
+from trainer.model.lora import Adapter
 from trainer.schedule import learning_rate
 
 if TYPE_CHECKING:
-    from trainer.bench import Workbench
+    from trainer.workbench import Workbench
 
 
 @dataclass

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer import cli, dataset, locate, startup
+from trainer.common import cli, imports
+from trainer.common.errors import UserError
 from trainer.config import TrainConfig
-from trainer.dataset import Examined
-from trainer.errors import UserError
+from trainer.data import dataset
+from trainer.data.dataset import Examined
+from trainer.model import locate
 
 if TYPE_CHECKING:
     from trainer.events import Event
@@ -40,11 +42,11 @@ def main(
         print(json.dumps(config.model_dump(mode="json"), indent=1))
         return
     examined = _check(config)
-    startup.import_libraries()
+    imports.import_libraries()
     from trainer import events
-    from trainer.bench import Workbench
     from trainer.checkpoint import folder_of
     from trainer.loop import history_of, train
+    from trainer.workbench import Workbench
 
     epochs = history_of(config, out)
     for epoch in epochs:

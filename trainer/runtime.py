@@ -8,8 +8,8 @@ import sys
 
 import torch
 
+from trainer.common.errors import ConfigError
 from trainer.config import TrainConfig
-from trainer.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -11,7 +11,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """The rate of optimizer step `step` (from 1) of `total_steps`.
 
     The same as `transformers.get_scheduler` gives for that step, warmup from 0 included: the first step of a warmup
-    has rate 0 (tests/test_schedule.py compares them).
+    has rate 0 (tests/trainer/test_schedule.py compares them).
     """
     return config.learning_rate * _factor(config.lr_scheduler_type, step - 1, config.warmup_steps, total_steps)
 

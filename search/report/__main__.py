@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from search.errors import StorageError, Unavailable
-from search.opening import StorageOption, TrackingOption, is_file, sqlite_url
-from trainer import cli
-from trainer.errors import shown
+from search.options import StorageOption, TrackingOption, is_file, sqlite_url
+from trainer.common import cli
+from trainer.common.errors import shown
 
 if TYPE_CHECKING:
     import optuna
 
-    from search.patience import PatientStorage
+    from search.storage.retry import RetryingStorage
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -37,16 +37,16 @@ def main(
     import optuna
 
     from search import reading
-    from search import storage as store
     from search.report import write
     from search.report.facts import gather
-    from search.spool import FOLDER, Spool
-    from search.tracking import open_tracking
+    from search.storage import studies as store
+    from search.tracking.client import open_tracking
+    from search.tracking.outbox import FOLDER, Outbox
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found = _find(store.open_storage(_existing(storage, runs_dir / "optuna.db", "Optuna")), study)
     uri = _existing(tracking_uri, runs_dir / "mlflow.db", "MLflow")
-    spool = Spool(runs_dir / found.study_name / FOLDER)
+    spool = Outbox(runs_dir / found.study_name / FOLDER)
     try:
         record = reading.read_study(found, open_tracking(uri, runs_dir / "artifacts"), spool)
     except Unavailable as error:
@@ -63,9 +63,9 @@ def main(
     print(path)
 
 
-def _find(database: PatientStorage, study: str) -> optuna.Study:
+def _find(database: RetryingStorage, study: str) -> optuna.Study:
     """The study of this name, hyphen or underscore as on the search's command line."""
-    from search import storage as store
+    from search.storage import studies as store
 
     names = {found.study_name for found in database.get_all_studies()}
     other = study.replace("-", "_")
@@ -94,7 +94,7 @@ def _existing(url: str | None, default: Path, what: str) -> str:
 
 def _options(storage: str | None, tracking_uri: str | None, runs_dir: Path) -> list[str]:
     """What the search's command line needs beside the study's name, passwords masked."""
-    from search.mlflow_uri import masked
+    from search.tracking.address import masked
 
     options = []
     if storage is not None:

@@ -40,7 +40,7 @@ class EpochRow:
     mark: Mark
     is_best: bool
     val_rise: float | None
-    """Share above the best so far, where it earned the mark."""
+    """HandOver above the best so far, where it earned the mark."""
     train_rise: float | None
 
 

@@ -27,7 +27,7 @@ from search.report import importance, parameters, words
 from search.report.epochs import EpochRow, Mark
 from search.report.experiment import ConfigLine, Experiment
 from search.report.facts import Facts
-from search.spool import is_local
+from search.tracking.outbox import is_local
 
 TEMPLATES = Path(__file__).with_name("templates")
 MARKS: dict[Mark, str] = {"good": "✅", "warning": "⚠️", "bad": "❌", "unknown": "❔"}

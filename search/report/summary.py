@@ -22,7 +22,7 @@ LOSING = (records.NON_FINITE, records.OUT_OF_MEMORY, records.DIVERGED, records.L
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class HandOver:
     """Trials, epochs and time of one kind; `seconds` is None where nothing was timed."""
 
     reason: str
@@ -37,9 +37,9 @@ class Budget:
 
     epochs: int
     seconds: float
-    saved: tuple[Share, ...]
+    saved: tuple[HandOver, ...]
     """Planned epochs that were not run; time at each trial's own median epoch."""
-    lost: tuple[Share, ...]
+    lost: tuple[HandOver, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,8 @@ class Recommended:
 
 def budget(experiments: Sequence[Experiment]) -> Budget:
     """Epochs and time in all, saved and lost."""
-    saved: list[Share] = []
-    lost: list[Share] = []
+    saved: list[HandOver] = []
+    lost: list[HandOver] = []
     for reason in SAVING:
         stopped = [e for e in experiments if e.record.reason == reason and e.record.state in ("COMPLETE", "PRUNED")]
         left = [(e, max(0, e.planned_epochs - len(e.rows))) for e in stopped]
@@ -90,12 +90,12 @@ def budget(experiments: Sequence[Experiment]) -> Budget:
     )
 
 
-def _add(shares: list[Share], reason: str, parts: Sequence[tuple[Experiment, int, float | None]]) -> None:
+def _add(shares: list[HandOver], reason: str, parts: Sequence[tuple[Experiment, int, float | None]]) -> None:
     if not parts:
         return
     times = [seconds for _, _, seconds in parts if seconds is not None]
     shares.append(
-        Share(
+        HandOver(
             reason=reason,
             trials=tuple(e.number for e, _, _ in parts),
             epochs=sum(epochs for _, epochs, _ in parts),

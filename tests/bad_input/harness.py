@@ -21,8 +21,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from trainer import cli, dataset
-from trainer.dataset import Examined
+from trainer.common import cli
+from trainer.data import dataset
+from trainer.data.dataset import Examined
 
 MOST_CHARACTERS = 20_000
 """A message longer than this is no message."""
@@ -109,13 +110,14 @@ def search(arguments: Sequence[str]) -> Outcome:
 @contextmanager
 def no_workers() -> Iterator[None]:
     """No processes, no tuning log, the embedded data examined once."""
-    from search import executors, logkeeper, supervisor
+    from search.report import keeper
+    from search.workers import executor, supervisor
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr(executors, "Crew", _Crew)
+        patch.setattr(executor, "WorkerPool", _Crew)
         patch.setattr(supervisor, "Supervisor", _start)
-        patch.setattr(logkeeper, "LogKeeper", _Keeper)
+        patch.setattr(keeper, "LogKeeper", _Keeper)
         patch.setattr(dataset, "examine", _examine)
         yield
 

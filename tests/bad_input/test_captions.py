@@ -16,8 +16,8 @@ from PIL import Image
 
 from tests.bad_input.harness import Outcome, examples, folder, search, written
 from tests.bad_input.test_recorded_runs import ANY
-from trainer.errors import DataError
-from trainer.images import FORMATS, open_image
+from trainer.common.errors import DataError
+from trainer.data.images import FORMATS, open_image
 
 NAMES = st.sampled_from(
     [
@@ -170,7 +170,7 @@ def test_images_damaged_anywhere(kind: str, data: st.DataObject) -> None:
 
 def test_places_for_the_embedded_data_that_cannot_be_written(monkeypatch: Any, tmp_path: Path) -> None:
     from tests.bad_input import harness
-    from trainer import dataset
+    from trainer.data import dataset
 
     monkeypatch.setattr(dataset, "examine", harness._real_examine)
     (tmp_path / "file").write_text("")

@@ -69,9 +69,9 @@ def test_several_settings(texts: list[str]) -> None:
 def test_what_is_accepted_can_be_sampled_to_the_end(values: dict[str, str], seed: int) -> None:
     import optuna
 
-    from search import sampling, staged
+    from search.sampling import samplers, staged
     from search.study import load
-    from trainer.errors import UserError
+    from trainer.common.errors import UserError
 
     try:
         study = load("rsicap_mini").with_settings([f"{k}={v}" for k, v in values.items()], seed)
@@ -81,7 +81,7 @@ def test_what_is_accepted_can_be_sampled_to_the_end(values: dict[str, str], seed
     trials = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     for _ in range(8):
         trial = trials.ask()
-        sampling.suggest(trial, study)
+        samplers.suggest(trial, study)
         study.config(trial.params, staged.stage_overrides(trial))
 
 
@@ -140,7 +140,7 @@ def test_arguments_are_what_a_shell_can_give() -> None:
 def test_odd_runs_folders_hold_their_own_databases(tmp_path: Path, name: str) -> None:
     import sqlalchemy
 
-    from search.opening import storage_url
+    from search.options import storage_url
 
     url = sqlalchemy.make_url(storage_url(None, tmp_path / name))
     assert url.database == str(tmp_path / name / "optuna.db") and not url.query

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.search_process import ROOT, environment
+from tests.support.search_process import ROOT, environment
 
 
 @pytest.mark.slow

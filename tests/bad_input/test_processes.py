@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.search_process import ROOT, environment
+from tests.support.search_process import ROOT, environment
 
 
 def run(*arguments: str | bytes, **variables: str) -> subprocess.CompletedProcess[bytes]:
@@ -49,8 +49,8 @@ def test_a_study_file_that_ends_the_program(tmp_path: Path) -> None:
     [("target_modules=querry", "did you mean 'query'?"), ("device=cuda:99", "device")],
 )
 def test_what_only_a_worker_can_see_starts_no_trial(tmp_path: Path, setting: str, said: str) -> None:
-    from search.database import close_storage, open_storage
-    from search.storage import find_study
+    from search.storage.database import close_storage, open_storage
+    from search.storage.studies import find_study
 
     arguments = ("--study", "rsicap_mini", "--runs-dir", str(tmp_path), "--slots", "1", "--set", "max_samples=24")
     done = run(*arguments, "--set", setting)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from search import opening, replay
+from search import options as opening
+from search import replay
 from search.report import __main__ as report
 from tests.bad_input.harness import TEXT, Started, call, examples, folder, search, written
 
@@ -71,11 +72,11 @@ def place(url: str, here: Any) -> str:
 @example("sqlite:////" + "n" * 300 + "/x.db")
 @example("sqlite:/u:secret@127.0.0.1:1/x")  # a slash too few
 def test_storage(url: str) -> None:
-    from search import tracking
+    from search.tracking import client
 
     with folder() as here, pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        patch.setattr(tracking, "open_tracking", _accepted)
+        patch.setattr(client, "open_tracking", _accepted)
         (here / "text.db").write_text("no database")
         outcome = search(["--study", "rsicap_mini", "--runs-dir", str(here / "runs"), f"--storage={place(url, here)}"])
         outcome.check()
@@ -96,15 +97,15 @@ def _accepted(*_: Any) -> None:
 @example("sqlite:///" + "n/" * 890 + "n")  # the path twice: in the URL, and in what the system says
 def test_tracking(uri: str) -> None:
     """The check alone and the lock, up to where MLflow would create its tables."""
-    from search import tracking
     from search.errors import StorageError
+    from search.tracking import client
 
     with folder() as here, pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        patch.setattr(tracking, "MlflowClient", _accepted_client)
+        patch.setattr(client, "MlflowClient", _accepted_client)
         (here / "text.db").write_text("no database")
         try:
-            tracking.open_tracking(place(uri, here), here / "artifacts")
+            client.open_tracking(place(uri, here), here / "artifacts")
         except Started:
             return
         except StorageError as error:
@@ -113,7 +114,7 @@ def test_tracking(uri: str) -> None:
 
 
 def test_what_the_system_says_of_a_long_path_is_cut() -> None:
-    from search.mlflow_uri import first_line
+    from search.tracking.address import first_line
 
     text = first_line(OSError(36, "File name too long", "n/" * 1300))
     assert text.startswith("[Errno 36] File name too long") and len(text) < 1000
@@ -128,12 +129,12 @@ def _accepted_client(**_: Any) -> None:
 @example("--storage", "postgresql://h:port/x", "report")
 @example("--storage", "sqlite:////" + "n" * 300, "replay")
 def test_commands_that_read(option: str, url: str, command: str) -> None:
-    from search import tracking
+    from search.tracking import client
 
     app, more = {"report": (report.app, []), "replay": (replay.app, ["--trial", "0"])}[command]
     with folder() as here, pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        patch.setattr(tracking, "open_tracking", _accepted)
+        patch.setattr(client, "open_tracking", _accepted)
         (here / "text.db").write_text("no database")
         outcome = call(app, ["--study", "s", f"--runs-dir={here}/runs", f"{option}={place(url, here)}", *more])
         assert not outcome.accepted or outcome.started

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import dataset
 from trainer.config import TrainConfig
+from trainer.data import dataset
 
 NAME = "bench"
 """The study's name."""

@@ -25,7 +25,7 @@ from search.pruning import PRUNERS
 from tests.benchmarks import configs, gate
 from tests.benchmarks.sides import Bench, Ran, machine, save
 from trainer.config import read_settings
-from trainer.dataset import resolve_folder
+from trainer.data.dataset import resolve_folder
 
 BEST_TOLERANCE = 0.01
 """With a pruner both sides must find an equally good trial, as far as this."""

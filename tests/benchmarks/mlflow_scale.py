@@ -26,16 +26,16 @@ from optuna.trial import TrialState, create_trial
 
 from search import leaderboard, records
 from search import study as studies
-from search.database import close_storage, open_storage
-from search.lifecycle import read_trials
-from search.mlflow_uri import runs_page
 from search.reading import read_study
 from search.report.write import refresh
-from search.storage import open_study
-from search.tracking import Tracking, open_tracking
+from search.storage.database import close_storage, open_storage
+from search.storage.lifecycle import read_trials
+from search.storage.studies import open_study
+from search.tracking.address import runs_page
+from search.tracking.client import Tracking, open_tracking
 from tests.benchmarks.tracking_cost import _copy
 from tests.faults.servers import MlflowServer
-from tests.test_tracking import whole_run
+from tests.search.tracking.test_tracking import whole_run
 
 EPOCHS = 15
 NAME = "rsicap_mini"

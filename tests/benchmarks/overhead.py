@@ -26,18 +26,18 @@ from typing import Any
 
 import torch
 
-from search.tracking import Tracking, open_tracking
+from search.tracking.client import Tracking, open_tracking
 from tests.benchmarks import configs
 from tests.benchmarks.bare import Bare, bare_loop, ready_batches, synchronize
 from tests.benchmarks.peer import library_inputs, load_model
 from tests.benchmarks.sides import ROOT, machine
 from tests.benchmarks.trial_cost import measure_trials
-from trainer.bench import Workbench
 from trainer.config import TrainConfig
-from trainer.data import Batch
+from trainer.data.batches import Batch
 from trainer.events import CheckpointSaved, Event, StepEnded
 from trainer.loop import train
-from trainer.model import forward
+from trainer.model.base import forward
+from trainer.workbench import Workbench
 
 SECTIONS = ("step", "forward", "tracking", "start", "trials")
 
@@ -167,7 +167,7 @@ def _run_once(config: TrainConfig, bench: Workbench, out: Path, tracking: Tracki
 ONE_STEP = """
 import json, sys
 from pathlib import Path
-from trainer.bench import Workbench
+from trainer.workbench import Workbench
 from trainer.config import TrainConfig
 from trainer.events import StepEnded
 from trainer.loop import train

@@ -23,11 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.benchmarks.bare import synchronize
 from tests.benchmarks.sides import machine
 from trainer import runtime
-from trainer.bench import Workbench
+from trainer.common.errors import UserError
 from trainer.config import TrainConfig
-from trainer.errors import UserError
 from trainer.events import EpochEnded
 from trainer.loop import Pack
+from trainer.workbench import Workbench
 
 KS = (1, 2, 4, 8, 16)
 BATCHES = (2, 4, 8)

@@ -38,9 +38,9 @@ from transformers.utils import logging as transformers_logging
 from tests.benchmarks.configs import RESULT
 from trainer import runtime
 from trainer.config import TrainConfig
-from trainer.data import IGNORE, Batch, CaptionDataset, Collator, EpochSampler, Pixels, Sample, Tokenizer
-from trainer.dataset import Row
-from trainer.locate import locate
+from trainer.data.batches import IGNORE, Batch, CaptionDataset, Collator, EpochSampler, Pixels, Sample, Tokenizer
+from trainer.data.dataset import Row
+from trainer.model.locate import locate
 
 DROPOUTS = ("dropout", "dropout_rate", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
@@ -167,7 +167,7 @@ class OptunaPruning(TrainerCallback):  # type: ignore[misc]
         import optuna
 
         from search import pruning
-        from search.database import open_storage
+        from search.storage.database import open_storage
 
         self._verdict = pruning.verdict
         storage = open_storage(storage_url)

@@ -20,8 +20,9 @@ from typing import Any
 
 import optuna
 
-from search import pruning, sampling
+from search import pruning
 from search import study as studies
+from search.sampling import samplers
 from search.study import Study
 from tests.benchmarks.configs import RESULT
 
@@ -55,7 +56,7 @@ class PeerSearch:
             optuna.TrialPruned: its process ended it early, and its best does not count.
             RuntimeError: its process failed; names its output.
         """
-        params = sampling.suggest(trial, self.definition)
+        params = samplers.suggest(trial, self.definition)
         out = self.runs_dir / f"trial-{trial.number:03d}"
         out.mkdir()
         config = self.definition.config(params)
@@ -105,7 +106,7 @@ def run(search: PeerSearch, trials: int, jobs: int) -> optuna.Study:
     study = optuna.create_study(
         study_name=NAME,
         storage=search.storage_url,
-        sampler=sampling.make_sampler(search.definition, "joint", trials),
+        sampler=samplers.make_sampler(search.definition, "joint", trials),
         pruner=pruning.pruner_for(search.pruner, search.definition.base_config()),
     )
     for fixed in search.definition.enqueue[:trials]:

@@ -86,12 +86,12 @@ def new_study(folder: Path, urls: tuple[str, str], n_trials: int) -> Any:
     """The job of a fresh study in these databases (Optuna's, MLflow's)."""
     import optuna
 
-    from search import storage as store
     from search import study as studies
-    from search.database import close_storage, open_storage
-    from search.job import Job
-    from search.tracking import open_tracking
-    from trainer import dataset
+    from search.storage import studies as store
+    from search.storage.database import close_storage, open_storage
+    from search.tracking.client import open_tracking
+    from search.workers.job import Job
+    from trainer.data import dataset
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     definition = studies.load("rsicap_mini")
@@ -117,7 +117,7 @@ def new_study(folder: Path, urls: tuple[str, str], n_trials: int) -> Any:
 
 def one(worker: Any, epoch_s: float) -> Cost | None:
     """One trial as the worker runs it; None if the study wants no further one."""
-    from search.trial import TrialRun
+    from search.workers.trial import TrialRun
     from trainer.events import EpochEnded
 
     cost = Cost()
@@ -151,11 +151,11 @@ def one(worker: Any, epoch_s: float) -> Cost | None:
 
 def work(job: Any, epoch_s: float, at_most: int, barrier: Any, results: Any) -> None:
     """A worker process: open, wait for the others, run trials, tell what they cost."""
-    from search.lifecycle import counted
-    from search.worker import _Worker
+    from search.storage.lifecycle import counted
+    from search.workers.worker import Worker
 
     began = time.perf_counter()
-    worker = _Worker(job, Deaf())  # type: ignore[arg-type]  # it sends and asks for orders, which is all that is used
+    worker = Worker(job, Deaf())  # type: ignore[arg-type]  # it sends and asks for orders, which is all that is used
     counted(worker.study)
     open_s = time.perf_counter() - began
     barrier.wait()
@@ -301,9 +301,9 @@ def _profile(job: Any, trials: int) -> None:
     import cProfile
     import pstats
 
-    from search.worker import _Worker
+    from search.workers.worker import Worker
 
-    worker = _Worker(job, Deaf())  # type: ignore[arg-type]
+    worker = Worker(job, Deaf())  # type: ignore[arg-type]
     one(worker, 0.0)
     with cProfile.Profile() as profile:
         for _ in range(trials):

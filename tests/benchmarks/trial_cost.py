@@ -15,15 +15,15 @@ from pathlib import Path
 
 import optuna
 
-from search import storage as store
 from search import study as studies
-from search.database import open_storage
-from search.job import Job
-from search.messages import Message, Order
-from search.tracking import open_tracking
-from search.trial import TrialRun
-from search.worker import _Worker
-from trainer import dataset
+from search.storage import studies as store
+from search.storage.database import open_storage
+from search.tracking.client import open_tracking
+from search.workers.job import Job
+from search.workers.protocol import Message, Order
+from search.workers.trial import TrialRun
+from search.workers.worker import Worker
+from trainer.data import dataset
 from trainer.events import EpochEnded, EpochTiming, Event, RunStarted, StepEnded, StepTiming
 
 EPOCHS, STEPS = 6, 20
@@ -132,7 +132,7 @@ def _median(
     return statistics.median(walls[here]), split
 
 
-def _one(worker: _Worker) -> tuple[float, float, float]:
+def _one(worker: Worker) -> tuple[float, float, float]:
     """One trial as the worker runs it: seconds to ask, to take its events, to end it."""
     began = time.perf_counter()
     trial = worker._ask()
@@ -150,7 +150,7 @@ def _one(worker: _Worker) -> tuple[float, float, float]:
     return asked - began, taken - asked, time.perf_counter() - taken
 
 
-def _worker(folder: Path, trials: int) -> _Worker:
+def _worker(folder: Path, trials: int) -> Worker:
     """A worker on fresh databases, opened as `search.run` opens them."""
     definition = studies.load("rsicap_mini")
     storage_url, tracking_uri = f"sqlite:///{folder / 'optuna.db'}", f"sqlite:///{folder / 'mlflow.db'}"
@@ -171,4 +171,4 @@ def _worker(folder: Path, trials: int) -> _Worker:
         examined=examined,
         threads=1,
     )
-    return _Worker(job, Deaf())  # type: ignore[arg-type]  # it sends and asks for orders, which is all that is used
+    return Worker(job, Deaf())  # type: ignore[arg-type]  # it sends and asks for orders, which is all that is used

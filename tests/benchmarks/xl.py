@@ -24,7 +24,7 @@ from transformers import (
     InstructBlipProcessor,
 )
 
-from trainer.dataset import DEFAULT_PROMPT
+from trainer.data.dataset import DEFAULT_PROMPT
 from trainer.mini import CHECKPOINT
 
 PIXELS = 224

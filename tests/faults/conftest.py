@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from tests.search_process import Search
+from tests.support.search_process import Search
 
 
 @pytest.fixture

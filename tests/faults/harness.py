@@ -16,13 +16,14 @@ from typing import Any
 import psutil
 import torch
 
-from search import lifecycle, records
-from search.database import close_storage, open_storage
+from search import records
 from search.records import TrialRecord
-from search.storage import find_study
-from search.tracking import open_tracking
-from tests import search_process
-from tests.search_process import Search
+from search.storage import lifecycle
+from search.storage.database import close_storage, open_storage
+from search.storage.studies import find_study
+from search.tracking.client import open_tracking
+from tests.support import search_process
+from tests.support.search_process import Search
 from trainer import checkpoint
 from trainer.config import TrainConfig
 from trainer.events import EpochEnded

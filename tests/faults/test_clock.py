@@ -11,9 +11,10 @@ import psutil
 import pytest
 import sqlalchemy
 
-from search import lifecycle, records
-from search.database import close_storage, open_storage
-from search.lifecycle import heartbeat, local_worker_alive, requeue_lost, this_worker
+from search import records
+from search.storage import lifecycle
+from search.storage.database import close_storage, open_storage
+from search.storage.lifecycle import heartbeat, local_worker_alive, requeue_lost, this_worker
 
 FAR = {"host": "far", "pid": 7, "started_s": 0.0}
 

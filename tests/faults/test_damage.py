@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.faults.harness import NAME, Place, check_records, write_study
-from tests.search_process import Search, run
+from tests.support.search_process import Search, run
 
 Start = Callable[[list[str]], Search]
 

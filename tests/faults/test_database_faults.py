@@ -19,16 +19,17 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from search import database, lifecycle, patience, records
-from search.database import close_storage, open_storage, reopen_storage
+from search import records
 from search.errors import DatabaseAway, StorageError
-from search.patience import PatientStorage
 from search.space import Float
-from search.storage import open_study
+from search.storage import database, lifecycle, retry
+from search.storage.database import close_storage, open_storage, reopen_storage
+from search.storage.retry import RetryingStorage
+from search.storage.studies import open_study
 from search.study import Study
-from search.worker import _Worker
+from search.workers.worker import Worker
 from tests.faults.postgres import Postgres
-from trainer.disk import out_of_room
+from trainer.common.disk import out_of_room
 
 STUDY = Study(name="faults", description="", space={"learning_rate": Float(1e-6, 1e-3, log=True)}, n_trials=12)
 EPOCHS = 3
@@ -50,10 +51,10 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def opened() -> Iterator[Callable[[str], PatientStorage]]:
-    storages: list[PatientStorage] = []
+def opened() -> Iterator[Callable[[str], RetryingStorage]]:
+    storages: list[RetryingStorage] = []
 
-    def open_(url: str) -> PatientStorage:
+    def open_(url: str) -> RetryingStorage:
         storages.append(open_storage(url))
         return storages[-1]
 
@@ -62,7 +63,7 @@ def opened() -> Iterator[Callable[[str], PatientStorage]]:
         close_storage(storage)
 
 
-def run_trials(storage: PatientStorage, study: optuna.Study, pause_s: float = 0.0) -> None:
+def run_trials(storage: RetryingStorage, study: optuna.Study, pause_s: float = 0.0) -> None:
     """What a worker does with its trials, but the training."""
     worker: Any = SimpleNamespace(
         storage=storage,
@@ -71,7 +72,7 @@ def run_trials(storage: PatientStorage, study: optuna.Study, pause_s: float = 0.
         job=SimpleNamespace(n_trials=12, study=STUDY),
         _has_asked=False,
     )
-    while (trial := _Worker._ask(worker)) is not None:
+    while (trial := Worker._ask(worker)) is not None:
         trial.set_user_attr(records.CONFIG, {"learning_rate": trial.params["learning_rate"]})
         for epoch in range(1, EPOCHS + 1):
             trial.report(loss(trial.number, epoch), epoch)
@@ -97,7 +98,7 @@ def check(study: optuna.Study) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_commits_that_fail_at_random_before_or_after_they_are_done(
-    seed: int, url: str, opened: Callable[[str], PatientStorage], monkeypatch: pytest.MonkeyPatch
+    seed: int, url: str, opened: Callable[[str], RetryingStorage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = opened(url)
     study = open_study(storage, STUDY)
@@ -115,14 +116,14 @@ def test_commits_that_fail_at_random_before_or_after_they_are_done(
             raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
 
     monkeypatch.setattr(Session, "commit", commit)
-    monkeypatch.setattr(patience.time, "sleep", lambda _: None)  # Optuna's own pauses too
+    monkeypatch.setattr(retry.time, "sleep", lambda _: None)  # Optuna's own pauses too
     run_trials(storage, study)
     monkeypatch.undo()
     check(study)
     assert failures > 20
 
 
-def test_connections_cut(postgres: Postgres, opened: Callable[[str], PatientStorage]) -> None:
+def test_connections_cut(postgres: Postgres, opened: Callable[[str], RetryingStorage]) -> None:
     storage = opened(postgres.new_database())
     study = open_study(storage, STUDY)
     done = threading.Event()
@@ -142,7 +143,7 @@ def test_connections_cut(postgres: Postgres, opened: Callable[[str], PatientStor
 
 
 @pytest.mark.slow
-def test_the_server_is_restarted(postgres: Postgres, opened: Callable[[str], PatientStorage]) -> None:
+def test_the_server_is_restarted(postgres: Postgres, opened: Callable[[str], RetryingStorage]) -> None:
     storage = opened(postgres.new_database())
     study = open_study(storage, STUDY)
     said: list[str] = []
@@ -166,20 +167,20 @@ def test_the_server_is_restarted(postgres: Postgres, opened: Callable[[str], Pat
 
 
 def test_a_server_that_stays_away_stops_the_search_and_a_worker_waits_for_one_that_comes(
-    postgres: Postgres, opened: Callable[[str], PatientStorage], monkeypatch: pytest.MonkeyPatch
+    postgres: Postgres, opened: Callable[[str], RetryingStorage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = postgres.new_database()
     storage = opened(url)
     study = open_study(storage, STUDY)
     trial = study.ask()
     postgres.stop()
-    monkeypatch.setattr(patience, "RETRY_S", 1.0)
+    monkeypatch.setattr(retry, "RETRY_S", 1.0)
     began = time.monotonic()
     try:
         with pytest.raises(DatabaseAway, match="same command goes on from the last checkpoints") as away:
             trial.report(1.0, 1)
         assert time.monotonic() - began < 5 and away.value.exit_code == 75
-        monkeypatch.setattr(patience, "RETRY_S", 30.0)
+        monkeypatch.setattr(retry, "RETRY_S", 30.0)
         starter = threading.Timer(1.0, postgres.start)
         starter.start()
         close_storage(reopen_storage(url))
@@ -193,7 +194,7 @@ def test_a_server_that_stays_away_stops_the_search_and_a_worker_waits_for_one_th
 
 
 def test_a_locked_file_is_waited_for_then_given_up(
-    tmp_path: Path, opened: Callable[[str], PatientStorage], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, opened: Callable[[str], RetryingStorage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "BUSY_S", 0.1)
     storage = opened(f"sqlite:///{tmp_path}/optuna.db")
@@ -201,10 +202,10 @@ def test_a_locked_file_is_waited_for_then_given_up(
     trial = study.ask()
     other = sqlite3.connect(tmp_path / "optuna.db", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
-    monkeypatch.setattr(patience, "RETRY_S", 0.5)
+    monkeypatch.setattr(retry, "RETRY_S", 0.5)
     with pytest.raises(DatabaseAway, match="database is locked"):
         trial.report(1.0, 1)
-    monkeypatch.setattr(patience, "RETRY_S", 30.0)
+    monkeypatch.setattr(retry, "RETRY_S", 30.0)
     release = threading.Timer(1.0, lambda: other.execute("ROLLBACK"))
     release.start()
     trial.report(1.0, 1)
@@ -214,7 +215,7 @@ def test_a_locked_file_is_waited_for_then_given_up(
 
 
 def test_what_trying_again_does_not_mend_is_not_tried_again(
-    tmp_path: Path, opened: Callable[[str], PatientStorage]
+    tmp_path: Path, opened: Callable[[str], RetryingStorage]
 ) -> None:
     storage = opened(f"sqlite:///{tmp_path}/optuna.db")
     study = open_study(storage, STUDY)
@@ -229,7 +230,7 @@ def test_what_trying_again_does_not_mend_is_not_tried_again(
         reopen_storage(f"sqlite:///{tmp_path}/notes.txt")
 
 
-def test_a_full_disk_is_not_waited_for(tmp_path: Path, opened: Callable[[str], PatientStorage]) -> None:
+def test_a_full_disk_is_not_waited_for(tmp_path: Path, opened: Callable[[str], RetryingStorage]) -> None:
     storage = opened(f"sqlite:///{tmp_path}/optuna.db")
     study = open_study(storage, STUDY)
     trial = study.ask()
@@ -251,4 +252,4 @@ def test_a_full_disk_is_not_waited_for(tmp_path: Path, opened: Callable[[str], P
 @pytest.mark.parametrize("text", ["soon", "", "-1", "inf", "nan"])
 def test_a_wait_that_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(StorageError, match="LORA_SEARCH_DATABASE_WAIT_S must be a number of seconds"):
-        patience._wait_s(text)
+        retry._wait_s(text)

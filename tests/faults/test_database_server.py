@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from search.database import close_storage, open_storage
-from search.storage import find_study
+from search.storage.database import close_storage, open_storage
+from search.storage.studies import find_study
 from tests.faults.postgres import Postgres
-from tests.search_process import Search, command
+from tests.support.search_process import Search, command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

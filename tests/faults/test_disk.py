@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.faults.harness import Place, check_records, write_study
-from tests.search_process import Search, run
-from trainer.disk import NoRoom, no_room, out_of_room
+from tests.support.search_process import Search, run
+from trainer.common.disk import NoRoom, no_room, out_of_room
 
 Start = Callable[[list[str]], Search]
 

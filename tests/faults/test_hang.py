@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from search import records
-from search.job import Link
-from search.messages import Idle
+from search.workers.job import Link
+from search.workers.protocol import Idle
 from tests.faults.harness import Place, check_records, workers_of, write_study
-from tests.search_process import Search
+from tests.support.search_process import Search
 from trainer import loop
-from trainer.bench import Workbench
 from trainer.config import TrainConfig
 from trainer.loop import Pack
-from trainer.model import forward
+from trainer.model.base import forward
+from trainer.workbench import Workbench
 
 Start = Callable[[list[str]], Search]
 
@@ -80,7 +80,7 @@ def test_every_pass_is_a_sign_of_life(
 
 def test_signs_of_life_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 100.0
-    monkeypatch.setattr("search.job.time.monotonic", lambda: clock)
+    monkeypatch.setattr("search.workers.job.time.monotonic", lambda: clock)
     wire = Wire()
     link = Link(wire)  # type: ignore[arg-type]
     for _ in range(1000):

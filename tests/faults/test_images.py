@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer import features
-from trainer.data import Pixels
-from trainer.errors import DataError
-from trainer.features import compute_or_open
-from trainer.images import open_image
-from trainer.model import Base, load_base
+from trainer.common.errors import DataError
+from trainer.data import features
+from trainer.data.batches import Pixels
+from trainer.data.features import compute_or_open
+from trainer.data.images import open_image
+from trainer.model.base import Base, load_base
 
 
 @pytest.fixture(scope="module")

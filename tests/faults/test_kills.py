@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.faults.harness import Place, check_records, storm, write_study
-from tests.search_process import Search
+from tests.support.search_process import Search
 
 Start = Callable[[list[str]], Search]
 

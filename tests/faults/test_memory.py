@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.search_process import ROOT
+from tests.support.search_process import ROOT
 
 SCRIPT = """
 import json, resource, sys
@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from trainer.bench import Workbench
+from trainer.workbench import Workbench
 from trainer.config import TrainConfig
 from trainer.events import MicroBatchReduced, StepEnded
 from trainer.loop import Pack

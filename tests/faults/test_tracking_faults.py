@@ -16,14 +16,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.tracking import MlflowClient
 
-from search import courier as couriers
-from search.courier import Courier
-from search.delivery import Delivery
 from search.errors import StorageError, Unavailable
-from search.runbook import RunBook
-from search.spool import is_local
-from search.tracking import Tracking, open_tracking
-from tests.test_tracking import copy_database, whole_run
+from search.tracking import courier as couriers
+from search.tracking.client import Tracking, open_tracking
+from search.tracking.courier import DeliveryThread
+from search.tracking.delivery import Delivery
+from search.tracking.outbox import is_local
+from search.tracking.runs import StudyRuns
+from tests.search.tracking.test_tracking import copy_database, whole_run
 from trainer.config import TrainConfig
 
 SAME = {"pid", "record_id", "mlflow.parentRunId", "resumed_from_epoch"}
@@ -69,9 +69,9 @@ class Place:
         self.uri = f"sqlite:///{folder}/mlflow.db"
         self.fail: Callable[[], str] = lambda: ""
 
-    def book(self) -> RunBook:
+    def book(self) -> StudyRuns:
         """A process' own. Its store fails as `fail` says at the time."""
-        book = RunBook(self.uri, self.folder / "artifacts", "demo", self.folder / "demo")
+        book = StudyRuns(self.uri, self.folder / "artifacts", "demo", self.folder / "demo")
         opened: list[Tracking] = []
 
         def connect() -> Tracking:
@@ -128,7 +128,7 @@ def content(uri: str) -> dict[str, Any]:
     return found
 
 
-def search(book: RunBook, restart: Callable[[], RunBook]) -> None:
+def search(book: StudyRuns, restart: Callable[[], StudyRuns]) -> None:
     """What a search records: three trials, of which the second is interrupted and goes on in another process."""
     events = whole_run(3, 20)
     second_epoch = events.index(next(e for e in events if getattr(e, "epoch", 0) == 2 and not hasattr(e, "loss")))
@@ -216,7 +216,7 @@ def test_the_user_is_told_once_and_when_it_is_back(place: Place, monkeypatch: py
     place.fail = lambda: "before"
     book = place.book()
     said: list[str] = []
-    courier = Courier(Delivery(book.spool, "demo", book.connect), "http://mlflow", said.append)
+    courier = DeliveryThread(Delivery(book.spool, "demo", book.connect), "http://mlflow", said.append)
     courier.start()
     book.begin("trial 0", {}, {}).finish("FINISHED", state="COMPLETE")
     time.sleep(0.8)
@@ -235,7 +235,7 @@ def test_what_is_left_at_the_end_is_told(place: Place, monkeypatch: pytest.Monke
     place.fail = lambda: "before"
     book = place.book()
     book.begin("trial 0", {}, {}).finish("FINISHED", state="COMPLETE")
-    courier = Courier(Delivery(book.spool, "demo", book.connect), "http://mlflow", lambda _: None)
+    courier = DeliveryThread(Delivery(book.spool, "demo", book.connect), "http://mlflow", lambda _: None)
     left = courier.close()
     assert left is not None and left.startswith("records of 1 runs are still to be delivered") and "away" in left
 
@@ -256,7 +256,7 @@ def test_a_run_that_is_refused_does_not_hold_up_the_others(place: Place) -> None
 
 def test_a_locked_sqlite_database(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process holds MLflow's file: what is recorded meanwhile comes after."""
-    book = RunBook(place.uri, place.folder / "artifacts", "demo", place.folder / "demo")
+    book = StudyRuns(place.uri, place.folder / "artifacts", "demo", place.folder / "demo")
     recorder = book.begin("trial 0", TrainConfig().model_dump(), {})
     assert not is_local(recorder.run_id)
     recorder._close_s = 0.5
@@ -279,7 +279,7 @@ def test_a_locked_sqlite_database(place: Place, monkeypatch: pytest.MonkeyPatch)
 
 def test_an_address_that_nobody_has_is_refused_and_one_that_is_silent_is_not(tmp_path: Path) -> None:
     with pytest.raises(StorageError) as refused:
-        RunBook("http://no-such-host.invalid:5000", tmp_path, "demo", tmp_path).start_study({})
+        StudyRuns("http://no-such-host.invalid:5000", tmp_path, "demo", tmp_path).start_study({})
     assert not isinstance(refused.value, Unavailable)
-    why = RunBook("http://127.0.0.1:9", tmp_path, "demo", tmp_path).start_study({})
+    why = StudyRuns("http://127.0.0.1:9", tmp_path, "demo", tmp_path).start_study({})
     assert why is not None and "no MLflow server answers" in why

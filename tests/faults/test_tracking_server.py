@@ -17,12 +17,12 @@ import pytest
 from mlflow.entities import ViewType
 from mlflow.tracking import MlflowClient
 
-from search import lifecycle
-from search.database import close_storage, open_storage
-from search.spool import Spool, is_local
-from search.storage import find_study
+from search.storage import lifecycle
+from search.storage.database import close_storage, open_storage
+from search.storage.studies import find_study
+from search.tracking.outbox import Outbox, is_local
 from tests.faults.servers import MlflowServer, Proxy
-from tests.search_process import ROOT, Search, command
+from tests.support.search_process import ROOT, Search, command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -116,7 +116,7 @@ def test_down_at_the_start_back_in_the_middle_down_at_the_end(
     assert output.count("does not take records now") <= 2 and "MLflow did not take everything" in output
     log = (runs / "rsicap_mini" / "tuning-log.md").read_text()
     assert "**Missing**: MLflow did not answer" in log and f"**Trials**: {TRIALS}" in log
-    spool = Spool(runs / "rsicap_mini" / "spool")
+    spool = Outbox(runs / "rsicap_mini" / "spool")
     assert spool.runs()
     away = deliver(runs, server.uri)
     assert away.returncode == 2 and "no MLflow server answers" in away.stderr and spool.runs()
@@ -135,7 +135,7 @@ def test_down_from_start_to_end_and_the_same_command_delivers(
     running = search(runs, server.uri)
     assert running.end(240) == 0
     assert "**Missing**" in (runs / "rsicap_mini" / "tuning-log.md").read_text()
-    assert all(is_local(run) or run == "study" for run in Spool(runs / "rsicap_mini" / "spool").runs())
+    assert all(is_local(run) or run == "study" for run in Outbox(runs / "rsicap_mini" / "spool").runs())
     server.start()
     again = search(runs, server.uri)
     assert again.end(120) == 0 and "MLflow did not take everything" not in again.output()
@@ -161,7 +161,7 @@ def test_500_lost_answers_slow_and_silent(seed: int, server: MlflowServer, searc
         running = search(runs, proxy.uri)
         assert running.end(600) == 0
         proxy.judge = None
-        while Spool(runs / "rsicap_mini" / "spool").runs():
+        while Outbox(runs / "rsicap_mini" / "spool").runs():
             done = deliver(runs, proxy.uri)
             assert done.returncode == 0, done.stdout + done.stderr
         assert proxy.requests > 20

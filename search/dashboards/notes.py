@@ -1,0 +1,134 @@
+"""What optuna-dashboard shows beside its charts: a note with findings, plot and link for each trial, a summary.
+
+optuna-dashboard renders notes as Markdown; whatever comes from data or study files is escaped.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+
+from search import leaderboard
+from search.dashboards import losses_svg
+from search.diagnosis import Finding, leaf, messages
+from search.options import ARTIFACTS
+from search.records import EpochRecord, TrialRecord
+from search.report.render import code, escape, fenced
+from trainer.common.imports import without_module
+
+with without_module("sklearn"):
+    # For importances, which only its server computes, optuna-dashboard imports scikit-learn, SciPy and pandas: a
+    # second of each worker's start.
+    from optuna_dashboard import get_note, save_note
+    from optuna_dashboard.artifact import get_artifact_path
+
+if TYPE_CHECKING:
+    from search.workers.trial import Outcome
+
+WIDTH = 104
+"""Characters in a line of a trial's note. optuna-dashboard makes its page as wide as the longest user attribute,
+thousands of pixels, and what it does not break itself would run out of a window of 1,280 pixels."""
+OWN = "---\n\nYour own notes, below this line, are kept."
+"""What is below it in a study's note was written by hand. One without it is all theirs."""
+PAGES_VARIABLE = "LORA_SEARCH_MLFLOW_PAGES"
+LOCAL_MLFLOW = "http://127.0.0.1:5000"
+"""Where `python -m search.ui` serves a database's MLflow pages unless told otherwise."""
+
+
+def annotate_trial(
+    trial: optuna.Trial,
+    *,
+    runs_dir: Path,
+    outcome: Outcome,
+    findings: Sequence[Finding],
+    epochs: Sequence[EpochRecord],
+    config: dict[str, Any],
+    run: str | None,
+) -> None:
+    """Write a trial's note and keep its plot as an artifact. To be called before the trial is told.
+
+    Args:
+        runs_dir: Artifacts go to `ARTIFACTS` below it.
+        run: Address of the run's page in MLflow, None if it has none yet.
+    """
+    # Where optuna-dashboard (0.21) looks for constraints; Optuna 5 keeps them one by one, by name. Optuna still reads
+    # this form too, as a constraint named "0".
+    trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [1.0 if outcome.violated else 0.0])
+    plot = ""
+    if any(losses_svg.shown(loss) for e in epochs for loss in (e.train_loss, e.val_loss)):
+        plot = _keep(trial, runs_dir, losses_svg.draw(epochs, trial.number), f"trial-{trial.number:03d}-losses.svg")
+        best = min((e.val_loss for e in epochs if losses_svg.shown(e.val_loss)), default=None)
+        seen = "" if best is None else f", lowest validation loss {best:.4f}"
+        plot = f"![Losses of {len(epochs)} epochs{seen}]({plot})"
+    lines = [_text(outcome.detail, f"**{outcome.state}** ({outcome.reason}): "), ""]
+    for finding in findings:
+        head = f"**{messages.title(finding.id)}** (`{finding.id}`): "
+        lines.append(_text(messages.sentence(finding), f"- {head}", "  "))
+        cause = messages.cause(finding)
+        lines += [_text(cause, "  - cause: ", "    ")] if cause else []
+        lines += [_text(text, "  - advice: ", "    ") for text in messages.advices(finding.advice)]
+    lines += ["", _text(messages.leaf_text(leaf(findings)), "Decision tree: "), ""]
+    lines += [plot, "", f"[Curves in MLflow]({run})" if run else "MLflow was away when this trial began.", ""]
+    lines.append(fenced(leaderboard.training_config(config), "python"))
+    save_note(trial, "\n".join(lines))
+
+
+def _text(text: str, before: str = "", indent: str = "") -> str:
+    """Text from data as Markdown after what we say before it, in lines of `WIDTH`; further lines are indented."""
+    room = "." * len(before)
+    lines = textwrap.wrap(text, WIDTH, initial_indent=room, break_long_words=False, break_on_hyphens=False) or [room]
+    first, *rest = (escape(line) for line in [lines[0][len(room) :], *lines[1:]])
+    return "  \n".join([before + first, *(indent + line for line in rest)])
+
+
+def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page: str, log: Path) -> None:
+    """Write the study's note: where it stands, its best configuration, where its log lies. Keeps what others wrote."""
+    theirs = get_note(study).rpartition(OWN)[2].strip()
+    lines = [escape(leaderboard.summary(trials)), ""]
+    best = leaderboard.best(trials)
+    if best is not None:
+        where = f"trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}"
+        lines += [f"**Best: {where}**", ""]
+    heads, rows = leaderboard.rows([t for t in trials if t.state in ("COMPLETE", "PRUNED", "FAIL")])
+    if rows:
+        lines.append("| " + " | ".join(escape(head) for head in heads) + " |")
+        lines.append("|" + "---|" * len(heads))
+        lines += ["| " + " | ".join(escape(cell) for cell in row) + " |" for row in rows[:20]]
+        lines.append("")
+    if best is not None:
+        lines += [fenced(leaderboard.training_config(best.config), "python"), ""]
+    lines += [f"[All curves in MLflow]({runs_page})", "", f"Tuning log: {code(log)}", "", OWN, "", theirs]
+    save_note(study, "\n".join(lines))
+
+
+def pages_of(tracking_uri: str) -> str:
+    """Address of the pages that show this store: the server itself, or search.ui's for a database.
+
+    Workers may know the server by a name that browsers do not; LORA_SEARCH_MLFLOW_PAGES then says theirs.
+    """
+    from search.tracking.address import masked
+
+    if pages := os.environ.get(PAGES_VARIABLE):
+        return masked(pages)
+    return masked(tracking_uri) if tracking_uri.startswith("http") else LOCAL_MLFLOW
+
+
+def _keep(trial: optuna.Trial, runs_dir: Path, content: bytes, name: str) -> str:
+    """Keep a file with the trial; its path on optuna-dashboard."""
+    folder = runs_dir / ARTIFACTS
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / name
+        file.write_bytes(content)
+        artifact = upload_artifact(
+            artifact_store=FileSystemArtifactStore(folder), file_path=str(file), study_or_trial=trial
+        )
+    path: str = get_artifact_path(trial, artifact)
+    return path

@@ -1,0 +1,343 @@
+"""Opening the database of a study: URLs, connections, the schema created once, and clear words when it fails.
+
+SQLite and PostgreSQL behave alike behind it:
+
+    schema        created by one process while the others wait (sixteen workers on a fresh SQLite file would
+                  otherwise crash in Optuna's schema creation)
+    transactions  on SQLite they take the write lock when they begin, as SELECT ... FOR UPDATE does on PostgreSQL,
+                  so that no two workers can take the same waiting trial
+    clock         heartbeats are written and judged by the database's clock, never by a host's
+    absence       calls are done again while the database is away or locked, see `search.storage.retry`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import sqlalchemy
+from optuna.storages import RDBStorage
+from sqlalchemy.engine import URL, Engine, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SAWarning, SQLAlchemyError
+
+from search.errors import StorageError
+from search.storage.retry import RetryingStorage, is_away, patiently
+from search.urls import secrets, shown
+from trainer.common.errors import MOST_SHOWN
+from trainer.common.errors import shown as shown_text
+
+log = logging.getLogger("search.storage.database")
+
+WAIT_S = 60
+"""Longest wait for another process's lock."""
+BUSY_S = 10
+"""Longest wait of one call for another process's lock on a SQLite file; calls are done again."""
+CONNECT_TIMEOUT_S = 10
+"""Longest wait for a database server to answer."""
+GRACE_HEARTBEATS = 10
+"""Missed heartbeats after which a trial is taken for lost. Beats come from a thread of the worker, not from its
+epochs, so this need not grow with the length of an epoch; a short grace kills live trials (optuna#5470)."""
+
+_EXAMPLES = "sqlite:///runs/optuna.db or postgresql+psycopg://user:password@host/database"
+_SQLITE_HEADER = b"SQLite format 3\x00"
+_PG_LOCK = 7_305_515_412  # any number, the same for all of this program's processes
+
+
+def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None) -> RetryingStorage:
+    """Optuna's storage at an SQLAlchemy URL, its schema created if the database is empty.
+
+    Optuna's own heartbeat stays off: it works inside `Study.optimize` only and warns at every `ask`. Our worker
+    records heartbeats (`heartbeat` in search.storage.lifecycle), and `requeue_lost` judges them by `grace_period`.
+
+    Args:
+        url: `sqlite:///FILE` or `postgresql+psycopg://...`; `postgresql://` and `postgres://` mean psycopg as well.
+        heartbeat_s: Seconds between two heartbeats of a worker.
+        grace_s: Seconds without a heartbeat after which a trial is lost; None for `GRACE_HEARTBEATS` beats.
+
+    Raises:
+        StorageError: the URL cannot be meant, or the database cannot be opened, reached or shared.
+    """
+    if heartbeat_s < 1 or (grace_s is not None and grace_s <= heartbeat_s):
+        raise StorageError(f"grace_s must exceed heartbeat_s >= 1, but got {grace_s=}, {heartbeat_s=}")
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite":
+        _check_file(parsed)
+    with contextlib.ExitStack() as undo:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", SAWarning)  # it would go on without an option that it does not know
+                engine = sqlalchemy.create_engine(parsed, **_engine_options(parsed))
+            undo.callback(engine.dispose)  # a constructor that fails would leave its connections open
+            with _exclusive(parsed):
+                _refuse_foreign(parsed, engine)
+                storage = RetryingStorage(
+                    # Optuna fills {SCHEMA_VERSION} into URLs, so braces, e.g. of a password, are doubled.
+                    parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
+                    engine_kwargs={"pool": engine.pool},
+                    grace_period=grace_s or GRACE_HEARTBEATS * heartbeat_s,
+                    skip_compatibility_check=True,  # done here, in our words
+                )
+                undo.callback(storage.remove_session)  # gives its connection back, before the engine lets all go
+                _check_schema(parsed, storage)
+        except SQLAlchemyError as error:
+            raise _explained(parsed, error) from None
+        except (TypeError, ValueError, SAWarning) as error:  # the driver's, of an option in the URL's query
+            raise StorageError(
+                f"{_cut(parsed)}: the database cannot be opened: {_first_line(error)}; known to work: {_EXAMPLES}"
+            ) from None
+        except ImportError as error:
+            raise StorageError(
+                f"{shown(parsed)} needs the driver {error.name!r}, which is not installed; known to work: {_EXAMPLES}"
+            ) from None
+        undo.pop_all()
+    if parsed.get_backend_name() == "sqlite":
+        _lock_at_begin(storage.engine)
+    return storage
+
+
+def reopen_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None) -> RetryingStorage:
+    """As `open_storage`, of a database that was there a moment ago: waits for it as calls do.
+
+    Raises:
+        StorageError: as `open_storage`.
+        DatabaseAway: it does not come back.
+    """
+
+    def open_or_raise() -> RetryingStorage:
+        try:
+            return open_storage(url, heartbeat_s=heartbeat_s, grace_s=grace_s)
+        except StorageError as error:
+            cause = error.__context__
+            if isinstance(cause, SQLAlchemyError) and is_away(cause):
+                raise cause from None
+            raise
+
+    return patiently(_parse(url), open_or_raise, log.warning)
+
+
+def close_storage(storage: RDBStorage) -> None:
+    """Close the connections of this process."""
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+@contextmanager
+def exclusive(storage: RetryingStorage) -> Iterator[None]:
+    """Hold the database's lock among this program's processes; not reentrant. A process that dies gives it up.
+
+    Optuna's transactions are not held up by it: it makes several of them one step.
+
+    Raises:
+        StorageError: another process held it for `WAIT_S` seconds.
+        DatabaseAway: the database does not answer.
+    """
+    url = storage.engine.url
+    with contextlib.ExitStack() as held:
+        try:
+            storage.patiently(lambda: held.enter_context(_exclusive(url)))
+        except SQLAlchemyError as error:
+            if is_away(error):  # within a larger step that is done again as a whole
+                raise
+            raise _explained(url, error) from None
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].partition(" (Background")[0]
+
+
+def _cut(url: URL) -> str:
+    return shown_text(shown(url))
+
+
+def _parse(url: str) -> URL:
+    scheme = url.partition(":")[0]
+    if any("\ud800" <= character <= "\udfff" for character in url):
+        raise StorageError(f"{shown_text(_masked(url))}: the URL is no UTF-8 text; use {_EXAMPLES}")
+    if scheme.startswith(("journal", "redis")) or url.endswith((".log", ".journal")):
+        raise StorageError(
+            f"{shown_text(_masked(url))}: Optuna's journal storages keep no heartbeats, so lost trials could not be "
+            f"found; use {_EXAMPLES}"
+        )
+    try:
+        parsed = make_url(url)
+        if parsed.drivername in ("postgresql", "postgres"):
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        parsed.get_dialect()
+    except NoSuchModuleError:
+        raise StorageError(
+            f"{shown_text(_masked(url))}: there is no database dialect {shown_text(scheme)}; use {_EXAMPLES}"
+        ) from None
+    except (ArgumentError, ValueError):  # ValueError: a port that is no number
+        hint = (
+            f"; for a file, sqlite:///{url}"
+            if 0 < len(url) < MOST_SHOWN and "://" not in url and "@" not in url
+            else ""
+        )
+        raise StorageError(f"{shown_text(_masked(url))} is no database URL such as {_EXAMPLES}{hint}") from None
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise StorageError(f"{shown(parsed)}: a database in memory cannot be shared by workers; use {_EXAMPLES}")
+    return parsed
+
+
+def _masked(url: str) -> str:
+    """A text that may be no URL, without what could be its password."""
+    head, at, tail = url.rpartition("@")
+    scheme, colon, rest = head.partition("://")
+    if at and not colon:
+        return f"***{at}{tail}"
+    return f"{scheme}{colon}{rest.partition(':')[0]}:***{at}{tail}" if at and ":" in rest else url
+
+
+def _check_file(url: URL) -> None:
+    """Say what is wrong with the file of a SQLite database, where that can be seen from outside."""
+    path = _file(url)
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # a name too long
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise StorageError(f"{_cut(url)}: the file cannot be opened: {reason}; use {_EXAMPLES}") from None
+    if str(path).startswith("file:"):
+        raise StorageError(f"{shown(url)}: give the file as a plain path, sqlite:///FOLDER/FILE")
+    if not path.parent.is_dir():
+        raise StorageError(f"{shown(url)}: there is no folder {str(path.parent)!r}; create it, or name another file")
+    if path.is_dir():
+        raise StorageError(f"{shown(url)}: {str(path)!r} is a folder; name a file in it")
+    if not path.exists():
+        return
+    try:
+        with path.open("rb") as file:
+            header = file.read(len(_SQLITE_HEADER))
+    except OSError as error:
+        raise StorageError(f"{shown(url)}: the file cannot be read: {error.strerror}") from None
+    if header and header != _SQLITE_HEADER:
+        raise StorageError(f"{shown(url)}: {str(path)!r} is no SQLite database; name another file")
+
+
+def _file(url: URL) -> Path:
+    assert url.database is not None
+    return Path(url.database)
+
+
+def _engine_options(url: URL) -> dict[str, Any]:
+    if url.get_backend_name() == "sqlite":
+        return {"connect_args": {"timeout": WAIT_S}}
+    connect = {} if "connect_timeout" in url.query else {"connect_timeout": CONNECT_TIMEOUT_S}
+    # Trials last longer than servers and their proxies keep an idle connection: look before using one.
+    return {"pool_pre_ping": True, "connect_args": connect if url.get_backend_name() == "postgresql" else {}}
+
+
+def _refuse_foreign(url: URL, engine: Engine) -> None:
+    """Optuna and MLflow both keep their schema's version in a table `alembic_version`: one would break the other."""
+    with engine.connect() as connection:
+        tables = set(sqlalchemy.inspect(connection).get_table_names())
+        if "alembic_version" in tables and "version_info" not in tables:
+            raise StorageError(
+                f"{shown(url)} is another program's database (tables {', '.join(sorted(tables)[:4])}, ...); "
+                "Optuna needs its own, apart from MLflow's"
+            )
+        if url.get_backend_name() == "sqlite":
+            # Readers then do not block the writer. Kept in the file; where shared memory is not to be had, as on
+            # network file systems, SQLite keeps its rollback journal instead.
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+
+
+def _check_schema(url: URL, storage: RDBStorage) -> None:
+    """Refuse a database made by an Optuna with another schema."""
+    current, head = storage.get_current_version(), storage.get_head_version()
+    if current == head:
+        return
+    known = current in storage.get_all_versions()
+    remedy = "run `optuna storage upgrade --storage URL`" if known else "install a newer Optuna"
+    raise StorageError(f"{shown(url)}: the database's schema is {current}, this Optuna needs {head}; {remedy}")
+
+
+def _lock_at_begin(engine: Engine) -> None:
+    """Let each transaction on SQLite begin with the write lock.
+
+    Python's sqlite3 begins a transaction at its first write only. Two workers could then both read that a trial
+    waits before either marks it as running. https://docs.sqlalchemy.org/20/dialects/sqlite.html describes the remedy.
+    """
+
+    def connected(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+        # In WAL mode a power cut may cost the last commits with NORMAL, never the database; a crash costs nothing.
+        connection.execute("PRAGMA synchronous=NORMAL").close()
+        connection.execute(f"PRAGMA busy_timeout={1000 * min(BUSY_S, WAIT_S):.0f}").close()
+
+    def begun(connection: sqlalchemy.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    sqlalchemy.event.listen(engine, "connect", connected)
+    sqlalchemy.event.listen(engine, "begin", begun)
+    engine.dispose()  # connections made before lack both
+
+
+@contextmanager
+def _exclusive(url: URL) -> Iterator[None]:
+    match url.get_backend_name():
+        case "sqlite":
+            yield from _file_lock(url)
+        case "postgresql":
+            yield from _advisory_lock(url)
+        case _:
+            yield  # elsewhere Optuna's own transactions have to do
+
+
+def _file_lock(url: URL) -> Iterator[None]:
+    path = _file(url)
+    lock = filelock.FileLock(path.with_name(path.name + ".lock"), timeout=WAIT_S)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise StorageError(f"{shown(url)}: another process has held {lock.lock_file!r} for {WAIT_S} s") from None
+    except OSError as error:
+        raise StorageError(f"{shown(url)}: cannot write {lock.lock_file!r}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _advisory_lock(url: URL) -> Iterator[None]:
+    options = _engine_options(url)
+    engine = sqlalchemy.create_engine(
+        url, poolclass=sqlalchemy.NullPool, isolation_level="AUTOCOMMIT", connect_args=options["connect_args"]
+    )
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(engine.connect())
+        connection.exec_driver_sql(f"SET lock_timeout = '{WAIT_S}s'")
+        connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(_PG_LOCK)))
+        yield  # closing the connection gives the lock up
+
+
+def _explained(url: URL, error: SQLAlchemyError) -> StorageError:
+    """What a driver's error means to the user."""
+    text = str(error.orig if isinstance(error, DBAPIError) else error).strip() or type(error).__name__
+    for secret in secrets(url):
+        text = text.replace(secret, "***")
+    lines = text.splitlines()
+    said = lines[-1] if lines[0].startswith("Multiple connection attempts") else lines[0]
+    meanings = {
+        "database is locked": f"another process has locked the database for {WAIT_S} s; end it and try again",
+        "lock timeout": f"another process has held the study's lock for {WAIT_S} s; end it and try again",
+        "file is not a database": "the file is no SQLite database; name another file",
+        "malformed": "the database file is damaged; restore a copy, or name another file",
+        "readonly": "the database cannot be written; check the permissions of the file and its folder",
+        "unable to open": "the file cannot be opened; check the permissions of the file and its folder",
+        "password authentication failed": f"the server refuses the password of user {url.username!r}",
+        "no password supplied": f"the server wants a password for user {url.username!r}: user:password@host",
+        "role": f"the server does not let user {url.username!r} in ({said})",
+        "does not exist": f"the server has no database {url.database!r}; create it first",
+        "permission denied": f"user {url.username!r} may not create tables in it ({said})",
+    }
+    for sign, meaning in meanings.items():
+        if sign in text:
+            return StorageError(f"{shown(url)}: {meaning}")
+    return StorageError(f"{shown(url)}: cannot reach the database: {said}")

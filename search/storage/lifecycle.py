@@ -1,0 +1,353 @@
+"""The lives of trials in Optuna's storage: who runs them, what becomes of them when that ends, and reading them back.
+
+    WAITING -> RUNNING -> COMPLETE / PRUNED / FAIL
+        park           RUNNING -> WAITING, so that the same trial goes on later (Ctrl-C)
+        requeue_lost   RUNNING -> FAIL (lost), and a new WAITING trial that takes up its work
+
+Optuna's `ask` takes waiting trials first and leaves the params they have as they are; search.storage.queue
+says in which order.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import sqlalchemy
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage
+from optuna.storages._rdb import models
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from search import records
+from search.records import TrialRecord
+from search.storage.database import exclusive
+from search.storage.retry import RetryingStorage
+
+_CARRIED_OVER = (records.LABEL, records.NOTE, records.OVERRIDES, records.STAGE, records.TRAIN_LOSSES)
+"""Attributes that a trial hands to the one that takes up its work."""
+
+
+LOST_AFTER = "lost_after_s"
+"""In `records.WORKER`: seconds without a heartbeat after which the worker wants its trials to be taken over."""
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """How many trials are not in a final state."""
+
+    waiting: int
+    running: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A trial whose process is gone."""
+
+    number: int
+    detail: str
+    successor: int | None
+    """Number of the waiting trial that takes up its work; None once it has been tried often enough."""
+    run_id: str | None = None
+    """Its MLflow run."""
+
+
+def this_worker() -> dict[str, Any]:
+    """This process, as `records.WORKER` of the trials it runs."""
+    process = psutil.Process()
+    return {
+        "host": socket.gethostname(),
+        "pid": process.pid,
+        "started_s": process.create_time(),
+        "since_boot": _since_boot(process.pid),
+    }
+
+
+def local_worker_alive(worker: Mapping[str, Any]) -> bool | None:
+    """Whether the process of a `records.WORKER` still runs; None if it is on another host."""
+    if worker.get("host") != socket.gethostname():
+        return None
+    try:
+        process = psutil.Process(worker["pid"])
+        started = worker.get("since_boot")
+        if started is not None:
+            same = started == _since_boot(worker["pid"])
+        else:
+            same = abs(process.create_time() - worker["started_s"]) < 2
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _since_boot(pid: int) -> str | None:
+    """When a process started, as Linux counts it: the boot's id and clock ticks since; None elsewhere.
+
+    Unlike psutil's start time, which is derived from the time of day, no change of the clock moves it.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return f"{boot}:{stat.rpartition(')')[2].split()[19]}"  # the 22nd field; the second, in brackets, may hold spaces
+
+
+def heartbeat(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> bool:
+    """Record, by the database's clock, that the trial's worker is alive; False if the trial is finished."""
+    backend = _backend(study)
+    backend.record_heartbeat(trial._trial_id)
+    return not backend.get_trial(trial._trial_id).state.is_finished()
+
+
+def unfinished(study: optuna.Study) -> Unfinished:
+    """How many trials wait and run, on whatever host."""
+    states = (TrialState.WAITING, TrialState.RUNNING)
+    found = [trial.state for trial in study.get_trials(deepcopy=False, states=states)]
+    return Unfinished(found.count(TrialState.WAITING), found.count(TrialState.RUNNING))
+
+
+def park(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> None:
+    """Set a RUNNING trial back to WAITING: the next `ask` goes on with it, its params, reports and attributes kept.
+
+    Raises:
+        optuna.exceptions.UpdateFinishedTrialError: the trial is finished.
+    """
+    storage = _storage(study)
+    storage.set_trial_user_attr(trial._trial_id, records.REASON, records.INTERRUPTED)
+    # Whoever takes it up has not said who it is at first, and must not be taken for this process.
+    storage.set_trial_user_attr(trial._trial_id, records.WORKER, None)
+    storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+
+
+def put_back(study: optuna.Study, worker: Mapping[str, Any], since: datetime) -> None:
+    """Set trials back to WAITING that this worker asked for without being answered.
+
+    Args:
+        study: The study; its lock is held.
+        worker: The worker, see `this_worker`. A trial may have been given to it before it could say who it is.
+        since: When it began to ask.
+    """
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        mine = trial.user_attrs.get(records.WORKER) in (None, worker)
+        if mine and trial.datetime_start is not None and trial.datetime_start >= since:
+            park(study, trial)
+
+
+def requeue_lost(
+    study: optuna.Study,
+    *,
+    is_alive: Callable[[dict[str, Any]], bool | None] = local_worker_alive,
+    max_retries: int = 2,
+) -> tuple[Lost, ...]:
+    """Fail the RUNNING trials whose worker is gone, and queue a successor that takes up the work of each.
+
+    A worker is gone if `is_alive` says so. If it cannot tell (another host, or a trial that has not named its worker
+    yet), the trial is lost once neither its last heartbeat nor its start lies within the storage's grace period.
+    A live process is never taken for lost, however late its heartbeats are: a laptop may have slept.
+
+    The successor has the params, reports, label, overrides and stage of the lost trial; `records.RESUMES` names
+    it and `records.ATTEMPT` counts the times that it was taken up again since it last got an epoch further: on hosts
+    that come and go a long trial is lost often, and one that kills its worker never gets anywhere. A process that dies
+    between the two steps leaves nothing undone: the next call queues what is missing.
+
+    Returns:
+        What this call found, by trial number.
+    """
+    return _backend(study).patiently(lambda: _requeue_lost(study, is_alive, max_retries))
+
+
+def _requeue_lost(
+    study: optuna.Study, is_alive: Callable[[dict[str, Any]], bool | None], max_retries: int
+) -> tuple[Lost, ...]:
+    if not (_gone(study, is_alive) or _without_successor(study, max_retries)):
+        return ()
+    with exclusive(_backend(study)):
+        gone = _gone(study, is_alive)
+        for trial, detail in gone:
+            _fail_as_lost(study, trial, detail)
+        requeued = _without_successor(study, max_retries)
+        for trial in requeued:
+            study.add_trial(_successor(trial, _attempt(study, trial)))
+    details = {trial.number: detail for trial, detail in gone}
+    details |= {t.number: t.user_attrs.get(records.DETAIL, "") for t in requeued if t.number not in details}
+    successors = {t.user_attrs.get(records.RESUMES): t.number for t in study.get_trials(deepcopy=False)}
+    runs = {trial.number: trial.user_attrs.get(records.RUN_ID) for trial in (*(t for t, _ in gone), *requeued)}
+    return tuple(Lost(number, details[number], successors.get(number), runs[number]) for number in sorted(details))
+
+
+def counted(study: optuna.Study) -> int:
+    """How many trials count towards the study's total.
+
+    Every trial does, whatever its state, unless another has taken up its work: the two are one. Waiting trials
+    count as they are going to run, a lost trial that was tried too often as it has used its turn.
+    """
+    return _counted(study.get_trials(deepcopy=False))
+
+
+def wants_another(study: optuna.Study, n_trials: int) -> bool:
+    """Whether a trial waits, or fewer than `n_trials` count so far. Reads the trials once."""
+    trials = study.get_trials(deepcopy=False)
+    return any(t.state == TrialState.WAITING for t in trials) or _counted(trials) < n_trials
+
+
+def _counted(trials: Sequence[FrozenTrial]) -> int:
+    return len(trials) - len({t.user_attrs[records.RESUMES] for t in trials if records.RESUMES in t.user_attrs})
+
+
+def lineage(study: optuna.Study, number: int) -> tuple[int, ...]:
+    """The trial's number and those of the trials whose work it continues, latest first."""
+    resumes = {t.number: t.user_attrs.get(records.RESUMES) for t in study.get_trials(deepcopy=False)}
+    found = [number]
+    while (before := resumes.get(found[-1])) is not None:
+        found.append(before)
+    return tuple(found)
+
+
+def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
+    """All trials by number, as far as Optuna's storage knows them."""
+    return tuple(_record(trial) for trial in study.get_trials(deepcopy=False))
+
+
+def _storage(study: optuna.Study) -> BaseStorage:
+    return study._storage
+
+
+def _backend(study: optuna.Study) -> RetryingStorage:
+    """The RDBStorage under the cache that Optuna wraps it in."""
+    backend = getattr(study._storage, "_backend", study._storage)
+    assert isinstance(backend, RetryingStorage)
+    return backend
+
+
+def _gone(study: optuna.Study, is_alive: Callable[[dict[str, Any]], bool | None]) -> list[tuple[FrozenTrial, str]]:
+    """RUNNING trials whose worker is gone, each with what shows it."""
+    found = []
+    silent_s: dict[int, float] | None = None
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        worker = trial.user_attrs.get(records.WORKER)
+        alive = is_alive(worker) if worker else None
+        if alive:
+            continue
+        where = f"process {worker['pid']} on {worker['host']}" if worker else "its process"
+        if alive is False:
+            found.append((trial, f"{where} is gone"))
+            continue
+        if silent_s is None:
+            silent_s = _silences(study)
+        silence = silent_s.get(trial.number, 0.0)
+        grace = (worker or {}).get(LOST_AFTER) or _backend(study).grace_period
+        if grace is not None and silence > grace:
+            found.append((trial, f"{where} has not been heard of for {silence:.0f} s, more than {grace:.0f} s"))
+    return found
+
+
+def _silences(study: optuna.Study) -> dict[int, float]:
+    """Seconds since each RUNNING trial was last heard of: its heartbeat or, if later, its start.
+
+    A trial that was parked and taken up again has a heartbeat from before for a moment, hence the start. That one is
+    by its worker's clock: a start that lies ahead says that the clocks differ, and nothing else.
+    """
+    backend = _backend(study)
+    query = (
+        sqlalchemy.select(
+            models.TrialModel.number, models.TrialHeartbeatModel.heartbeat, sqlalchemy.func.now().label("now")
+        )
+        .join(models.TrialHeartbeatModel, isouter=True)
+        .where(models.TrialModel.study_id == study._study_id, models.TrialModel.state == TrialState.RUNNING)
+    )
+    with backend.engine.connect() as connection:
+        rows = connection.execute(query).all()
+    starts = {t.number: t.datetime_start for t in study.get_trials(deepcopy=False)}
+    silences = {}
+    for number, beat, now in rows:
+        start = starts.get(number)
+        since_start = (datetime.now() - start).total_seconds() if start else -1.0
+        times = [since_start] if since_start >= 0 else []
+        if beat is not None:
+            # PostgreSQL's now() has a time zone, Optuna's column stores it without.
+            times.append((now.replace(tzinfo=None) - beat).total_seconds())
+        silences[number] = min(times, default=0.0)
+    return silences
+
+
+def _fail_as_lost(study: optuna.Study, trial: FrozenTrial, detail: str) -> None:
+    """Attributes first: a finished trial takes none."""
+    storage = _storage(study)
+    attempt = trial.user_attrs.get(records.ATTEMPT, 0)
+    try:
+        storage.set_trial_user_attr(trial._trial_id, records.REASON, records.LOST)
+        storage.set_trial_user_attr(trial._trial_id, records.DETAIL, f"{detail} (attempt {attempt + 1})")
+        storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    except optuna.exceptions.UpdateFinishedTrialError:
+        return  # its worker finished it after all
+
+
+def _without_successor(study: optuna.Study, max_retries: int) -> list[FrozenTrial]:
+    """Lost trials whose work nobody has taken up, though it may be tried again."""
+    trials = study.get_trials(deepcopy=False)
+    resumed = {t.user_attrs.get(records.RESUMES) for t in trials}
+    return [
+        t
+        for t in trials
+        if t.state == TrialState.FAIL
+        and t.user_attrs.get(records.REASON) == records.LOST
+        and t.number not in resumed
+        and _attempt(study, t) <= max_retries
+    ]
+
+
+def _attempt(study: optuna.Study, lost: FrozenTrial) -> int:
+    """`records.ATTEMPT` of the trial that is to take up the work of a lost one."""
+    before = lost.user_attrs.get(records.RESUMES)
+    began_with = 0 if before is None else len(study.get_trials(deepcopy=False)[before].intermediate_values)
+    further = len(lost.intermediate_values) > began_with
+    return 1 if further else lost.user_attrs.get(records.ATTEMPT, 0) + 1
+
+
+def _successor(lost: FrozenTrial, attempt: int) -> FrozenTrial:
+    """A waiting trial that takes up the work of a lost one.
+
+    System attributes are kept as RetryHeartbeatStaleTrialCallback does (queued params, grid point, rungs), but for
+    constraints, which Optuna lets be set only once.
+    """
+    attrs = {key: lost.user_attrs[key] for key in _CARRIED_OVER if key in lost.user_attrs}
+    distributions: dict[str, BaseDistribution] = lost.distributions
+    return create_trial(
+        state=TrialState.WAITING,
+        params=lost.params,
+        distributions=distributions,
+        user_attrs={**attrs, records.RESUMES: lost.number, records.ATTEMPT: attempt},
+        system_attrs={key: value for key, value in lost.system_attrs.items() if not key.startswith("constraints")},
+        intermediate_values=lost.intermediate_values,
+    )
+
+
+def _record(trial: FrozenTrial) -> TrialRecord:
+    attrs = trial.user_attrs
+    value = trial.value if trial.state == TrialState.COMPLETE else None
+    if trial.state == TrialState.PRUNED:
+        value = min((v for v in trial.intermediate_values.values() if math.isfinite(v)), default=None)
+    return TrialRecord(
+        number=trial.number,
+        state=trial.state.name,
+        value=value,
+        params=dict(trial.params),
+        config=dict(attrs.get(records.CONFIG, {})),
+        reason=attrs.get(records.REASON),
+        detail=attrs.get(records.DETAIL),
+        best_epoch=attrs.get(records.BEST_EPOCH),
+        stopped_early=bool(attrs.get(records.STOPPED_EARLY, False)),
+        attrs=dict(attrs),
+        # Without "0", the copy that search.dashboards.notes makes for optuna-dashboard.
+        violated=tuple(name for name, amount in trial.constraints.items() if amount > 0 and name != "0"),
+        start_s=trial.datetime_start.timestamp() if trial.datetime_start else None,
+        end_s=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
+        run_id=attrs.get(records.RUN_ID),
+    )

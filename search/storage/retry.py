@@ -1,0 +1,192 @@
+"""Optuna's storage where the database may be away for a while: what was not answered is done again, then given up."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import sqlalchemy.exc
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import URL
+
+from search.errors import DatabaseAway, StorageError
+from search.urls import secrets, shown
+
+log = logging.getLogger("search.storage.retry")
+
+WAIT_VARIABLE = "LORA_SEARCH_DATABASE_WAIT_S"
+
+
+def _wait_s(text: str) -> float:
+    """Seconds of the environment variable.
+
+    Raises:
+        StorageError: it is no time.
+    """
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise StorageError(f"{WAIT_VARIABLE} must be a number of seconds such as 120, but is {text!r}")
+    return seconds
+
+
+RETRY_S = _wait_s(os.environ.get(WAIT_VARIABLE, "120"))
+"""How long a search waits for its database to come back. A server's restart takes seconds, a failover a minute."""
+MAX_PAUSE_S = 5.0
+SAY_AFTER_S = 3.0
+"""Shorter absences are only logged."""
+
+_NO_USE = (
+    *("no such", "does not exist", "readonly", "read-only", "malformed", "not a database", "lock timeout"),
+    "database or disk is full",  # told at once, as where a checkpoint finds no room
+)
+"""What drivers call operational too, and trying again does not mend."""
+
+T = TypeVar("T")
+
+
+class CreationUnanswered(Exception):
+    """A trial may have been created, or not."""
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether an error of Optuna's or SQLAlchemy's says that the database did not answer, or was locked."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    # PendingRollbackError: a connection broke within a transaction, which Optuna has rolled back by now.
+    if isinstance(cause, CreationUnanswered | sqlalchemy.exc.PendingRollbackError):
+        return True
+    if isinstance(cause, sqlalchemy.exc.DBAPIError):
+        kinds = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
+        return cause.connection_invalidated or (
+            isinstance(cause, kinds) and not any(sign in str(cause.orig) for sign in _NO_USE)
+        )
+    return isinstance(cause, sqlalchemy.exc.TimeoutError)  # of the pool: all its connections hang
+
+
+def patiently(url: URL, do: Callable[[], T], say: Callable[[str], None]) -> T:
+    """What `do` returns, done again while the database is away.
+
+    Raises:
+        DatabaseAway: it has been for `RETRY_S` seconds.
+    """
+    began, pause, told = time.monotonic(), 0.1, False
+    while True:
+        try:
+            result = do()
+        except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, CreationUnanswered) as error:
+            if not is_away(error):
+                raise
+            waited_s = time.monotonic() - began
+            said = _said(url, error)
+            log.warning("the database is away since %.1f s: %s", waited_s, said)
+            if waited_s + pause > RETRY_S:
+                raise DatabaseAway(
+                    f"{shown(url)}: the database has not answered for {waited_s:.0f} s: {said}; nothing that was "
+                    "reported is lost: once it answers, the same command goes on from the last checkpoints"
+                ) from error
+            if not told and waited_s >= SAY_AFTER_S:
+                told = True
+                say(f"the database does not answer ({said}); waiting for it, up to {RETRY_S:.0f} s")
+            time.sleep(pause * random.uniform(0.7, 1.0))
+            pause = min(MAX_PAUSE_S, 2 * pause)
+        else:
+            if told:
+                say(f"the database answers again after {time.monotonic() - began:.0f} s")
+            return result
+
+
+class RetryingStorage(RDBStorage):
+    """RDBStorage that does each call again while the database is away, for `RETRY_S` seconds.
+
+    A call that was not answered may have been done: all that are done again here may be done twice, and a trial that
+    is told twice the same is told once. `create_new_trial` is none of them, see `patiently`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.say: Callable[[str], None] = log.warning
+        """Tells the user that the database is away, and that it is back."""
+        self._inside = threading.local()
+
+    def patiently(self, do: Callable[[], T]) -> T:
+        """What `do` returns, done again while the database is away. Calls within it are not done again by themselves.
+
+        Raises:
+            DatabaseAway: it has been for `RETRY_S` seconds.
+        """
+        if getattr(self._inside, "yes", False):
+            return do()
+        self._inside.yes = True
+        try:
+            return patiently(self.engine.url, do, lambda text: self.say(text))
+        finally:
+            self._inside.yes = False
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        self._inside.creations = 0
+        return super()._create_new_trial(study_id, template_trial)
+
+    def _get_prepared_new_trial(self, *args: Any, **kwargs: Any) -> Any:
+        """Optuna itself tries five times to create a trial. A step that is done again as a whole must know of it: the
+        first time may have succeeded."""
+        self._inside.creations += 1
+        if self._inside.creations > 1 and getattr(self._inside, "yes", False):
+            raise CreationUnanswered("the creation of a trial was not answered")
+        return super()._get_prepared_new_trial(*args, **kwargs)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """As Optuna's; that it was done by a call that was not answered is no error."""
+        tries = 0
+
+        def do() -> bool:
+            nonlocal tries
+            tries += 1
+            try:
+                return RDBStorage.set_trial_state_values(self, trial_id, state, values)
+            except UpdateFinishedTrialError:
+                if tries > 1 and self.get_trial(trial_id).state == state:
+                    return True
+                raise
+
+        return self.patiently(do)
+
+
+def _patient(name: str) -> Callable[..., Any]:
+    original = getattr(RDBStorage, name)
+
+    def method(self: RetryingStorage, *args: Any, **kwargs: Any) -> Any:
+        return self.patiently(lambda: original(self, *args, **kwargs))
+
+    method.__name__, method.__doc__ = name, original.__doc__
+    return method
+
+
+for _name in (
+    *("get_study_id_from_name", "get_study_name_from_id", "get_study_directions", "get_all_studies"),
+    *("get_study_user_attrs", "get_study_system_attrs", "set_study_user_attr", "set_study_system_attr"),
+    *("get_trial", "get_all_trials", "_get_trials", "get_trial_id_from_study_id_trial_number", "_get_best_trial_id"),
+    *("set_trial_param", "_set_trial_param", "get_trial_param", "set_trial_intermediate_value"),
+    *("get_trial_user_attrs", "get_trial_system_attrs", "set_trial_user_attr", "set_trial_system_attr"),
+    "record_heartbeat",
+):
+    setattr(RetryingStorage, _name, _patient(_name))
+
+
+def _said(url: URL, error: BaseException) -> str:
+    """The driver's own words, in one line, without a password."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    text = str(getattr(cause, "orig", None) or cause).strip()
+    line = text.splitlines()[0] if text else type(cause).__name__
+    for secret in secrets(url):
+        line = line.replace(secret, "***")
+    return line

@@ -1,0 +1,252 @@
+"""A study in Optuna's storage: created, continued, refused when its definition changed.
+
+What opens the database lies in `search.storage.database`, what happens to trials in `search.storage.lifecycle`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import optuna
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.study import StudyDirection
+
+from search import records
+from search.errors import DefinitionChanged, StorageError, StudyError
+from search.storage.database import close_storage, exclusive, open_storage
+from search.storage.lifecycle import (
+    Lost,
+    counted,
+    heartbeat,
+    lineage,
+    local_worker_alive,
+    park,
+    read_trials,
+    requeue_lost,
+    this_worker,
+)
+from search.storage.retry import RetryingStorage
+from search.study import Study, fixed_trial
+from trainer.config import nearest
+
+__all__ = [
+    "Lost",
+    "check_definition",
+    "check_fingerprints",
+    "check_strategy",
+    "close_storage",
+    "counted",
+    "exclusive",
+    "find_study",
+    "heartbeat",
+    "lineage",
+    "local_worker_alive",
+    "open_storage",
+    "open_study",
+    "park",
+    "read_trials",
+    "requeue_lost",
+    "this_worker",
+]
+
+DEFINITION = "definition"
+"""Study attribute: `Study.definition()` of the study its trials were made for."""
+NAME = "study"
+"""Study attribute: `Study.name`, the same for all generations."""
+GENERATION = "generation"
+"""Study attribute: 1, and one more for each `--fresh`."""
+FINGERPRINTS = "fingerprints"
+"""Study attribute: fingerprints of the data and the model its trials used."""
+STRATEGY = "strategy"
+"""Study attribute: the value of `--strategy` its trials were sampled with."""
+
+
+def open_study(
+    storage: RetryingStorage,
+    study: Study,
+    *,
+    fresh: bool = False,
+    sampler: BaseSampler | None = None,
+    pruner: BasePruner | None = None,
+) -> optuna.Study:
+    """The Optuna study of this definition: continued if there is one, else created with its trials given by hand.
+
+    `fresh` starts a new generation: `<name>`, then `<name>-2`, `<name>-3`, ... Without it the latest generation goes
+    on; one that has no trial takes the definition, so that a typo that was refused is in nobody's way. Trials given by
+    hand that the study does not have yet (a new one in the study file, or a process that died while it created the
+    study) are added; those it has are never added twice.
+
+    Raises:
+        DefinitionChanged: the latest generation has trials of another definition; every difference is named.
+        StorageError: a study of that name was made by another program.
+    """
+    with exclusive(storage):
+        generations = _generations(storage, study.name)
+        if fresh or not generations:
+            opened = _create(storage, study, 1 + max(generations, default=0), sampler, pruner)
+        else:
+            name = generations[max(generations)]
+            opened = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
+            if opened.get_trials(deepcopy=False):
+                _refuse_changed(opened, study, 1 + max(generations))
+            elif list(_changes(opened, study)):
+                for held in (FINGERPRINTS, STRATEGY):
+                    opened.set_user_attr(held, None)
+                opened.set_user_attr(DEFINITION, study.definition())
+        _enqueue_missing(opened, study)
+    return opened
+
+
+def find_study(storage: RetryingStorage, name: str) -> optuna.Study:
+    """The latest generation of the study of this name, or the very generation named, e.g. `rsicap-2`.
+
+    Raises:
+        StudyError: the database has no such study.
+    """
+    generations = _generations(storage, name)
+    names = sorted(found.study_name for found in storage.get_all_studies())
+    exact = generations[max(generations)] if generations else name
+    if exact not in names:
+        known = f"; it has {', '.join(names)}" if names else "; it has none yet"
+        raise StudyError(f"the database has no study {name!r}{nearest(name, names)}{known}")
+    return optuna.load_study(study_name=exact, storage=storage)
+
+
+def check_definition(opened: optuna.Study, study: Study) -> None:
+    """Make sure, holding the database's lock, that a study's first trial is one of this definition.
+
+    Raises:
+        DefinitionChanged: another search has given the study another one while it had no trial.
+    """
+    _refuse_changed(opened, study, 1 + opened.user_attrs[GENERATION])
+
+
+def check_fingerprints(study: optuna.Study, *, data: str, model: str) -> None:
+    """Hold a study to one data set and one model: stored at the first call, compared at each later one.
+
+    Raises:
+        DefinitionChanged: the data or the model are not those the study's trials used.
+    """
+    _hold(study, FINGERPRINTS, {"data": data, "model": model})
+
+
+def check_strategy(study: optuna.Study, strategy: str) -> None:
+    """Hold a study to one `--strategy`.
+
+    Raises:
+        DefinitionChanged: its trials were sampled with another.
+    """
+    _hold(study, STRATEGY, {"strategy": strategy})
+
+
+def _generations(storage: RetryingStorage, name: str) -> dict[int, str]:
+    """Optuna's names of a study's generations."""
+    attrs = {found.study_name: found.user_attrs for found in storage.get_all_studies()}
+    return {a[GENERATION]: optuna_name for optuna_name, a in attrs.items() if a.get(NAME) == name}
+
+
+def _generation_name(name: str, generation: int) -> str:
+    return name if generation == 1 else f"{name}-{generation}"
+
+
+def _create(
+    storage: RetryingStorage, study: Study, generation: int, sampler: BaseSampler | None, pruner: BasePruner | None
+) -> optuna.Study:
+    """Create the study. Its NAME is set last: without it the study is not yet one of ours."""
+    name = _generation_name(study.name, generation)
+    # A duplicate was left by a process that died right here, or is another program's: told apart below.
+    with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
+        storage.create_new_study([StudyDirection.MINIMIZE], name)
+    created = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
+    if NAME in created.user_attrs and created.user_attrs[NAME] != study.name:
+        return _create(storage, study, generation + 1, sampler, pruner)
+    if created.get_trials(deepcopy=False) or created.directions != [StudyDirection.MINIMIZE]:
+        raise StorageError(
+            f"the database has a study {name!r} that another program made; give yours another name or --storage"
+        )
+    created.set_user_attr(DEFINITION, study.definition())
+    created.set_user_attr(GENERATION, generation)
+    created.set_user_attr(NAME, study.name)
+    return created
+
+
+def _enqueue_missing(opened: optuna.Study, study: Study) -> None:
+    """Queue the trials given by hand that the study does not have, in their order."""
+    present = Counter(
+        t.user_attrs.get(records.LABEL)
+        for t in opened.get_trials(deepcopy=False)
+        if records.RESUMES not in t.user_attrs
+    )
+    for fixed in study.enqueue:
+        if present[fixed.label]:
+            present[fixed.label] -= 1
+            continue
+        params, overrides = fixed_trial(study, fixed)
+        attrs = {records.LABEL: fixed.label, records.OVERRIDES: overrides}
+        if fixed.note:
+            attrs[records.NOTE] = fixed.note
+        opened.enqueue_trial(params, user_attrs=attrs)
+
+
+def _refuse_changed(opened: optuna.Study, study: Study, next_generation: int) -> None:
+    lines = [_difference(path, a, b) for path, a, b in _changes(opened, study)]
+    if lines:
+        count = len(opened.get_trials(deepcopy=False))
+        listed = "\n".join(f"  - {line}" for line in lines)
+        raise DefinitionChanged(
+            f"the study {opened.study_name!r} exists with another definition, so its {count} trials cannot be "
+            f"compared with new ones:\n{listed}\n"
+            f"take the change back, or start anew with --fresh (as {_generation_name(study.name, next_generation)!r})"
+        )
+
+
+def _changes(opened: optuna.Study, study: Study) -> Iterator[tuple[str, Any, Any]]:
+    return _differences(opened.user_attrs[DEFINITION], json.loads(json.dumps(study.definition())))
+
+
+_MISSING = object()
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(path, old, new) of every value that differs; `_MISSING` where one side has none."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        if old != new:
+            yield path, old, new
+        return
+    for key in [*old, *(key for key in new if key not in old)]:
+        below = f"{path}.{key}" if path else key
+        yield from _differences(old.get(key, _MISSING), new.get(key, _MISSING), below)
+
+
+def _difference(path: str, old: Any, new: Any) -> str:
+    line = f"{path}: {_value(old)} -> {_value(new)}"
+    section, _, name = path.partition(".")
+    if section == "base" and old is not _MISSING:
+        text = ",".join(map(str, old)) if isinstance(old, list) else str(old).lower() if old is None else str(old)
+        return f"{line} (as before with --set {name}={text})"
+    return f"{line} (as before with --seed {old})" if path == "seed" else line
+
+
+def _value(value: Any) -> str:
+    if value is _MISSING:
+        return "not there"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _hold(study: optuna.Study, key: str, values: dict[str, str]) -> None:
+    stored = study.user_attrs.get(key)
+    if stored is None:
+        study.set_user_attr(key, values)
+        return
+    lines = [f"  - {path}: {_value(old)} -> {_value(new)}" for path, old, new in _differences(stored, values)]
+    if lines:
+        what = "fingerprints of its data or model" if key == FINGERPRINTS else key
+        raise DefinitionChanged(
+            f"the study {study.study_name!r} was begun with another {what}, so its trials cannot be compared with "
+            "new ones:\n" + "\n".join(lines) + "\ngo on with what it was begun with, or start anew with --fresh"
+        )

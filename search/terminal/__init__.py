@@ -1,0 +1,1 @@
+"""What the terminal shows while a search runs, and when it ends."""

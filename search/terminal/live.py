@@ -1,0 +1,225 @@
+"""What the person at the terminal sees: a live table, or plain lines where the output is piped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from search import leaderboard
+from search.records import TrialRecord
+from search.workers.protocol import (
+    Alive,
+    EpochDone,
+    Idle,
+    Loading,
+    Message,
+    Notice,
+    SlotsChosen,
+    StepDone,
+    TrialEnded,
+    TrialStarted,
+    WorkerFailed,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+    from rich.live import Live
+
+SHOWN_ON_TERMINAL = 8
+"""Rows of the leaderboard in the live view; the whole of it is printed at the end."""
+
+
+@dataclass
+class Running:
+    """A trial in progress, as far as the messages tell."""
+
+    number: int
+    num_epochs: int
+    config: dict[str, Any]
+    epoch: int = 0
+    step: int = 0
+    total_steps: int = 0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    learning_rate: float | None = None
+    epoch_seconds: list[float] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=time.monotonic)
+    """When the epoch in progress began."""
+
+    def left_s(self) -> float | None:
+        """Seconds left by the pace of its epochs so far; None before the first."""
+        if not self.epoch_seconds:
+            return None
+        pace = sum(self.epoch_seconds) / len(self.epoch_seconds)
+        done = self.step / self.total_steps * self.num_epochs if self.total_steps else self.epoch
+        return max(0.0, pace * (self.num_epochs - done))
+
+
+class Plain:
+    """One line for each thing that happened."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def __enter__(self) -> Plain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __call__(self, message: Message) -> None:
+        """Show a worker's message."""
+        line = _line(message)
+        if line:
+            self.say(line)
+
+    def refresh(self) -> None:
+        """Nothing moves in plain output."""
+
+
+class LiveDisplay:
+    """A table of the running trials above the leaderboard, redrawn in place; lines scroll above it."""
+
+    def __init__(self, console: Console, read: Callable[[], Sequence[TrialRecord]]) -> None:
+        from rich.live import Live
+
+        self.console = console
+        self._read = read
+        self._trials: Sequence[TrialRecord] = ()
+        self._running: dict[int, Running] = {}
+        self._live: Live = Live(console=console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> LiveDisplay:
+        self._trials = self._read()
+        self._live.start()
+        self.refresh()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the tables."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __call__(self, message: Message) -> None:
+        """Take a worker's message in."""
+        match message:
+            case TrialStarted():
+                self._running[message.number] = Running(message.number, message.config["num_epochs"], message.config)
+            case StepDone() if message.number in self._running:
+                running = self._running[message.number]
+                running.step, running.total_steps = message.step, message.total_steps
+                running.epoch, running.learning_rate = message.epoch, message.learning_rate
+                running.train_loss = message.loss
+            case EpochDone() if message.number in self._running:
+                running = self._running[message.number]
+                running.epoch, running.train_loss, running.val_loss = (
+                    message.epoch,
+                    message.train_loss,
+                    message.val_loss,
+                )
+                now = time.monotonic()
+                if not message.from_checkpoint:  # by the clock: an epoch's own seconds are its share of a pass
+                    running.epoch_seconds.append(now - running.since)
+                running.since = now
+            case TrialEnded():
+                self._running.pop(message.number, None)
+                self._trials = self._read()
+                self.say(_line(message))
+            case Notice() | WorkerFailed() | Loading() | SlotsChosen():
+                self.say(_line(message))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Redraw, so that clocks move on."""
+        self._live.update(self._view(), refresh=True)
+
+    def _view(self) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(title="Running", title_justify="left", header_style="bold", box=None, padding=(0, 1))
+        for head in ("trial", "epoch", "step", "train", "val", "rate", "r", "alpha", "batch", "time", "left"):
+            table.add_column(head, justify="right", no_wrap=True)
+        for running in self._running.values():
+            config = running.config
+            table.add_row(
+                str(running.number),
+                f"{running.epoch}/{running.num_epochs}",
+                f"{running.step}/{running.total_steps}" if running.total_steps else "-",
+                _loss(running.train_loss),
+                _loss(running.val_loss),
+                "-" if running.learning_rate is None else f"{running.learning_rate:.1e}",
+                str(config["lora_r"]),
+                leaderboard.show_value("lora_alpha", config["lora_alpha"]),
+                str(config["batch_size"]),
+                clock(time.monotonic() - running.began),
+                clock(running.left_s()),
+            )
+        done = [t for t in self._trials if t.state in ("COMPLETE", "PRUNED", "FAIL")]
+        parts: list[Any] = [table]
+        if done:
+            parts.append(leaderboard.as_table(done, limit=SHOWN_ON_TERMINAL))
+        return Group(*parts)
+
+
+Display = Plain | LiveDisplay
+
+
+def clock(seconds: float | None) -> str:
+    """`1:02:03`, `2:03`, or `-`."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _line(message: Message) -> str:
+    """A message as one line; empty for those that are only for the live view."""
+    match message:
+        case Loading():
+            return f"loading {message.what}"
+        case SlotsChosen():
+            auto = " (--slots auto)" if message.auto else ""
+            if message.most == 1:
+                return f"one trial at a time{auto}"
+            filled = f", until a pass has {message.samples:.0f} samples" if message.auto else ""
+            return f"up to {message.most} trials train at once on one base{filled}{auto}"
+        case TrialStarted():
+            shown = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "batch_size", "warmup_steps")
+            values = ", ".join(f"{name}={leaderboard.show_value(name, message.config[name])}" for name in shown)
+            label = f" ({message.label})" if message.label else ""
+            resumed = f", after epoch {message.resumed_from_epoch}" if message.resumed_from_epoch else ""
+            return f"trial {message.number}{label}: {values}{resumed}"
+        case EpochDone():
+            again = "  (from the checkpoint)" if message.from_checkpoint else ""
+            return (
+                f"trial {message.number}: epoch {message.epoch}: Train={message.train_loss:.4f}, "
+                f"Val={message.val_loss:.4f}  ({message.epoch_s:.1f} s){again}"
+            )
+        case TrialEnded():
+            value = "" if message.value is None else f", best Val={message.value:.4f}"
+            found = f"; {', '.join(message.findings)}" if message.findings else ""
+            return (
+                f"trial {message.number}: {message.state} ({message.reason}){value} "
+                f"in {clock(message.elapsed_s)}: {message.detail}{found}"
+            )
+        case Notice():
+            return message.text
+        case WorkerFailed():
+            return f"a worker ended: {message.text}"
+        case StepDone() | Idle() | Alive():
+            return ""

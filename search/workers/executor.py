@@ -1,0 +1,53 @@
+"""Where workers run: `--executor`, `--workers`, `--gpus-per-worker`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from search.errors import StudyError
+from search.study import Study
+from search.workers.pool import WorkerPool, gpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Executor:
+    """Where a search's workers run, and what each gets."""
+
+    kind: Literal["local", "ray"] = "local"
+    workers: int | None = None
+    """None for one a GPU, or one for each `gpus_per_worker` GPUs."""
+    gpus_per_worker: int = 1
+    ray_address: str | None = None
+
+    def check(self, study: Study) -> None:
+        """Refuse options that do not go together.
+
+        Raises:
+            StudyError: they don't.
+        """
+        if self.ray_address is not None and self.kind != "ray":
+            raise StudyError(f"--ray-address {self.ray_address} goes with --executor ray")
+        if self.gpus_per_worker > 1 and study.base_config().device_map == "single":
+            raise StudyError(
+                f"--gpus-per-worker {self.gpus_per_worker}: a base on one GPU leaves the others idle; spread it with "
+                "--set device_map=auto, or start one worker for each GPU"
+            )
+
+    def crew(self, databases: Mapping[str, str]) -> WorkerPool:
+        """The workers, not yet started.
+
+        Args:
+            databases: URL of what they share by the option that sets it.
+
+        Raises:
+            StudyError: the machine or cluster cannot have such workers.
+        """
+        if self.kind == "ray":
+            from search.workers.ray_pool import RayPool
+
+            return RayPool(self.workers, self.gpus_per_worker, self.ray_address, databases)
+        count = self.workers or max(1, len(gpus()) // self.gpus_per_worker)
+        return WorkerPool(count, max(1, len(os.sched_getaffinity(0)) // count), self.gpus_per_worker)

@@ -1,0 +1,18 @@
+"""The imports of a worker, made by importing this: `multiprocessing`'s fork server does it by name."""
+
+import signal
+from contextlib import suppress
+
+# Ctrl-C in a terminal, and SIGTERM as schedulers send it, reach the whole process group. This process ends with the
+# supervisor, which would lose sight of its workers if it went first; they set handlers of their own.
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+
+from search.workers.worker import import_early  # noqa: E402
+from trainer.common.imports import without_collection  # noqa: E402
+
+import_early()
+with without_collection(), suppress(ImportError):
+    # What Optuna and MLflow import when they open a database.
+    import alembic.command  # noqa: F401
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401

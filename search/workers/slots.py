@@ -1,0 +1,157 @@
+"""How many trials train at once on one base: `--slots auto`.
+
+Packing pays for as long as a pass is too small to keep the machine busy: below that, a pass with twice the rows takes
+hardly longer. So `auto` takes trials in until a pass has the token positions from which the machine is busy, and no
+more of them than the memory that one was measured to need allows: many with small batches, few with large ones. More
+would only make the search learn later from what it has tried. Nothing here depends on the clock: the same machine and
+study give the same packs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from search.space import Multiple, Param
+
+if TYPE_CHECKING:
+    import torch
+
+    from search.study import Study
+    from trainer.config import TrainConfig
+    from trainer.workbench import Workbench
+
+MOST = 16
+BUSY_CPU = 2.2e7
+"""For each thread, of two at most (with more, nothing was measured).
+
+On a CPU core, dispatch costs some 10 microseconds an operation; a product of T rows with a matrix of d x d takes as
+long at T d^2 = 3e5. The embedded model (d = 128) gains 52 % from 4 samples in a pass to 16, and one of d = 768 nothing
+(docs/benchmarks.md): 75 times that break-even, 1,350 rows and 37. One process alone gains 11 % more from 32 samples,
+two that share a cache nothing: a study of 32 trials takes 75.6 s with passes of 16, 76.8 with 24 or 33, and 84.0 with
+11. And the fewer trials at once, the sooner each is judged: with successive halving 31.9 s, 37.0 and 37.8."""
+BUSY_CUDA = {"highest": 160, "high": 1200}
+"""On a GPU, weights must be read for however few rows. An H100 (67 TFLOPS in float32, 495 in TF32, 3.35 TB/s) computes
+as long as it reads at 40 and 295 rows; four times that leaves reading a fifth. From the data sheet, not measured."""
+MEMORY_SHARE = 0.8
+"""Share of the free memory that trials may take."""
+
+log = logging.getLogger("search.workers.slots")
+
+
+@dataclass(frozen=True)
+class Slots:
+    """When a worker takes another trial into its pack."""
+
+    most: int
+    """Trials at once, at most."""
+    samples: float = math.inf
+    """No further one where a pass has this many samples."""
+
+    def room(self, batch_sizes: Sequence[int]) -> bool:
+        """Whether there is room beside trials of these batch sizes."""
+        return len(batch_sizes) < self.most and sum(batch_sizes) < self.samples
+
+
+def resolve(wanted: int | None, study: Study, bench: Workbench) -> Slots:
+    """As many slots as wanted, or for None as many as pay and fit, 1 to 16."""
+    if wanted is not None:
+        return Slots(wanted)
+    config = study.base_config()
+    samples = busy_samples(config, bench)
+    smallest = min([*_edges(study.space.get("batch_size")), config.batch_size])
+    if samples <= smallest:
+        return Slots(1)
+    fitting = that_fit(study, bench)
+    log.info("slots: a pass of %.0f samples keeps the machine busy; memory for %d trials", samples, fitting)
+    return Slots(max(1, min(fitting, math.ceil(samples / smallest), MOST)), samples)
+
+
+def _edges(param: Param | None) -> list[int]:
+    """The values at the edges of a parameter's range that are whole numbers."""
+    if param is None or isinstance(param, Multiple):
+        return []
+    return [edge for edge in param.edges() if isinstance(edge, int)]
+
+
+def busy_samples(config: TrainConfig, bench: Workbench) -> float:
+    """Samples in a pass from which the machine is busy."""
+    import torch
+
+    from trainer import runtime
+
+    model = bench.base(config).model
+    device = runtime.resolve_device(config.device)
+    width = min(model.config.qformer_config.hidden_size, model.config.text_config.hidden_size)
+    on_cpu = BUSY_CPU * min(2, torch.get_num_threads()) / width**2
+    busy = BUSY_CUDA[config.matmul_precision] if device.type == "cuda" else on_cpu
+    return busy / _rows(config, bench)
+
+
+def _rows(config: TrainConfig, bench: Workbench) -> float:
+    """Mean token positions of a sample on its way through Q-Former and language model, a third of them at a time."""
+    train_set, _ = bench.datasets(config)
+    queries = bench.base(config).num_query_tokens
+    tokens = [len(t.qformer) + len(t.prompt) + len(t.target) + 2 * queries for t in train_set.tokens]
+    return statistics.fmean(tokens)
+
+
+def that_fit(study: Study, bench: Workbench) -> int:
+    """Trials for which there is memory, by what a step of the largest batch and rank takes on this device."""
+    from trainer import runtime
+
+    config = study.base_config()
+    device = runtime.resolve_device(config.device)
+    largest = {name: _edges(study.space.get(name)) for name in ("batch_size", "lora_r")}
+    values = {name: max(edges) for name, edges in largest.items() if edges}
+    config = config.model_copy(update=values)
+    needed = _measure(config, bench, device)
+    return max(1, int(MEMORY_SHARE * _free(device) / max(needed, 1)))
+
+
+def _measure(config: TrainConfig, bench: Workbench, device: torch.device) -> int:
+    """Bytes that one step of this configuration takes above the base, at its peak."""
+    import resource
+
+    import torch
+
+    from trainer.events import StepEnded
+    from trainer.loop import Pack
+
+    with tempfile.TemporaryDirectory() as folder, Pack(bench) as pack:
+        pack.window = 1
+        before = _used(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        pack.add(config, Path(folder))
+        for _, event in pack.round():
+            if isinstance(event, StepEnded):  # the step is made; the epoch's evaluation is not waited for
+                break
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device) - before
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def _used(device: torch.device) -> int:
+    """Bytes in use: on the GPU, or by this process on the host."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def _free(device: torch.device) -> int:
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)

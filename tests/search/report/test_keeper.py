@@ -1,0 +1,163 @@
+"""The tuning log while a study runs: written after trials, not once for each, and never at the search's cost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from mlflow.tracking import MlflowClient
+from optuna_dashboard import get_note
+
+from search import records
+from search.errors import StorageError
+from search.report import keeper as logkeeper
+from search.report.keeper import LogKeeper
+from search.space import Float
+from search.storage import studies as store
+from search.storage.database import close_storage, open_storage
+from search.study import Study
+from search.tracking.client import Tracking, open_tracking
+from search.tracking.runs import StudyRuns
+from trainer.config import TrainConfig
+
+SPACE = {"learning_rate": Float(1e-6, 1e-3, log=True)}
+DEFINITION = Study(name="demo", description="for the log", space=SPACE, n_trials=3)
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
+    folder = tmp_path_factory.mktemp("mlflow")
+    return open_tracking(f"sqlite:///{folder}/mlflow.db", folder / "artifacts")
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[optuna.Study]:
+    storage = open_storage(f"sqlite:///{tmp_path}/optuna.db")
+    yield store.open_study(storage, DEFINITION)
+    close_storage(storage)
+
+
+class Counted(LogKeeper):
+    """Counts what it writes, and fails or waits when told to."""
+
+    def __init__(self, do: Callable[[int], None] = lambda _: None) -> None:
+        super().__init__(None, None, Path("nowhere"), ())  # type: ignore[arg-type]
+        self.writes = 0
+        self.wrote = threading.Condition()
+        self._do = do
+
+    def _write(self) -> list[Path]:
+        with self.wrote:
+            self.writes += 1
+            self.wrote.notify_all()
+        self._do(self.writes)
+        return [Path("tuning-log.md")]
+
+    def wait_for(self, writes: int) -> None:
+        with self.wrote:
+            assert self.wrote.wait_for(lambda: self.writes >= writes, timeout=10), f"{self.writes} of {writes} writes"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logkeeper, "PAUSE_S", 0.01)
+
+
+def test_it_writes_after_a_trial_and_not_before(quick: None) -> None:
+    keeper = Counted()
+    keeper.start()
+    time.sleep(0.1)
+    assert keeper.writes == 0
+    for trials in (1, 2):
+        keeper.due()
+        keeper.wait_for(trials)
+        time.sleep(0.1)
+        assert keeper.writes == trials
+    assert keeper.close() == [Path("tuning-log.md")]
+    assert keeper.writes == 3 and not keeper.is_alive()
+
+
+def test_trials_that_end_meanwhile_are_told_of_together(quick: None) -> None:
+    go_on = threading.Event()
+    keeper = Counted(lambda n: None if n > 1 else go_on.wait(10) and None)
+    keeper.start()
+    keeper.due()
+    keeper.wait_for(1)
+    for _ in range(20):
+        keeper.due()
+    go_on.set()
+    keeper.wait_for(2)
+    time.sleep(0.1)
+    assert keeper.writes == 2
+    keeper.close()
+
+
+def test_closing_waits_for_no_pause() -> None:
+    assert logkeeper.PAUSE_S >= 5
+    keeper = Counted()
+    keeper.start()
+    keeper.due()
+    keeper.wait_for(1)
+    began = time.monotonic()
+    keeper.close()
+    assert time.monotonic() - began < 2 and keeper.writes == 2
+
+
+def test_an_error_is_logged_and_the_next_trial_s_end_writes_again(
+    quick: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(n: int) -> None:
+        if n == 1:
+            raise OSError("no space left on device")
+
+    keeper = Counted(fail)
+    with caplog.at_level(logging.ERROR, "search.report.keeper"):
+        keeper.start()
+        keeper.due()
+        keeper.wait_for(1)
+        keeper.due()
+        keeper.wait_for(2)
+        assert keeper.close() != []
+    (logged,) = caplog.records
+    assert logged.exc_info is not None and "no space left" in str(logged.exc_info[1])
+
+
+def test_an_error_at_the_end_is_logged_too(quick: None, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_: int) -> None:
+        raise StorageError("the server is away")
+
+    keeper = Counted(fail)
+    keeper.start()
+    assert keeper.close() == []
+    assert [str(r.exc_info[1]) for r in caplog.records if r.exc_info] == ["the server is away"]
+
+
+def test_log_note_and_artifacts_of_the_study_s_run(study: optuna.Study, tracking: Tracking, tmp_path: Path) -> None:
+    parent = tracking.parent_run("demo", {})
+    folder = tmp_path / "demo"
+    book = StudyRuns(tracking.uri, tmp_path / "artifacts", "demo", folder)
+    keeper = LogKeeper(study, book, folder, ("--runs-dir", "elsewhere"))
+    keeper.start()
+    trial = study.ask()
+    trial.set_user_attr(records.CONFIG, TrainConfig().model_dump(mode="json"))
+    study.tell(trial, 1.25)
+    keeper.due()
+    deadline = time.monotonic() + 60
+    while not (folder / "tuning-log.md").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    written = keeper.close()
+    assert {"tuning-log.md", "tuning-log.zh.md"} <= {path.name for path in written}
+    assert "--runs-dir elsewhere" in (folder / "tuning-log.md").read_text()
+    assert get_note(study).startswith("1 trials (1 COMPLETE)")
+    client = MlflowClient(tracking.uri)
+    kept = {file.path for file in client.list_artifacts(parent)}
+    assert {"tuning-log.md", "tuning-log.zh.md"} <= kept
+    plots = {path.name for path in written if path.suffix == ".png"}
+    assert {Path(f.path).name for f in client.list_artifacts(parent, "tuning-log-plots")} == plots
+    copied = Path(client.download_artifacts(parent, "tuning-log.md", str(tmp_path)))
+    assert copied.read_text() == (folder / "tuning-log.md").read_text()

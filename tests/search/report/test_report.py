@@ -1,0 +1,309 @@
+"""The facts of the tuning log: what it says must be what the records show."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from search import records
+from search import study as studies
+from search.diagnosis.noise import VAL_NOISE
+from search.records import StudyRecord, TrialRecord
+from search.report.epochs import epoch_rows
+from search.report.facts import Facts, gather
+from search.report.noise import measure
+from search.report.render import MARKS
+from tests.support.report_data import EXPERIMENT_3, START_S, falling, hand_run, many, recorded, study, trial
+from trainer.config import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def hand() -> Facts:
+    return gather(hand_run())
+
+
+@pytest.fixture(scope="module")
+def sixty() -> Facts:
+    return gather(many(60))
+
+
+def ended_at(record: TrialRecord, value: float, **config: Any) -> TrialRecord:
+    """The same trial with another value and configuration, begun after all others."""
+    changed = {**record.config, **config}
+    return replace(record, value=value, config=changed, attrs={**record.attrs, records.CONFIG: changed})
+
+
+class TestEpochs:
+    def test_experiment_3_gets_the_marks_its_author_gave_it(self) -> None:
+        rows = gather(study([trial(0, EXPERIMENT_3)])).experiment(0).rows
+        assert "".join(MARKS[row.mark] for row in rows) == "✅✅⚠️❌"
+        assert rows[2].val_rise == pytest.approx(0.03 / 1.57)
+        assert rows[3].train_rise == pytest.approx(0.18 / 1.69)
+
+    def test_a_rise_within_noise_is_good(self) -> None:
+        rows = epoch_rows(trial(0, [(2.0, 1.5), (1.9, 1.5 * (1 + 0.9 * VAL_NOISE)), (1.8, 1.4)]))
+        assert [row.mark for row in rows] == ["good", "good", "good"]
+
+    def test_a_noisy_training_loss_alone_is_no_failure(self) -> None:
+        losses = [(0.587, 0.515), (0.575, 0.514), (0.596, 0.513), (0.570, 0.512), (0.579, 0.511)]
+        rows = gather(study([trial(0, losses)])).experiment(0).rows
+        assert [row.mark for row in rows] == ["good", "good", "warning", "good", "warning"]
+
+    def test_what_was_not_recorded_is_not_called_bad(self) -> None:
+        assert [row.mark for row in epoch_rows(trial(0, [(2.0, 1.5), (1.9, None)]))] == ["good", "unknown"]
+
+    def test_what_was_not_finite_is_bad(self) -> None:
+        broken = trial(0, [(2.0, 1.5), (1.9, None)], tags={"nonfinite.val_loss": "epoch 2"})
+        assert [row.mark for row in epoch_rows(broken)] == ["good", "bad"]
+
+
+class TestExperiments:
+    def test_changes_are_against_the_best_of_those_that_had_ended(self, hand: Facts) -> None:
+        aggressive = hand.experiment(2)
+        assert aggressive.reference == 1
+        assert aggressive.reference_is_best
+        changed = {line.name: (line.before, line.value) for line in aggressive.lines if line.changed}
+        assert changed["learning_rate"] == (5e-6, 1e-3)
+        assert changed["lora_r"] == (8, 16)
+        assert "max_samples" not in changed
+
+    def test_a_trial_that_had_not_ended_is_no_reference(self) -> None:
+        first = trial(0, falling(2.0, 1.4, 5))
+        second = replace(trial(1, falling(2.0, 1.5, 5)), start_s=START_S + 1)
+        assert gather(study([first, second])).experiment(1).reference is None
+
+    def test_before_any_success_changes_are_against_the_one_before(self, hand: Facts) -> None:
+        assert hand.experiment(1).reference == 0
+        assert not hand.experiment(1).reference_is_best
+
+    def test_the_main_findings_parameter_is_marked(self, hand: Facts) -> None:
+        assert [line.name for line in hand.experiment(0).lines if line.blamed] == ["torch_dtype"]
+        assert [line.name for line in hand.experiment(2).lines if line.blamed] == ["learning_rate"]
+
+    def test_other_samples_do_not_compare(self, hand: Facts) -> None:
+        assert [item.kind for item in hand.experiment(4).learnt] == ["incomparable"]
+        assert hand.incomparable == (4, 5)
+
+    def test_a_difference_within_noise_is_called_that(self) -> None:
+        base = trial(0, falling(2.0, 1.5, 8))
+        near = ended_at(trial(1, falling(2.0, 1.5, 8)), (base.value or 0) * 0.99, learning_rate=3e-4)
+        far = ended_at(trial(2, falling(2.0, 1.5, 8)), (base.value or 0) * 0.95, learning_rate=4e-4)
+        facts = gather(study([base, near, far]))
+        assert facts.experiment(1).learnt[0].kind == "within_noise"
+        assert facts.experiment(2).learnt[0].kind == "better"
+        assert facts.experiment(1).learnt[1].kind == "one_change"
+
+    def test_a_stopped_trial_sets_no_record(self) -> None:
+        made = [trial(0, falling(2.0, 1.7, 8)), trial(1, EXPERIMENT_3, state="PRUNED", reason=records.DIVERGED)]
+        low = [(a, b - 0.6) for a, b in EXPERIMENT_3]
+        made.append(trial(2, low, state="PRUNED", reason=records.DIVERGED))
+        facts = gather(study(made))
+        assert facts.experiment(2).learnt[0].kind == "pruned_lower"
+        assert facts.best is not None
+        assert facts.best.best.number == 0
+
+    def test_advice_is_given_once(self, hand: Facts) -> None:
+        given = [item for _, advice in hand.experiment(2).analysis for item in advice]
+        assert len(given) == len(set(given)) >= 4
+
+    def test_notes_are_told(self, hand: Facts) -> None:
+        assert "312 batches" in (hand.experiment(4).note or "")
+
+
+class TestNoise:
+    def repeats(self, *values: float, seeds: tuple[int, ...] = (1, 2, 3, 4, 5)) -> list[TrialRecord]:
+        made = [trial(i, falling(2.0, 1.5, 8)) for i in range(len(values))]
+        return [ended_at(t, v, seed=s) for t, v, s in zip(made, values, seeds, strict=False)]
+
+    def test_without_repeats_the_diagnosis_figure_is_taken_and_named(self, hand: Facts) -> None:
+        assert (hand.noise.deviation, hand.noise.measured, hand.noise.is_measured) == (VAL_NOISE, None, False)
+
+    def test_repeated_seeds_are_measured(self) -> None:
+        noise = measure(self.repeats(1.00, 1.02, 0.98, 1.00))
+        assert noise.is_measured
+        assert noise.deviation == pytest.approx((0.0008 / 3) ** 0.5)
+        assert noise.trials == (0, 1, 2, 3)
+
+    def test_the_same_seed_again_is_no_repeat(self) -> None:
+        assert measure(self.repeats(1.0, 1.0, seeds=(7, 7))).measured is None
+
+    def test_two_repeats_may_raise_the_figure_and_never_lower_it(self) -> None:
+        assert measure(self.repeats(1.0, 1.0)).deviation == VAL_NOISE
+        wide = measure(self.repeats(1.0, 1.2))
+        assert wide.deviation > 0.1
+        assert not wide.is_measured
+
+
+class TestParameters:
+    def test_few_trials_are_not_yet_known(self, hand: Facts) -> None:
+        assert {row.verdict for row in hand.tables["learning_rate"].rows} == {"unknown"}
+
+    def test_verdicts_follow_the_truth_that_was_planted(self, sixty: Facts) -> None:
+        rows = {row.low: row for row in sixty.tables["learning_rate"].rows}
+        verdicts = [rows[low].verdict for low in sorted(rows)]
+        assert verdicts[0] == "conservative"
+        assert "good" in verdicts
+        assert verdicts.index("conservative") < verdicts.index("good")
+
+    def test_rates_that_mostly_break_are_too_aggressive(self) -> None:
+        made = [trial(i, falling(2.0, 1.5, 8), values={"learning_rate": 2e-4}) for i in range(3)]
+        made += [trial(i, EXPERIMENT_3, reason=records.RISING, values={"learning_rate": 1e-3}) for i in range(3, 6)]
+        table = gather(study(made)).tables["learning_rate"]
+        assert [(row.low, row.n, row.verdict) for row in table.rows] == [(2e-4, 3, "good"), (1e-3, 3, "aggressive")]
+
+    def test_a_rate_that_the_warmup_held_back_is_not_called_too_low(self) -> None:
+        slow = {"learning_rate": 1e-5, "warmup_steps": 5000}
+        made = [trial(i, falling(2.0, 1.6, 15), values=slow) for i in range(3)]
+        made += [trial(i, falling(2.0, 1.2, 15), values={"learning_rate": 2e-4}) for i in range(3, 6)]
+        assert gather(study(made)).tables["learning_rate"].rows[0].verdict == "masked"
+
+    def test_every_finished_trial_is_in_one_row(self, sixty: Facts) -> None:
+        judged = sorted(e.number for e in sixty.experiments if e.record.state in ("COMPLETE", "PRUNED"))
+        for table in sixty.tables.values():
+            assert sorted(n for row in table.rows for n in row.trials) == judged
+
+    def test_a_parameter_without_effect_shows_no_direction(self, sixty: Facts) -> None:
+        trend = sixty.tables["lora_r"].trend
+        assert trend is not None
+        assert not trend.shown
+        assert sixty.tables["lora_r"].within_noise
+
+    def test_a_spread_that_shuffling_reproduces_is_not_the_parameters_doing(self, sixty: Facts) -> None:
+        rate, dropout = sixty.tables["learning_rate"], sixty.tables["lora_dropout"]
+        assert rate.chance is not None
+        assert dropout.chance is not None
+        assert rate.chance < 0.01 < 0.05 < dropout.chance
+
+    def test_a_planted_direction_is_shown(self) -> None:
+        made = [
+            trial(i, falling(2.0, 1.2 + 0.01 * r, 8), values={"lora_r": r, "lora_alpha": r})
+            for i, r in enumerate((4, 6, 8, 12, 16, 20, 24, 28, 32, 10))
+        ]
+        trend = gather(study(made)).tables["lora_r"].trend
+        assert trend is not None
+        assert trend.rho == pytest.approx(1.0)
+        assert trend.shown
+
+    def test_importance_finds_the_rate_and_says_how_sure_it_is(self, sixty: Facts) -> None:
+        first = sixty.importances[0]
+        assert first.name == "learning_rate"
+        assert first.first >= 0.9
+        assert 0 <= first.low <= first.share <= first.high <= 1
+
+    def test_importance_needs_ten_trials(self) -> None:
+        assert gather(study([trial(i, falling(2.0, 1.5, 8)) for i in range(9)])).importances == ()
+
+
+class TestSummary:
+    def test_budget_of_the_hand_run(self, hand: Facts) -> None:
+        (saved,) = hand.budget.saved
+        assert (saved.reason, saved.trials, saved.epochs) == (records.RISING, (2,), 11)
+        assert saved.seconds == pytest.approx(11 * 75)
+        (lost,) = hand.budget.lost
+        assert (lost.reason, lost.trials, lost.epochs, lost.seconds) == (records.NON_FINITE, (0,), 0, 20)
+        assert hand.budget.epochs == 10 + 4 + 15 + 15 + 15
+
+    def test_epochs_of_a_resumed_trial_are_counted_once(self) -> None:
+        losses = falling(2.0, 1.5, 8)
+        lost = trial(0, losses[:3], state="FAIL", reason=records.LOST)
+        heir = trial(1, losses, attrs={records.RESUMES: 0, records.ATTEMPT: 1})
+        facts = gather(study([lost, heir]))
+        assert facts.budget.epochs == 8
+        assert facts.budget.lost == ()
+        assert (facts.experiment(0).resumed_by, facts.experiment(1).resumes) == (1, 0)
+
+    def test_every_judged_trial_ends_in_one_leaf(self, sixty: Facts) -> None:
+        placed = sorted(n for trials in sixty.tree.values() for n in trials)
+        assert placed == sorted(e.number for e in sixty.experiments if e.findings)
+
+    def test_the_leaves_of_the_hand_run(self, hand: Facts) -> None:
+        assert hand.tree["non_finite"] == (0,)
+        assert hand.tree["unstable"] == (2,)
+
+    def test_float16_is_shown_to_be_the_cause(self, hand: Facts) -> None:
+        half = hand.lessons.dtypes[0]
+        assert (half.name, half.broke, half.trials) == ("float16", 1, 1)
+        assert half.shown is not None
+        assert half.shown[1].cause == "zero_over_zero"
+
+    def test_recommended_and_the_runner_up_within_noise(self) -> None:
+        base = trial(0, falling(2.0, 1.5, 8))
+        near = ended_at(trial(1, falling(2.0, 1.5, 8)), (base.value or 0) * 1.01, learning_rate=3e-4)
+        best = gather(study([base, near])).best
+        assert best is not None
+        assert (best.best.number, best.within_noise) == (0, (1,))
+        assert len(gather(study([base, near])).next.repeats) == 2
+
+    def test_signs_of_health(self, hand: Facts) -> None:
+        signs = {sign.name: sign for sign in (*hand.health, *hand.trouble)}
+        assert signs["finite"].no == (0,)
+        assert 2 in signs["train_falls"].no
+        assert signs["val_rises"].yes == (2,)
+        assert signs["warmup"].yes == (4,)
+        assert signs["slow_epoch"].yes == (5,)
+
+    def test_stage_order_follows_the_importances(self, sixty: Facts) -> None:
+        assert [stage.name for stage in sixty.strategy] == ["stability", "rate", "capacity", "overfitting"]
+        assert (sixty.strategy[1].share or 0) > 0.5
+
+
+class TestNextSteps:
+    def settings(self, command: str) -> list[str]:
+        words = shlex.split(command)
+        return [value for flag, value in pairwise(words) if flag == "--set"]
+
+    def test_repeating_the_best_trains_just_it_with_another_seed(self, sixty: Facts) -> None:
+        assert sixty.best is not None
+        wanted = {**sixty.best.best.record.config, "seed": 43}
+        got = TrainConfig.parse_settings(self.settings(sixty.next.repeats[0]))
+        assert got == TrainConfig.parse(wanted)
+
+    def test_going_on_is_the_same_study(self) -> None:
+        record = hand_run()
+        mine = studies.load("rsicap").with_settings(["max_samples=400", "num_epochs=15"])
+        record = replace(record, definition=mine.definition())
+        settings = self.settings(gather(record).next.more)
+        assert studies.load("rsicap").with_settings(settings).definition() == mine.definition()
+
+    def test_settings_on_record_are_said_again_and_quoted(self) -> None:
+        record = hand_run()
+        record = replace(record, attrs={**record.attrs, "settings": ["data=/a b/$(x)", "num_epochs=3"]})
+        command = gather(record, options=["--runs-dir", "my runs"]).next.more
+        assert self.settings(command) == ["data=/a b/$(x)", "num_epochs=3"]
+        assert shlex.split(command)[-2:] == ["--runs-dir", "my runs"]
+
+    def test_more_trials_are_a_total_beyond_those_there(self, hand: Facts) -> None:
+        assert hand.next.more_trials == 12
+        assert "--trials 12" in hand.next.more
+
+    def test_edges_and_gaps(self, hand: Facts) -> None:
+        assert ("warmup_steps", False) in [(edge.name, edge.is_low) for edge in hand.next.edges]
+        gap = next(gap for gap in hand.next.gaps if gap.name == "learning_rate")
+        assert (gap.low, gap.high) == (pytest.approx(5e-6), pytest.approx(2e-4))
+        assert ("lora_alpha/lora_r", (1, 4)) in hand.next.untried
+
+    def test_long_warmups_are_to_be_shortened(self) -> None:
+        slow = {"warmup_steps": 5000}
+        facts = gather(study([trial(i, falling(2.0, 1.6, 15), values=slow) for i in range(2)]))
+        assert (facts.next.long_warmups, facts.next.warmup_limit) == ((0, 1), 120)
+
+    def test_an_even_cover_leaves_no_gap(self, sixty: Facts) -> None:
+        assert [gap.name for gap in sixty.next.gaps] == []
+
+
+@pytest.mark.parametrize("make", [hand_run, recorded, lambda: many(14), lambda: study([])])
+def test_the_same_records_give_the_same_facts(make: Any) -> None:
+    assert gather(make()) == gather(make())
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "WAITING", "FAIL"])
+def test_a_study_without_any_result(state: str) -> None:
+    record: StudyRecord = study([trial(0, [], state=state, reason=records.ERROR)])
+    facts = gather(record)
+    assert facts.best is None
+    assert facts.tables == {}
+    assert facts.next.more_trials == 7

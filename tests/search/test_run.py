@@ -1,0 +1,383 @@
+"""The whole way through processes: a study from the command line to its records, and every way it can be stopped."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+
+from search import records
+from search.records import TrialRecord
+from search.storage import lifecycle
+from search.storage.database import close_storage, open_storage
+from search.storage.studies import find_study
+from search.tracking.client import open_tracking
+from tests.support.search_process import QUICK, Search, command, importer_of, run, workers_of
+
+LONG = ("max_samples=24", "num_epochs=4", "warmup_steps=0", "batch_size=2")
+
+
+def trials_of(runs: Path, name: str = "rsicap_mini") -> tuple[TrialRecord, ...]:
+    storage = open_storage(f"sqlite:///{runs / 'optuna.db'}")
+    try:
+        return lifecycle.read_trials(find_study(storage, name))
+    finally:
+        close_storage(storage)
+
+
+def curves_of(runs: Path, name: str = "rsicap_mini") -> dict[int, dict[int, float]]:
+    """Reported validation losses by trial and epoch, to the last bit."""
+    storage = open_storage(f"sqlite:///{runs / 'optuna.db'}")
+    try:
+        study = find_study(storage, name)
+        return {t.number: dict(t.intermediate_values) for t in study.get_trials(deepcopy=False)}
+    finally:
+        close_storage(storage)
+
+
+def runs_of(runs: Path, name: str = "rsicap_mini") -> dict[str, tuple[str, dict[str, str]]]:
+    """(status, tags) of every MLflow run by its name; the study's own run under `study`."""
+    tracking = open_tracking(f"sqlite:///{runs / 'mlflow.db'}", runs / "artifacts")
+    experiment = tracking.find_experiment(name)
+    assert experiment is not None
+    found = tracking._search(experiment)
+    return {
+        "study" if r.data.tags.get("kind") == "study" else r.info.run_name.partition(" lr=")[0]: (
+            r.info.status,
+            r.data.tags,
+        )
+        for r in found
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """(runs folder, output) of an undisturbed study of three trials."""
+    runs = tmp_path_factory.mktemp("finished")
+    done = run(command(runs, "--trials", "3"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "", "a worker's end is silent too"
+    yield runs, done.stdout
+
+
+@pytest.fixture
+def search() -> Iterator[Any]:
+    started: list[Search] = []
+
+    def start(arguments: list[str]) -> Search:
+        started.append(Search(arguments))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
+
+
+def test_a_study_ends_with_its_leaderboard(finished: tuple[Path, str]) -> None:
+    runs, output = finished
+    trials = trials_of(runs)
+    assert [t.number for t in trials] == [0, 1, 2]
+    assert all(t.state in ("COMPLETE", "PRUNED") for t in trials)
+    best = min((t for t in trials if t.state == "COMPLETE"), key=lambda t: t.value or 9e9)
+    assert f"Best: trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}" in output
+    assert "TRAINING_CONFIG = {" in output and "optuna-dashboard --artifact-dir" in output
+    adapter = re.search(r"^adapter +(\S+)$", output, re.MULTILINE)
+    assert adapter and (Path(adapter[1]) / "adapter_model.safetensors").is_file()
+
+
+def test_everything_is_recorded(finished: tuple[Path, str]) -> None:
+    runs, _ = finished
+    by_name = runs_of(runs)
+    assert by_name["study"][0] == "FINISHED"
+    assert len(by_name) == 4 and all(status != "RUNNING" for status, _ in by_name.values())
+    tracking = open_tracking(f"sqlite:///{runs / 'mlflow.db'}", runs / "artifacts")
+    for trial in trials_of(runs):
+        status, tags = by_name[f"trial {trial.number:03d}"]
+        assert status == "FINISHED" and tags["state"] == trial.state and tags["reason"] == trial.reason
+        assert {"data_fingerprint", "model_fingerprint", "host"} <= set(tags)
+        assert any(key.startswith("version") for key in tags)
+        assert trial.run_id is not None
+        run_ = tracking._client.get_run(trial.run_id)
+        assert set(trial.config) <= set(run_.data.params)
+        epochs = tracking.epochs(trial.run_id)
+        assert [e.val_loss for e in epochs] == list(curves_of(runs)[trial.number].values())
+        steps = tracking.steps(trial.run_id)
+        assert steps[0].loss is not None and steps[0].grad_norm is not None
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_study(finished: tuple[Path, str], tmp_path: Path) -> None:
+    runs, _ = finished
+    again = run(command(tmp_path, "--trials", "3"))
+    assert again.returncode == 0
+    assert curves_of(tmp_path) == curves_of(runs)
+    assert [t.params for t in trials_of(tmp_path)] == [t.params for t in trials_of(runs)]
+    other = run([*command(tmp_path / "other", "--trials", "1"), "--seed", "1"])
+    assert other.returncode == 0
+    assert trials_of(tmp_path / "other")[0].params != trials_of(runs)[0].params
+
+
+def test_trials_that_trained_together_come_again_alone(finished: tuple[Path, str]) -> None:
+    import sys
+
+    runs, output = finished
+    assert re.search(r"up to \d+ trials train at once on one base, until a pass has \d+ samples", output)
+    assert all(int(t.attrs[records.SLOTS]) > 1 for t in trials_of(runs))
+    arguments = ["--study", "rsicap_mini", "--trial", "1", "--runs-dir", str(runs)]
+    done = run([sys.executable, "-m", "search.replay", *arguments])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(r"trial 1: (bit-identical, all|the same, all \d+ recorded values to a relative)", done.stdout)
+
+
+def test_slots_are_as_many_as_asked_for(tmp_path: Path) -> None:
+    done = run(command(tmp_path, "--trials", "2", "--slots", "1"))
+    assert done.returncode == 0 and "one trial at a time" in done.stdout
+    started = [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("trial ")]
+    assert started.index("trial 1") > max(i for i, name in enumerate(started) if name == "trial 0")
+
+
+def test_trials_is_the_total(finished: tuple[Path, str], tmp_path: Path) -> None:
+    runs = tmp_path / "copy"
+    shutil.copytree(finished[0], runs)
+    before = curves_of(runs)
+    same = run(command(runs, "--trials", "3"))
+    assert same.returncode == 0 and "trial 0:" not in same.stdout and "Best: trial" in same.stdout
+    assert curves_of(runs) == before
+    more = run(command(runs, "--trials", "4"))
+    assert more.returncode == 0
+    after = curves_of(runs)
+    assert len(after) == 4 and {n: after[n] for n in before} == before
+
+
+def test_a_changed_definition_is_refused(finished: tuple[Path, str], tmp_path: Path) -> None:
+    runs = tmp_path / "copy"
+    shutil.copytree(finished[0], runs)
+    changed = run(command(runs, settings=(*QUICK[:1], "num_epochs=5", QUICK[2])))
+    assert changed.returncode == 2
+    assert "base.num_epochs: 2 -> 5" in changed.stderr and "--fresh" in changed.stderr
+    assert "Traceback" not in changed.stderr
+    fresh = run(command(runs, "--fresh", "--trials", "1", settings=(*QUICK[:1], "num_epochs=1", QUICK[2])))
+    assert fresh.returncode == 0 and "study rsicap_mini-2" in fresh.stdout
+    assert len(trials_of(runs, "rsicap_mini-2")) == 1
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[int, float]]:
+    """The curves of a longer trial that nothing stopped."""
+    runs = tmp_path_factory.mktemp("undisturbed")
+    done = run(command(runs, "--trials", "1", settings=LONG))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return curves_of(runs)
+
+
+def test_interrupted_runs_resume_bit_for_bit(
+    tmp_path: Path, search: Any, undisturbed: dict[int, dict[int, float]]
+) -> None:
+    """Ctrl-C once, Ctrl-C twice, SIGTERM; then on to the end: the same trial, as if it had never stopped."""
+    runs = tmp_path / "runs"
+    arguments = command(runs, "--trials", "1", settings=LONG)
+
+    first = search(arguments)
+    first.wait_for("epoch 1:")
+    os.killpg(first.process.pid, signal.SIGINT)
+    assert first.end() == 130, first.output()
+    assert "interrupted; the same command continues the study" in first.output()
+    reported = len(curves_of(runs)[0])
+    assert 1 <= reported < 4
+    assert trials_of(runs)[0].state == "WAITING"
+    assert {status for status, _ in runs_of(runs).values()} == {"KILLED"}
+
+    second = search(arguments)
+    second.wait_for("trial 0:")
+    os.killpg(second.process.pid, signal.SIGINT)
+    os.killpg(second.process.pid, signal.SIGINT)
+    assert second.end() == 130, second.output()
+    assert trials_of(runs)[0].state == "WAITING"
+
+    third = search(arguments)
+    third.wait_for("trial 0:")
+    third.process.send_signal(signal.SIGTERM)
+    assert third.end() == 143, third.output()
+    assert all(status != "RUNNING" for status, _ in runs_of(runs).values())
+
+    done = run(arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [t.state for t in trials_of(runs)] == ["COMPLETE"]
+    assert curves_of(runs) == undisturbed
+    by_name = runs_of(runs)
+    assert len(by_name) == 2 and {status for status, _ in by_name.values()} == {"FINISHED"}
+
+
+def test_a_killed_worker_is_replaced(tmp_path: Path, search: Any, undisturbed: dict[int, dict[int, float]]) -> None:
+    runs = tmp_path / "runs"
+    running = search(command(runs, "--trials", "1", settings=LONG))
+    running.wait_for("epoch 1:")
+    workers = workers_of(running.process.pid)
+    assert len(workers) == 1
+    workers[0].kill()
+    assert running.end() == 0, running.output()
+    lost, resumed = trials_of(runs)
+    assert (lost.state, lost.reason) == ("FAIL", records.LOST)
+    assert resumed.state == "COMPLETE" and resumed.attrs[records.RESUMES] == 0
+    assert curves_of(runs)[1] == undisturbed[0]
+    by_name = runs_of(runs)
+    assert by_name["trial 000"][0] == "KILLED" and by_name["trial 001"][0] == "FINISHED"
+
+
+def test_a_killed_supervisor_leaves_a_study_that_resumes(
+    tmp_path: Path, search: Any, undisturbed: dict[int, dict[int, float]]
+) -> None:
+    runs = tmp_path / "runs"
+    arguments = command(runs, "--trials", "1", settings=LONG)
+    running = search(arguments)
+    running.wait_for("epoch 1:")
+    below = psutil.Process(running.process.pid).children(recursive=True)
+    assert workers_of(running.process.pid)
+    running.process.kill()
+    gone, alive = psutil.wait_procs(below, timeout=60)
+    assert gone and not alive, "a worker outlived its supervisor"
+    assert run(arguments).returncode == 0
+    assert trials_of(runs)[-1].state == "COMPLETE"
+    assert list(curves_of(runs).values())[-1] == undisturbed[0]
+
+
+def test_the_process_that_workers_are_forked_from_is_killed(
+    tmp_path: Path, search: Any, undisturbed: dict[int, dict[int, float]]
+) -> None:
+    """Its workers look dead to the supervisor, which starts another; the trial is given back and goes on there."""
+    runs = tmp_path / "runs"
+    running = search(command(runs, "--trials", "1", settings=LONG))
+    running.wait_for("epoch 1:")
+    (worker,) = workers_of(running.process.pid)
+    importer_of(running.process.pid).kill()
+    assert running.end() == 0, running.output()
+    assert not worker.is_running()
+    assert [t.state for t in trials_of(runs)] == ["COMPLETE"]
+    assert curves_of(runs) == undisturbed
+    assert trials_of(runs)[0].attrs[records.WORKER]["pid"] != worker.pid
+    running.wait_for("worker 0 is out of sight; another takes its place")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_is_an_orderly_end(tmp_path: Path, search: Any, number: int) -> None:
+    """Schedulers and terminals signal every process, that from which workers are forked too."""
+    running = search(command(tmp_path / "runs", "--trials", "1", settings=LONG))
+    running.wait_for("epoch 1:")
+    worker = workers_of(running.process.pid)
+    os.killpg(running.process.pid, number)
+    assert running.end() == 128 + number, running.output()
+    assert not any(process.is_running() for process in worker)
+    assert trials_of(tmp_path / "runs")[0].state == "WAITING"
+    assert {status for status, _ in runs_of(tmp_path / "runs").values()} == {"KILLED"}
+    assert "Traceback" not in running.output() and "out of sight" not in running.output()
+
+
+def test_ctrl_c_while_imports_are_made(tmp_path: Path, search: Any) -> None:
+    running = search(command(tmp_path / "runs", "--trials", "1", settings=LONG))
+    running.wait_for("study rsicap_mini")  # the supervisor is ready long before the imports
+    os.killpg(running.process.pid, signal.SIGINT)
+    assert running.end() == 130, running.output()
+    assert "Traceback" not in running.output() and "KeyboardInterrupt" not in running.output()
+
+
+def test_where_nothing_can_be_forked_from_workers_import_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket's address has some hundred characters at most, and lies below TMPDIR."""
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setenv("TMPDIR", str(deep))
+    done = run(command(tmp_path / "runs", "--trials", "1"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "" and trials_of(tmp_path / "runs")[0].state == "COMPLETE"
+
+
+def test_a_search_that_cannot_start_leaves_no_process(tmp_path: Path) -> None:
+    """What would be forked from is importing by then, and is not waited for."""
+    failing = Search(command(tmp_path / "runs", "--set", f"data={tmp_path / 'nowhere'}"))
+    assert failing.end() == 2, failing.output()
+    session = failing.process.pid
+    left = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process)
+    failing.kill()
+    assert not psutil.wait_procs(left, timeout=1)[1]
+
+
+def test_two_workers_share_a_study(tmp_path: Path) -> None:
+    done = run(command(tmp_path, "--trials", "4", "--workers", "2"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = trials_of(tmp_path)
+    assert len(trials) == 4 and all(t.state in ("COMPLETE", "PRUNED") for t in trials)
+    assert len({t.attrs[records.WORKER]["pid"] for t in trials}) == 2
+
+
+def test_the_time_can_be_limited(tmp_path: Path) -> None:
+    done = run(command(tmp_path, "--timeout", "1s", settings=LONG))
+    assert done.returncode == 0
+    assert "the time is up" in done.stdout
+    assert optuna.trial.TrialState.RUNNING.name not in {t.state for t in trials_of(tmp_path)}
+
+
+BAD = [
+    (["--study", "rsicap_mimi"], "did you mean 'rsicap_mini'?"),
+    ([], "name a study with --study"),
+    (["--study", "rsicap_mini", "--set", "lora_rnk=3"], "did you mean 'lora_r'?"),
+    (["--study", "rsicap_mini", "--set", "learning_rate"], "not of the form key=value"),
+    (["--study", "rsicap_mini", "--set", "learning_rate=fast"], "learning_rate: input should be a valid number"),
+    (["--study", "rsicap_mini", "--set", "data=/nowhere"], "the data folder '/nowhere' does not exist"),
+    (["--study", "rsicap_mini", "--set", "model=/nowhere"], "the model folder '/nowhere' does not exist"),
+    (["--study", "rsicap_mini", "--timeout", "soon"], "--timeout must be a time such as 2h"),
+    (["--study", "rsicap_mini", "--hang-timeout", "5s"], "--hang-timeout must be at least 10s, but got '5s'"),
+    (["--study", "rsicap_mini", "--lost-after", "soon"], "--lost-after must be a time such as 2h"),
+    (["--study", "rsicap_mini", "--pruner", "hyperbnd"], "did you mean 'hyperband'?"),
+    (["--study", "rsicap_mini", "--storage", "nonsense"], "is no database URL"),
+    (["--study", "rsicap_mini", "--storage", "postgresql://u:secret@127.0.0.1:1/x"], "cannot reach the database"),
+    (["--study", "rsicap_mini", "--tracking-uri", "http://no-such-host.invalid:1"], "no-such-host.invalid:1"),
+    (["--study", "rsicap_mini", "--strategy", "stagd"], "'stagd' is not one of"),
+    (["--study", "rsicap_mini", "--trials", "0"], "Invalid value"),
+    (["--study", "rsicap_mini", "--slots", "17"], "--slots must be auto or a number from 1 to 16"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD, ids=[" ".join(a) or "nothing" for a, _ in BAD])
+def test_bad_input_gets_one_message(tmp_path: Path, arguments: list[str], said: str) -> None:
+    import sys
+
+    runs = tmp_path / "runs"
+    done = run([sys.executable, "-m", "search.run", "--runs-dir", str(runs), *arguments])
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr and "secret" not in done.stderr
+    assert not list(runs.rglob("*.safetensors")) and not (runs / "rsicap_mini" / "trials").exists()
+    if "--tracking-uri" not in arguments:
+        assert not runs.exists() or not any(runs.iterdir()), "something was written"
+
+
+def test_missing_model_and_data_are_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import sys
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    done = run([sys.executable, "-m", "search.run", "--study", "rsicap", "--runs-dir", str(tmp_path / "runs")])
+    assert done.returncode == 2
+    for part in ("- model:", "- data:", "hf download", "RSICAP_ROOT", "rsicap_mini"):
+        assert part in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    done = run(command(tmp_path / "runs", "--dry-run"))
+    assert done.returncode == 0 and "the first sampled trial would be" in done.stdout
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,145 @@
+"""Study definitions and search spaces: what is refused and in which words, and what a definition holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search import study as studies
+from search.errors import StudyError
+from search.space import Choice, Float, Int, Multiple, Param, contains, param_name, to_config, to_params
+from search.study import Fixed, Study, fixed_trial
+from trainer.common.errors import ConfigError
+
+SPACE: dict[str, Param] = {
+    "learning_rate": Float(5e-6, 1e-3, log=True),
+    "lora_r": Int(4, 32, log=True),
+    "lora_alpha": Multiple("lora_r", (1, 2, 4)),
+}
+
+
+def make(**changes: Any) -> Study:
+    return Study(**{"name": "s", "description": "", "space": SPACE, "n_trials": 3, **changes})
+
+
+def test_every_study_file_loads() -> None:
+    names = studies.available()
+    assert {"rsicap", "rsicap_mini", "lora_grid", "lora_grid_mini"} <= set(names)
+    for name in names:
+        study = studies.load(name)
+        assert study.name == name
+        assert study.description and "\n" not in study.description
+        study.definition()
+
+
+def test_hyphens_and_paths(tmp_path: Path) -> None:
+    assert studies.load("rsicap-mini").name == "rsicap_mini"
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from search.study import Study\nfrom search.space import Float\n"
+        "STUDY = Study(name='mine', description='d', space={'lora_dropout': Float(0, 0.2)}, n_trials=2)\n"
+    )
+    assert studies.load(str(file)).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("STUDY = 3\n", "STUDY is 3"),
+        ("x = 1\n", "STUDY is None"),
+        ("x = (\n", "SyntaxError"),
+        ("\nx = 1 / 0\n", "line 2: ZeroDivisionError"),
+        ("import nothing_of_that_name\n", "ModuleNotFoundError"),
+    ],
+)
+def test_broken_study_files(tmp_path: Path, content: str, said: str) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(content)
+    with pytest.raises(StudyError) as error:
+        studies.load(str(file))
+    assert said in str(error.value) and "broken.py" in str(error.value)
+
+
+def test_unknown_study_names_the_nearest() -> None:
+    with pytest.raises(StudyError, match=r"did you mean 'rsicap_mini'\?; known studies: .*rsicap"):
+        studies.load("rsicap_mimi")
+
+
+def test_all_mistakes_in_one_message() -> None:
+    with pytest.raises(StudyError) as error:
+        make(name="a b", space={**SPACE, "lora_rank": Int(1, 2)}, n_trials=0, base={"batch": 2})
+    text = str(error.value)
+    for part in ("'a b'", "n_trials must be at least 1", "'lora_rank'", "did you mean 'lora_r'?", "'batch'"):
+        assert part in text
+
+
+def test_impossible_ranges_are_refused() -> None:
+    with pytest.raises(StudyError, match="lora_r: input should be greater than or equal to 1"):
+        make(space={"lora_r": Int(0, 4)})
+    with pytest.raises(StudyError, match="'lora_rank', which TrainConfig does not have"):
+        make(space={"lora_alpha": Multiple("lora_rank", (2,))})
+    with pytest.raises(ValueError, match="low must not be above high"):
+        Float(2, 1)
+    with pytest.raises(ValueError, match="a log scale needs low > 0"):
+        Float(0, 1, log=True)
+    with pytest.raises(ValueError, match="twice"):
+        Choice((1, 1))
+    with pytest.raises(ValueError, match="positive factors"):
+        Multiple("lora_r", (0,))
+
+
+def test_params_and_config_are_inverse() -> None:
+    params = {"learning_rate": 1e-4, "lora_r": 7, "lora_alpha_per_lora_r": 4}
+    values = to_config(SPACE, {}, params)
+    assert values == {"learning_rate": 1e-4, "lora_r": 7, "lora_alpha": 28}
+    assert to_params(SPACE, values) == params
+    assert param_name("lora_alpha", SPACE["lora_alpha"]) == "lora_alpha_per_lora_r"
+    assert not contains(SPACE["lora_r"], 33)
+
+
+def test_settings_fix_what_was_searched() -> None:
+    study = make().with_settings(["lora_r=8", "num_epochs=2"], seed=5)
+    assert list(study.space) == ["learning_rate", "lora_alpha"]
+    assert study.seed == 5
+    config = study.config({"learning_rate": 1e-4, "lora_alpha_per_lora_r": 2})
+    assert (config.lora_r, config.lora_alpha, config.num_epochs) == (8, 16, 2)
+
+
+def test_settings_that_cannot_be_meant() -> None:
+    with pytest.raises(ConfigError, match=r"'lora_rnk'; did you mean 'lora_r'\?"):
+        make().with_settings(["lora_rnk=8"])
+    with pytest.raises(ConfigError, match="not of the form key=value"):
+        make().with_settings(["lora_r"])
+
+
+def test_fixed_trials_keep_what_lies_outside_the_space() -> None:
+    fixed = Fixed(label="1", config={"learning_rate": 5e-6, "lora_r": 4, "lora_alpha": 8, "torch_dtype": "float16"})
+    params, overrides = fixed_trial(make(enqueue=(fixed,)), fixed)
+    assert params == {"learning_rate": 5e-6, "lora_r": 4, "lora_alpha_per_lora_r": 2}
+    assert overrides == {"torch_dtype": "float16"}
+    config = make().config(params, overrides)
+    assert (config.learning_rate, config.lora_alpha, config.torch_dtype) == (5e-6, 8, "float16")
+
+
+def test_fixed_trials_outside_their_range_are_refused() -> None:
+    with pytest.raises(StudyError, match=r"given by hand 'wild': learning_rate=0\.5 lies outside its search range"):
+        make(enqueue=(Fixed(label="wild", config={"learning_rate": 0.5}),))
+
+
+def test_the_environment_names_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RSICAP_ROOT", "/somewhere")
+    study = studies.load("rsicap")
+    assert study.base["data"] == "/somewhere"
+    assert study.with_settings(["data=/elsewhere"]).base["data"] == "/elsewhere"
+
+
+def test_a_definition_holds_what_decides_the_result() -> None:
+    definition = make().definition()
+    assert definition != make(base={"num_epochs": 3}).definition()
+    assert definition != make(seed=1).definition()
+    assert definition != make(space={**SPACE, "lora_r": Int(4, 16)}).definition()
+    # Where the data lies and how many workers load it does not.
+    assert definition == make(base={"data": "/x", "num_workers": 4, "device": "cpu"}).definition()
+    assert definition == make(n_trials=30).definition()

@@ -1,0 +1,365 @@
+"""One worker's loop over a pack: who is blamed for a fault, who goes on, how many train at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from search import records
+from search.errors import DefinitionChanged
+from search.records import TrialRecord
+from search.space import Float, Int
+from search.storage import lifecycle
+from search.storage import studies as store
+from search.storage.database import close_storage, open_storage
+from search.study import Study, load
+from search.tracking.client import open_tracking
+from search.workers import slots
+from search.workers.job import Job
+from search.workers.protocol import EpochDone, Idle, Message, Notice, Order, SlotsChosen, TrialEnded
+from search.workers.slots import Slots
+from search.workers.trial import TrialRun
+from search.workers.worker import GaveUp, Worker
+from trainer import loop, member
+from trainer.common.disk import NoRoom
+from trainer.common.errors import DataError
+from trainer.data import dataset
+from trainer.data.batches import Batch
+from trainer.events import EpochEnded, StepEnded
+from trainer.model.base import Forward, forward
+from trainer.workbench import Workbench
+
+
+class Ear:
+    """A supervisor's end of the pipe that remembers, and wants the worker to go on until it has nothing to do."""
+
+    def __init__(self, share_after: int | None = None) -> None:
+        self.heard: list[Message] = []
+        self.share = self.look = False
+        self.share_after = share_after
+        """Epochs after which half of the trials are wanted elsewhere."""
+
+    def send(self, message: Message) -> None:
+        self.heard.append(message)
+        if isinstance(message, EpochDone) and self.share_after is not None:
+            self.share_after -= 1
+            self.share = self.share_after == 0
+
+    def alive(self) -> None:
+        """Nobody watches."""
+
+    def order(self) -> Order:
+        return Order.END_AFTER_EPOCH if any(isinstance(message, Idle) for message in self.heard) else Order.GO_ON
+
+    def wait(self, timeout_s: float) -> None:
+        """Nothing will come."""
+
+
+Search = Callable[..., tuple[tuple[TrialRecord, ...], list[Message]]]
+
+
+@pytest.fixture
+def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Search:
+    """`search(trials=4, slots=2)`: the trials and what the worker said."""
+
+    def run(
+        trials: int = 4,
+        slots: int | None = 4,
+        fails: type[Exception] | None = None,
+        where: str = "runs",
+        share_after: int | None = None,
+        one_by_one: int = 0,
+        redefined: bool = False,
+        **base: Any,
+    ) -> Any:
+        runs = tmp_path / where
+        runs.mkdir()
+        fixed = {"max_samples": 16, "num_epochs": 2, "warmup_steps": 0, "lora_dropout": 0.1, "device": "cpu"}
+        study = Study(
+            name="work",
+            description="a few quick trials",
+            base={"model": str(tiny_checkpoint), "data": "mini", "batch_size": 4, **fixed, **base},
+            space={"learning_rate": Float(1e-4, 1e-2, log=True), "lora_r": Int(2, 8)},
+            n_trials=trials,
+        )
+        urls = [f"sqlite:///{runs / name}" for name in ("optuna.db", "mlflow.db")]
+        storage = open_storage(urls[0], heartbeat_s=60)
+        opened = store.open_study(storage, study)
+        if redefined:  # by another search, in the moment before this one asks for its first trial
+            opened.set_user_attr(store.DEFINITION, {**opened.user_attrs[store.DEFINITION], "seed": 7})
+        tracking = open_tracking(urls[1], runs / "artifacts")
+        tracking.experiment("work")
+        tracking.parent_run("work", {})
+        job = Job(
+            study=study,
+            study_name="work",
+            storage_url=urls[0],
+            tracking_uri=urls[1],
+            runs_dir=runs,
+            n_trials=trials,
+            strategy="joint",
+            pruner="none",
+            examined=dataset.examine("mini"),
+            threads=1,
+            slots=slots,
+            one_by_one=one_by_one,
+        )
+        ear = Ear(share_after)
+        worker = Worker(job, ear)  # type: ignore[arg-type]  # it sends and asks for orders, which is all that is used
+        request.addfinalizer(lambda: (close_storage(storage), close_storage(worker.storage)))
+        if fails is None:
+            worker.run()
+        else:
+            with pytest.raises(fails):
+                worker.run()
+        assert not worker._running
+        return lifecycle.read_trials(opened), ear.heard
+
+    return run
+
+
+def most_at_once(heard: list[Message]) -> int:
+    """The largest number of trials that had started and not ended."""
+    running, most = 0, 0
+    for message in heard:
+        if type(message).__name__ == "TrialStarted":
+            running += 1
+        running -= isinstance(message, TrialEnded)
+        most = max(most, running)
+    return most
+
+
+def test_a_worker_asks_for_no_first_trial_of_another_definition(search: Search) -> None:
+    trials, _ = search(trials=2, fails=DefinitionChanged, redefined=True)
+    assert trials == ()
+
+
+@pytest.mark.parametrize(("wanted", "at_once"), [(1, 1), (3, 3), (None, 4)])
+def test_as_many_train_at_once_as_there_are_slots(search: Search, wanted: int | None, at_once: int) -> None:
+    trials, heard = search(trials=5 if wanted else 4, slots=wanted)
+    assert [t.state for t in trials] == ["COMPLETE"] * len(trials)
+    assert most_at_once(heard) == at_once
+    assert [m.auto for m in heard if isinstance(m, SlotsChosen)] == [wanted is None]
+
+
+def test_the_same_seed_and_slots_give_the_same_study(search: Search) -> None:
+    first, _ = search(trials=6, slots=3)
+    again, _ = search(trials=6, slots=3, where="again")
+    assert [(t.params, t.value) for t in again] == [(t.params, t.value) for t in first]
+
+
+def test_a_fault_of_the_shared_pass_lets_the_trials_go_on_one_by_one(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crowded(model: Any, batch: Batch) -> Forward:
+        if torch.is_grad_enabled() and len(batch) > 4:
+            raise RuntimeError("too much at once")
+        return forward(model, batch)
+
+    monkeypatch.setattr(loop, "forward", crowded)
+    trials, heard = search(trials=3, slots=3)
+    assert [t.state for t in trials] == ["COMPLETE"] * 3
+    assert "too much at once; 3 trials go on one by one" in next(m.text for m in heard if isinstance(m, Notice))
+
+
+def test_a_trial_of_its_own_fault_fails_alone(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = member.Member.next_group
+
+    def broken(self: member.Member) -> Any:
+        if self.out_dir.name == "0001" and self.next_step == 3:
+            raise DataError("images/x.png: the image is truncated")
+        return original(self)
+
+    monkeypatch.setattr(member.Member, "next_group", broken)
+    trials, heard = search(trials=4, slots=3)
+    assert [t.state for t in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert trials[1].detail == "images/x.png: the image is truncated"
+    assert [m.text for m in heard if isinstance(m, Notice)] == ["trial 1 failed: images/x.png: the image is truncated"]
+
+
+def test_a_full_disk_at_a_checkpoint_fails_no_trial(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop.Member.epoch_ended
+
+    def full(self: member.Member, val_loss: float, eval_s: float) -> Any:
+        if self.out_dir.name == "0000":
+            raise OSError(28, "No space left on device")
+        return original(self, val_loss, eval_s)
+
+    monkeypatch.setattr(member.Member, "epoch_ended", full)
+    trials, _ = search(trials=2, slots=2, fails=NoRoom)
+    assert [t.state for t in trials] == ["WAITING", "WAITING"]
+
+
+def test_a_trial_too_large_for_memory_violates_a_constraint_and_its_neighbours_go_on(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, _ = search(trials=3, slots=3, where="alone")
+    original = loop.Pack._pass
+
+    def hungry(self: loop.Pack, work: Any) -> Any:
+        self._passing = [member for member, _, _ in work]
+        if any(member.out_dir.name == "0001" for member in self._passing):
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return original(self, work)
+
+    monkeypatch.setattr(loop.Pack, "_pass", hungry)
+    trials, _ = search(trials=3, slots=3)
+    assert [t.state for t in trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert trials[1].reason == records.OUT_OF_MEMORY and trials[1].violated == (records.OUT_OF_MEMORY,)
+    assert trials[1].detail == "step 1: tried to allocate 20.00 GiB"
+    for mine, theirs in zip(trials[::2], alone[::2], strict=True):
+        assert mine.value == pytest.approx(theirs.value, rel=1e-5)
+
+
+def test_a_trial_that_another_host_has_taken_over_is_let_go(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This host slept, was taken for lost, and woke up: it must not touch what is another's now."""
+    original = TrialRun._epoch
+
+    def woken(self: TrialRun, event: Any, *, from_checkpoint: bool) -> Any:
+        if self.trial.number == 0 and event.epoch == 1:
+            lost = lifecycle.requeue_lost(self.study, is_alive=lambda worker: False)
+            assert 0 in [each.number for each in lost]
+        return original(self, event, from_checkpoint=from_checkpoint)
+
+    monkeypatch.setattr(TrialRun, "_epoch", woken)
+    trials, heard = search(trials=1, slots=1)
+    assert [(t.state, t.reason) for t in trials] == [("FAIL", records.LOST), ("COMPLETE", records.FINISHED)]
+    assert "was taken over by another process" in next(m.text for m in heard if isinstance(m, Notice))
+    assert len(trials[1].attrs["train_losses"]) == 2
+
+
+def test_the_heartbeat_tells_that_a_trial_was_taken_over(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before an epoch ends, whose checkpoint would be written beside the other's."""
+    original = TrialRun._event
+    saved: list[int] = []
+
+    def woken(self: TrialRun, event: Any) -> Any:
+        if self.trial.number == 0 and isinstance(event, StepEnded) and event.step == 1:
+            lifecycle.requeue_lost(self.study, is_alive=lambda worker: False)
+            self.taken_over = not lifecycle.heartbeat(self.study, self.trial)
+        if self.trial.number == 0 and isinstance(event, EpochEnded):
+            saved.append(event.epoch)
+        return original(self, event)
+
+    monkeypatch.setattr(TrialRun, "_event", woken)
+    trials, _ = search(trials=1, slots=1)
+    assert [t.state for t in trials] == ["FAIL", "COMPLETE"] and not saved
+
+
+def test_trials_of_a_worker_that_died_are_run_one_by_one_at_first(search: Search) -> None:
+    trials, heard = search(trials=4, slots=4, one_by_one=2)
+    assert [t.state for t in trials] == ["COMPLETE"] * 4
+    ends = [m.number for m in heard if isinstance(m, TrialEnded)]
+    starts = [m.number for m in heard if type(m).__name__ == "TrialStarted"]
+    first_two = [type(m).__name__ for m in heard if type(m).__name__ in ("TrialStarted", "TrialEnded")][:4]
+    assert first_two == ["TrialStarted", "TrialEnded"] * 2
+    assert starts[:2] == ends[:2] == [0, 1]
+    assert most_at_once(heard) == 2
+
+
+def test_three_failures_in_a_row_end_the_worker_and_park_the_rest(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = member.Member.next_group
+
+    def broken(self: member.Member) -> Any:
+        if self.out_dir.name != "0000":
+            raise DataError("gone")
+        return original(self)
+
+    monkeypatch.setattr(member.Member, "next_group", broken)
+    trials, _ = search(trials=9, slots=4, fails=GaveUp)
+    assert [t.state for t in trials].count("FAIL") == 3
+    assert trials[0].state == "WAITING"
+    assert not any(t.state == "RUNNING" for t in trials)
+
+
+def test_trials_of_different_kinds_take_turns(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in float16 cannot train beside those in float32: it waits until they have ended."""
+    original = Study.config
+
+    def mixed(self: Study, params: Any, overrides: Any = None) -> Any:
+        config = original(self, params, overrides)
+        return config.model_copy(update={"cache_features": params["lora_r"] % 2 == 0})
+
+    monkeypatch.setattr(Study, "config", mixed)
+    trials, _ = search(trials=6, slots=3)
+    assert len({t.params["lora_r"] % 2 for t in trials}) == 2
+    assert [t.state for t in trials] == ["COMPLETE"] * 6
+
+
+def test_one_that_waits_for_its_turn_is_parked_when_an_end_is_wanted(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Study.config
+
+    def mixed(self: Study, params: Any, overrides: Any = None) -> Any:
+        config = original(self, params, overrides)
+        return config.model_copy(update={"cache_features": not heard_of_steps})
+
+    heard_of_steps: list[Message] = []
+    told = Ear.send
+
+    def send(self: Ear, message: Message) -> None:
+        told(self, message)
+        if type(message).__name__ == "TrialStarted":  # the next trial is of another kind
+            heard_of_steps.append(message)
+
+    monkeypatch.setattr(Study, "config", mixed)
+    monkeypatch.setattr(Ear, "send", send)
+    monkeypatch.setattr(Ear, "order", lambda self: Order.END_AFTER_EPOCH if epochs(self.heard) else Order.GO_ON)
+    trials, _ = search(trials=3, slots=2)
+    assert [t.state for t in trials] == ["WAITING", "WAITING"]
+    assert len(trials[0].attrs["train_losses"]) == 1 and "train_losses" not in trials[1].attrs
+
+
+def epochs(heard: list[Message]) -> int:
+    """Epochs that were reported."""
+    return sum(type(message).__name__ == "EpochDone" for message in heard)
+
+
+def test_room() -> None:
+    assert Slots(3).room([16, 16]) and not Slots(3).room([1, 1, 1])
+    few = Slots(16, samples=20)
+    assert few.room([]) and few.room([16]) and few.room([2] * 9) and not few.room([16, 4])
+    assert not few.room([1] * 16)
+
+
+def test_auto_fills_a_pass_of_the_embedded_model_and_leaves_a_wide_one_alone(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load("rsicap_mini")
+    chosen = slots.resolve(None, study, bench)
+    assert 2 <= chosen.most <= slots.MOST and 8 < chosen.samples < 64
+    assert slots.resolve(None, study, bench) == chosen
+    monkeypatch.setattr(slots, "_free", lambda device: 0)
+    assert slots.resolve(None, study, bench).most == 1
+    monkeypatch.setattr(slots, "BUSY_CPU", slots.BUSY_CPU / (768 / 128) ** 2)  # as for a model six times as wide
+    assert slots.resolve(None, study, bench) == Slots(1)
+    assert slots.resolve(5, study, bench) == Slots(5, math.inf)
+
+
+def test_half_of_the_trials_are_handed_over_and_lose_nothing(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.workers.worker.WORTH_MOVING_S", 0.0)
+    alone, _ = search(trials=4, num_epochs=3, where="alone")
+    trials, heard = search(trials=4, num_epochs=3, where="shared", share_after=1)
+    handed = [m.number for m in heard if isinstance(m, TrialEnded) and m.state == "WAITING"]
+    assert len(handed) == 2
+    # Here the worker itself takes them up again, once another trial of its own has ended.
+    ended = [m.number for m in heard if isinstance(m, TrialEnded) and m.state == "COMPLETE"]
+    assert sorted(ended) == [0, 1, 2, 3] and set(ended[:2]).isdisjoint(handed)
+    for mine, theirs in zip(trials, alone, strict=True):
+        assert mine.state == "COMPLETE" and len(mine.attrs["train_losses"]) == 3
+        assert mine.value == pytest.approx(theirs.value, rel=1e-5)
+        assert mine.attrs["train_losses"] == pytest.approx(theirs.attrs["train_losses"], rel=1e-5)
+
+
+def test_a_trial_that_is_nearly_done_is_not_handed_over(search: Search) -> None:
+    trials, heard = search(trials=2, share_after=1)
+    assert [t.state for t in trials] == ["COMPLETE"] * 2
+    assert all(m.state == "COMPLETE" for m in heard if isinstance(m, TrialEnded))

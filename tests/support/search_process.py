@@ -1,0 +1,107 @@
+"""Starting `python -m search.run` as users do, and waiting for what it prints."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ("max_samples=24", "num_epochs=2", "warmup_steps=0")
+
+
+def command(runs: Path, *arguments: str, study: str = "rsicap_mini", settings: tuple[str, ...] = QUICK) -> list[str]:
+    """The command line of a search on few samples."""
+    sets = [part for setting in settings for part in ("--set", setting)]
+    return [sys.executable, "-m", "search.run", "--study", study, "--runs-dir", str(runs), *sets, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """One thread, spinning never: two cores are shared."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}
+
+
+def run(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run to the end."""
+    return subprocess.run(
+        arguments, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=240, check=False, **options
+    )
+
+
+def workers_of(supervisor: int) -> list[psutil.Process]:
+    """The worker processes of a supervisor's: forked from the process that makes their imports."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for below in psutil.Process(supervisor).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                forked = below.ppid() != supervisor and "forkserver" in " ".join(below.cmdline())
+                if forked and below.is_running() and below.status() != psutil.STATUS_ZOMBIE:
+                    found.append(below)
+    return found
+
+
+def importer_of(supervisor: int) -> psutil.Process:
+    """The process that workers are forked from."""
+    (found,) = (p for p in psutil.Process(supervisor).children() if "forkserver" in " ".join(p.cmdline()))
+    return found
+
+
+class Search:
+    """A search in the background, in a process group of its own as a shell would give it."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.process = subprocess.Popen(
+            arguments,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env={**environment(), "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    def wait_for(self, text: str, timeout_s: float = 120) -> str:
+        """The first line that holds the text."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for line in self.lines:
+                if text in line:
+                    return line
+            if self.process.poll() is not None and not self._reader.is_alive():
+                break
+            time.sleep(0.05)
+        raise AssertionError(f"no line with {text!r} in:\n" + "\n".join(self.lines))
+
+    def end(self, timeout_s: float = 120) -> int:
+        """Wait for its exit code."""
+        code = self.process.wait(timeout_s)
+        self._reader.join(timeout=10)
+        return code
+
+    def output(self) -> str:
+        """All it printed."""
+        return "\n".join(self.lines)
+
+    def kill(self) -> None:
+        """Whatever is left of it."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, 9)
+            self.process.wait()
+        self._reader.join(timeout=10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()

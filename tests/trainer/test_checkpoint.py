@@ -1,0 +1,337 @@
+"""Checkpoints: atomic, verified, free of pickle, bound to their configuration, data and model."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from trainer import checkpoint
+from trainer.common.errors import CheckpointError
+from trainer.config import TrainConfig
+from trainer.events import CheckpointSaved, EpochEnded, EpochTiming, Event, NonFinite, RunStarted
+from trainer.loop import history_of, train
+from trainer.model.base import forward
+from trainer.model.lora import Adapter
+from trainer.workbench import Workbench
+
+Small = Callable[..., TrainConfig]
+
+
+def epoch_of(number: int, val_loss: float) -> EpochEnded:
+    timing = dict.fromkeys(EpochTiming.__dataclass_fields__, 0.5)
+    numbers = dict.fromkeys(("train_loss", "learning_rate", "grad_norm_mean", "grad_norm_max"), 0.1)
+    return EpochEnded(
+        epoch=number, step=number * 4, val_loss=val_loss, nonfinite_steps=0, timing=EpochTiming(**timing), **numbers
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(bench: Workbench, small: Small) -> Callable[..., checkpoint.State]:
+    """`saved(folder, 1.0, 0.9)`: checkpoints of epochs with these validation losses, one after the other."""
+
+    def save(out: Path, *val_losses: float) -> checkpoint.State:
+        state = checkpoint.State(fingerprints={"data": "d", "model": "m"})
+        config = small(num_epochs=99)
+        adapter = Adapter(bench.base(config).model, config)
+        for number, loss in enumerate(val_losses, start=1):
+            state.epoch, state.step = number, number * 4
+            state.history.append(epoch_of(number, loss))
+            checkpoint.save(out, state, config, adapter)
+        return state
+
+    return save
+
+
+def kept(out: Path) -> list[str]:
+    return sorted(p.name for p in (out / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("val_losses", "expected"),
+    [
+        ((1.0,), [1]),
+        ((1.0, 0.9, 0.8), [3]),
+        ((1.0, 0.7, 0.8, 0.9), [2, 4]),
+        ((1.0, 0.7, 0.7), [2, 3]),  # the first of equals is the best
+        ((float("nan"), 0.9, float("nan"), float("inf")), [2, 4]),
+        ((float("nan"), float("nan")), [2]),
+    ],
+)
+def test_only_the_last_and_the_best_are_kept(
+    saved: Callable[..., checkpoint.State], tmp_path: Path, val_losses: tuple[float, ...], expected: list[int]
+) -> None:
+    saved(tmp_path, *val_losses)
+    assert kept(tmp_path) == [f"epoch-{n:04d}" for n in expected]
+
+
+def test_what_is_loaded_is_what_was_saved(
+    saved: Callable[..., checkpoint.State], small: Small, tmp_path: Path
+) -> None:
+    state = saved(tmp_path, 0.3, float("nan"))
+    found = checkpoint.load(tmp_path, small(num_epochs=99))
+    assert found.state == state
+    assert found.folder == checkpoint.folder_of(tmp_path, 2)
+    assert found.problems == ()
+    assert checkpoint.load(tmp_path / "empty", small()) == checkpoint.Found(checkpoint.State(), None, ())
+
+
+def test_the_order_of_epochs_is_that_of_numbers(
+    saved: Callable[..., checkpoint.State], small: Small, tmp_path: Path
+) -> None:
+    saved(tmp_path, 0.1, 0.2)
+    folder = tmp_path / "checkpoints"
+    (folder / "epoch-0002").rename(folder / "epoch-10000")
+    (folder / "epoch-0001").rename(folder / "epoch-9999")
+    (folder / "epoch-mine").mkdir()
+    (folder / "notes.txt").write_text("")
+    assert checkpoint.load(tmp_path, small(num_epochs=99)).folder == folder / "epoch-10000"
+    shutil.rmtree(folder / "epoch-10000")
+    shutil.rmtree(folder / "epoch-9999")
+    saved(tmp_path, 0.1)
+    assert kept(tmp_path) == ["epoch-0001", "epoch-mine", "notes.txt"]  # what is not ours stays
+
+
+@pytest.mark.parametrize("where", ["rename", "fsync"])
+def test_a_failed_save_leaves_the_one_before_intact(
+    saved: Callable[..., checkpoint.State],
+    small: Small,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    saved(tmp_path, 0.5)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((Path, "rename") if where == "rename" else (os, "fsync")), fail)
+    with pytest.raises(OSError, match="No space left"):
+        saved(tmp_path, 0.4)  # the same epoch again, too
+    with pytest.raises(OSError, match="No space left"):
+        saved(tmp_path / "new", 0.4, 0.3)
+    monkeypatch.undo()
+    assert kept(tmp_path / "new") == []
+    if where == "fsync":
+        assert checkpoint.load(tmp_path, small(num_epochs=99)).state.epoch == 1
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from trainer.workbench import Workbench
+from trainer.config import TrainConfig
+from trainer.loop import train
+
+rename = Path.rename
+def killed(self, target):
+    if "epoch-0002" in str(target):
+        os._exit(9)
+    return rename(self, target)
+Path.rename = killed
+config = TrainConfig.parse_settings(sys.argv[2:])
+list(train(config, Workbench(), Path(sys.argv[1])))
+"""
+
+
+def test_a_process_killed_between_write_and_rename(bench: Workbench, small: Small, tmp_path: Path) -> None:
+    config = small(num_epochs=3)
+    settings = [
+        f"{key}={','.join(value) if isinstance(value, tuple) else value}" for key, value in config.model_dump().items()
+    ]
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), *settings]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert ended.returncode == 9, ended.stderr
+    names = kept(tmp_path / "killed")
+    assert len(names) == 2
+    assert names[0].startswith(".epoch-0002.")
+    assert names[1] == "epoch-0001"
+    rest = list(train(config, bench, tmp_path / "killed"))
+    whole = list(train(config, bench, tmp_path / "whole"))
+    assert rest[1:] == whole[-len(rest[1:]) :]
+    assert kept(tmp_path / "killed") == kept(tmp_path / "whole")
+
+
+def until_epoch(config: TrainConfig, bench: Workbench, out: Path, epoch: int) -> None:
+    events = train(config, bench, out)
+    for event in events:
+        if isinstance(event, CheckpointSaved) and event.epoch == epoch:
+            break
+    events.close()  # type: ignore[attr-defined]
+
+
+def flip(path: Path, at: int = -2) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "adapter": (lambda f: flip(f / "adapter" / "adapter_model.safetensors"), "adapter_model.safetensors is damaged"),
+    "optimizer": (lambda f: flip(f / "optimizer.safetensors"), "optimizer.safetensors is damaged"),
+    "missing": (lambda f: (f / "optimizer.safetensors").unlink(), "No such file"),
+    "no state": (lambda f: (f / "state.json").unlink(), "No such file"),
+    "cut": (lambda f: (f / "state.json").write_text((f / "state.json").read_text()[:400]), "epoch-0002: "),
+    "digit": (
+        lambda f: (f / "state.json").write_text((f / "state.json").read_text().replace('"step": 8', '"step": 9')),
+        "state.json is damaged",
+    ),
+    "no object": (lambda f: (f / "state.json").write_text("[]"), "epoch-0002: "),
+    "old": (lambda f: (f / "state.json").write_text('{"format": 0}'), "has format 0"),
+    "empty": (
+        lambda f: (f / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT})),
+        "state.json lacks 'checksum'",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def two_epochs(
+    bench: Workbench, small: Small, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainConfig, Path, list[Event]]:
+    """A run whose first epoch is its best, cut off after the second: (configuration, folder, events of the whole)."""
+    # So small a rate leaves the validation loss as it is, and of equals the first is the best.
+    config = small(num_epochs=3, learning_rate=1e-12)
+    out = tmp_path_factory.mktemp("two")
+    until_epoch(config, bench, out / "cut", 2)
+    assert kept(out / "cut") == ["epoch-0001", "epoch-0002"]
+    return config, out / "cut", list(train(config, bench, out / "whole"))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_told(
+    small: Small, tmp_path: Path, two_epochs: tuple[TrainConfig, Path, list[Event]], kind: str
+) -> None:
+    config, source, _ = two_epochs
+    shutil.copytree(source, tmp_path / "out")
+    damage, message = DAMAGE[kind]
+    damage(checkpoint.folder_of(tmp_path / "out", 2))
+    found = checkpoint.load(tmp_path / "out", config)
+    assert found.folder == checkpoint.folder_of(tmp_path / "out", 1)
+    (problem,) = found.problems
+    assert "epoch-0002" in problem
+    assert message in problem
+
+
+def test_the_run_goes_on_from_the_sound_one(
+    bench: Workbench, tmp_path: Path, two_epochs: tuple[TrainConfig, Path, list[Event]]
+) -> None:
+    config, source, whole = two_epochs
+    shutil.copytree(source, tmp_path / "out")
+    flip(checkpoint.folder_of(tmp_path / "out", 2) / "optimizer.safetensors")
+    assert len(history_of(config, tmp_path / "out")) == 1
+    rest = list(train(config, bench, tmp_path / "out"))
+    assert isinstance(rest[0], RunStarted)
+    assert rest[0].resumed_from_epoch == 1
+    assert "optimizer.safetensors is damaged" in rest[0].damaged_checkpoints[0]
+    assert rest[1:] == whole[-len(rest[1:]) :]
+    assert len(rest) == 1 + 2 * 6
+    flip(checkpoint.folder_of(tmp_path / "out", 1) / "optimizer.safetensors")
+    flip(checkpoint.folder_of(tmp_path / "out", 3) / "optimizer.safetensors")
+    again = list(train(config, bench, tmp_path / "out"))
+    assert isinstance(again[0], RunStarted)
+    assert (again[0].resumed_from_epoch, len(again[0].damaged_checkpoints)) == (0, 2)
+    assert again[1:] == whole[1:]
+
+
+def test_another_configuration_is_refused_with_the_difference(
+    bench: Workbench, small: Small, tmp_path: Path, two_epochs: tuple[TrainConfig, Path, list[Event]]
+) -> None:
+    config, source, _ = two_epochs
+    other = config.model_copy(update={"lora_alpha": 32.0, "prefetch_factor": 7})
+    with pytest.raises(CheckpointError) as caught:
+        history_of(other, source)
+    assert "another configuration (lora_alpha: 16.0 there, 32.0 now);" in str(caught.value)
+    with pytest.raises(CheckpointError, match="lora_alpha"):
+        next(iter(train(other, bench, source)))
+    machine = config.model_copy(update={"num_workers": 2, "prefetch_factor": 7})
+    assert len(history_of(machine, source)) == 2
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_changed_data_or_model_is_refused(
+    bench: Workbench,
+    tmp_path: Path,
+    two_epochs: tuple[TrainConfig, Path, list[Event]],
+    what: str,
+) -> None:
+    config, source, _ = two_epochs
+    found = checkpoint.load(source, config)
+    now = dict(found.state.fingerprints)
+    checkpoint.check_fingerprints(found, now)
+    with pytest.raises(CheckpointError, match=f"the {what} changed since"):
+        checkpoint.check_fingerprints(found, {**now, what: "other"})
+    assert now["data"] == bench.examined(config).fingerprint
+    assert now["model"] == bench.base(config).fingerprint
+
+
+def test_the_loop_checks_the_data(
+    small: Small, bench: Workbench, tmp_path: Path, two_epochs: tuple[TrainConfig, Path, list[Event]]
+) -> None:
+    from dataclasses import replace
+
+    config, source, _ = two_epochs
+    changed = Workbench(replace(bench.examined(config), fingerprint="other"), config.data)
+    with pytest.raises(CheckpointError, match="the data changed"):
+        next(iter(train(config, changed, source)))
+
+
+def test_no_pickle_is_written_or_read(
+    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("pickle")
+
+    for module, name in ((torch, "load"), (torch, "save"), (pickle, "load"), (pickle, "loads"), (pickle, "dump")):
+        monkeypatch.setattr(module, name, forbidden)
+    config = small(num_epochs=2)
+    until_epoch(config, bench, tmp_path, 1)
+    list(train(config, bench, tmp_path))
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} <= {".json", ".safetensors", ".md"}
+    assert not any(p.read_bytes().startswith((b"\x80", b"PK")) for p in files)
+
+
+def test_the_adapter_loads_with_peft(bench: Workbench, small: Small, tmp_path: Path) -> None:
+    from transformers import InstructBlipForConditionalGeneration
+
+    config = small()
+    events = list(train(config, bench, tmp_path))
+    base = InstructBlipForConditionalGeneration.from_pretrained(config.model)
+    _, val_set = bench.datasets(config)
+    from trainer.data.batches import Batch, Collator
+
+    batch: Any = Collator(bench.tokenizer(config))([val_set[i] for i in range(len(val_set))])
+    assert isinstance(batch, Batch)
+    plain = float(forward(base, batch).loss_sum.detach()) / batch.num_tokens()
+    adapter = checkpoint.folder_of(tmp_path, 2) / "adapter"
+    loaded = PeftModel.from_pretrained(base, adapter).eval()
+    with torch.no_grad():
+        loss = float(forward(loaded.get_base_model(), batch).loss_sum) / batch.num_tokens()
+    (last,) = [e for e in events if isinstance(e, EpochEnded) and e.epoch == 2]
+    assert loss == pytest.approx(last.val_loss, abs=1e-6)
+    assert abs(plain - loss) > 1e-3
+
+
+def test_a_series_of_bad_steps_is_stored(
+    bench: Workbench, small: Small, tmp_path: Path, saved: Callable[..., checkpoint.State]
+) -> None:
+    state = saved(tmp_path, 0.5)
+    state.nonfinite_in_a_row, state.micro_batch_size = 2, 3
+    state.first_bad = NonFinite(tensor="loss", value="nan", after_update=False, detail="d")
+    config = small(num_epochs=99)
+    checkpoint.save(tmp_path, state, config, Adapter(bench.base(config).model, config))
+    assert checkpoint.load(tmp_path, config).state == state
+    text = (checkpoint.folder_of(tmp_path, 1) / "state.json").read_text()
+    assert json.loads(text)["first_bad"]["tensor"] == "loss"

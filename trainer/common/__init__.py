@@ -1,0 +1,1 @@
+"""What every room of the trainer uses: errors, files, the command line's frame, imports."""

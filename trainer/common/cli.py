@@ -1,0 +1,43 @@
+"""What all command lines share: a user's mistake ends with exit code 2, a fault of ours with 1 and a traceback."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.common.disk import no_room, out_of_room
+from trainer.common.errors import UserError
+
+
+def run(app: Callable[[], object], log_file: Callable[[], Path | None] = lambda: None) -> None:
+    """Run a Typer app as a program.
+
+    Args:
+        app: the app; Typer itself ends with exit code 2 on wrong options.
+        log_file: where the traceback of a fault goes; None for standard error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to end
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # the outermost place; it is told and logged
+        path = log_file()
+        if out_of_room(error):
+            print(f"error: {no_room(error, path.parent if path else 'it')}", file=sys.stderr)
+            sys.exit(2)
+        if path is None:
+            traceback.print_exc()
+        else:
+            logging.getLogger("search").exception("ended by a fault")
+            print(f"a fault of this program: {type(error).__name__}: {error}\ntraceback in {path}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,353 @@
+"""Rows as model inputs: token ids, pixels, padded batches, and a loader whose order seed and epoch alone decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from trainer.common.errors import DataError, ModelError
+from trainer.config import TrainConfig
+from trainer.data.dataset import Row
+from trainer.data.images import open_image
+
+if TYPE_CHECKING:
+    from trainer.model.ragged import Layout
+
+IGNORE = -100
+"""Label of positions that take no part in the loss, as in Transformers."""
+PIXEL_CACHE_BYTES = 1 << 30
+"""Decoded and resized images are kept in memory up to this, by all DataLoader workers of a loader together; a data
+set that fits is decoded once, not every epoch."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One row as token ids, unpadded."""
+
+    qformer: tuple[int, ...]
+    """The instruction alone: the caption must not leak into the Q-Former."""
+    prompt: tuple[int, ...]
+    """The instruction for the language model, special tokens included, image tokens not."""
+    target: tuple[int, ...]
+    """The caption and EOS."""
+
+
+@dataclass
+class Batch:
+    """A padded batch. B samples, Q query tokens, lengths padded to the longest in the batch.
+
+    Its images are there in one of three forms: pixels, rows of a feature store, or the vision outputs themselves.
+    """
+
+    pixel_values: torch.Tensor | None
+    """(B, 3, height, width), float."""
+    qformer_ids: torch.Tensor
+    """(B, instruction length)."""
+    qformer_mask: torch.Tensor
+    text_ids: torch.Tensor
+    """(B, text length): the prompt (T5), or prompt and caption (decoder-only). The Q image tokens go before it."""
+    text_mask: torch.Tensor
+    labels: torch.Tensor
+    """(B, caption length) for T5; (B, text length), masked up to the caption, for decoder-only. `IGNORE` elsewhere."""
+    image_rows: torch.Tensor | None = None
+    """(B,), the images' rows in a feature store."""
+    image_embeds: torch.Tensor | None = None
+    """(B, patches + 1, vision hidden size)."""
+    layout: Layout | None = None
+    """Where its rows are, if that has been found already."""
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def num_tokens(self) -> int:
+        """Label tokens."""
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on the device."""
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        layout = None if self.layout is None else self.layout.to(device)
+        return replace(moved, layout=layout, image_rows=self.image_rows)  # the store takes rows from the host
+
+    def micro(self, size: int) -> Iterator[Batch]:
+        """Slices of at most `size` samples, padded as the whole batch is."""
+        for start in range(0, len(self), size):
+            yield self._each(lambda tensor, start=start: tensor[start : start + size])  # type: ignore[misc]
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader where the device is a GPU."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"}
+        changed = {name: change(value) for name, value in values.items() if value is not None}
+        return replace(self, **changed, layout=None)
+
+
+def merge(batches: Sequence[Batch]) -> Batch:
+    """Several batches, on the host and all of one kind of model, as one, each padded to the longest of all."""
+    if len(batches) == 1:
+        return batches[0]
+
+    def joined(name: str, value: int) -> torch.Tensor:
+        parts = [getattr(batch, name).numpy() for batch in batches]
+        whole = np.full((sum(len(part) for part in parts), max(part.shape[1] for part in parts)), value, np.int64)
+        at = 0
+        for part in parts:
+            whole[at : at + len(part), : part.shape[1]] = part
+            at += len(part)
+        return torch.from_numpy(whole)
+
+    def images(name: str) -> torch.Tensor | None:
+        parts = [getattr(batch, name) for batch in batches]
+        return None if parts[0] is None else torch.cat(parts)
+
+    return Batch(
+        pixel_values=images("pixel_values"),
+        image_rows=images("image_rows"),
+        image_embeds=images("image_embeds"),
+        # Padded positions are masked; their ids need only be ones that the vocabulary has.
+        qformer_ids=joined("qformer_ids", 0),
+        qformer_mask=joined("qformer_mask", 0),
+        text_ids=joined("text_ids", 0),
+        text_mask=joined("text_mask", 0),
+        labels=joined("labels", IGNORE),
+    )
+
+
+class Tokenizer:
+    """Turns prompts and captions into token ids the way an InstructBLIP processor would.
+
+    The image tokens are not added here: the forward puts the query outputs there itself.
+    """
+
+    def __init__(self, processor: Any, config: Any, max_target_length: int) -> None:
+        self.text = processor.tokenizer
+        self.qformer = processor.qformer_tokenizer
+        self.decoder_only = bool(config.use_decoder_only_language_model)
+        self.max_target_length = max_target_length
+        self.max_instruction = int(config.qformer_config.max_position_embeddings)
+        if self.text.eos_token_id is None:
+            raise ModelError("the checkpoint's tokenizer has no EOS token, so captions would never end")
+        # Tokenizers of SentencePiece put a space before a text by themselves, byte-level ones do not.
+        joined = self.text.decode(self._ids("a") + self._ids("b"))
+        self.separator = " " if self.decoder_only and "ab" in joined else ""
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.text(text, add_special_tokens=False)["input_ids"])
+
+    def __call__(self, row: Row) -> Tokens:
+        instruction = self.qformer(row.prompt, truncation=True, max_length=self.max_instruction)["input_ids"]
+        prompt = self.text(row.prompt)["input_ids"]
+        # T5's tokenizer would add EOS by itself, Llama's would not: added by hand for both, after the cut.
+        caption = self._ids(self.separator + row.caption)[: self.max_target_length - 1]
+        return Tokens(tuple(instruction), tuple(prompt), (*caption, self.text.eos_token_id))
+
+
+def preprocessed(image_processor: Any, image: Image, path: Path) -> torch.Tensor:
+    """(3, height, width), float: the image as the model takes it.
+
+    Raises:
+        DataError: a pixel is not finite. It would make every loss NaN that the image has a part in, and blame the
+            learning rate.
+    """
+    pixels: torch.Tensor = image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+    if not bool(torch.isfinite(pixels).all()):
+        raise DataError(
+            f"{path}: its pixels are not finite after preprocessing; check image_mean, image_std and rescale_factor "
+            "in the model's preprocessor_config.json"
+        )
+    return pixels
+
+
+class Pixels:
+    """Images as the model takes them, kept while they fit in `PIXEL_CACHE_BYTES`. One store serves all data sets of a
+    workbench, so that a study over `max_samples` does not keep a copy for each."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+        self._kept: dict[Path, torch.Tensor] = {}
+        self._kept_bytes = 0
+
+    def __call__(self, path: Path) -> torch.Tensor:
+        """(3, height, width), float.
+
+        Raises:
+            DataError: the image went bad after the data folder was examined, or its pixels are not finite.
+        """
+        pixels = self._kept.get(path)
+        if pixels is None:
+            pixels = preprocessed(self.image_processor, open_image(path), path)
+            size = pixels.numel() * pixels.element_size()
+            worker = get_worker_info()
+            if self._kept_bytes + size <= PIXEL_CACHE_BYTES // (worker.num_workers if worker else 1):
+                self._kept[path] = pixels
+                self._kept_bytes += size
+        return pixels
+
+
+Sample = tuple[torch.Tensor, Tokens]
+"""Pixels (3, height, width) or a row of a feature store (), and tokens."""
+Images = Callable[[Path], torch.Tensor]
+"""An image's file -> the tensor of its sample."""
+
+
+class CaptionDataset(Dataset["Sample | DataError"]):
+    """Rows with their tokens and pixels.
+
+    An image that went bad gives its error as a value: raised in a DataLoader worker, it would come back with the
+    worker's traceback in its message. `batches` raises it.
+    """
+
+    def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, images: Images) -> None:
+        self.rows = tuple(rows)
+        self.tokens = tuple(tokenizer(row) for row in rows)
+        self.images = images
+
+    def seen_through(self, images: Images) -> CaptionDataset:
+        """The same rows and tokens with other tensors for their images."""
+        other = copy(self)
+        other.images = images
+        return other
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample | DataError:
+        try:
+            return self.images(self.rows[index].image), self.tokens[index]
+        except DataError as error:
+            return error.with_traceback(None)
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation that depends on (seed, epoch) alone: any epoch can be begun anew after an interruption."""
+
+    def __init__(self, size: int, seed: int, group: tuple[Sequence[int], int] | None = None) -> None:
+        """An order for so many samples.
+
+        Args:
+            group: (length of each sample, batch size): samples of about the same length come one after the other.
+        """
+        self.size = size
+        self.seed = seed
+        self.group = group
+        self.epoch = 1
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        if self.group is not None:
+            from transformers.trainer_pt_utils import get_length_grouped_indices
+
+            return iter(get_length_grouped_indices(*self.group, generator=generator))
+        return iter(torch.randperm(self.size, generator=generator).tolist())
+
+
+class Collator:
+    """Pads samples to a Batch; the first error among them goes on in its place."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        pad = tokenizer.text.pad_token_id
+        # Padding is masked by attention, never by its id, so any id will do where a tokenizer has none.
+        self.text_pad = tokenizer.text.eos_token_id if pad is None else pad
+        self.qformer_pad = tokenizer.qformer.pad_token_id or 0
+        self.decoder_only = tokenizer.decoder_only
+
+    def __call__(self, items: Sequence[Sample | DataError]) -> Batch | DataError:
+        samples: list[Sample] = []
+        for item in items:
+            if isinstance(item, DataError):
+                return item
+            samples.append(item)
+        tokens = [t for _, t in samples]
+        if self.decoder_only:
+            text = [t.prompt + t.target for t in tokens]
+            labels = [(IGNORE,) * len(t.prompt) + t.target for t in tokens]
+        else:
+            text = [t.prompt for t in tokens]
+            labels = [t.target for t in tokens]
+        qformer_ids, qformer_mask = _pad([t.qformer for t in tokens], self.qformer_pad)
+        text_ids, text_mask = _pad(text, self.text_pad)
+        images = torch.stack([image for image, _ in samples])
+        return Batch(
+            pixel_values=images if images.dim() > 1 else None,
+            image_rows=images if images.dim() == 1 else None,
+            qformer_ids=qformer_ids,
+            qformer_mask=qformer_mask,
+            text_ids=text_ids,
+            text_mask=text_mask,
+            labels=_pad(labels, IGNORE)[0],
+        )
+
+
+def _pad(sequences: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both (len(sequences), longest)."""
+    ids = _padded(sequences, value)
+    lengths = np.array([len(s) for s in sequences])
+    mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def _padded(sequences: Sequence[Sequence[int]], value: int) -> np.ndarray:
+    """(len(sequences), longest); NumPy, for so few numbers an operation of PyTorch's takes five times as long."""
+    padded = np.full((len(sequences), max(len(s) for s in sequences)), value, dtype=np.int64)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return padded
+
+
+def batches(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """One pass over a loader.
+
+    Raises:
+        DataError: an image went bad after the data folder was examined; names it.
+    """
+    for item in loader:
+        if isinstance(item, DataError):
+            raise item
+        yield item
+
+
+def train_loader(
+    dataset: CaptionDataset, tokenizer: Tokenizer, config: TrainConfig, *, pin: bool
+) -> tuple[DataLoader[Any], EpochSampler]:
+    """Shuffled batches of `batch_size`; set the sampler's `epoch` before each pass."""
+    group = ([len(t.prompt) + len(t.target) for t in dataset.tokens], config.batch_size)
+    sampler = EpochSampler(len(dataset), config.seed, group if config.group_by_length else None)
+    loader = DataLoader(
+        dataset,
+        batch_size=config.batch_size,
+        sampler=sampler,
+        collate_fn=Collator(tokenizer),
+        pin_memory=pin,
+        num_workers=config.num_workers,
+        # Experiment 5b of the hand-run log: workers persist between epochs and hold batches ready.
+        persistent_workers=config.num_workers > 0,
+        prefetch_factor=config.prefetch_factor if config.num_workers else None,
+    )
+    return loader, sampler
+
+
+def eval_loader(dataset: CaptionDataset, tokenizer: Tokenizer, config: TrainConfig, *, pin: bool) -> DataLoader[Any]:
+    """Batches of `eval_batch_size` in order."""
+    return DataLoader(
+        dataset,
+        batch_size=config.eval_batch_size,
+        shuffle=False,
+        collate_fn=Collator(tokenizer),
+        pin_memory=pin,
+        num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
+        prefetch_factor=config.prefetch_factor if config.num_workers else None,
+    )

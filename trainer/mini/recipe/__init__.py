@@ -1,0 +1,1 @@
+"""What made the embedded checkpoint; nothing that trains imports it."""

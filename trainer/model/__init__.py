@@ -1,0 +1,1 @@
+"""The frozen InstructBLIP and the adapters on it: loading, forward pass, LoRA, memory."""

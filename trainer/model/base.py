@@ -1,0 +1,245 @@
+"""The frozen base: loading an InstructBLIP, and its forward as a chain of our own.
+
+The chain is vision_model -> qformer (which sees the instruction) -> language_projection -> language_model. Writing it
+out lets a run stop at a query output that is not finite, keep the vision output, and compute logits at label
+positions only. It equals the library's forward on the same batch (tests/trainer/model/test_base.py, for T5 and Llama).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from trainer.common.errors import ModelError
+from trainer.data.batches import Batch
+from trainer.model.forward import llama, query_images, t5
+from trainer.model.fused import fuse
+from trainer.model.locate import check_type, locate
+from trainer.model.ragged import Layout, laid_out
+
+CHAINS = {"t5": t5, "llama": llama}
+"""Language models whose arithmetic is written out on rows without padding; others go through the library's forward."""
+
+SAMPLE_BLOCKS, SAMPLE_BYTES = 64, 65_536
+"""A weight file's fingerprint reads this many blocks of this size: 4 MiB instead of 16 GB."""
+
+
+@dataclass
+class Base:
+    """A frozen InstructBLIP with its processor, loaded once and shared by all trials of a worker."""
+
+    model: Any
+    """InstructBlipForConditionalGeneration, without gradients."""
+    processor: Any
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+    """Of inputs and adapters; of the whole base, unless it is spread over several."""
+    fingerprint: str
+
+    @property
+    def num_query_tokens(self) -> int:
+        """Query tokens, which is also the number of image positions before the text."""
+        return int(self.model.config.num_query_tokens)
+
+
+@dataclass
+class Forward:
+    """What one forward pass gives, all still on the device."""
+
+    token_losses: torch.Tensor
+    """(N,), cross entropy of the N label tokens, float32, sample by sample."""
+    query_output: torch.Tensor
+    """(B, Q, Q-Former's hidden size)."""
+
+    @property
+    def loss_sum(self) -> torch.Tensor:
+        """Over all label tokens, scalar."""
+        return self.token_losses.sum()
+
+
+def load_base(name: str, *, dtype: torch.dtype, device: torch.device, spread: bool = False) -> Base:
+    """Load an InstructBLIP checkpoint (folder, hub id or `mini`) frozen onto the device.
+
+    With `spread`, Accelerate spreads it over all CUDA devices that the process sees, and moves what flows from one
+    layer to the next; on a CPU or a single GPU it is the whole base on that.
+
+    Only safetensors are read, never pickle, and no code that comes with the checkpoint is run.
+
+    Raises:
+        ModelError: no such checkpoint, one of another architecture, or one without safetensors.
+    """
+    from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    path = locate(name)
+    options: dict[str, Any] = {"local_files_only": Path(path).is_dir()}
+    placement: dict[str, Any] = {}
+    if spread:
+        several = device.type == "cuda" and torch.cuda.device_count() > 1
+        placement["device_map"] = "auto" if several else {"": device}
+    try:
+        check_type(name, InstructBlipConfig.get_config_dict(path, **options)[0])
+        processor = InstructBlipProcessor.from_pretrained(path, **options)
+        model = InstructBlipForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, **options, **placement
+        )
+    except ModelError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if processor.num_query_tokens not in (None, model.config.num_query_tokens):
+        # Image positions that don't match the query tokens would silently drop the image.
+        raise ModelError(
+            f"the model {name!r} has {model.config.num_query_tokens} query tokens, "
+            f"but its processor writes {processor.num_query_tokens} image tokens"
+        )
+    model.requires_grad_(False)
+    fuse(model)
+    if spread:
+        _refuse_offloaded(name, model, device)
+        device = next(model.qformer.parameters()).device
+    else:
+        model.to(device)
+    return Base(model.eval(), processor, name, dtype, device, fingerprint(path))
+
+
+def _refuse_offloaded(name: str, model: Any, device: torch.device) -> None:
+    """Layers for which the GPUs had no room were put elsewhere, from where each would be fetched at every step."""
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if device.type == "cuda" and places & {"cpu", "disk"}:
+        raise ModelError(
+            f"the model {name!r} does not fit on the {torch.cuda.device_count()} GPUs that this process sees: parts "
+            "of it would lie on the host; give a worker more GPUs (--gpus-per-worker), or --set torch_dtype=bfloat16"
+        )
+
+
+def fingerprint(path: str) -> str:
+    """Hash of a checkpoint: its config.json, and names, sizes and samples of its weight files."""
+    folder = Path(path)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        folder = Path(str(cached_file(path, "config.json"))).parent
+    whole = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    whole.update(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        whole.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            for block in range(SAMPLE_BLOCKS):
+                stream.seek(min(block * max(size // SAMPLE_BLOCKS, SAMPLE_BYTES), size), os.SEEK_SET)
+                whole.update(stream.read(SAMPLE_BYTES))
+    return whole.hexdigest()[:16]
+
+
+def encode_images(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Vision output of (B, 3, height, width) pixels: (B, patches + 1, vision hidden size).
+
+    Frozen, the tower makes no graph: nothing that goes into it has a gradient until an adapter adds something.
+    """
+    output = model.vision_model(pixel_values=pixel_values, return_dict=True)
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def forward(model: Any, batch: Batch) -> Forward:
+    """Loss of a batch, its logits computed at label positions only.
+
+    Args:
+        model: the InstructBLIP, with adapters injected or without.
+        batch: on the base's device, with pixels or vision outputs. Of a base that is spread over several devices,
+            layers may lie elsewhere; what flows between them is moved, and the losses come back here.
+    """
+    layout = batch.layout or layout_of(model.config, batch)
+    image_embeds = batch.image_embeds
+    if image_embeds is None:
+        assert batch.pixel_values is not None
+        image_embeds = encode_images(model, batch.pixel_values).to(batch.qformer_ids.device)
+    queries = query_images(model, image_embeds, layout).to(batch.labels.device)
+    logits = label_logits(model, queries, layout)
+    # float32 for the loss whatever the model's dtype: a sum over thousands of tokens overflows in float16.
+    losses = F.cross_entropy(at_least_float32(logits), layout.label_ids.to(logits.device), reduction="none")
+    return Forward(losses.to(queries.device), queries.unflatten(0, (len(batch), -1)))
+
+
+def layout_of(config: Any, batch: Batch) -> Layout:
+    """Where the batch's rows are, for an InstructBLIP of this config."""
+    return Layout.of(batch, int(config.num_query_tokens), decoder_only=bool(config.use_decoder_only_language_model))
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, unless it is in float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def runs_on_rows(config: Any) -> bool:
+    """Whether an InstructBLIP of this config has a language model that `trainer.model.forward` knows."""
+    return config.text_config.model_type in CHAINS
+
+
+def label_logits(model: Any, queries: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Logits at the N label tokens, (N, vocabulary).
+
+    Args:
+        model: the InstructBLIP.
+        queries: (B x Q, Q-Former's hidden size).
+        layout: of the pass.
+    """
+    language = model.language_model
+    with laid_out(layout.queries):
+        projected = model.language_projection(queries)
+    text = model.get_input_embeddings()(layout.text_ids)
+    embeds = layout.text.join(projected.to(text), text)
+    if not runs_on_rows(model.config):
+        return _library_logits(model, embeds, layout)
+    states = CHAINS[model.config.text_config.model_type](language, embeds, layout)
+    with laid_out(layout.labels):
+        return model.get_output_embeddings()(states)  # type: ignore[no-any-return]
+
+
+def _library_logits(model: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The same through the library's forward, padded, of a language model that forward.py doesn't know."""
+    rows, labels = layout.text.rows, layout.labels
+    seen = rows.seen()
+    mask = None if seen is None else seen[:, 0, 0].long().to(embeds.device)
+    inputs = {}
+    if layout.predicts is None:
+        padded = labels.pad(layout.label_ids[:, None])[:, :, 0]
+        inputs = {"decoder_input_ids": model.language_model.prepare_decoder_input_ids_from_labels(padded)}
+    with _only_labels(model.get_output_embeddings(), layout), laid_out(labels):
+        return model.language_model(  # type: ignore[no-any-return]
+            inputs_embeds=rows.pad(embeds), attention_mask=mask, use_cache=False, **inputs
+        ).logits
+
+
+@contextmanager
+def _only_labels(head: nn.Module, layout: Layout) -> Iterator[None]:
+    """Within, the language-model head sees the states of label tokens only: (B, L, hidden) becomes (N, hidden).
+
+    A hook, so that everything before the head (T5's output scaling among it) stays the library's own code.
+    """
+
+    def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if layout.predicts is None:
+            return (layout.labels.unpad(args[0]), *args[1:])
+        return (layout.predicts.take(layout.text.rows.unpad(args[0])), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,223 @@
+"""Q-Former, T5 and Llama on rows without padding (`trainer.model.ragged`): the library's modules, in its order.
+
+What differs from the library's own forward is where attention finds its rows, and what is left out because nobody
+reads it: the text positions of the Q-Former's last layer, and those positions of Llama's last layer that predict no
+label. Modules are called, never their weights used, so that adapters and PEFT's replacements act. Of a base that is
+spread over several devices (Accelerate splits no layer), what flows is moved at each layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from trainer.model.attention import attend, hidden
+from trainer.model.ragged import Chosen, Layout, Rows, laid_out
+
+BIAS_STEP = 64
+"""Position biases are computed for lengths that are multiples of this."""
+
+
+def _on(weight: torch.Tensor, *tensors: Any) -> Any:
+    """The tensors on the device of a module's weight."""
+    device = weight.device
+    return [each if each is None or each.device == device else each.to(device) for each in tensors]
+
+
+def query_images(model: Any, image_embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The Q-Former's output at the query tokens, (B x Q, hidden), of (B, patches + 1, vision hidden size) images."""
+    embeddings, layers = model.qformer.embeddings, model.qformer.encoder.layer
+    text = embeddings.word_embeddings(layout.instruction_ids)
+    text = text + embeddings.position_embeddings(layout.instruction_positions)
+    queries = model.query_tokens.to(text).expand(layout.queries.samples, -1, -1).flatten(0, 1)
+    dtype = embeddings.layernorm.weight.dtype
+    queries, text = (embeddings.layernorm(each.to(dtype)) for each in (queries, text))
+    joined, images = layout.instructions, Rows.of([image_embeds.shape[1]] * layout.queries.samples, text.device)
+    bias = hidden(joined.rows.seen(), dtype)
+    for layer in layers:
+        queries, text, image_embeds, bias = _on(layer.output_query.LayerNorm.weight, queries, text, image_embeds, bias)
+        rows = joined.join(queries, text)
+        if layer is layers[-1]:
+            queries = _block(layer.attention, queries, layout.queries, rows, joined.rows, bias)
+        else:
+            rows = _block(layer.attention, rows, joined.rows, rows, joined.rows, bias)
+            queries, text = joined.split(rows)
+            with laid_out(layout.instruction_rows):
+                text = layer.feed_forward_chunk(text)
+        if layer.has_cross_attention:
+            queries = _block(layer.crossattention, queries, layout.queries, image_embeds, images, None)
+        with laid_out(layout.queries):
+            queries = layer.feed_forward_chunk_query(queries)
+    return queries  # type: ignore[no-any-return]
+
+
+def _block(
+    module: Any, states: torch.Tensor, rows: Rows, memory: torch.Tensor, keys: Rows, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """An attention block of the Q-Former: states that attend to a memory, rows or (B, patches + 1, hidden) images."""
+    inner = module.attention
+    with laid_out(keys):
+        key, value = (part(memory).view(keys.starts[-1], -1) for part in (inner.key, inner.value))
+    size = inner.attention_head_size
+    with laid_out(rows):
+        query = inner.query(states)
+        out = attend(query, key, value, size=size, rows=rows, keys=keys, scale=size**-0.5, bias=bias)
+        return module.output(out, states)  # type: ignore[no-any-return]
+
+
+def t5(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """T5's decoder states at the label tokens, (N, hidden), its output scaling applied.
+
+    Args:
+        language: T5ForConditionalGeneration.
+        embeds: what the encoder sees, as `layout.text` lies.
+        layout: of the pass.
+    """
+    encoder, decoder = language.encoder, language.decoder
+    states = _t5_stack(encoder, embeds, layout.text.rows)
+    ids = _shifted(layout, language.config.decoder_start_token_id)
+    states = _t5_stack(decoder, decoder.embed_tokens(ids), layout.labels, (states, layout.text.rows))
+    if getattr(language.config, "scale_decoder_outputs", language.config.tie_word_embeddings):
+        states = states * language.config.d_model**-0.5
+    return states
+
+
+def _shifted(layout: Layout, start: int) -> torch.Tensor:
+    """What T5's decoder is given to predict the labels: each sample's, moved on by one."""
+    ids = layout.label_ids.roll(1)
+    firsts = torch.tensor(layout.labels.starts[:-1]).to(ids.device, non_blocking=True)
+    return ids.index_fill_(0, firsts, start)
+
+
+def _t5_stack(
+    stack: Any, states: torch.Tensor, rows: Rows, encoded: tuple[torch.Tensor, Rows] | None = None
+) -> torch.Tensor:
+    bias = _position_bias(stack, rows.length)
+    # Of padding, a decoder sees nothing anyway: it comes after what is read.
+    seen = rows.seen() if encoded is None else None
+    if seen is not None:
+        bias = torch.where(seen.to(bias.device), bias, torch.finfo(bias.dtype).min)
+    memory, memory_rows = encoded or (None, rows)
+    memory_bias = hidden(memory_rows.seen(), states.dtype)
+    for block in stack.block:
+        states, memory, bias, memory_bias = _on(block.layer[0].layer_norm.weight, states, memory, bias, memory_bias)
+        layer = block.layer[0]
+        states = _t5_block(layer, layer.SelfAttention, states, rows, None, rows, bias)
+        if memory is not None:
+            layer = block.layer[1]
+            states = _t5_block(layer, layer.EncDecAttention, states, rows, memory, memory_rows, memory_bias)
+        with laid_out(rows):
+            states = _clamped(block.layer[-1](states))
+    (states,) = _on(stack.final_layer_norm.weight, states)
+    return stack.final_layer_norm(states)  # type: ignore[no-any-return]
+
+
+_position_biases: WeakKeyDictionary[torch.nn.Module, torch.Tensor] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _position_bias(stack: Any, length: int) -> torch.Tensor:
+    """(1, heads, length, length), of a decoder causal. Only distances matter: the longest so far has all in it."""
+    kept = _position_biases.get(stack)
+    first = stack.block[0].layer[0].SelfAttention
+    weight = first.relative_attention_bias.weight
+    if kept is None or kept.shape[2] < length or (kept.device, kept.dtype) != (weight.device, weight.dtype):
+        longest = -(-length // BIAS_STEP) * BIAS_STEP
+        kept = first.compute_bias(longest, longest)
+        if stack.is_decoder:
+            later = torch.ones(longest, longest, dtype=torch.bool, device=kept.device).triu_(1)
+            kept = kept.masked_fill(later, torch.finfo(kept.dtype).min)
+        _position_biases[stack] = kept
+    return kept[:, :, :length, :length]
+
+
+def _t5_block(
+    layer: Any,
+    inner: Any,
+    states: torch.Tensor,
+    rows: Rows,
+    memory: torch.Tensor | None,
+    keys: Rows,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """An attention block of T5: of the states to a memory, or to themselves."""
+    normed = layer.layer_norm(states)
+    with laid_out(keys):
+        seen = normed if memory is None else memory
+        key, value = inner.k(seen), inner.v(seen)
+    with laid_out(rows):
+        # T5 does not scale: its initial values do.
+        size = inner.key_value_proj_dim
+        out = attend(inner.q(normed), key, value, size=size, rows=rows, keys=keys, scale=1.0, bias=bias)
+        return _clamped(states + inner.o(out))
+
+
+def _clamped(states: torch.Tensor) -> torch.Tensor:
+    """As T5 has it in float16, whose overflow it would otherwise carry on."""
+    if states.dtype != torch.float16:
+        return states
+    most = torch.finfo(states.dtype).max
+    # Row by row, where the library asks whether anything of the batch is infinite: runs have to be independent.
+    limit = torch.where(torch.isinf(states).any(-1, keepdim=True), most - 1000, most).to(states.dtype)
+    return torch.clamp(states, min=-limit, max=limit)
+
+
+def llama(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Llama's states that predict the label tokens, (N, hidden).
+
+    Args:
+        language: LlamaForCausalLM.
+        embeds: as `layout.text` lies.
+        layout: of the pass.
+    """
+    model, rows = language.model, layout.text.rows
+    assert layout.predicts is not None
+    # Positions of a sample count from 0, as its padded places do.
+    order = torch.arange(rows.length, device=embeds.device)
+    positions = rows.unpad(order.repeat(rows.samples).view(rows.samples, -1, 1))
+    rotary = tuple(each[0, :, None] for each in model.rotary_emb(embeds, position_ids=positions.view(1, -1)))
+    bias = hidden(order <= order[:, None], embeds.dtype)
+    states = embeds
+    for layer in model.layers[:-1]:
+        states = _llama_layer(layer, states, rows, rotary, bias)
+    places = layout.labels.pad(layout.predicts.take(positions))
+    bias = hidden((order <= places)[:, None], embeds.dtype)
+    states = _llama_layer(model.layers[-1], states, rows, rotary, bias, (layout.predicts, layout.labels))
+    (states,) = _on(model.norm.weight, states)
+    return model.norm(states)  # type: ignore[no-any-return]
+
+
+def _llama_layer(
+    layer: Any,
+    states: torch.Tensor,
+    rows: Rows,
+    rotary: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None,
+    read: tuple[Chosen, Rows] | None = None,
+) -> torch.Tensor:
+    """A layer of Llama: at all rows, or at those that are read."""
+    states, cos, sin, bias = _on(layer.input_layernorm.weight, states, *rotary, bias)
+    inner = layer.self_attn
+    with laid_out(rows):
+        normed = layer.input_layernorm(states)
+        key, value = _rotated(inner.k_proj(normed), cos, sin), inner.v_proj(normed)
+    own = rows
+    if read is not None:
+        chosen, own = read
+        index = chosen.index.to(cos.device)
+        states, normed, cos, sin = chosen.take(states), chosen.take(normed), cos[index], sin[index]
+    with laid_out(own):
+        query = _rotated(inner.q_proj(normed), cos, sin)
+        out = attend(query, key, value, size=inner.head_dim, rows=own, keys=rows, scale=inner.scaling, bias=bias)
+        states = states + inner.o_proj(out)
+        return states + layer.mlp(layer.post_attention_layernorm(states))  # type: ignore[no-any-return]
+
+
+def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of (N, heads x size) rows; cosines and sines are (N, 1, size)."""
+    apart = states.unflatten(1, (-1, cos.shape[-1]))
+    one, other = apart.chunk(2, dim=-1)
+    rotated: torch.Tensor = apart * cos + torch.cat([-other, one], dim=-1) * sin
+    return rotated.flatten(1)

@@ -1,0 +1,344 @@
+"""LoRA for several runs at once on one frozen base: each run's weights in one flat tensor, applied in adapted modules.
+
+A pass holds the samples of several runs one after the other. What stands in for the forward of an adapted module
+adds to every run's rows what its own adapter gives, with its own rank, scaling and dropout (Hu et al. 2021):
+y_k += s_k drop(x_k) A_k' B_k'. The rows of different runs never meet: what is not finite in one leaves the bits of the
+others alone.
+
+One autograd node for a module does the base's and all runs' arithmetic, and writes their gradients where AdamW finds
+them. PEFT decides initial values and file format, and is what tests compare with (tests/trainer/test_pack.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.common.errors import ModelError
+from trainer.config import TrainConfig
+from trainer.model import peft_format
+from trainer.model.ragged import current
+
+STATE = ("exp_avg", "exp_avg_sq")
+"""AdamW's moments, as its state names them."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One module's A and B with their gradients: views of the adapter's flat tensors, made once, not at every use.
+
+    B lies there transposed. A product of many rows with a matrix of a few columns takes a BLAS on a CPU two to four
+    times as long if the few are what is contiguous: with B as PEFT has it, one for B's gradient and one for x's.
+    """
+
+    a: torch.Tensor
+    """(r, d_in)."""
+    a_t: torch.Tensor
+    b: torch.Tensor
+    """(d_out, r)."""
+    b_t: torch.Tensor
+    grad_a: torch.Tensor
+    grad_b_t: torch.Tensor
+    """(r, d_out)."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """One weight of an adapter with what belongs to it, for looking at."""
+
+    weight: torch.Tensor
+    grad: torch.Tensor
+    exp_avg: torch.Tensor | None
+    exp_avg_sq: torch.Tensor | None
+
+
+class Adapter:
+    """One run's LoRA weights, gradients and optimizer.
+
+    All weights are one flat parameter, so that norm, clipping and update are a few operations for a run, not for a
+    tensor. The optimizer is PyTorch's AdamW.
+    """
+
+    def __init__(self, model: Any, config: TrainConfig) -> None:
+        """A fresh adapter, with the initial values that PEFT gives for this seed.
+
+        Raises:
+            ModelError: a target module that the model lacks.
+        """
+        self.config = config
+        self.scale = config.lora_alpha / config.lora_r
+        self.dropout = config.lora_dropout
+        initial, self.modules = peft_format.initial_values(model, config)
+        first = next(iter(initial.values()))
+        _refuse_scattered(model, self.modules)
+        self.shapes = {name: p.shape for name, p in initial.items()}
+        self.weights = torch.empty(sum(p.numel() for p in initial.values()), dtype=first.dtype, device=first.device)
+        self.grads = torch.zeros_like(self.weights)
+        weights, grads = self._split(self.weights), self._split(self.grads)
+        for name, p in initial.items():
+            weights[name].copy_(p)
+        self.pairs: dict[str, Pair] = {}
+        for module in self.modules:
+            a, b = (f"base_model.model.{module}.lora_{x}.default.weight" for x in "AB")
+            self.pairs[module] = Pair(weights[a], weights[a].t(), weights[b], weights[b].t(), grads[a], grads[b].t())
+        self.parameter = nn.Parameter(self.weights)
+        self.parameter.grad = self.grads
+        # The fused kernel computes in float32 whatever the dtype, and float16 has to fail as it did in the hand-run.
+        self.fused = self.weights.dtype in (torch.float32, torch.float64)
+        self.optimizer = torch.optim.AdamW(
+            [self.parameter],
+            lr=config.learning_rate,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=self.fused,
+            foreach=False,
+        )
+        self.generator = torch.Generator(first.device)
+
+    def __len__(self) -> int:
+        return self.weights.numel()
+
+    def _split(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A flat tensor as the weights' views, in PEFT's shapes; see `Pair` for how B lies in it."""
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        return {
+            name: part.view(shape[1], shape[0]).t() if ".lora_B." in name else part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def named(self) -> dict[str, Named]:
+        """Every weight by PEFT's name for it, in a fixed order."""
+        state = self.optimizer.state.get(self.parameter, {})
+        moments: dict[str, dict[str, torch.Tensor]] = {k: self._split(state[k]) for k in STATE if k in state}
+        weights, grads = self._split(self.weights), self._split(self.grads)
+        return {
+            name: Named(weights[name], grads[name], *(moments[k][name] if k in moments else None for k in STATE))
+            for name in self.shapes
+        }
+
+    def updates(self) -> int:
+        """Updates that AdamW has made."""
+        state = self.optimizer.state.get(self.parameter, {})
+        return int(state["step"]) if "step" in state else 0
+
+    def update(self, rate: float, norm: torch.Tensor, bad: torch.Tensor) -> None:
+        """Clip and apply the gradients, unless something was not finite; nothing is fetched from the device.
+
+        Args:
+            rate: learning rate.
+            norm: scalar, of the gradients, before clipping.
+            bad: scalar bool; true leaves weights and moments as they are.
+        """
+        # As torch.nn.utils.clip_grad_norm_ has it.
+        keep = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        keep = keep.masked_fill(bad, 1.0)  # the gradients of a bad step are looked at afterwards
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.grads.mul_(keep)
+        if self.fused:
+            # What PyTorch's own GradScaler sets: the kernel does nothing if it is 1.
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bool(bad):
+            self.optimizer.step()
+
+    def save(self, folder: Path, base_name: str) -> None:
+        """The adapter in PEFT's format: loads with `PeftModel.from_pretrained(base, folder)`."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        peft_format.lora_config(self.config, self.modules, base_name).save_pretrained(str(folder))
+        weights = {name.replace(".default.", "."): w.contiguous() for name, w in self._split(self.weights).items()}
+        save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+    def load(self, folder: Path) -> None:
+        """Set the weights from a folder written by `save`, bit for bit.
+
+        Raises:
+            ModelError: an adapter for other modules.
+        """
+        from safetensors.torch import load_file
+
+        stored = load_file(str(folder / "adapter_model.safetensors"))
+        named = {name.replace(".default.", "."): w for name, w in self._split(self.weights).items()}
+        if named.keys() != stored.keys():
+            missing, extra = sorted(named.keys() - stored.keys()), sorted(stored.keys() - named.keys())
+            raise ModelError(f"{folder}: the adapter does not fit; missing: {missing[:5]}, unknown: {extra[:5]}")
+        for name, weight in named.items():
+            weight.copy_(stored[name])
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """AdamW's state by name: its moments as flat tensors, B as PEFT has it, and the number of its updates."""
+        state = self.optimizer.state.get(self.parameter, {})
+        moments = {key: torch.cat([v.reshape(-1) for v in self._split(state[key]).values()]) for key in STATE if state}
+        return {key: moments.get(key, value).detach() for key, value in state.items()}
+
+    def restore_optimizer(self, stored: Mapping[str, torch.Tensor]) -> None:
+        """Set AdamW's state from what `optimizer_tensors` gave, bit for bit."""
+        if stored:
+            device = self.weights.device
+            # Where AdamW itself keeps them: the count beside the weights if fused, else on the host.
+            there = {key: value.to(device) if key in STATE or self.fused else value for key, value in stored.items()}
+            for key in STATE:
+                moment = torch.empty_like(self.weights, dtype=there[key].dtype)
+                parts = there[key].split([shape.numel() for shape in self.shapes.values()])
+                for view, part, shape in zip(self._split(moment).values(), parts, self.shapes.values(), strict=True):
+                    view.copy_(part.view(shape))
+                there[key] = moment
+            self.optimizer.state[self.parameter] = there
+
+
+def _refuse_scattered(model: Any, modules: Sequence[str]) -> None:
+    """An adapter is one flat tensor, beside the Q-Former; a base that is spread may have modules elsewhere."""
+    here = next(model.qformer.parameters()).device
+    elsewhere = [name for name in modules if model.get_submodule(name).weight.device != here]
+    if elsewhere:
+        raise ModelError(
+            f"device_map=auto has put {len(elsewhere)} of the {len(modules)} adapted modules on other devices than "
+            f"the Q-Former's ({here}), {elsewhere[0]!r} among them; adapt Q-Former modules only (the default "
+            "target_modules), or use a device that holds the whole base"
+        )
+
+
+@dataclass
+class Segment:
+    """One run's share of a pass."""
+
+    adapter: Adapter
+    start: int
+    """First sample."""
+    stop: int
+    first_token: int
+    """First of its label tokens."""
+    last_token: int
+
+
+class Hooks:
+    """What stands in for the forward of adapted modules; it acts on the samples of the plan that is set."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.segments: Sequence[Segment] = ()
+        self.training = False
+        self._covered: dict[str, tuple[nn.Module, str, Any]] = {}
+        self._anchor: torch.Tensor | None = None
+
+    def cover(self, modules: Iterable[str]) -> None:
+        """Stand in for those of the modules for which nothing does yet."""
+        for name in modules:
+            if name not in self._covered:
+                module = self.model.get_submodule(name)
+                # Accelerate has put itself before the forward of a base that is spread, and calls this one.
+                attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+                original = getattr(module, attribute)
+                self._covered[name] = (module, attribute, original)
+                setattr(module, attribute, partial(self._apply, name, module, original))
+                if self._anchor is None:
+                    # The weights are no inputs of the graph (their gradients are written straight to their place),
+                    # so something else has to say that there is a gradient at all.
+                    self._anchor = torch.zeros((), device=module.weight.device, requires_grad=True)
+
+    def remove(self) -> None:
+        """Leave the base as it was."""
+        for module, attribute, original in self._covered.values():
+            if attribute == "forward":
+                delattr(module, attribute)  # and the class's own shows again
+            else:
+                setattr(module, attribute, original)
+        self._covered.clear()
+
+    def _apply(self, name: str, module: nn.Linear, original: Callable[..., Any], x: torch.Tensor) -> Any:
+        segments = self.segments
+        if not any(name in segment.adapter.pairs for segment in segments):
+            return original(x)
+        return _Lora.apply(self._anchor, x, module.weight, module.bias, name, segments, self.training)  # type: ignore[no-untyped-call]
+
+
+class _Lora(torch.autograd.Function):
+    """x W' + bias, and s drop(x) A' B' added to the rows of each segment.
+
+    The operations are few and small, so that it is their number that costs: rows are split once for all segments, and
+    products are added where their sums are wanted, the base's gradient for x among them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        _anchor: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        name: str,
+        segments: Sequence[Segment],
+        training: bool,
+    ) -> torch.Tensor:
+        sizes = _sizes(segments, x)
+        rows = x.reshape(-1, x.shape[-1])
+        y = nn.functional.linear(rows, weight, bias)
+        lows: list[torch.Tensor | None] = []
+        masks: list[torch.Tensor | None] = []
+        for segment, own, out in zip(segments, _split(rows, sizes), _split(y, sizes), strict=True):
+            adapter, pair = segment.adapter, segment.adapter.pairs.get(name)
+            low, mask = None, None
+            if pair is not None:
+                if training and adapter.dropout:
+                    mask = _dropout_mask(adapter, own)
+                    own = own * mask
+                low = torch.mm(own, pair.a_t)
+                out.addmm_(low, pair.b_t, alpha=adapter.scale)
+            lows.append(low)
+            masks.append(mask)
+        # Masks are as large as x, and let go with the backward pass of this node; what else is made here is small, and
+        # nobody can change it: there is no version of it to be checked, for each of the segments.
+        ctx.save_for_backward(weight, rows, *(masks if any(mask is not None for mask in masks) else ()))
+        ctx.name, ctx.segments, ctx.sizes, ctx.shape, ctx.lows = name, segments, sizes, x.shape, lows
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        weight, rows, *masks = ctx.saved_tensors
+        name, sizes = ctx.name, ctx.sizes
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_x = torch.mm(grad, weight) if ctx.needs_input_grad[1] else None
+        backs = [None] * len(sizes) if grad_x is None else _split(grad_x, sizes)
+        masks = masks or [None] * len(sizes)
+        for segment, own, above, back, low, mask in zip(
+            ctx.segments, _split(rows, sizes), _split(grad, sizes), backs, ctx.lows, masks, strict=True
+        ):
+            adapter = segment.adapter
+            pair, scale = adapter.pairs.get(name), adapter.scale
+            if pair is None:
+                continue
+            below = torch.mm(above, pair.b)
+            pair.grad_b_t.addmm_(low.t(), above, alpha=scale)
+            pair.grad_a.addmm_(below.t(), own if mask is None else own * mask, alpha=scale)
+            if back is not None and mask is None:
+                back.addmm_(below, pair.a, alpha=scale)
+            elif back is not None:
+                back.addcmul_(torch.mm(below, pair.a), mask, value=scale)
+        return None, None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, None
+
+
+def _sizes(segments: Sequence[Segment], x: torch.Tensor) -> list[int]:
+    """Rows that each segment has of an input: (samples, ..., features), or rows as they are laid out at the moment."""
+    if x.dim() == 2:
+        starts = current().starts
+        return [starts[segment.stop] - starts[segment.start] for segment in segments]
+    each = x.numel() // (x.shape[0] * x.shape[-1])
+    return [(segment.stop - segment.start) * each for segment in segments]
+
+
+def _split(rows: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
+    """The rows of each segment: views. Tensor.split is this behind 10 us of Python."""
+    return rows.split_with_sizes(sizes) if len(sizes) > 1 else (rows,)
+
+
+def _dropout_mask(adapter: Adapter, rows: torch.Tensor) -> torch.Tensor:
+    """What a run's rows are multiplied by, (rows, features): 0, or 1 / (1 - p)."""
+    keep = 1.0 - adapter.dropout
+    return torch.empty_like(rows).bernoulli_(keep, generator=adapter.generator).div_(keep)

@@ -1,0 +1,312 @@
+"""Sequences of different lengths as rows, without padding between them.
+
+A batch's hidden states are one matrix, sample after sample: linear layers, norms and activations, which is nearly all
+of the arithmetic, compute nothing for padding. Attention alone takes them apart, `Rows.pad`, and gives them back.
+Krell et al. 2021, https://arxiv.org/abs/2107.02027, have what padding costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.data.batches import IGNORE, Batch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of each sample are: N rows of B samples, the longest of which has L."""
+
+    starts: tuple[int, ...]
+    """(B + 1): the first row of each sample, and N."""
+    length: int
+    """L."""
+    slots: torch.Tensor | None
+    """(N,): the place of each row in (B x L) padded ones. None if all samples have L rows."""
+    sources: torch.Tensor | None
+    """(B x L,): the row of each place; of padding, the last one of its own sample, so that what is not finite stays
+    in its sample."""
+    gradients: torch.Tensor | None
+    """(B x L,): the same, of padding N: the row of zeros that is put behind the gradient of what was `unpad`ded."""
+    _heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, compare=False)
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Rows:
+        """For samples of these lengths."""
+        starts = tuple(accumulate(lengths, initial=0))
+        longest = max(lengths)
+        if min(lengths) == longest:
+            return cls(starts, longest, None, None, None)
+        places, counts = np.arange(longest), np.array(lengths, dtype=np.int64)[:, None]
+        sources = np.array(starts[:-1], dtype=np.int64)[:, None] + np.minimum(places, counts - 1)
+        gradients = np.where(places < counts, sources, starts[-1])
+        slots = np.flatnonzero(places < counts)
+        return cls(starts, longest, *(_tensor(each.ravel(), device) for each in (slots, sources, gradients)))
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return len(self.starts) - 1
+
+    def pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """(N, features) to (B, L, features); what padding holds is finite if its sample is, and means nothing."""
+        if self.sources is not None and self.slots is not None:
+            rows = _gather(rows, self.sources, self.slots, holes=False)
+        return rows.view(self.samples, self.length, -1)
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """(B, L, features) to (N, features)."""
+        places = padded.flatten(0, 1)
+        if self.slots is None or self.gradients is None:
+            return places
+        return _gather(places, self.slots, self.gradients, holes=True)
+
+    def seen(self) -> torch.Tensor | None:
+        """(B, 1, 1, L), true at places that are no padding; None if none is."""
+        if self.slots is None:
+            return None
+        mask = torch.zeros(self.samples * self.length, dtype=torch.bool, device=self.slots.device)
+        return mask.index_fill_(0, self.slots, True).view(self.samples, 1, 1, self.length)
+
+    def apart(self, rows: torch.Tensor, heads: int, *, zeros: bool = False) -> torch.Tensor:
+        """(N, heads x size) to (B x heads, L, size); no autograd.
+
+        Args:
+            rows: one for each of these.
+            heads: that a row holds side by side.
+            zeros: padding is 0, not something finite.
+        """
+        if self.slots is None:
+            return (
+                rows.view(self.samples, self.length, heads, -1)
+                .transpose(1, 2)
+                .reshape(self.samples * heads, self.length, -1)
+            )
+        slots, sources = self._by_head(heads)
+        parts = rows.reshape(-1, rows.shape[1] // heads)
+        if zeros:
+            out = parts.new_zeros(len(sources), parts.shape[1]).index_copy_(0, slots, parts)
+        else:
+            out = parts.index_select(0, sources)
+        return out.view(self.samples * heads, self.length, -1)
+
+    def together(self, heads_apart: torch.Tensor, heads: int) -> torch.Tensor:
+        """What `apart` takes apart: (B x heads, L, size) to (N, heads x size); no autograd."""
+        size = heads_apart.shape[-1]
+        if self.slots is None:
+            whole = heads_apart.view(self.samples, heads, self.length, size).transpose(1, 2)
+            return whole.reshape(self.samples * self.length, heads * size)
+        slots, _ = self._by_head(heads)
+        return heads_apart.view(-1, size).index_select(0, slots).view(-1, heads * size)
+
+    def _by_head(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slots, sources) of (N x heads) parts of rows in (B, heads, L) places, found once."""
+        if heads not in self._heads:
+            assert self.slots is not None and self.sources is not None
+            head = torch.arange(heads, device=self.slots.device)
+            sample, place = self.slots // self.length, self.slots % self.length
+            slots = (sample[:, None] * heads + head) * self.length + place[:, None]
+            sources = self.sources.view(-1, 1, self.length) * heads + head[:, None]
+            self._heads[heads] = slots.view(-1), sources.view(-1)
+        return self._heads[heads]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Rows that each begin with the Q queries of their sample, its text after them."""
+
+    rows: Rows
+    queries: torch.Tensor
+    """(B x Q,): which rows are queries."""
+    text: torch.Tensor
+    """(T,): which are text."""
+    order: torch.Tensor
+    """(N,): where each row is in all queries with all text behind them."""
+
+    @classmethod
+    def of(cls, text: Rows, lengths: Sequence[int], queries: int, device: torch.device) -> Joined:
+        """For texts of these lengths."""
+        rows = Rows.of([queries + length for length in lengths], device)
+        own = (np.array(rows.starts[:-1], dtype=np.int64)[:, None] + np.arange(queries)).ravel()
+        # The text's rows, each moved on by the queries of its own sample and of those before.
+        moved = np.arange(text.starts[-1]) + np.repeat(queries * np.arange(1, len(lengths) + 1), lengths)
+        order = np.argsort(np.concatenate([own, moved]))
+        return cls(rows, *(_tensor(each, device) for each in (own, moved, order)))
+
+    def join(self, queries: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """(B x Q, features) and (T, features) as (N, features)."""
+        return _Join.apply(queries, text, *self._on(queries.device))  # type: ignore[no-any-return,no-untyped-call]
+
+    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `join` joins: (N, features) to (B x Q, features) and (T, features)."""
+        return _Split.apply(rows, *self._on(rows.device))  # type: ignore[no-any-return,no-untyped-call]
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.order.to(device), self.queries.to(device), self.text.to(device)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some of N rows."""
+
+    index: torch.Tensor
+    """(n,): which, each at most once."""
+    back: torch.Tensor
+    """(N,): where each is among the chosen; of the others n, as `Rows.gradients` has it."""
+
+    @classmethod
+    def of(cls, index: np.ndarray, total: int, device: torch.device) -> Chosen:
+        """These of `total` rows."""
+        back = np.full(total, len(index), dtype=np.int64)
+        back[index] = np.arange(len(index))
+        return cls(_tensor(index, device), _tensor(back, device))
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """(N, features) to (n, features)."""
+        return _gather(rows, self.index, self.back, holes=True)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All that a pass has to know of the lengths of its samples, and the ids of their rows."""
+
+    queries: Rows
+    instructions: Joined
+    """What the Q-Former sees."""
+    instruction_ids: torch.Tensor
+    instruction_positions: torch.Tensor
+    instruction_rows: Rows
+    text: Joined
+    """What the language model sees, or its encoder."""
+    text_ids: torch.Tensor
+    labels: Rows
+    """Label tokens."""
+    label_ids: torch.Tensor
+    predicts: Chosen | None
+    """The row of `text` that predicts each label token, where the language model is decoder-only."""
+
+    @classmethod
+    def of(cls, batch: Batch, queries: int, *, decoder_only: bool) -> Layout:
+        """The layout of a batch: found on the host, or a GPU would be asked for each length."""
+        device = batch.labels.device
+        # NumPy: of arrays this small, PyTorch takes five times as long for each operation.
+        instruction_mask, text_mask = batch.qformer_mask.cpu().numpy() != 0, batch.text_mask.cpu().numpy() != 0
+        label_ids = batch.labels.cpu().numpy()
+        label_mask = label_ids != IGNORE
+        instructions, texts, labels = (m.sum(1).tolist() for m in (instruction_mask, text_mask, label_mask))
+        instruction_rows = Rows.of(instructions, device)
+        text = Joined.of(Rows.of(texts, device), texts, queries, device)
+        predicts = None
+        if decoder_only:
+            # The state before a token predicts it, and before the first there are the queries.
+            sample, place = np.nonzero(label_mask)
+            predicting = np.array(text.rows.starts, dtype=np.int64)[sample] + place + queries - 1
+            predicts = Chosen.of(predicting, text.rows.starts[-1], device)
+        return cls(
+            queries=Rows.of([queries] * len(batch), device),
+            instructions=Joined.of(instruction_rows, instructions, queries, device),
+            instruction_ids=_tensor(batch.qformer_ids.cpu().numpy()[instruction_mask], device),
+            instruction_positions=_tensor(np.nonzero(instruction_mask)[1], device),
+            instruction_rows=instruction_rows,
+            text=text,
+            text_ids=_tensor(batch.text_ids.cpu().numpy()[text_mask], device),
+            labels=Rows.of(labels, device),
+            label_ids=_tensor(label_ids[label_mask], device),
+            predicts=predicts,
+        )
+
+    def to(self, device: torch.device) -> Layout:
+        """The layout on the device."""
+        return _moved(self, device)  # type: ignore[no-any-return]
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Rows | Joined | Chosen | Layout):
+        return type(value)(**{f.name: _moved(getattr(value, f.name), device) for f in fields(value) if f.init})
+    return value
+
+
+_current: Rows | None = None
+
+
+@contextmanager
+def laid_out(rows: Rows) -> Iterator[None]:
+    """Within, matrices have these rows: what adapters of several runs have to know of the modules' inputs."""
+    global _current
+    before, _current = _current, rows
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def current() -> Rows:
+    """The rows of matrices here."""
+    assert _current is not None, "a matrix of rows outside of `laid_out`"
+    return _current
+
+
+# PyTorch's index_select adds its gradient up row by row, since an index may name a row twice. These name none twice,
+# or only where a gradient means nothing. Both ways are gathers: where algorithms have to be deterministic, CUDA sorts
+# the indices of whatever scatters.
+
+
+class _Gather(torch.autograd.Function):
+    """rows[index], and going back grad[back]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor, back: torch.Tensor, holes: bool) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        ctx.holes = holes
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (back,) = ctx.saved_tensors
+        if ctx.holes:  # rows that the index doesn't name: `back` names a row of zeros for them, behind all others
+            grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1])])
+        return grad.index_select(0, back), None, None, None
+
+
+def _gather(rows: torch.Tensor, index: torch.Tensor, back: torch.Tensor, *, holes: bool) -> torch.Tensor:
+    device = rows.device
+    return _Gather.apply(rows, index.to(device), back.to(device), holes)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, one: torch.Tensor, other: torch.Tensor, order: torch.Tensor, *indices: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(*indices)
+        return torch.cat([one, other]).index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        needed, indices = ctx.needs_input_grad[:2], ctx.saved_tensors
+        grads = [grad.index_select(0, index) if need else None for need, index in zip(needed, indices, strict=True)]
+        return *grads, None, None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, *indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(order)
+        return tuple(rows.index_select(0, index) for index in indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (order,) = ctx.saved_tensors
+        return torch.cat(grads).index_select(0, order), None, None, None

@@ -1,0 +1,115 @@
+"""The workbench: what a worker loads once and uses for all its trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from trainer import runtime
+from trainer.config import TrainConfig
+from trainer.data import dataset
+from trainer.data.batches import CaptionDataset, Pixels, Tokenizer
+from trainer.data.dataset import Examined
+from trainer.data.features import Features, compute_or_open, default_folder
+from trainer.model import memory, peft_format
+from trainer.model.base import Base, load_base
+
+
+class Workbench:
+    """Base model and data, loaded on first use and kept.
+
+    One base and one data folder are held at a time: a trial in another dtype or on other data replaces them.
+    """
+
+    def __init__(self, examined: Examined | None = None, data: str | None = None) -> None:
+        """Take over a data folder that was examined already (`data` is the configuration's name for it)."""
+        self.progress: Callable[[int, int], None] | None = None
+        """Called with (done, total) while vision outputs are computed."""
+        self._examined = (data, examined) if data is not None and examined is not None else None
+        self._base: tuple[tuple[str, ...], Base] | None = None
+        self._datasets: dict[tuple[object, ...], tuple[CaptionDataset, CaptionDataset]] = {}
+        self._tokenizers: dict[int, Tokenizer] = {}
+        self._pixels: Pixels | None = None
+        self._features: dict[tuple[object, ...], Features] = {}
+
+    def base(self, config: TrainConfig) -> Base:
+        """The frozen base of this configuration.
+
+        Raises:
+            ModelError: it cannot be loaded, or does not fit on its device.
+        """
+        device = runtime.resolve_device(config.device)
+        key = (config.model, config.torch_dtype, str(device), config.device_map)
+        if self._base is None or self._base[0] != key:
+            if self._base is not None and self._base[0][0] != config.model:
+                self._tokenizers.clear()
+                self._datasets.clear()
+                self._pixels = None
+            self._base = None
+            self._features.clear()
+            runtime.release_memory(device)  # the old base goes before the new one comes: two would not fit on a GPU
+            memory.check(config, device)
+            dtype = runtime.DTYPES[config.torch_dtype]
+            spread = config.device_map == "auto"
+            self._base = (key, load_base(config.model, dtype=dtype, device=device, spread=spread))
+        return self._base[1]
+
+    def examined(self, config: TrainConfig) -> Examined:
+        """The data folder, checked once."""
+        if self._examined is None or self._examined[0] != config.data:
+            self._datasets.clear()
+            self._features.clear()
+            self._pixels = None
+            self._examined = (config.data, dataset.examine(config.data))
+        return self._examined[1]
+
+    def tokenizer(self, config: TrainConfig) -> Tokenizer:
+        """The tokenizer pair of the base."""
+        base = self.base(config)
+        if config.max_target_length not in self._tokenizers:
+            tokenizer = Tokenizer(base.processor, base.model.config, config.max_target_length)
+            self._tokenizers[config.max_target_length] = tokenizer
+        return self._tokenizers[config.max_target_length]
+
+    def datasets(self, config: TrainConfig) -> tuple[CaptionDataset, CaptionDataset]:
+        """(training, validation) rows of this configuration, tokenized."""
+        examined = dataset.usable(self.examined(config), config)
+        tokenizer = self.tokenizer(config)
+        key = (*_rows_key(config), config.max_target_length)
+        if key not in self._datasets:
+            parts = dataset.split(examined, config)
+            self._pixels = self._pixels or Pixels(self.base(config).processor.image_processor)
+            self._datasets[key] = (
+                CaptionDataset(parts.train, tokenizer, self._pixels),
+                CaptionDataset(parts.val, tokenizer, self._pixels),
+            )
+        return self._datasets[key]
+
+    def adapts_vision(self, config: TrainConfig) -> bool:
+        """Whether an adapter of this configuration sits in the vision tower."""
+        modules = peft_format.resolve_targets(self.base(config).model, config.target_modules)
+        return any(name.startswith("vision_model.") for name in modules)
+
+    def features(self, config: TrainConfig) -> Features | None:
+        """The vision outputs of this configuration's images, computed at the first call unless they are on disk.
+
+        None where they cannot be kept: the configuration says so, or an adapter changes them.
+
+        Raises:
+            DataError: an image went bad, or the disk has no room.
+        """
+        if not config.cache_features or self.adapts_vision(config):
+            return None
+        key = _rows_key(config)
+        if key not in self._features:
+            parts = self.datasets(config)
+            assert self._pixels is not None
+            images = list(dict.fromkeys(row.image for part in parts for row in part.rows))
+            self._features[key] = compute_or_open(
+                default_folder(), self.base(config), images, self._pixels, progress=self.progress
+            )
+        return self._features[key]
+
+
+def _rows_key(config: TrainConfig) -> tuple[object, ...]:
+    """What decides which rows are used."""
+    return (config.data, config.max_samples, config.val_fraction, config.split_seed)
