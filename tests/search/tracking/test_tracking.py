@@ -654,8 +654,8 @@ def test_the_commit_is_this_checkouts_or_none(tmp_path: Path) -> None:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init", "-q")
-    (tmp_path / "search").mkdir()
-    ours = tmp_path / "search" / "environment.py"
+    ours = tmp_path / "search" / "tracking" / "environment.py"
+    ours.parent.mkdir(parents=True)
     ours.write_text("x = 1\n")
     (tmp_path / "other").write_text("someone else's repository\n")
     git("add", "other")

@@ -366,7 +366,8 @@ PROCESS = """
 import sys, time
 from pathlib import Path
 import torch
-from trainer import features, model
+from trainer.data import features
+from trainer.model import base as model
 from trainer.data.batches import Pixels
 torch.set_num_threads(1)
 checkpoint, store, images, marks = map(Path, sys.argv[1:5])

@@ -60,7 +60,8 @@ def test_forward_equals_the_library(kind: str) -> None:
         shifted = torch.cat([batch.labels[:, 1:], torch.full((len(batch), 1), IGNORE)], dim=1)
         expected = theirs.logits[:, QUERIES:][shifted != IGNORE]
         assert torch.equal(labels, shifted[shifted != IGNORE])
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    # float32, summed in another order: on some processors 1.3e-5 of a logit of 2.4.
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_norms_derivative() -> None:
