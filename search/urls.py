@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import sqlalchemy
 from sqlalchemy.engine import URL
 
 _SECRET = re.compile(r"pass|pwd|secret|token|key", re.IGNORECASE)
@@ -23,3 +24,11 @@ def secrets(url: URL) -> tuple[str, ...]:
         if _SECRET.search(name):
             values += [value] if isinstance(value, str) else value
     return tuple(value for value in values if value)
+
+
+def has_secret(url: str) -> bool:
+    """Whether the URL may hold a password, in its user part or in its query."""
+    try:
+        return bool(secrets(sqlalchemy.make_url(url)))
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return "@" in url

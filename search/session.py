@@ -1,0 +1,406 @@
+"""`Session`: one search, from its first database to its last line.
+
+The command line (`search.run`) and programs use the same class:
+
+    session = Session("rsicap_mini", SearchOptions(trials=6))
+    session.start()
+    for message in session.watch():      # values of search.workers.protocol, as they come
+        print(message)
+    result = session.result()            # Result: trials, best, adapter, logs, exit code
+
+`docs/python.md` has the whole of it as an example, which a test runs.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from search.errors import DatabaseAway, StudyError, Unavailable
+from search.options import SHORTEST_S
+from search.places import Places
+from search.study import Study
+from search.study_file import load
+from search.workers.executor import Executor
+from search.workers.protocol import HANG_S, LOST_AFTER_S, Job, Message, Notice
+from trainer.common.errors import shown
+from trainer.common.imports import without_collection
+
+if TYPE_CHECKING:
+    import optuna
+
+    from search.records import TrialRecord
+    from search.report.keeper import LogKeeper
+    from search.storage.lifecycle import Unfinished
+    from search.terminal.live import Display
+    from search.tracking.delivery import DeliveryThread
+    from search.tracking.outbox import Status
+    from search.tracking.runs import StudyRuns
+    from search.workers.pool import WorkerPool
+    from search.workers.supervisor import Supervisor
+    from trainer.data.dataset import Examined
+
+ENDS: dict[int, Status] = {0: "FINISHED", 130: "KILLED", 143: "KILLED"}
+"""MLflow's status of the study's own run by exit code; FAILED for all others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How a study is run: what the options of `search.run` say, under the same names.
+
+    Raises:
+        StudyError: a value that cannot be meant.
+    """
+
+    trials: int | None = None
+    """Trials in total, those already run included; None for the study's own number."""
+    timeout_s: float | None = None
+    """Seconds after which running trials finish their epoch and wait to be continued."""
+    hang_timeout_s: float = HANG_S
+    """Seconds of silence after which a worker is killed and replaced."""
+    lost_after_s: float = LOST_AFTER_S
+    """Seconds without a heartbeat after which other hosts take over this one's trials."""
+    executor: Executor = field(default_factory=Executor)
+    slots: int | None = None
+    """Trials that a worker trains at once; None for as many as pay and fit."""
+    strategy: str = "joint"
+    pruner: str = "rising"
+    places: Places = field(default_factory=Places.of)
+    fresh: bool = False
+    """Start anew, under a new generation's name."""
+    settings: tuple[str, ...] = ()
+    """`key=value` settings over the study's base; fixed for all trials."""
+    seed: int | None = None
+    """Seed of the sampler; None for the study's own."""
+
+    def __post_init__(self) -> None:
+        for name in ("hang_timeout_s", "lost_after_s"):
+            if getattr(self, name) < SHORTEST_S:
+                raise StudyError(f"{name} must be at least {SHORTEST_S}, but got {getattr(self, name)}")
+        if self.strategy == "staged" and self.slots is None:
+            # A stage begins from what the one before has found, so its trials must have ended.
+            object.__setattr__(self, "slots", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a search came to."""
+
+    code: int
+    """Exit code: 0 done, 1 a fault, 2 wrong input, 75 the database is away, 130 or 143 interrupted."""
+    study_name: str
+    """Optuna's, which tells generations apart."""
+    trials: tuple[TrialRecord, ...]
+    logs: tuple[Path, ...]
+    """The tuning log's files; empty if it could not be written."""
+    folder: Path
+    """Where the study's files lie."""
+    undelivered: str | None = None
+    """What MLflow has not taken yet, None if it has all."""
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The completed trial with the lowest validation loss."""
+        from search import leaderboard
+
+        return leaderboard.best(self.trials)
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the best trial's adapter, in PEFT's format."""
+        from search import leaderboard
+
+        return None if self.best is None else leaderboard.adapter(self.folder, self.best)
+
+
+class Session:
+    """One search. `run` it in this thread, or `start` it, `watch` it and take its `result`."""
+
+    def __init__(self, study: Study | str, options: SearchOptions | None = None) -> None:
+        """Check the definition and the options; nothing is opened, written or started.
+
+        Args:
+            study: A definition, the name of a study in `studies/`, or the path of a study file.
+            options: How it is run.
+
+        Raises:
+            UserError: everything that is wrong with the study; an option that does not fit it.
+        """
+        from search import pruning
+
+        self.options = options or SearchOptions()
+        definition = load(study) if isinstance(study, str) else study
+        self.definition = definition.with_settings(self.options.settings, self.options.seed)
+        self.n_trials = self.options.trials or self.definition.n_trials
+        pruning.check(self.options.pruner)
+        self.options.executor.check(self.definition)
+        self.log_file: Path | None = None
+        """Takes all log lines and tracebacks; None until the study is open."""
+        self._supervisor: Supervisor | None = None
+        self._stop: list[bool] = []
+        self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._result: Result | None = None
+        self._error: BaseException | None = None
+
+    # ------------------------------------------------------------------ for programs
+
+    def start(self) -> None:
+        """Run the search in a thread of its own. `watch` gives its messages, `result` waits for its end."""
+        self._thread = threading.Thread(target=self._run_aside, name="session", daemon=False)
+        self._thread.start()
+
+    def watch(self) -> Iterator[Message]:
+        """The workers' messages as they come, until the search has ended.
+
+        Ctrl-C within (or "interrupt" of a notebook) is `stop`: trials finish their epoch and wait to be continued.
+        """
+        while True:
+            try:
+                message = self._messages.get()
+            except KeyboardInterrupt:
+                self.stop()
+                continue
+            if message is None:
+                self._messages.put(None)  # for whoever watches after the end
+                return
+            yield message
+
+    def stop(self, *, now: bool = False) -> None:
+        """End the search after the running epochs, or `now` at the next step; the same study can be continued."""
+        self._stop.append(now)
+        if self._supervisor is not None:
+            self._supervisor.stop(now=now)
+
+    def result(self) -> Result:
+        """Wait for the end of a search that was started.
+
+        Raises:
+            UserError: whatever kept it from its end, as `run` does.
+        """
+        assert self._thread is not None, "start the session first"
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    def _run_aside(self) -> None:
+        try:
+            self._result = self.run(lambda read: _Mailbox(self._messages))
+        except BaseException as error:  # noqa: BLE001 - `result` raises it where it can be seen
+            self._error = error
+        finally:
+            self._messages.put(None)
+
+    # ------------------------------------------------------------------ the search
+
+    def run(self, display: Callable[[Callable[[], tuple[TrialRecord, ...]]], Display]) -> Result:
+        """Check model and data, run the workers to the end, and sum up.
+
+        Args:
+            display: Makes what shows the workers' messages, from a function that reads the trials.
+
+        Raises:
+            UserError: model or data cannot be used, a database cannot be opened, the definition has changed.
+        """
+        from search import preflight
+
+        places = self.options.places
+        pool = self.options.executor.pool({"--storage": places.storage_url, "--tracking-uri": places.tracking_uri})
+        with pool.importing():
+            examined = preflight.check(self.definition)
+            with pool:
+                return self._run(pool, examined, display)
+
+    def _run(self, pool: WorkerPool, examined: Examined, make_display: Any) -> Result:
+        options, places = self.options, self.options.places
+        with without_collection():
+            from search.report.keeper import LogKeeper
+            from search.storage import lifecycle
+            from search.terminal import summary
+            from search.tracking.delivery import Delivery, DeliveryThread
+            from search.tracking.runs import StudyRuns
+            from search.workers.supervisor import Supervisor
+            from search.urls import shown as shown_url
+
+        # Optuna's database, the study in it, and its folder.
+        study = self._open_study()
+        name = study.study_name
+        self._open_folder(name)
+
+        # MLflow: what an earlier search left is delivered, and the study's own run set to RUNNING.
+        runs = StudyRuns(places.tracking_uri, places.artifacts, name, places.study(name))
+        delivery = Delivery(runs.outbox, name, runs.connect)
+        caught_up = False
+        with suppress(Unavailable):
+            caught_up = delivery.once().records > 0
+        away = runs.start_study({"data_fingerprint": examined.fingerprint})
+
+        job = self._job(name, examined, pool)
+        display: Display = make_display(lambda: lifecycle.read_trials(study))
+        look = self._look_for_lost(study, runs, pool, display)
+        keeper = LogKeeper(study, runs, job.folder, places.options())
+        courier = DeliveryThread(delivery, shown_url(places.tracking_uri), display.say)
+        self._storage.say = display.say
+        runs.close_dangling(_is_gone)
+        left = look()
+        done = lifecycle.counted(study)
+
+        # The workers, to their end.
+        with display:
+            display.say(summary.headline(job, study, done, left.waiting))
+            courier.start(away)
+            code = 0
+            if left.waiting or left.running or done < self.n_trials:
+                keeper.start()
+                self._supervisor = Supervisor(
+                    job,
+                    pool,
+                    timeout_s=options.timeout_s,
+                    display=display,
+                    look=look,
+                    trial_ended=keeper.due,
+                    hang_timeout_s=options.hang_timeout_s,
+                )
+                for now in self._stop:
+                    self._supervisor.stop(now=now)
+                code = self._supervisor.run()
+            elif caught_up:
+                keeper.start()  # the log was written without what came now
+        return self._close(code, study, runs, courier, keeper)
+
+    def _open_study(self) -> optuna.Study:
+        """The study in Optuna's database: continued, or created."""
+        import optuna
+
+        from search import pruning
+        from search.sampling.make import make_sampler
+        from search.storage import studies
+        from search.storage.database import open_storage
+
+        options = self.options
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        _make_folder(options.places.runs_dir)
+        self._storage = open_storage(
+            options.places.storage_url, heartbeat_s=1, grace_s=round(options.lost_after_s)
+        )
+        study = studies.open_study(
+            self._storage,
+            self.definition,
+            fresh=options.fresh,
+            sampler=make_sampler(self.definition, options.strategy, self.n_trials),
+            pruner=pruning.pruner_for(options.pruner, self.definition),
+        )
+        studies.check_strategy(study, options.strategy)
+        study.set_user_attr("settings", list(options.settings))  # for the commands that the tuning log proposes
+        return study
+
+    def _open_folder(self, name: str) -> None:
+        from search.workers.worker import set_up_logging
+
+        folder = self.options.places.study(name)
+        _make_folder(folder)
+        set_up_logging(folder)
+        self.log_file = self.options.places.log(name)
+
+    def _job(self, name: str, examined: Examined, pool: WorkerPool) -> Job:
+        options = self.options
+        return Job(
+            study=self.definition,
+            study_name=name,
+            storage_url=options.places.storage_url,
+            tracking_uri=options.places.tracking_uri,
+            runs_dir=options.places.runs_dir,
+            n_trials=self.n_trials,
+            strategy=options.strategy,
+            pruner=options.pruner,
+            examined=examined,
+            threads=pool.threads,
+            workers=pool.size,
+            slots=options.slots,
+            lost_after_s=options.lost_after_s,
+        )
+
+    def _look_for_lost(
+        self, study: optuna.Study, runs: StudyRuns, pool: WorkerPool, display: Display
+    ) -> Callable[[], Unfinished]:
+        """A function that takes up what dead workers left, and says how many trials wait and run."""
+        from search import records
+        from search.storage import lifecycle
+
+        def look() -> Unfinished:
+            gone = lifecycle.requeue_lost(study, is_alive=pool.alive)
+            for lost in gone:
+                goes_on = "tried too often" if lost.successor is None else f"trial {lost.successor} takes up its work"
+                display.say(f"trial {lost.number} was lost: {lost.detail}; {goes_on}")
+                if lost.run_id is not None:
+                    runs.end(lost.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
+            if gone:  # a worker may have died before it wrote down which run it had begun
+                runs.close_dangling(_is_gone)
+            return lifecycle.unfinished(study)
+
+        return look
+
+    def _close(
+        self, code: int, study: optuna.Study, runs: StudyRuns, courier: DeliveryThread, keeper: LogKeeper
+    ) -> Result:
+        """Deliver, write the log, end the study's run in MLflow."""
+        from search.storage import lifecycle
+        from search.terminal import summary
+
+        folder = self.options.places.study(study.study_name)
+        if code == DatabaseAway.exit_code:  # neither trials nor log can be read now
+            runs.end_study("KILLED", {})
+            courier.close()
+            return Result(code=code, study_name=study.study_name, trials=(), logs=(), folder=folder)
+        courier.close()  # first, so that the log has what MLflow has
+        logs = keeper.close() if keeper.is_alive() else []
+        trials = lifecycle.read_trials(study)
+        runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials))
+        undelivered = courier.close(0)
+        runs.close_dangling(_is_gone)
+        return Result(
+            code=code,
+            study_name=study.study_name,
+            trials=trials,
+            logs=tuple(logs),
+            folder=folder,
+            undelivered=undelivered,
+        )
+
+
+class _Mailbox:
+    """A display that puts what would be shown into a queue."""
+
+    def __init__(self, messages: queue.SimpleQueue[Message | None]) -> None:
+        self._messages = messages
+
+    def __enter__(self) -> _Mailbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        self._messages.put(Notice(text=text))
+
+    def __call__(self, message: Message) -> None:
+        self._messages.put(message)
+
+    def refresh(self) -> None:
+        pass
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StudyError(
+            f"the folder {shown(str(path))} cannot be made: {error.strerror}; name another with --runs-dir"
+        ) from None

@@ -1,0 +1,51 @@
+"""`--dry-run`: everything is checked, what would run is shown, nothing is written into the runs folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from search.session import Session
+
+
+def show(session: Session) -> None:
+    """Check model and data, and print what would run.
+
+    Raises:
+        UserError: what a search would be refused for.
+    """
+    import optuna
+
+    from search import leaderboard, preflight
+    from search.sampling import params, staged
+    from search.sampling.make import make_sampler
+    from trainer.model import memory
+
+    study, options = session.definition, session.options
+    examined = preflight.check(study)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    print(f"study {study.name}: {study.description}")
+    print(
+        f"{session.n_trials} trials, strategy {options.strategy}, sampler {study.sampler}, pruner {options.pruner}, "
+        f"seed {study.seed}"
+    )
+    skipped = f", {len(examined.bad)} bad ones skipped" if examined.bad else ""
+    print(f"data {examined.folder}: {len(examined.rows)} rows{skipped}, fingerprint {examined.fingerprint}")
+    base = study.base_config()
+    need = memory.needed(base.model, base.torch_dtype)
+    if need is not None:
+        print(f"base {base.model}: {need} in {base.torch_dtype}")
+    print("search space:")
+    for name, param in study.space.items():
+        print(f"  {name}: {param}")
+    for fixed in study.enqueue:
+        print(f"given by hand: {fixed.label}: {dict(fixed.config)}")
+
+    # A study in memory samples what the first trial would be.
+    dry = optuna.create_study(sampler=make_sampler(study, options.strategy, session.n_trials))
+    trial = dry.ask()
+    params.suggest(trial, study)
+    config = study.config(trial.params, staged.stage_overrides(trial))
+    print("the first sampled trial would be")
+    print(leaderboard.training_config(config.model_dump(mode="json")))
+    print("nothing was run (--dry-run)")
