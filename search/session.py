@@ -226,8 +226,8 @@ class Session:
             from search.terminal import summary
             from search.tracking.delivery import Delivery, DeliveryThread
             from search.tracking.runs import StudyRuns
-            from search.workers.supervisor import Supervisor
             from search.urls import shown as shown_url
+            from search.workers.supervisor import Supervisor
 
         # Optuna's database, the study in it, and its folder.
         study = self._open_study()
@@ -287,9 +287,7 @@ class Session:
         options = self.options
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         _make_folder(options.places.runs_dir)
-        self._storage = open_storage(
-            options.places.storage_url, heartbeat_s=1, grace_s=round(options.lost_after_s)
-        )
+        self._storage = open_storage(options.places.storage_url, heartbeat_s=1, grace_s=round(options.lost_after_s))
         study = studies.open_study(
             self._storage,
             self.definition,

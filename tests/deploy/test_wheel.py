@@ -1,0 +1,55 @@
+"""The project as a wheel: whatever a study needs is in it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from tests.support.search_process import ROOT, environment
+
+
+def test_the_demo_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
+    """Built from the tracked files alone, unpacked, and run where there is no checkout."""
+    source = tmp_path / "source"
+    source.mkdir()
+    tracked = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "pyproject.toml", "README.md", "LICENSE", "search", "trainer", "studies"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split("\0")  # fmt: skip
+    for name in filter(None, tracked):
+        if (ROOT / name).is_file():  # not yet committed as moved
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*build, str(tmp_path), str(source)], check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(site)
+        assert (
+            "lora-search = search.terminal.commands:main"
+            in packed.read(next(name for name in packed.namelist() if name.endswith("entry_points.txt"))).decode()
+        )
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    env = {**environment(), "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
+    code = "import sys; from search.terminal.commands import main; import search; print(search.__file__); main()"
+
+    def lora_search(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=empty, env=env, capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.startswith(str(site)), "not the wheel's code"
+        return done.stdout
+
+    small = ("--set", "max_samples=24", "--set", "num_epochs=1")
+    out = lora_search("run", "--study", "rsicap_mini", "--trials", "2", "--slots", "2", *small)
+    assert "2 trials (2 COMPLETE)" in out
+    lora_search("report", "--study", "rsicap_mini", "--format", "html")
+    assert {path.suffix for path in (empty / "runs" / "rsicap_mini").glob("tuning-log*")} == {".md", ".html"}
+    assert {path.name for path in empty.iterdir()} == {"runs"}

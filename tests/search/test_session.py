@@ -1,0 +1,75 @@
+"""A search from Python: the example of docs/python.md, as it stands; stopped, continued, and refused."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from search import SearchOptions, Session
+from search.errors import StudyError
+from search.places import Places
+from search.workers.protocol import Notice, TrialEnded
+from tests.support.search_process import ROOT, environment
+
+QUICK = ("max_samples=24", "num_epochs=2", "warmup_steps=0")
+
+
+def test_the_documents_example(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "example.py").write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "0 3 trials in runs/from_python" in done.stdout
+    adapter = Path(done.stdout.split("-> ")[-1].strip())
+    assert (tmp_path / adapter / "adapter_model.safetensors").is_file()
+    assert done.stderr == ""
+
+
+def test_stopped_and_continued(tmp_path: Path) -> None:
+    options = SearchOptions(trials=2, slots=1, settings=QUICK, places=Places.of(tmp_path))
+    first = Session("rsicap_mini", options)
+    first.start()
+    for message in first.watch():
+        if isinstance(message, TrialEnded):
+            first.stop()
+    stopped = first.result()
+    assert stopped.code == 130
+    assert any(trial.state == "COMPLETE" for trial in stopped.trials)
+
+    second = Session("rsicap_mini", options)
+    second.start()
+    messages = list(second.watch())
+    result = second.result()
+    assert result.code == 0 and [trial.state for trial in result.trials] == ["COMPLETE"] * 2
+    assert any(isinstance(message, Notice) and "done" in message.text for message in messages)
+    assert result.adapter is not None and result.adapter.is_dir()
+    assert list(second.watch()) == [], "a search that has ended has nothing more to say"
+
+
+def test_what_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="did you mean 'rsicap_mini'"):
+        Session("rsicap_mimi")
+    with pytest.raises(StudyError, match="there is no pruner"):
+        Session("rsicap_mini", SearchOptions(pruner="risin"))
+    with pytest.raises(StudyError, match="hang_timeout_s must be at least"):
+        SearchOptions(hang_timeout_s=1)
+    assert not list(tmp_path.iterdir())
+    missing = Session("rsicap_mini", SearchOptions(settings=("data=/nowhere",), places=Places.of(tmp_path / "runs")))
+    missing.start()
+    assert list(missing.watch()) == []
+    with pytest.raises(StudyError, match="/nowhere"):
+        missing.result()
+    assert not list(tmp_path.iterdir())
