@@ -195,7 +195,7 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
     import optuna
 
     from search import leaderboard, preflight
-    from search.sampling import samplers, staged
+    from search.sampling import make, params, staged
     from trainer.model import memory
 
     examined = preflight.check(study)
@@ -212,9 +212,9 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
         print(f"  {name}: {param}")
     for fixed in study.enqueue:
         print(f"given by hand: {fixed.label}: {dict(fixed.config)}")
-    dry = optuna.create_study(sampler=samplers.make_sampler(study, strategy, n_trials))
+    dry = optuna.create_study(sampler=make.make_sampler(study, strategy, n_trials))
     trial = dry.ask()
-    samplers.suggest(trial, study)
+    params.suggest(trial, study)
     config = study.config(trial.params, staged.stage_overrides(trial))
     print("the first sampled trial would be")
     print(leaderboard.training_config(config.model_dump(mode="json")))
@@ -256,8 +256,9 @@ def _run(
         import optuna
 
         from search import pruning, records
+        from search.processes import is_gone
         from search.report.keeper import LogKeeper
-        from search.sampling import samplers
+        from search.sampling.make import make_sampler
         from search.storage import lifecycle
         from search.storage import studies as store
         from search.storage.database import open_storage
@@ -273,8 +274,8 @@ def _run(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     _make_folder(runs_dir)
-    storage = open_storage(storage_url, heartbeat_s=1, grace_s=round(lost_after_s))
-    sampler = samplers.make_sampler(definition, strategy, n_trials)
+    storage = open_storage(storage_url, grace_s=round(lost_after_s))
+    sampler = make_sampler(definition, strategy, n_trials)
     study = store.open_study(
         storage,
         definition,
@@ -318,7 +319,7 @@ def _run(
             if lost.run_id is not None:
                 book.end(lost.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
         if gone:  # a worker may have died before it wrote down which run it had begun
-            book.close_dangling(_is_dead)
+            book.close_dangling(is_gone)
         return lifecycle.unfinished(study)
 
     console = _console()
@@ -328,7 +329,7 @@ def _run(
     keeper = LogKeeper(study, book, job.folder, _options(storage_url, tracking_uri, runs_dir))
     courier = DeliveryThread(delivery, masked(tracking_uri), display.say)
     storage.say = display.say
-    book.close_dangling(_is_dead)
+    book.close_dangling(is_gone)
     left = look()
     waiting = left.waiting
     done = lifecycle.counted(study)
@@ -360,7 +361,7 @@ def _run(
     trials = lifecycle.read_trials(study)
     book.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials))
     undelivered = courier.close(0)
-    book.close_dangling(_is_dead)
+    book.close_dangling(is_gone)
     summary.sum_up(console, trials, job, code, logs)
     if undelivered is not None:
         console.print(summary.undelivered(undelivered, job), markup=False, highlight=False, soft_wrap=True)
@@ -380,17 +381,6 @@ def _options(storage_url: str, tracking_uri: str, runs_dir: Path) -> tuple[str, 
     if tracking_uri != sqlite_url(runs_dir / "mlflow.db") and "@" not in tracking_uri:
         options += ["--tracking-uri", tracking_uri]
     return tuple(options)
-
-
-def _is_dead(tags: Any) -> bool:
-    """Whether the process of an MLflow run on this host is gone."""
-    import socket
-
-    import psutil
-
-    if tags.get("kind") != "trial" or tags.get("host") != socket.gethostname():
-        return False
-    return not psutil.pid_exists(int(tags.get("pid", "0") or 0))
 
 
 def _console() -> Any:
