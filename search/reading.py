@@ -17,6 +17,7 @@ import optuna
 from search import records
 from search.records import EpochRecord, StudyRecord, TrialRecord
 from search.storage import studies
+from search.storage.lifecycle import read_trials
 from search.tracking.client import RECORD_ID, Tracking
 from search.tracking.outbox import Outbox
 from search.tracking.reader import RunCurves, merged, spooled
@@ -53,7 +54,7 @@ def read_study(
         attrs=attrs,
         trials=tuple(
             _with_run(trial, runs.get(trial.run_id or ""), reported[trial.number])
-            for trial in (replace(t, run_id=ids.get(t.run_id or "", t.run_id)) for t in studies.read_trials(study))
+            for trial in (replace(t, run_id=ids.get(t.run_id or "", t.run_id)) for t in read_trials(study))
         ),
         experiment_id=experiment_id,
         parent_run_id=parent,

@@ -221,6 +221,7 @@ class Session:
     def _run(self, pool: WorkerPool, examined: Examined, make_display: Any) -> Result:
         options, places = self.options, self.options.places
         with without_collection():
+            from search.processes import is_gone
             from search.report.keeper import LogKeeper
             from search.storage import lifecycle
             from search.terminal import summary
@@ -248,7 +249,7 @@ class Session:
         keeper = LogKeeper(study, runs, job.folder, places.options())
         courier = DeliveryThread(delivery, shown_url(places.tracking_uri), display.say)
         self._storage.say = display.say
-        runs.close_dangling(_is_gone)
+        runs.close_dangling(is_gone)
         left = look()
         done = lifecycle.counted(study)
 
@@ -287,7 +288,7 @@ class Session:
         options = self.options
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         _make_folder(options.places.runs_dir)
-        self._storage = open_storage(options.places.storage_url, heartbeat_s=1, grace_s=round(options.lost_after_s))
+        self._storage = open_storage(options.places.storage_url, grace_s=round(options.lost_after_s))
         study = studies.open_study(
             self._storage,
             self.definition,
@@ -330,6 +331,7 @@ class Session:
     ) -> Callable[[], Unfinished]:
         """A function that takes up what dead workers left, and says how many trials wait and run."""
         from search import records
+        from search.processes import is_gone
         from search.storage import lifecycle
 
         def look() -> Unfinished:
@@ -340,7 +342,7 @@ class Session:
                 if lost.run_id is not None:
                     runs.end(lost.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
             if gone:  # a worker may have died before it wrote down which run it had begun
-                runs.close_dangling(_is_gone)
+                runs.close_dangling(is_gone)
             return lifecycle.unfinished(study)
 
         return look
@@ -349,6 +351,7 @@ class Session:
         self, code: int, study: optuna.Study, runs: StudyRuns, courier: DeliveryThread, keeper: LogKeeper
     ) -> Result:
         """Deliver, write the log, end the study's run in MLflow."""
+        from search.processes import is_gone
         from search.storage import lifecycle
         from search.terminal import summary
 
@@ -362,7 +365,7 @@ class Session:
         trials = lifecycle.read_trials(study)
         runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials))
         undelivered = courier.close(0)
-        runs.close_dangling(_is_gone)
+        runs.close_dangling(is_gone)
         return Result(
             code=code,
             study_name=study.study_name,

@@ -1,6 +1,6 @@
 """The parameters of a search space: what may vary, between which values, on which scale.
 
-Pure descriptions: `search.sampling.samplers` turns them into Optuna's distributions.
+Pure descriptions: `search.sampling.params` turns them into Optuna's distributions.
 """
 
 from __future__ import annotations

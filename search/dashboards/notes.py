@@ -21,6 +21,7 @@ from search.diagnosis import Finding, leaf, messages
 from search.options import ARTIFACTS
 from search.records import EpochRecord, TrialRecord
 from search.report.render import code, escape, fenced
+from search.storage.optuna_private import set_system_attr
 from trainer.common.imports import without_module
 
 with without_module("sklearn"):
@@ -60,7 +61,7 @@ def annotate_trial(
     """
     # Where optuna-dashboard (0.21) looks for constraints; Optuna 5 keeps them one by one, by name. Optuna still reads
     # this form too, as a constraint named "0".
-    trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [1.0 if outcome.violated else 0.0])
+    set_system_attr(trial.study, trial, "constraints", [1.0 if outcome.violated else 0.0])
     plot = ""
     if any(losses_svg.shown(loss) for e in epochs for loss in (e.train_loss, e.val_loss)):
         plot = _keep(trial, runs_dir, losses_svg.draw(epochs, trial.number), f"trial-{trial.number:03d}-losses.svg")

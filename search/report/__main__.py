@@ -39,12 +39,12 @@ def main(
     from search import reading
     from search.report import write
     from search.report.facts import gather
-    from search.storage import studies as store
+    from search.storage.database import open_storage
     from search.tracking.client import open_tracking
     from search.tracking.outbox import FOLDER, Outbox
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    found = _find(store.open_storage(_existing(storage, runs_dir / "optuna.db", "Optuna")), study)
+    found = _find(open_storage(_existing(storage, runs_dir / "optuna.db", "Optuna")), study)
     uri = _existing(tracking_uri, runs_dir / "mlflow.db", "MLflow")
     spool = Outbox(runs_dir / found.study_name / FOLDER)
     try:

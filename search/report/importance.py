@@ -47,7 +47,7 @@ def importances(record: StudyRecord, experiments: Sequence[Experiment]) -> tuple
     """
     import optuna
 
-    from search.sampling.samplers import distribution
+    from search.sampling.params import distribution
     from search.space import Choice, Float, Int, Multiple, contains, param_name
 
     kinds: dict[str, Any] = {cls.__name__: cls for cls in (Float, Int, Choice, Multiple)}

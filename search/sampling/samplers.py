@@ -1,39 +1,29 @@
-"""From a study's search space to the params of its next trial, through Optuna's samplers.
+"""Optuna's samplers, as a study here uses them.
 
-    suggest         the params of an asked trial, in the order of the space
-    make_sampler    the sampler of a study and `--strategy`
     SeededByTrial   a study that was interrupted samples what an undisturbed one would have
-    KnownSpaceTPE   TPE that need not find the space out from the trials
-    mark_constraints  what a failed trial violated, so that TPE keeps away from there
+    KnownSpaceTPE   TPE that is given the space and need not derive it from the trials
+    GridInOrder     each point of a grid once, in an order that only the seed decides
 
-The staged strategy is in `search.sampling.staged`.
+`search.sampling.make` chooses among them and the stages of `search.sampling.staged`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
-from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from search import records
 from search.errors import StudyError
-from search.space import Choice, Float, Int, Multiple, Param, param_name
+from search.sampling.params import distribution
+from search.space import Choice, Multiple, param_name
+from search.storage.optuna_private import GridPoints, trial_id
 from search.study import Study
-from trainer.config import nearest
-
-STRATEGIES = ("joint", "staged")
-"""Values of `--strategy`."""
 
 N_STARTUP_TRIALS = 5
 """Trials that TPE samples at random before it models anything; Optuna's default is 10.
@@ -44,98 +34,12 @@ each +-0.0007. So fewer is no worse, and perhaps better; 5 keeps some spread in 
 share of the budget, so that a study continued with more trials samples what a longer one would have.
 """
 
-CONSTRAINTS = (records.NON_FINITE, records.OUT_OF_MEMORY)
-"""Names of the constraints that a trial can violate."""
-
-
-def distribution(param: Param) -> BaseDistribution:
-    """Optuna's distribution of a param; for a Multiple, of its factors."""
-    match param:
-        case Float():
-            return FloatDistribution(param.low, param.high, log=param.log)
-        case Int():
-            return IntDistribution(param.low, param.high, log=param.log)
-        case Choice():
-            return CategoricalDistribution(param.values)
-        case Multiple():
-            return CategoricalDistribution(param.factors)
-
-
-def suggest(trial: optuna.Trial, study: Study) -> dict[str, Any]:
-    """The trial's params by Optuna's names, in the order of the space.
-
-    Params that the trial has already (queued, parked, requeued) are returned as they are.
-    """
-    params: dict[str, Any] = {}
-    for field, param in study.space.items():
-        name = param_name(field, param)
-        match param:
-            case Float():
-                params[name] = trial.suggest_float(name, param.low, param.high, log=param.log)
-            case Int():
-                params[name] = trial.suggest_int(name, param.low, param.high, log=param.log)
-            case Choice():
-                params[name] = trial.suggest_categorical(name, param.values)
-            case Multiple():
-                params[name] = trial.suggest_categorical(name, param.factors)
-    return params
-
-
-def mark_constraints(trial: optuna.Trial, violated: str | None) -> None:
-    """Record which constraint the trial violated, if any; to be called once, before it is told as PRUNED or COMPLETE.
-
-    TPE ranks a trial by the sum of its positive constraint values, whatever its state among COMPLETE and PRUNED, and
-    a trial without any as feasible. The others are set to 0 all the same, so that dashboards show them as held.
-    FAIL would be invisible to it: with the optimum beside a cliff of NaN, 45 of 50 trials fell off told as FAIL, 20
-    told as PRUNED (mean of 8 seeds, tests/search/sampling/test_samplers.py).
-
-    Raises:
-        ValueError: there is no such constraint.
-    """
-    if violated is not None and violated not in CONSTRAINTS:
-        raise ValueError(f"constraints are {', '.join(CONSTRAINTS)}, but got {violated=}.")
-    for name in CONSTRAINTS:
-        trial.set_constraint(name, 1.0 if name == violated else 0.0)
-
-
-def make_sampler(study: Study, strategy: str = "joint", n_trials: int | None = None) -> BaseSampler:
-    """The sampler of a study.
-
-    Args:
-        study: Its space, kind of sampler and seed.
-        strategy: `joint` samples all params from the first trial on, `staged` stage by stage.
-        n_trials: Budget that the stages share; None for the study's own.
-
-    Raises:
-        StudyError: an unknown strategy, or one that the kind of sampler or the space cannot follow.
-    """
-    if strategy not in STRATEGIES:
-        raise StudyError(
-            f"there is no strategy {strategy!r}{nearest(strategy, STRATEGIES)}; known: {', '.join(STRATEGIES)}"
-        )
-    if study.sampler == "grid":
-        if strategy != "joint":
-            raise StudyError(
-                f"the study {study.name!r} is a grid, which has no stages: leave out --strategy {strategy}"
-            )
-        return GridInOrder(study)
-    if strategy == "staged":
-        from search.sampling.staged import StagedSampler  # which builds on this module
-
-        return StagedSampler(study, study.n_trials if n_trials is None else n_trials)
-    return SeededByTrial(lambda seed: base_sampler(study, seed), study.seed)
-
 
 def base_sampler(study: Study, seed: int) -> BaseSampler:
     """A new TPE or random sampler of this seed."""
     if study.sampler == "random":
         return RandomSampler(seed=seed)
     return KnownSpaceTPE(study, seed)
-
-
-def grid_size(study: Study) -> int | None:
-    """How many points a grid study has, its trials given by hand apart; None for other studies."""
-    return math.prod(map(len, _grid(study).values())) if study.sampler == "grid" else None
 
 
 class SeededByTrial(BaseSampler):
@@ -161,9 +65,9 @@ class SeededByTrial(BaseSampler):
         return self._make(seed)
 
     def _of(self, study: optuna.Study, trial: FrozenTrial) -> BaseSampler:
-        if self._latest is None or self._latest[0] != trial._trial_id:
+        if self._latest is None or self._latest[0] != trial_id(trial):
             seed = np.random.SeedSequence((self._seed, place(study, trial))).generate_state(1)[0]
-            self._latest = (trial._trial_id, self.build(study, trial, int(seed)))
+            self._latest = (trial_id(trial), self.build(study, trial, int(seed)))
         return self._latest[1]
 
     def reseed_rng(self) -> None:
@@ -219,13 +123,12 @@ class KnownSpaceTPE(TPESampler):
         return dict(self._space)
 
 
-class GridInOrder(GridSampler):
+class GridInOrder(GridPoints):
     """Optuna's grid sampler, walking through the shuffled grid by the trials' places.
 
     Optuna's own takes points by trial number, at random once numbers and points got out of step (trials given by
     hand, requeued ones), and calls `Study.stop`, which only `Study.optimize` allows. Here each point comes once,
-    in an order that only the seed decides, with any number of workers. Past the last point it begins again:
-    `grid_size` says where a study should end.
+    in an order that only the seed decides, with any number of workers. Past the last point it begins again.
 
     Args:
         study: A study whose params are all a Choice or a Multiple.
@@ -245,9 +148,7 @@ class GridInOrder(GridSampler):
         trials = {t.number: t for t in study.get_trials(deepcopy=False)}
         before = [t for number, t in trials.items() if number < root(trials, trial)]
         by_hand = sum("fixed_params" in t.system_attrs and _is_first(t) for t in before)
-        point = (place(study, trial) - by_hand) % len(self._all_grids)
-        study._storage.set_trial_system_attr(trial._trial_id, "search_space", self._search_space)
-        study._storage.set_trial_system_attr(trial._trial_id, "grid_id", point)
+        self.give(study, trial, (place(study, trial) - by_hand) % self.n_points)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

@@ -30,6 +30,7 @@ from search import records
 from search.pruning import best_value
 from search.sampling.samplers import SeededByTrial, base_sampler, root
 from search.space import Choice, Float, Int, Multiple, Param, param_name
+from search.storage.optuna_private import set_user_attr
 from search.study import Study
 
 STABILITY, RATE, CAPACITY, TOGETHER = STAGES = ("stability", "rate", "capacity", "together")
@@ -89,7 +90,7 @@ class StagedSampler(SeededByTrial):
                 warmup = {} if "warmup_steps" in self._params else {"warmup_steps": 0}
                 attrs[records.OVERRIDES] = {"num_epochs": 1, **warmup}
             for key, value in attrs.items():
-                study._storage.set_trial_user_attr(trial._trial_id, key, value)
+                set_user_attr(study, trial, key, value)
                 trial.set_user_attr(key, value)  # what `Trial.user_attrs` shows from now on
         super().before_trial(study, trial)
 

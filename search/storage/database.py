@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import sqlalchemy
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SAWarning, SQLAlchemyError
 
 from search.errors import StorageError
-from search.storage.retry import RetryingStorage, is_away, patiently
+from search.lock import connect_arguments, locked
+from search.storage.retry import RetryingStorage, is_away, retrying
 from search.urls import secrets, shown
 from trainer.common.errors import MOST_SHOWN
 from trainer.common.errors import shown as shown_text
@@ -38,18 +38,13 @@ WAIT_S = 60
 """Longest wait for another process's lock."""
 BUSY_S = 10
 """Longest wait of one call for another process's lock on a SQLite file; calls are done again."""
-CONNECT_TIMEOUT_S = 10
-"""Longest wait for a database server to answer."""
-GRACE_HEARTBEATS = 10
-"""Missed heartbeats after which a trial is taken for lost. Beats come from a thread of the worker, not from its
-epochs, so this need not grow with the length of an epoch; a short grace kills live trials (optuna#5470)."""
 
 _EXAMPLES = "sqlite:///runs/optuna.db or postgresql+psycopg://user:password@host/database"
 _SQLITE_HEADER = b"SQLite format 3\x00"
 _PG_LOCK = 7_305_515_412  # any number, the same for all of this program's processes
 
 
-def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None) -> RetryingStorage:
+def open_storage(url: str, *, grace_s: int | None = None) -> RetryingStorage:
     """Optuna's storage at an SQLAlchemy URL, its schema created if the database is empty.
 
     Optuna's own heartbeat stays off: it works inside `Study.optimize` only and warns at every `ask`. Our worker
@@ -57,14 +52,12 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None)
 
     Args:
         url: `sqlite:///FILE` or `postgresql+psycopg://...`; `postgresql://` and `postgres://` mean psycopg as well.
-        heartbeat_s: Seconds between two heartbeats of a worker.
-        grace_s: Seconds without a heartbeat after which a trial is lost; None for `GRACE_HEARTBEATS` beats.
+        grace_s: Seconds without a heartbeat after which `requeue_lost` takes a trial for lost whose worker has not
+            stated a limit of its own; None for never, which suits whoever only reads.
 
     Raises:
         StorageError: the URL cannot be meant, or the database cannot be opened, reached or shared.
     """
-    if heartbeat_s < 1 or (grace_s is not None and grace_s <= heartbeat_s):
-        raise StorageError(f"grace_s must exceed heartbeat_s >= 1, but got {grace_s=}, {heartbeat_s=}")
     parsed = _parse(url)
     if parsed.get_backend_name() == "sqlite":
         _check_file(parsed)
@@ -74,13 +67,13 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None)
                 warnings.simplefilter("error", SAWarning)  # it would go on without an option that it does not know
                 engine = sqlalchemy.create_engine(parsed, **_engine_options(parsed))
             undo.callback(engine.dispose)  # a constructor that fails would leave its connections open
-            with _exclusive(parsed):
+            with locked(parsed, _PG_LOCK, wait_s=WAIT_S):
                 _refuse_foreign(parsed, engine)
                 storage = RetryingStorage(
                     # Optuna fills {SCHEMA_VERSION} into URLs, so braces, e.g. of a password, are doubled.
                     parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
                     engine_kwargs={"pool": engine.pool},
-                    grace_period=grace_s or GRACE_HEARTBEATS * heartbeat_s,
+                    grace_period=grace_s,
                     skip_compatibility_check=True,  # done here, in our words
                 )
                 undo.callback(storage.remove_session)  # gives its connection back, before the engine lets all go
@@ -101,7 +94,7 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None)
     return storage
 
 
-def reopen_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = None) -> RetryingStorage:
+def reopen_storage(url: str, *, grace_s: int | None = None) -> RetryingStorage:
     """As `open_storage`, of a database that was there a moment ago: waits for it as calls do.
 
     Raises:
@@ -111,14 +104,14 @@ def reopen_storage(url: str, *, heartbeat_s: int = 60, grace_s: int | None = Non
 
     def open_or_raise() -> RetryingStorage:
         try:
-            return open_storage(url, heartbeat_s=heartbeat_s, grace_s=grace_s)
+            return open_storage(url, grace_s=grace_s)
         except StorageError as error:
             cause = error.__context__
             if isinstance(cause, SQLAlchemyError) and is_away(cause):
                 raise cause from None
             raise
 
-    return patiently(_parse(url), open_or_raise, log.warning)
+    return retrying(_parse(url), open_or_raise, log.warning)
 
 
 def close_storage(storage: RDBStorage) -> None:
@@ -140,7 +133,7 @@ def exclusive(storage: RetryingStorage) -> Iterator[None]:
     url = storage.engine.url
     with contextlib.ExitStack() as held:
         try:
-            storage.patiently(lambda: held.enter_context(_exclusive(url)))
+            storage.retrying(lambda: held.enter_context(locked(url, _PG_LOCK, wait_s=WAIT_S)))
         except SQLAlchemyError as error:
             if is_away(error):  # within a larger step that is done again as a whole
                 raise
@@ -228,9 +221,8 @@ def _file(url: URL) -> Path:
 def _engine_options(url: URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": WAIT_S}}
-    connect = {} if "connect_timeout" in url.query else {"connect_timeout": CONNECT_TIMEOUT_S}
     # Trials last longer than servers and their proxies keep an idle connection: look before using one.
-    return {"pool_pre_ping": True, "connect_args": connect if url.get_backend_name() == "postgresql" else {}}
+    return {"pool_pre_ping": True, "connect_args": connect_arguments(url)}
 
 
 def _refuse_foreign(url: URL, engine: Engine) -> None:
@@ -279,44 +271,6 @@ def _lock_at_begin(engine: Engine) -> None:
     engine.dispose()  # connections made before lack both
 
 
-@contextmanager
-def _exclusive(url: URL) -> Iterator[None]:
-    match url.get_backend_name():
-        case "sqlite":
-            yield from _file_lock(url)
-        case "postgresql":
-            yield from _advisory_lock(url)
-        case _:
-            yield  # elsewhere Optuna's own transactions have to do
-
-
-def _file_lock(url: URL) -> Iterator[None]:
-    path = _file(url)
-    lock = filelock.FileLock(path.with_name(path.name + ".lock"), timeout=WAIT_S)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise StorageError(f"{shown(url)}: another process has held {lock.lock_file!r} for {WAIT_S} s") from None
-    except OSError as error:
-        raise StorageError(f"{shown(url)}: cannot write {lock.lock_file!r}: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _advisory_lock(url: URL) -> Iterator[None]:
-    options = _engine_options(url)
-    engine = sqlalchemy.create_engine(
-        url, poolclass=sqlalchemy.NullPool, isolation_level="AUTOCOMMIT", connect_args=options["connect_args"]
-    )
-    with contextlib.ExitStack() as stack:
-        connection = stack.enter_context(engine.connect())
-        connection.exec_driver_sql(f"SET lock_timeout = '{WAIT_S}s'")
-        connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(_PG_LOCK)))
-        yield  # closing the connection gives the lock up
-
-
 def _explained(url: URL, error: SQLAlchemyError) -> StorageError:
     """What a driver's error means to the user."""
     text = str(error.orig if isinstance(error, DBAPIError) else error).strip() or type(error).__name__
@@ -326,7 +280,7 @@ def _explained(url: URL, error: SQLAlchemyError) -> StorageError:
     said = lines[-1] if lines[0].startswith("Multiple connection attempts") else lines[0]
     meanings = {
         "database is locked": f"another process has locked the database for {WAIT_S} s; end it and try again",
-        "lock timeout": f"another process has held the study's lock for {WAIT_S} s; end it and try again",
+        "lock timeout": "another process holds a lock in the database; end it and try again",
         "file is not a database": "the file is no SQLite database; name another file",
         "malformed": "the database file is damaged; restore a copy, or name another file",
         "readonly": "the database cannot be written; check the permissions of the file and its folder",

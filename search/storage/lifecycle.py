@@ -11,24 +11,20 @@ says in which order.
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
-import sqlalchemy
 from optuna.distributions import BaseDistribution
-from optuna.storages import BaseStorage
-from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from search import records
+from search import processes, records
 from search.records import TrialRecord
+from search.storage import optuna_private
 from search.storage.database import exclusive
+from search.storage.optuna_private import running_heartbeats, set_state, set_user_attr, trial_id
 from search.storage.retry import RetryingStorage
 
 _CARRIED_OVER = (records.LABEL, records.NOTE, records.OVERRIDES, records.STAGE, records.TRAIN_LOSSES)
@@ -59,51 +55,11 @@ class Lost:
     """Its MLflow run."""
 
 
-def this_worker() -> dict[str, Any]:
-    """This process, as `records.WORKER` of the trials it runs."""
-    process = psutil.Process()
-    return {
-        "host": socket.gethostname(),
-        "pid": process.pid,
-        "started_s": process.create_time(),
-        "since_boot": _since_boot(process.pid),
-    }
-
-
-def local_worker_alive(worker: Mapping[str, Any]) -> bool | None:
-    """Whether the process of a `records.WORKER` still runs; None if it is on another host."""
-    if worker.get("host") != socket.gethostname():
-        return None
-    try:
-        process = psutil.Process(worker["pid"])
-        started = worker.get("since_boot")
-        if started is not None:
-            same = started == _since_boot(worker["pid"])
-        else:
-            same = abs(process.create_time() - worker["started_s"]) < 2
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _since_boot(pid: int) -> str | None:
-    """When a process started, as Linux counts it: the boot's id and clock ticks since; None elsewhere.
-
-    Unlike psutil's start time, which is derived from the time of day, no change of the clock moves it.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return f"{boot}:{stat.rpartition(')')[2].split()[19]}"  # the 22nd field; the second, in brackets, may hold spaces
-
-
 def heartbeat(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> bool:
     """Record, by the database's clock, that the trial's worker is alive; False if the trial is finished."""
     backend = _backend(study)
-    backend.record_heartbeat(trial._trial_id)
-    return not backend.get_trial(trial._trial_id).state.is_finished()
+    backend.record_heartbeat(trial_id(trial))
+    return not backend.get_trial(trial_id(trial)).state.is_finished()
 
 
 def unfinished(study: optuna.Study) -> Unfinished:
@@ -119,11 +75,10 @@ def park(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> None:
     Raises:
         optuna.exceptions.UpdateFinishedTrialError: the trial is finished.
     """
-    storage = _storage(study)
-    storage.set_trial_user_attr(trial._trial_id, records.REASON, records.INTERRUPTED)
+    set_user_attr(study, trial, records.REASON, records.INTERRUPTED)
     # Whoever takes it up has not said who it is at first, and must not be taken for this process.
-    storage.set_trial_user_attr(trial._trial_id, records.WORKER, None)
-    storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+    set_user_attr(study, trial, records.WORKER, None)
+    set_state(study, trial, TrialState.WAITING)
 
 
 def put_back(study: optuna.Study, worker: Mapping[str, Any], since: datetime) -> None:
@@ -131,7 +86,7 @@ def put_back(study: optuna.Study, worker: Mapping[str, Any], since: datetime) ->
 
     Args:
         study: The study; its lock is held.
-        worker: The worker, see `this_worker`. A trial may have been given to it before it could say who it is.
+        worker: The worker's `records.WORKER`. A trial may have been given to it before it could say who it is.
         since: When it began to ask.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -143,7 +98,7 @@ def put_back(study: optuna.Study, worker: Mapping[str, Any], since: datetime) ->
 def requeue_lost(
     study: optuna.Study,
     *,
-    is_alive: Callable[[dict[str, Any]], bool | None] = local_worker_alive,
+    is_alive: Callable[[dict[str, Any]], bool | None] = processes.alive,
     max_retries: int = 2,
 ) -> tuple[Lost, ...]:
     """Fail the RUNNING trials whose worker is gone, and queue a successor that takes up the work of each.
@@ -160,7 +115,7 @@ def requeue_lost(
     Returns:
         What this call found, by trial number.
     """
-    return _backend(study).patiently(lambda: _requeue_lost(study, is_alive, max_retries))
+    return _backend(study).retrying(lambda: _requeue_lost(study, is_alive, max_retries))
 
 
 def _requeue_lost(
@@ -215,13 +170,9 @@ def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
     return tuple(_record(trial) for trial in study.get_trials(deepcopy=False))
 
 
-def _storage(study: optuna.Study) -> BaseStorage:
-    return study._storage
-
-
 def _backend(study: optuna.Study) -> RetryingStorage:
-    """The RDBStorage under the cache that Optuna wraps it in."""
-    backend = getattr(study._storage, "_backend", study._storage)
+    """The study's storage without the cache in which Optuna wraps it."""
+    backend = optuna_private.backend(study)
     assert isinstance(backend, RetryingStorage)
     return backend
 
@@ -254,19 +205,10 @@ def _silences(study: optuna.Study) -> dict[int, float]:
     A trial that was parked and taken up again has a heartbeat from before for a moment, hence the start. That one is
     by its worker's clock: a start that lies ahead says that the clocks differ, and nothing else.
     """
-    backend = _backend(study)
-    query = (
-        sqlalchemy.select(
-            models.TrialModel.number, models.TrialHeartbeatModel.heartbeat, sqlalchemy.func.now().label("now")
-        )
-        .join(models.TrialHeartbeatModel, isouter=True)
-        .where(models.TrialModel.study_id == study._study_id, models.TrialModel.state == TrialState.RUNNING)
-    )
-    with backend.engine.connect() as connection:
-        rows = connection.execute(query).all()
+    beats = running_heartbeats(study, _backend(study).engine)
     starts = {t.number: t.datetime_start for t in study.get_trials(deepcopy=False)}
     silences = {}
-    for number, beat, now in rows:
+    for number, beat, now in beats:
         start = starts.get(number)
         since_start = (datetime.now() - start).total_seconds() if start else -1.0
         times = [since_start] if since_start >= 0 else []
@@ -279,12 +221,11 @@ def _silences(study: optuna.Study) -> dict[int, float]:
 
 def _fail_as_lost(study: optuna.Study, trial: FrozenTrial, detail: str) -> None:
     """Attributes first: a finished trial takes none."""
-    storage = _storage(study)
     attempt = trial.user_attrs.get(records.ATTEMPT, 0)
     try:
-        storage.set_trial_user_attr(trial._trial_id, records.REASON, records.LOST)
-        storage.set_trial_user_attr(trial._trial_id, records.DETAIL, f"{detail} (attempt {attempt + 1})")
-        storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        set_user_attr(study, trial, records.REASON, records.LOST)
+        set_user_attr(study, trial, records.DETAIL, f"{detail} (attempt {attempt + 1})")
+        set_state(study, trial, TrialState.FAIL)
     except optuna.exceptions.UpdateFinishedTrialError:
         return  # its worker finished it after all
 

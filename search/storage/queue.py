@@ -13,16 +13,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import optuna
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from search import records
+from search.storage.optuna_private import OrderedStudy
 from search.study import Study
 from trainer.common.errors import ConfigError
 
 
-class LongestFirst(optuna.Study):
+class LongestFirst(OrderedStudy):
     """A study whose `ask` takes the waiting trial with the most steps left; of equals the first.
 
     Args:
@@ -41,20 +40,11 @@ class LongestFirst(optuna.Study):
         self.longest_first = False
         """Whether trials train side by side; one after the other, they keep the order of their numbers."""
 
-    def _pop_waiting_trial_id(self) -> int | None:
-        waiting: Sequence[FrozenTrial] = self._storage.get_all_trials(
-            self._study_id, deepcopy=False, states=(TrialState.WAITING,)
-        )
-        if self.longest_first:
-            waiting = sorted(waiting, key=lambda trial: (-self.steps_left(trial), trial.number))
-        for trial in waiting:
-            try:
-                if self._storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING):
-                    taken: int = trial._trial_id
-                    return taken
-            except UpdateFinishedTrialError:
-                continue  # another process has taken and ended it
-        return None
+    def in_order(self, waiting: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+        """The longest in front, or as they are."""
+        if not self.longest_first:
+            return waiting
+        return sorted(waiting, key=lambda trial: (-self.steps_left(trial), trial.number))
 
     def steps_left(self, trial: FrozenTrial) -> int:
         """Optimizer steps until the trial's last epoch; what is still to be sampled counts as the base has it."""

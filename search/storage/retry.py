@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from sqlalchemy.engine import URL
 
 from search.errors import DatabaseAway, StorageError
+from search.storage.optuna_private import CALLED_BY_THE_CACHE, CreationHooks
 from search.urls import secrets, shown
 
 log = logging.getLogger("search.storage.retry")
@@ -73,7 +74,7 @@ def is_away(error: BaseException) -> bool:
     return isinstance(cause, sqlalchemy.exc.TimeoutError)  # of the pool: all its connections hang
 
 
-def patiently(url: URL, do: Callable[[], T], say: Callable[[str], None]) -> T:
+def retrying(url: URL, do: Callable[[], T], say: Callable[[str], None]) -> T:
     """What `do` returns, done again while the database is away.
 
     Raises:
@@ -105,11 +106,11 @@ def patiently(url: URL, do: Callable[[], T], say: Callable[[str], None]) -> T:
             return result
 
 
-class RetryingStorage(RDBStorage):
+class RetryingStorage(CreationHooks):
     """RDBStorage that does each call again while the database is away, for `RETRY_S` seconds.
 
     A call that was not answered may have been done: all that are done again here may be done twice, and a trial that
-    is told twice the same is told once. `create_new_trial` is none of them, see `patiently`.
+    is told twice the same is told once. `create_new_trial` is none of them, see `retrying`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -118,7 +119,7 @@ class RetryingStorage(RDBStorage):
         """Tells the user that the database is away, and that it is back."""
         self._inside = threading.local()
 
-    def patiently(self, do: Callable[[], T]) -> T:
+    def retrying(self, do: Callable[[], T]) -> T:
         """What `do` returns, done again while the database is away. Calls within it are not done again by themselves.
 
         Raises:
@@ -128,21 +129,23 @@ class RetryingStorage(RDBStorage):
             return do()
         self._inside.yes = True
         try:
-            return patiently(self.engine.url, do, lambda text: self.say(text))
+            return retrying(self.engine.url, do, lambda text: self.say(text))
         finally:
             self._inside.yes = False
 
-    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+    def before_creation(self) -> None:
+        """Begin to count Optuna's own tries."""
         self._inside.creations = 0
-        return super()._create_new_trial(study_id, template_trial)
 
-    def _get_prepared_new_trial(self, *args: Any, **kwargs: Any) -> Any:
-        """Optuna itself tries five times to create a trial. A step that is done again as a whole must know of it: the
-        first time may have succeeded."""
+    def before_creation_try(self) -> None:
+        """Refuse a second try by Optuna within a step that is done again as a whole: the first may have succeeded.
+
+        Raises:
+            CreationUnanswered: which `retrying` takes for an absent database.
+        """
         self._inside.creations += 1
         if self._inside.creations > 1 and getattr(self._inside, "yes", False):
             raise CreationUnanswered("the creation of a trial was not answered")
-        return super()._get_prepared_new_trial(*args, **kwargs)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """As Optuna's; that it was done by a call that was not answered is no error."""
@@ -158,14 +161,14 @@ class RetryingStorage(RDBStorage):
                     return True
                 raise
 
-        return self.patiently(do)
+        return self.retrying(do)
 
 
-def _patient(name: str) -> Callable[..., Any]:
+def _retried(name: str) -> Callable[..., Any]:
     original = getattr(RDBStorage, name)
 
     def method(self: RetryingStorage, *args: Any, **kwargs: Any) -> Any:
-        return self.patiently(lambda: original(self, *args, **kwargs))
+        return self.retrying(lambda: original(self, *args, **kwargs))
 
     method.__name__, method.__doc__ = name, original.__doc__
     return method
@@ -174,12 +177,12 @@ def _patient(name: str) -> Callable[..., Any]:
 for _name in (
     *("get_study_id_from_name", "get_study_name_from_id", "get_study_directions", "get_all_studies"),
     *("get_study_user_attrs", "get_study_system_attrs", "set_study_user_attr", "set_study_system_attr"),
-    *("get_trial", "get_all_trials", "_get_trials", "get_trial_id_from_study_id_trial_number", "_get_best_trial_id"),
-    *("set_trial_param", "_set_trial_param", "get_trial_param", "set_trial_intermediate_value"),
+    *("get_trial", "get_all_trials", "get_trial_id_from_study_id_trial_number", *CALLED_BY_THE_CACHE),
+    *("set_trial_param", "get_trial_param", "set_trial_intermediate_value"),
     *("get_trial_user_attrs", "get_trial_system_attrs", "set_trial_user_attr", "set_trial_system_attr"),
     "record_heartbeat",
 ):
-    setattr(RetryingStorage, _name, _patient(_name))
+    setattr(RetryingStorage, _name, _retried(_name))
 
 
 def _said(url: URL, error: BaseException) -> str:

@@ -18,41 +18,10 @@ from optuna.study import StudyDirection
 
 from search import records
 from search.errors import DefinitionChanged, StorageError, StudyError
-from search.storage.database import close_storage, exclusive, open_storage
-from search.storage.lifecycle import (
-    Lost,
-    counted,
-    heartbeat,
-    lineage,
-    local_worker_alive,
-    park,
-    read_trials,
-    requeue_lost,
-    this_worker,
-)
+from search.storage.database import exclusive
 from search.storage.retry import RetryingStorage
 from search.study import Study, fixed_trial
 from trainer.config import nearest
-
-__all__ = [
-    "Lost",
-    "check_definition",
-    "check_fingerprints",
-    "check_strategy",
-    "close_storage",
-    "counted",
-    "exclusive",
-    "find_study",
-    "heartbeat",
-    "lineage",
-    "local_worker_alive",
-    "open_storage",
-    "open_study",
-    "park",
-    "read_trials",
-    "requeue_lost",
-    "this_worker",
-]
 
 DEFINITION = "definition"
 """Study attribute: `Study.definition()` of the study its trials were made for."""

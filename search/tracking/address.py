@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sqlalchemy as sa
-from filelock import FileLock, Timeout
 
 from search.errors import StorageError, Unavailable
+from search.lock import locked
 from search.urls import shown as shown_url
 from trainer.common.errors import shown
 
@@ -31,6 +31,8 @@ MOST_CHARACTERS = 1000
 """Of an address that is shown whole: no file's name is longer, and hardly any other's."""
 CREATE_S = 300
 """Longest wait for another process that creates the tables."""
+CREATE_KEY = int.from_bytes(hashlib.sha256(b"lora-search mlflow schema").digest()[:8], "big", signed=True)
+"""Of the advisory lock that it holds on PostgreSQL meanwhile."""
 
 
 def masked(uri: str) -> str:
@@ -161,43 +163,10 @@ def creating(uri: str) -> Iterator[None]:
     if uri.startswith("http"):
         yield
         return
-    url = sa.make_url(uri)
-    if url.get_backend_name() == "postgresql":
-        with _postgres_lock(url):  # holds between hosts too
-            yield
-        return
     name = hashlib.sha256(uri.encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"lora-search-{name}.lock"
-    if url.get_backend_name() == "sqlite" and url.database:
-        path = Path(f"{url.database}.lock")
-    lock = FileLock(path, timeout=CREATE_S)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise Unavailable(
-            f"another process has held {shown(str(path))} for {CREATE_S} s; end it and try again"
-        ) from None
-    except OSError as error:
-        raise StorageError(
-            f"the tracking database {masked(uri)}: cannot write {shown(str(path))}: {first_line(error)}"
-        ) from error
-    try:
+    beside_none = Path(tempfile.gettempdir()) / f"lora-search-{name}.lock"
+    with locked(sa.make_url(uri), CREATE_KEY, wait_s=CREATE_S, otherwise=beside_none):
         yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def _postgres_lock(url: sa.URL) -> Iterator[None]:
-    key = int.from_bytes(hashlib.sha256(b"lora-search mlflow schema").digest()[:8], "big", signed=True)
-    engine = sa.create_engine(url, poolclass=sa.NullPool)
-    try:
-        with engine.connect() as connection:
-            connection.execute(sa.select(sa.func.pg_advisory_lock(key)))
-            yield
-            connection.execute(sa.select(sa.func.pg_advisory_unlock(key)))
-    finally:
-        engine.dispose()
 
 
 def explain(uri: str, error: Exception) -> str:

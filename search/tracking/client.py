@@ -38,6 +38,7 @@ with without_module("pandas"):  # for datasets that runs could name: 0.2 s
 
 from search import records
 from search.errors import StorageError, Unavailable
+from search.processes import STARTED_TAG
 from search.tracking import address
 from search.tracking.artifacts import relocate
 from search.tracking.environment import environment
@@ -439,7 +440,7 @@ def run_tags() -> dict[str, str]:
 
 def here() -> dict[str, str]:
     """The tags that say where a run goes on."""
-    return {key: value for key, value in environment().items() if key in ("host", "pid", "gpu")}
+    return {key: value for key, value in environment().items() if key in ("host", "pid", STARTED_TAG, "gpu")}
 
 
 def _fit(value: str) -> str:

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from search.processes import STARTED_TAG, started_tag
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PACKAGES = (
@@ -31,12 +33,14 @@ PACKAGES = (
 def environment() -> dict[str, str]:
     """What can be known without importing anything heavy; a fact that cannot be known is left out.
 
-    Keys: `host`, `pid`, `python`, `platform`, `cpu`, `cpu_count`, `version.<package>`, `git_commit` and
-    `git_dirty` (in a checkout), and `gpu`, `gpu_memory_gib`, `cuda` (where torch is already imported and sees one).
+    Keys: `host`, `pid`, `process_started` (see search.processes), `python`, `platform`, `cpu`, `cpu_count`,
+    `version.<package>`, `git_commit` and `git_dirty` (in a checkout), and `gpu`, `gpu_memory_gib`, `cuda` (where torch
+    is already imported and sees one).
     """
     facts = {
         "host": socket.gethostname(),
         "pid": str(os.getpid()),
+        STARTED_TAG: started_tag() or "",
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),

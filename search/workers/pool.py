@@ -24,6 +24,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+from search import processes
 from search.errors import StudyError
 from search.workers.worker import environment, work
 
@@ -104,9 +105,7 @@ class WorkerPool:
 
     def alive(self, worker: Mapping[str, Any]) -> bool | None:
         """Whether the process of a `records.WORKER` still runs; None if nothing is known of it."""
-        from search.storage.lifecycle import local_worker_alive
-
-        return local_worker_alive(worker)
+        return processes.alive(worker)
 
     def take(self, index: int) -> tuple[WorkerProcess, Connection]:
         """The process of a place: the one that is ready, or a new one if that was taken and has ended."""

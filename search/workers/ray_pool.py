@@ -21,8 +21,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import psutil
-
+from search import processes
 from search.errors import StudyError
 from search.workers.job import Job
 from search.workers.pool import WorkerPool
@@ -186,8 +185,8 @@ class WorkerHost:
 
     def identity(self) -> dict[str, Any]:
         """The worker as `records.WORKER` of its trials."""
-        process = psutil.Process(self._process.pid)
-        return {"host": socket.gethostname(), "pid": process.pid, "started_s": process.create_time()}
+        assert self._process.pid is not None
+        return processes.record(self._process.pid)
 
     def exchange(self, orders: Sequence[Order | HandOver | Job], kill: bool) -> tuple[list[Message], int | None]:
         """Hand on what the supervisor sends; returns what the worker said, and its exit code once it has ended."""

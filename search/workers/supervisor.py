@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from search.errors import DatabaseAway
+from search.processes import is_running
 from search.terminal.live import Display
 from search.workers.job import Job
 from search.workers.pool import UNSEEN, WorkerPool, WorkerProcess
@@ -258,7 +259,7 @@ class Supervisor:
     def _ended(self, seat: WorkerSlot) -> int:
         """Deal with a worker that has ended; the exit code this asks for."""
         exit_code = seat.process.exitcode or 0
-        if exit_code == UNSEEN and seat.process.pid is not None and psutil.pid_exists(seat.process.pid):
+        if exit_code == UNSEEN and seat.process.pid is not None and is_running(seat.process.pid):
             return self._out_of_sight(seat)
         seat.link.close()
         seat.process.close()

@@ -20,8 +20,8 @@ from search.diagnosis import messages
 from search.errors import DatabaseAway, StorageError
 from search.pruning import Verdict
 from search.report.render import escape
-from search.sampling import samplers, staged
-from search.storage import lifecycle
+from search.sampling import params, staged
+from search.storage import lifecycle, optuna_private
 from search.tracking.address import run_page
 from search.tracking.client import run_status
 from search.tracking.outbox import is_local
@@ -318,7 +318,7 @@ class TrialRun:
             self.trial.set_user_attr(records.STOPPED_EARLY, True)
         if best is not None:
             self.trial.set_user_attr(records.BEST_EPOCH, best[1])
-        samplers.mark_constraints(self.trial, outcome.violated)
+        params.mark_constraints(self.trial, outcome.violated)
         self._annotate(outcome, curve.epochs)
         if outcome.state == "COMPLETE":
             assert best is not None
@@ -417,4 +417,4 @@ class TrialRun:
 
     def _frozen(self) -> Any:
         """The trial as the storage has it: this process alone writes to it, and Optuna keeps what it wrote."""
-        return self.trial._get_latest_trial()
+        return optuna_private.latest(self.trial)

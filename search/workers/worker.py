@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search.errors import DatabaseAway
+from search.processes import this_process
 from search.workers.job import Job, Link
 from search.workers.protocol import Idle, Loading, Notice, Order, SlotsChosen, WorkerFailed
 from search.workers.slots import Slots
@@ -127,7 +128,7 @@ class Worker:
         import torch
 
         from search import pruning
-        from search.sampling import samplers
+        from search.sampling.make import make_sampler
         from search.storage import lifecycle
         from search.storage.database import reopen_storage
         from search.storage.queue import LongestFirst
@@ -139,19 +140,19 @@ class Worker:
         self.job = job
         self.link = link
         self.base = job.study.base_config()
-        self.storage = reopen_storage(job.storage_url, heartbeat_s=1, grace_s=round(job.lost_after_s))
+        self.storage = reopen_storage(job.storage_url, grace_s=round(job.lost_after_s))
         self.storage.say = lambda text: link.send(Notice(text=text))
         self.study = LongestFirst(
             job.study_name,
             self.storage,
-            samplers.make_sampler(job.study, job.strategy, job.n_trials),
+            make_sampler(job.study, job.strategy, job.n_trials),
             pruning.pruner_for(job.pruner, self.base),
             job.study,
             len(job.examined.rows),
         )
         self.book = StudyRuns(job.tracking_uri, job.runs_dir / "artifacts", job.study_name, job.folder)
         self.bench: Workbench = Workbench(job.examined, self.base.data)
-        self.identity = {**lifecycle.this_worker(), lifecycle.LOST_AFTER: job.lost_after_s}
+        self.identity = {**this_process(), lifecycle.LOST_AFTER: job.lost_after_s}
         self.slots = Slots(1)
         self._failures = 0
         self._running: dict[Member, TrialRun] = {}
@@ -368,7 +369,7 @@ class Worker:
         """The next trial, or None if the total is reached. One worker at a time counts and asks."""
         from datetime import datetime
 
-        from search.sampling import samplers
+        from search.sampling.params import suggest
         from search.storage import lifecycle
         from search.storage.database import exclusive
         from search.storage.studies import check_definition
@@ -389,10 +390,10 @@ class Worker:
                 trial = self.study.ask()
                 trial.set_user_attr("worker", self.identity)
                 lifecycle.heartbeat(self.study, trial)  # a trial that was parked has an old one
-                samplers.suggest(trial, self.job.study)
+                suggest(trial, self.job.study)
             return trial
 
-        return self.storage.patiently(ask)
+        return self.storage.retrying(ask)
 
     def _show_features(self, done: int, total: int) -> None:
         self.link.send(Loading(what=f"vision outputs of {total} images ({100 * done // total} %)"))

@@ -69,7 +69,7 @@ def test_several_settings(texts: list[str]) -> None:
 def test_what_is_accepted_can_be_sampled_to_the_end(values: dict[str, str], seed: int) -> None:
     import optuna
 
-    from search.sampling import samplers, staged
+    from search.sampling import params, staged
     from search.study import load
     from trainer.common.errors import UserError
 
@@ -81,7 +81,7 @@ def test_what_is_accepted_can_be_sampled_to_the_end(values: dict[str, str], seed
     trials = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     for _ in range(8):
         trial = trials.ask()
-        samplers.suggest(trial, study)
+        params.suggest(trial, study)
         study.config(trial.params, staged.stage_overrides(trial))
 
 

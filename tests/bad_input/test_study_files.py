@@ -82,7 +82,7 @@ def all_configurations(content: str) -> None:
     """Every configuration that an accepted definition can give is one that can be trained."""
     import optuna
 
-    from search.sampling import samplers
+    from search.sampling.params import suggest
     from search.study import fixed_trial, load
 
     with folder() as here:
@@ -95,7 +95,7 @@ def all_configurations(content: str) -> None:
         trials.enqueue_trial(fixed_trial(study, fixed)[0])
     for _ in range(10 + len(study.enqueue)):
         trial = trials.ask()
-        samplers.suggest(trial, study)
+        suggest(trial, study)
         study.config(trial.params)
 
 

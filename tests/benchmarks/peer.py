@@ -168,13 +168,15 @@ class OptunaPruning(TrainerCallback):  # type: ignore[misc]
 
         from search import pruning
         from search.storage.database import open_storage
+        from search.storage.optuna_private import trial_id
 
         self._verdict = pruning.verdict
+        self._id = trial_id
         storage = open_storage(storage_url)
         self.study = optuna.load_study(
             study_name=study_name, storage=storage, pruner=pruning.pruner_for(pruner, config)
         )
-        self.trial = optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
+        self.trial = optuna.Trial(self.study, trial_id(self.study.get_trials(deepcopy=False)[number]))
         self.config = config
         self.ended_as: str | None = None
         self._train_losses: list[float] = []
@@ -190,7 +192,7 @@ class OptunaPruning(TrainerCallback):  # type: ignore[misc]
         self.trial.report(metrics["eval_loss"], epoch)
         if epoch == self.config.num_epochs:
             return
-        verdict = self._verdict(self.study, self.study._storage.get_trial(self.trial._trial_id))
+        verdict = self._verdict(self.study, self.trial.storage.get_trial(self._id(self.trial)))
         if verdict is not None:
             self.ended_as = verdict.state
             control.should_training_stop = True

@@ -22,7 +22,8 @@ import optuna
 
 from search import pruning
 from search import study as studies
-from search.sampling import samplers
+from search.sampling.make import make_sampler
+from search.sampling.params import suggest
 from search.study import Study
 from tests.benchmarks.configs import RESULT
 
@@ -56,7 +57,7 @@ class PeerSearch:
             optuna.TrialPruned: its process ended it early, and its best does not count.
             RuntimeError: its process failed; names its output.
         """
-        params = samplers.suggest(trial, self.definition)
+        params = suggest(trial, self.definition)
         out = self.runs_dir / f"trial-{trial.number:03d}"
         out.mkdir()
         config = self.definition.config(params)
@@ -106,7 +107,7 @@ def run(search: PeerSearch, trials: int, jobs: int) -> optuna.Study:
     study = optuna.create_study(
         study_name=NAME,
         storage=search.storage_url,
-        sampler=samplers.make_sampler(search.definition, "joint", trials),
+        sampler=make_sampler(search.definition, "joint", trials),
         pruner=pruning.pruner_for(search.pruner, search.definition.base_config()),
     )
     for fixed in search.definition.enqueue[:trials]:

@@ -12,16 +12,18 @@ import pytest
 import sqlalchemy
 
 from search import records
-from search.storage import lifecycle
+from search.processes import alive, this_process
+from search.storage import lifecycle, optuna_private
 from search.storage.database import close_storage, open_storage
-from search.storage.lifecycle import heartbeat, local_worker_alive, requeue_lost, this_worker
+from search.storage.lifecycle import heartbeat, requeue_lost
+from search.storage.retry import RetryingStorage
 
 FAR = {"host": "far", "pid": 7, "started_s": 0.0}
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> Any:
-    storage = open_storage(f"sqlite:///{tmp_path}/optuna.db")
+    storage = open_storage(f"sqlite:///{tmp_path}/optuna.db", grace_s=600)
     yield optuna.create_study(storage=storage, study_name="clock")
     close_storage(storage)
 
@@ -29,12 +31,12 @@ def study(tmp_path: Path) -> Any:
 @pytest.mark.parametrize("moved_s", [-3600.0, 3600.0])
 def test_a_clock_that_is_set_kills_no_process(monkeypatch: pytest.MonkeyPatch, moved_s: float) -> None:
     """psutil derives start times from the boot's time of day, which Linux moves along with the clock."""
-    me = this_worker()
+    me = this_process()
     before = psutil.Process.create_time
     monkeypatch.setattr(psutil.Process, "create_time", lambda self: before(self) + moved_s)
-    assert local_worker_alive(me) is True
-    assert local_worker_alive({**me, "since_boot": "another boot:1"}) is False
-    assert local_worker_alive({**me, "pid": 1}) is False, "the process id of another"
+    assert alive(me) is True
+    assert alive({**me, "since_boot": "another boot:1"}) is False
+    assert alive({**me, "pid": 1}) is False, "the process id of another"
 
 
 def test_a_trial_that_began_in_the_future_is_lost_all_the_same(study: optuna.Study) -> None:
@@ -59,5 +61,7 @@ def test_a_worker_says_how_long_it_may_be_silent(study: optuna.Study) -> None:
 
 
 def _set(study: optuna.Study, statement: str, offset: timedelta) -> None:
-    with lifecycle._backend(study).engine.begin() as connection:
+    storage = optuna_private.backend(study)
+    assert isinstance(storage, RetryingStorage)
+    with storage.engine.begin() as connection:
         connection.execute(sqlalchemy.text(statement), {"when": datetime.now() + offset})

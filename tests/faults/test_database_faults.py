@@ -21,8 +21,9 @@ from sqlalchemy.orm import Session
 
 from search import records
 from search.errors import DatabaseAway, StorageError
+from search.processes import this_process
 from search.space import Float
-from search.storage import database, lifecycle, retry
+from search.storage import database, retry
 from search.storage.database import close_storage, open_storage, reopen_storage
 from search.storage.retry import RetryingStorage
 from search.storage.studies import open_study
@@ -68,7 +69,7 @@ def run_trials(storage: RetryingStorage, study: optuna.Study, pause_s: float = 0
     worker: Any = SimpleNamespace(
         storage=storage,
         study=study,
-        identity=lifecycle.this_worker(),
+        identity=this_process(),
         job=SimpleNamespace(n_trials=12, study=STUDY),
         _has_asked=False,
     )

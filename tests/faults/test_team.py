@@ -18,7 +18,7 @@ import pytest
 
 from search import records
 from tests.faults.harness import Place, check_records, write_study
-from tests.search.storage.test_storage import new_database, postgres
+from tests.search.storage.databases import new_database, postgres
 from tests.support.search_process import ROOT, Search
 
 __all__ = ["postgres"]

@@ -26,7 +26,7 @@ from search.tracking.runs import StudyRuns
 from tests.search.tracking.test_tracking import copy_database, whole_run
 from trainer.config import TrainConfig
 
-SAME = {"pid", "record_id", "mlflow.parentRunId", "resumed_from_epoch"}
+SAME = {"pid", "process_started", "record_id", "mlflow.parentRunId", "resumed_from_epoch"}
 """Tags that differ between two recordings of the same."""
 
 

@@ -20,6 +20,7 @@ from search.records import EpochRecord, StepRecord
 from search.report import write
 from search.report.__main__ import app
 from search.storage import studies as storage
+from search.storage.database import close_storage, open_storage
 from search.tracking.client import open_tracking
 from search.tracking.reader import RunCurves
 from tests.support.report_data import config, falling
@@ -56,9 +57,9 @@ def finished(number: int, run_id: str | None, losses: list[tuple[float, float]])
 @pytest.fixture
 def study(tmp_path: Path) -> Iterator[optuna.Study]:
     """The rsicap study in a database of its own, without trials."""
-    database = storage.open_storage(f"sqlite:///{tmp_path / 'optuna.db'}")
+    database = open_storage(f"sqlite:///{tmp_path / 'optuna.db'}")
     yield storage.open_study(database, replace(studies.load("rsicap"), enqueue=()))
-    storage.close_storage(database)
+    close_storage(database)
 
 
 class FakeTracking:
@@ -144,7 +145,7 @@ class TestCommandLine:
         return tmp_path
 
     def test_writes_markdown_and_html_in_both_languages(self, runs: Path) -> None:
-        run_id = storage.find_study(storage.open_storage(f"sqlite:///{runs / 'optuna.db'}"), "rsicap").trials[0]
+        run_id = storage.find_study(open_storage(f"sqlite:///{runs / 'optuna.db'}"), "rsicap").trials[0]
         for arguments, name in (
             ([], "rsicap/tuning-log.md"),
             (["--lang", "zh", "--format", "html"], "rsicap/tuning-log.zh.html"),

@@ -26,7 +26,7 @@ from search.dashboards import notes
 from search.diagnosis import Curve, Finding, curve_from_events, diagnose
 from search.options import ARTIFACTS
 from search.records import EpochRecord, TrialRecord
-from search.sampling import samplers
+from search.sampling import params
 from search.storage import lifecycle
 from search.storage.database import close_storage, open_storage
 from search.tracking.address import run_page
@@ -190,7 +190,7 @@ def test_a_trial_that_broke_before_its_first_epoch_has_a_note_without_plot(
 def test_optuna_dashboard_sees_which_trials_violated_a_constraint(study: optuna.Study, tmp_path: Path) -> None:
     for violated in (records.NON_FINITE, None):
         trial = study.ask()
-        samplers.mark_constraints(trial, violated)
+        params.mark_constraints(trial, violated)
         outcome = Outcome(state="PRUNED", reason=records.NON_FINITE, detail="", violated=violated)
         annotate(trial, tmp_path, curve([(2.0, 1.8), (1.9, 1.7)]), outcome=outcome)
         study.tell(trial, state=TrialState.PRUNED)

@@ -10,7 +10,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from search.sampling import samplers
+from search.sampling.make import make_sampler
+from search.sampling.params import suggest
 from search.space import Choice, Float, Int, Multiple, param_name
 from search.storage import lifecycle
 from search.storage.database import close_storage, open_storage
@@ -38,7 +39,7 @@ def waiting(tmp_path: Path) -> Iterator[LongestFirst]:
     """The study of `DEFINITION` as a worker has it, its data folder with 30 rows."""
     storage = open_storage(f"sqlite:///{tmp_path / 'optuna.db'}")
     name = open_study(storage, DEFINITION).study_name
-    sampler = samplers.make_sampler(DEFINITION)
+    sampler = make_sampler(DEFINITION)
     yield LongestFirst(name, storage, sampler, optuna.pruners.NopPruner(), DEFINITION, 30)
     close_storage(storage)
 
@@ -77,7 +78,7 @@ def test_epochs_that_a_trial_has_had_count_no_more(waiting: LongestFirst) -> Non
     waiting.longest_first = True
     trial = waiting.ask()
     assert trial.user_attrs["label"] == "many epochs"
-    samplers.suggest(trial, DEFINITION)
+    suggest(trial, DEFINITION)
     for epoch in range(1, 60):
         trial.report(1.0, epoch)
     lifecycle.park(waiting, trial)
@@ -91,7 +92,7 @@ def test_params_and_numbers_are_those_of_any_other_order(waiting: LongestFirst, 
     plain = LongestFirst(
         open_study(other, DEFINITION).study_name,
         other,
-        samplers.make_sampler(DEFINITION),
+        make_sampler(DEFINITION),
         optuna.pruners.NopPruner(),
         DEFINITION,
         30,
@@ -100,7 +101,7 @@ def test_params_and_numbers_are_those_of_any_other_order(waiting: LongestFirst, 
     params = []
     for study in (waiting, plain):
         for _ in DEFINITION.enqueue:
-            samplers.suggest(study.ask(), DEFINITION)
+            suggest(study.ask(), DEFINITION)
         params.append({t.user_attrs["label"]: (t.number, t.params) for t in study.get_trials(deepcopy=False)})
     close_storage(other)
     assert params[0] == params[1] and len(params[0]) == len(DEFINITION.enqueue)

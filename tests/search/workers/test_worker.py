@@ -88,7 +88,7 @@ def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
             n_trials=trials,
         )
         urls = [f"sqlite:///{runs / name}" for name in ("optuna.db", "mlflow.db")]
-        storage = open_storage(urls[0], heartbeat_s=60)
+        storage = open_storage(urls[0])
         opened = store.open_study(storage, study)
         if redefined:  # by another search, in the moment before this one asks for its first trial
             opened.set_user_attr(store.DEFINITION, {**opened.user_attrs[store.DEFINITION], "seed": 7})

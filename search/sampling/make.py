@@ -1,0 +1,40 @@
+"""The sampler of a study and its `--strategy`: the one module that knows both the samplers and the stages."""
+
+from __future__ import annotations
+
+from optuna.samplers import BaseSampler
+
+from search.errors import StudyError
+from search.sampling.samplers import GridInOrder, SeededByTrial, base_sampler
+from search.sampling.staged import StagedSampler
+from search.study import Study
+from trainer.config import nearest
+
+STRATEGIES = ("joint", "staged")
+"""Values of `--strategy`."""
+
+
+def make_sampler(study: Study, strategy: str = "joint", n_trials: int | None = None) -> BaseSampler:
+    """The sampler of a study.
+
+    Args:
+        study: Its space, kind of sampler and seed.
+        strategy: `joint` samples all params from the first trial on, `staged` stage by stage.
+        n_trials: Budget that the stages share; None for the study's own.
+
+    Raises:
+        StudyError: an unknown strategy, or one that the kind of sampler or the space cannot follow.
+    """
+    if strategy not in STRATEGIES:
+        raise StudyError(
+            f"there is no strategy {strategy!r}{nearest(strategy, STRATEGIES)}; known: {', '.join(STRATEGIES)}"
+        )
+    if study.sampler == "grid":
+        if strategy != "joint":
+            raise StudyError(
+                f"the study {study.name!r} is a grid, which has no stages: leave out --strategy {strategy}"
+            )
+        return GridInOrder(study)
+    if strategy == "staged":
+        return StagedSampler(study, study.n_trials if n_trials is None else n_trials)
+    return SeededByTrial(lambda seed: base_sampler(study, seed), study.seed)

@@ -1,0 +1,136 @@
+"""Every name of Optuna's with an underscore that this program uses, each behind a name of our own.
+
+Optuna may change such names in any release, so none stands anywhere else below `search/`.
+tests/search/storage/test_optuna_private.py says which one is missing, and finds uses outside of this module.
+
+    trial_id, backend              what a trial and a study keep to themselves
+    latest                         a running trial, without asking the database
+    set_user_attr, set_system_attr, set_state    writing to a trial that is not `optuna.Trial`
+    running_heartbeats             the heartbeats of all running trials, in one query
+    OrderedStudy, CreationHooks, GridPoints      where Optuna's steps are replaced or watched
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import GridSampler
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._rdb import models
+from optuna.trial import FrozenTrial, TrialState
+
+AnyTrial = optuna.Trial | FrozenTrial
+
+CALLED_BY_THE_CACHE = ("_get_trials", "_get_best_trial_id", "_set_trial_param")
+"""Methods of RDBStorage that the cache around it calls in place of the public ones: retried as those are."""
+
+
+def trial_id(trial: AnyTrial) -> int:
+    """The storage's key of a trial. `trial.number`, which is public, counts within its study only."""
+    found: int = trial._trial_id
+    return found
+
+
+def backend(study: optuna.Study) -> BaseStorage:
+    """The storage under the cache in which Optuna wraps an RDBStorage."""
+    found: BaseStorage = getattr(study._storage, "_backend", study._storage)
+    return found
+
+
+def latest(trial: optuna.Trial) -> FrozenTrial:
+    """The running trial with all that this process wrote to it.
+
+    Optuna keeps it in memory; the public way, `study.get_trials`, reads every running trial from the database.
+    """
+    return trial._get_latest_trial()
+
+
+def set_user_attr(study: optuna.Study, trial: AnyTrial, key: str, value: Any) -> None:
+    """Store a user attribute. Samplers are given a FrozenTrial, whose own `set_user_attr` changes a copy only."""
+    study._storage.set_trial_user_attr(trial._trial_id, key, value)
+
+
+def set_system_attr(study: optuna.Study, trial: AnyTrial, key: str, value: Any) -> None:
+    """Store a system attribute; `Trial.set_system_attr` is deprecated, and Optuna's own samplers do it this way."""
+    study._storage.set_trial_system_attr(trial._trial_id, key, value)
+
+
+def set_state(study: optuna.Study, trial: AnyTrial, state: TrialState) -> None:
+    """Store a state. `Study.tell` takes final ones only.
+
+    Raises:
+        optuna.exceptions.UpdateFinishedTrialError: the trial is finished.
+    """
+    study._storage.set_trial_state_values(trial._trial_id, state)
+
+
+def running_heartbeats(study: optuna.Study, engine: sqlalchemy.Engine) -> list[tuple[int, datetime | None, datetime]]:
+    """(number, last heartbeat, the database's time now) of each RUNNING trial, by the database's clock.
+
+    Optuna compares heartbeats with the time in its own query, which returns ids alone and knows one grace period.
+    """
+    query = (
+        sqlalchemy.select(
+            models.TrialModel.number, models.TrialHeartbeatModel.heartbeat, sqlalchemy.func.now().label("now")
+        )
+        .join(models.TrialHeartbeatModel, isouter=True)
+        .where(models.TrialModel.study_id == study._study_id, models.TrialModel.state == TrialState.RUNNING)
+    )
+    with engine.connect() as connection:
+        return [(number, beat, now) for number, beat, now in connection.execute(query)]
+
+
+class OrderedStudy(optuna.Study):
+    """A study whose `ask` takes waiting trials in an order of our choice; Optuna's is that of their numbers."""
+
+    def in_order(self, waiting: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+        """The trials that wait, the one to be taken first in front."""
+        return waiting
+
+    def _pop_waiting_trial_id(self) -> int | None:
+        """As Optuna's but for the order: `ask` calls it, and creates a trial if it returns None."""
+        waiting = self._storage.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.WAITING,))
+        for trial in self.in_order(waiting):
+            try:
+                if self._storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING):
+                    return trial_id(trial)
+            except UpdateFinishedTrialError:
+                continue  # another process has taken and ended it
+        return None
+
+
+class CreationHooks(RDBStorage):
+    """RDBStorage that announces the steps in which it creates a trial: it repeats a failed one up to five times."""
+
+    def before_creation(self) -> None:
+        """A trial is to be created."""
+
+    def before_creation_try(self) -> None:
+        """The trial is to be created now, for the first time or once more. What this raises ends the tries."""
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        self.before_creation()
+        return super()._create_new_trial(study_id, template_trial)
+
+    def _get_prepared_new_trial(self, *args: Any, **kwargs: Any) -> Any:
+        self.before_creation_try()
+        return super()._get_prepared_new_trial(*args, **kwargs)
+
+
+class GridPoints(GridSampler):
+    """Optuna's grid sampler, its points given out from outside; its own rule goes by trial number and by chance."""
+
+    @property
+    def n_points(self) -> int:
+        """How many points the grid has."""
+        return len(self._all_grids)
+
+    def give(self, study: optuna.Study, trial: FrozenTrial, point: int) -> None:
+        """Give a trial a point: these two attributes are what `sample_independent` reads."""
+        set_system_attr(study, trial, "search_space", self._search_space)
+        set_system_attr(study, trial, "grid_id", point)
