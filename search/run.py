@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from search.errors import DatabaseAway, StudyError, Unavailable
 from search.options import StorageOption, TrackingOption, sqlite_url
@@ -37,7 +38,18 @@ ENDS: dict[int, Status] = {0: "FINISHED", 130: "KILLED", 143: "KILLED"}
 """MLflow's status of the study's own run by exit code; FAILED for all others."""
 
 
-@app.command()
+class _Command(TyperCommand):
+    """Fills in the help of `--pruner` when help is printed: its names come from a module that imports Optuna."""
+
+    def format_help(self, *arguments: Any) -> None:
+        from search import pruning
+
+        (option,) = (option for option in self.params if option.name == "pruner")
+        option.help = pruning.help_text()  # type: ignore[attr-defined]
+        super().format_help(*arguments)
+
+
+@app.command(cls=_Command)
 def main(
     study: Annotated[str | None, typer.Option(help="A study in studies/, or the path of a study file.")] = None,
     trials: Annotated[
@@ -68,12 +80,13 @@ def main(
     ] = "auto",
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampler.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Fix a field of the configuration.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Fix a field of the configuration."),
     ] = None,
     strategy: Annotated[
         Literal["joint", "staged"], typer.Option(help="All parameters at once, or in the hand-run log's order.")
     ] = "joint",
-    pruner: Annotated[str, typer.Option(help="rising, hyperband, halving, median or none.")] = "rising",
+    pruner: Annotated[str, typer.Option()] = "rising",
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
     runs_dir: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and databases.")] = Path("runs"),
@@ -82,7 +95,7 @@ def main(
     list_: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
 ) -> None:
     """Search hyperparameters of LoRA fine-tunings of InstructBLIP. Run again to continue a study."""
-    from search import study as studies
+    from search import study_file as studies
     from search.workers.executor import Executor
 
     if list_:
@@ -103,7 +116,6 @@ def main(
             )
     definition = studies.load(study).with_settings(settings or [], seed)
     n_trials = trials or definition.n_trials
-    _check_names(pruner)
     slots_wanted = read_slots(slots)
     if strategy == "staged" and slots_wanted is None:
         slots_wanted = 1  # a stage begins from what the one before has found, so its trials must have ended
@@ -159,14 +171,6 @@ def read_slots(text: str) -> int | None:
     return int(text)
 
 
-def _check_names(pruner: str) -> None:
-    known = ("rising", "hyperband", "halving", "median", "none")
-    if pruner not in known:
-        from trainer.config import nearest
-
-        raise StudyError(f"there is no pruner {shown(pruner)}{nearest(pruner, known)}; known: {', '.join(known)}")
-
-
 def _make_folder(path: Path) -> None:
     """Make a folder for the study's files.
 
@@ -182,7 +186,7 @@ def _make_folder(path: Path) -> None:
 
 
 def _list() -> None:
-    from search import study as studies
+    from search import study_file as studies
 
     names = studies.available()
     width = max(map(len, names))
@@ -194,10 +198,11 @@ def _dry_run(study: Study, n_trials: int, strategy: str, pruner: str) -> None:
     """Check model and data, and show what would run; writes nothing into the runs folder."""
     import optuna
 
-    from search import leaderboard, preflight
+    from search import leaderboard, preflight, pruning
     from search.sampling import samplers, staged
     from trainer.model import memory
 
+    pruning.check_name(pruner)
     examined = preflight.check(study)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     print(f"study {study.name}: {study.description}")
@@ -227,6 +232,9 @@ def _search(definition: Study, *, executor: Executor, storage_url: str, tracking
 
     crew = executor.crew({"--storage": storage_url, "--tracking-uri": tracking_uri})
     with crew.importing():
+        from search import pruning  # Optuna takes 0.3 s to import, which the workers' imports need not wait for
+
+        pruning.check_name(options["pruner"])
         examined = preflight.check(definition)
         with crew:
             return _run(definition, crew, examined, storage_url=storage_url, tracking_uri=tracking_uri, **options)
@@ -280,7 +288,7 @@ def _run(
         definition,
         fresh=fresh,
         sampler=sampler,
-        pruner=pruning.pruner_for(pruner, definition.base_config()),
+        pruner=pruning.pruner_for(pruner, definition),
     )
     store.check_strategy(study, strategy)
     study.set_user_attr("settings", list(settings))  # for the commands that the tuning log proposes

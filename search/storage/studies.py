@@ -32,7 +32,7 @@ from search.storage.lifecycle import (
 )
 from search.storage.retry import RetryingStorage
 from search.study import Study, fixed_trial
-from trainer.config import nearest
+from trainer.config import nearest, without_retired
 
 __all__ = [
     "Lost",
@@ -98,6 +98,7 @@ def open_study(
                 for held in (FINGERPRINTS, STRATEGY):
                     opened.set_user_attr(held, None)
                 opened.set_user_attr(DEFINITION, study.definition())
+        opened.set_user_attr(records.STOP_RULE, study.stop_rule())
         _enqueue_missing(opened, study)
     return opened
 
@@ -206,7 +207,9 @@ def _refuse_changed(opened: optuna.Study, study: Study, next_generation: int) ->
 
 
 def _changes(opened: optuna.Study, study: Study) -> Iterator[tuple[str, Any, Any]]:
-    return _differences(opened.user_attrs[DEFINITION], json.loads(json.dumps(study.definition())))
+    stored = opened.user_attrs[DEFINITION]
+    stored = {**stored, "base": without_retired(stored["base"])}
+    return _differences(stored, json.loads(json.dumps(study.definition())))
 
 
 _MISSING = object()

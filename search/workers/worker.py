@@ -26,7 +26,8 @@ from trainer.common.imports import import_libraries, without_collection
 if TYPE_CHECKING:
     import optuna
 
-    from search.workers.trial import Outcome, TrialRun
+    from search.records import Outcome
+    from search.workers.trial import TrialRun
     from trainer.loop import Happening, Pack
     from trainer.member import Member
     from trainer.workbench import Workbench
@@ -145,7 +146,7 @@ class Worker:
             job.study_name,
             self.storage,
             samplers.make_sampler(job.study, job.strategy, job.n_trials),
-            pruning.pruner_for(job.pruner, self.base),
+            pruning.pruner_for(job.pruner, job.study),
             job.study,
             len(job.examined.rows),
         )

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from search.run import read_duration
-from search.study import available
+from search.study_file import available
 from tests.bad_input.harness import TEXT, Outcome, argument, examples, folder, plain, search, written
 from trainer.config import TrainConfig
 
@@ -70,7 +70,7 @@ def test_what_is_accepted_can_be_sampled_to_the_end(values: dict[str, str], seed
     import optuna
 
     from search.sampling import samplers, staged
-    from search.study import load
+    from search.study_file import load
     from trainer.common.errors import UserError
 
     try:

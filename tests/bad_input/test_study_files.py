@@ -83,7 +83,8 @@ def all_configurations(content: str) -> None:
     import optuna
 
     from search.sampling import samplers
-    from search.study import fixed_trial, load
+    from search.study import fixed_trial
+    from search.study_file import load
 
     with folder() as here:
         (here / "mine.py").write_bytes(content.encode("utf-8", "surrogatepass"))
@@ -139,7 +140,8 @@ def test_spaces(space: str) -> None:
 def test_bases_and_trials_given_by_hand(base: str, enqueue: str) -> None:
     import json
 
-    from search.study import fixed_trial, load
+    from search.study import fixed_trial
+    from search.study_file import load
 
     code = definition(base=base, enqueue=enqueue)
     outcome = tried(code)

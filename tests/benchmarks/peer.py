@@ -168,12 +168,13 @@ class OptunaPruning(TrainerCallback):  # type: ignore[misc]
 
         from search import pruning
         from search.storage.database import open_storage
+        from search.study import Study
 
         self._verdict = pruning.verdict
-        storage = open_storage(storage_url)
-        self.study = optuna.load_study(
-            study_name=study_name, storage=storage, pruner=pruning.pruner_for(pruner, config)
+        made = pruning.make_pruner(
+            pruner, patience=Study.patience, min_delta=Study.min_delta, num_epochs=config.num_epochs
         )
+        self.study = optuna.load_study(study_name=study_name, storage=open_storage(storage_url), pruner=made)
         self.trial = optuna.Trial(self.study, self.study.get_trials(deepcopy=False)[number]._trial_id)
         self.config = config
         self.ended_as: str | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from search import study as studies
+from search import study_file as studies
 from search.errors import StudyError
 from search.space import Choice, Float, Int, Multiple, Param, contains, param_name, to_config, to_params
 from search.study import Fixed, Study, fixed_trial

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from search import records
-from search import study as studies
+from search import study_file as studies
 from search.diagnosis.noise import VAL_NOISE
 from search.records import StudyRecord, TrialRecord
 from search.report.epochs import epoch_rows
