@@ -14,7 +14,7 @@ from search.study_file import available
 from tests.bad_input.harness import TEXT, Outcome, argument, examples, folder, plain, search, written
 from trainer.config import TrainConfig
 
-NAMES = list(TrainConfig.model_fields)
+NAMES = [*TrainConfig.model_fields, "patience", "min_delta"]
 NUMBERS = st.sampled_from(
     ["0", "-1", "1", "2", "1e999", "nan", "-inf", "9" * 30, "9" * 5000, "1.5", "5e-324", "0x10", "1_0"]
 )

@@ -220,6 +220,35 @@ def test_a_changed_definition_is_refused_with_every_difference(storage):
     ]
 
 
+def test_another_patience_is_no_other_study(storage):
+    study = open_study(storage, STUDY)
+    study.tell(study.ask(), 1.0)
+    again = reopen(storage, replace(STUDY, patience=5, min_delta=0.01))
+    assert again.study_name == "rsicap" and len(again.trials) == 1
+    assert again.user_attrs[records.STOP_RULE] == {"patience": 5, "min_delta": 0.01}
+    assert study.user_attrs["definition"] == STUDY.definition()
+
+
+def test_a_study_of_an_older_version_goes_on(storage):
+    """Patience and min_delta were part of its definition's base and of its trials' configurations."""
+    study = open_study(storage, STUDY)
+    retired = {"patience": 4, "min_delta": 0.02}
+    definition = study.user_attrs["definition"]
+    study.set_user_attr("definition", {**definition, "base": {**definition["base"], **retired}})
+    config = STUDY.base_config().model_dump(mode="json")
+    trial = study.ask()
+    trial.set_user_attr(records.CONFIG, {**config, **retired})
+    study.tell(trial, 1.0)
+    again = reopen(storage, STUDY)
+    check_definition(again, STUDY)
+    assert read_trials(again)[0].config == config
+    with pytest.raises(DefinitionChanged) as caught:
+        open_study(storage, replace(STUDY, base={"num_epochs": 6}))
+    assert [line for line in str(caught.value).splitlines() if line.startswith("  - ")] == [
+        "  - base.num_epochs: 10 -> 6 (as before with --set num_epochs=10)"
+    ]
+
+
 def test_without_a_trial_there_is_nothing_to_compare(storage):
     """A typo no trial was made with: mended, the same command goes on; who opened the study with the typo may not."""
     first = open_study(storage, STUDY)
