@@ -1,8 +1,10 @@
-"""When a trial stops before its last epoch: rules on its own curve, and Optuna's pruners that compare with others.
+"""When a trial stops before its last epoch: rules on its own curve, and Optuna's pruners that compare it with others.
 
     rising     no new best validation loss for `patience` evaluations in a row
     diverged   training and validation loss jump up at the same epoch
-    verdict    what the rule that fired makes of the trial: PRUNED, or COMPLETE with what it had reached
+    verdict    the outcome where a rule fires: PRUNED, or COMPLETE with the best value reached
+
+A new pruner is one entry in `PRUNERS`: its name for `--pruner`, a line of help, and what makes it.
 
 Optuna's own pruners cannot do this: Median, Hyperband and SuccessiveHalving never stop a rising trial that is still
 the best of its study, and PatientPruner never stops a curve of NaN (measured with Optuna 5.0).
@@ -12,9 +14,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
@@ -23,7 +25,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import records
 from search.errors import StudyError
-from trainer.config import TrainConfig, nearest
+from search.records import Outcome
+from trainer.common.errors import shown
+from trainer.config import nearest
+
+if TYPE_CHECKING:
+    from search.study import Study
 
 JUMP = 0.05
 """Both losses must rise by more than this share at one epoch to count as divergence.
@@ -37,28 +44,12 @@ rise and half of the one that was a real divergence.
 MIN_PEERS = 3
 """Finished trials needed before "no better than their median" says anything.
 
-Of one or two trials the median is an extreme, or the mean of both extremes: one lucky first trial would turn every
+The median of one or two trials is an extreme, or the mean of both extremes: one lucky first trial would turn every
 overfitting trial after it into a PRUNED one. With three it is a value with one on either side.
 """
 
-PRUNERS = ("rising", "hyperband", "halving", "median", "none")
-"""Names that `make_pruner` knows."""
-
 Losses = Sequence[float | None]
 """A loss by epoch, epoch 1 first; None or NaN where there is no value."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A trial stops now, and this is what it is told as."""
-
-    stop: bool
-    state: Literal["COMPLETE", "PRUNED"]
-    """COMPLETE with its best value (`stopped_early`), so that a record is not thrown away, or PRUNED."""
-    reason: str
-    """`records.RISING`, `records.DIVERGED`, `records.NON_FINITE` or `records.SUPERSEDED`."""
-    detail: str
-    """The values and epochs that show it, in words."""
 
 
 def rising(val_losses: Losses, patience: int, min_delta: float = 0.0) -> bool:
@@ -80,8 +71,8 @@ def rising(val_losses: Losses, patience: int, min_delta: float = 0.0) -> bool:
 def diverged(train_losses: Losses, val_losses: Losses, jump: float = JUMP) -> bool:
     """Whether training and validation loss both jump up at the latest epoch.
 
-    The training loss is compared with the epoch before, the validation loss with its best so far. Where one of
-    them is NaN or infinite at the latest epoch, that counts as its jump; where it is missing (None), nothing is known.
+    The training loss is compared with the epoch before, the validation loss with its best so far. A NaN or infinite
+    loss at the latest epoch counts as a jump; a missing one (None) does not.
     """
     epoch = max(len(train_losses), len(val_losses))
     if epoch < 2 or len(train_losses) != len(val_losses):
@@ -109,16 +100,16 @@ def _jumps(loss: float | None, reference: float | None, jump: float) -> bool:
 
 
 class HalvingPruner(SuccessiveHalvingPruner):
-    """Successive halving that takes a promotion back once enough other trials have come to the same rung.
+    """Successive halving that takes a promotion back once enough other trials have reached the same rung.
 
-    Optuna's (ASHA, Li et al. 2018) judges a trial once, among those that were at the rung before it: of trials that
-    are trained side by side the first to arrive go on to the end whatever the others reach. Here every rung behind a
-    trial is looked at again after each epoch. One after the other, where the field does not grow meanwhile, it is
-    Optuna's.
+    Optuna's (ASHA, Li et al. 2018) judges a trial once, among those that reached the rung before it: if trials are
+    trained side by side, the first to arrive train to the end whatever the others reach. Here every rung behind a
+    trial is checked again after each epoch. For trials that run one after the other it is equal to Optuna's, since
+    the field does not grow meanwhile.
 
     Args:
         min_resource: Epoch of the first rung.
-        reduction_factor: One trial of so many goes on; the next rung is so many times later.
+        reduction_factor: One trial in this many goes on; each rung is this many times later than the one before.
     """
 
     def __init__(self, min_resource: int = 1, reduction_factor: int = 3) -> None:
@@ -126,13 +117,13 @@ class HalvingPruner(SuccessiveHalvingPruner):
         self._one_of = reduction_factor
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Whether the trial should stop now: at a rung, or because of what others have reached at one behind it."""
+        """Whether the trial should stop now: at a rung, or because of others' values at one behind it."""
         if super().prune(study, trial):
             return True
         trials = study.get_trials(deepcopy=False)
         sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
         rung = 0
-        # As the storage has them now: the call above has noted the rung that the trial has just passed.
+        # From the storage: the call above has noted there the rung that the trial has just passed.
         reached = trials[trial.number].system_attrs
         while (key := f"completed_rung_{rung}") in reached:
             field = sorted(sign * each.system_attrs[key] for each in trials if key in each.system_attrs)
@@ -143,21 +134,16 @@ class HalvingPruner(SuccessiveHalvingPruner):
 
 
 class RisingLossPruner(BasePruner):
-    """Stops a trial whose validation loss rises or whose losses diverge, or that another pruner gives up.
+    """Stops a trial whose validation loss rises, whose losses diverge, or that another pruner gives up.
 
     Reads the trial's own reports (`trial.report(val_loss, step=epoch)`, NaN allowed) and its user attribute
     `records.TRAIN_LOSSES`. Other trials are read only once a trial would stop, never at a healthy epoch.
 
     Args:
-        patience:
-            Evaluations in a row without a new best before the loss counts as rising. A trial whose resolved
-            configuration is recorded (`records.CONFIG`) is held to its own `patience` and `min_delta`.
-        min_delta:
-            A validation loss is a new best if it is lower by more than this.
-        min_peers:
-            Finished trials with a value that it takes to compare with their median.
-        other:
-            A pruner that is asked when neither rule fires, e.g. `optuna.pruners.HyperbandPruner`.
+        patience: Evaluations in a row without a new best before the loss counts as rising.
+        min_delta: A validation loss is a new best if it is lower by more than this.
+        min_peers: Finished trials with a value needed to compare with their median.
+        other: The pruner to ask if neither rule fires, e.g. `optuna.pruners.HyperbandPruner`.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -166,8 +152,8 @@ class RisingLossPruner(BasePruner):
     def __init__(
         self,
         *,
-        patience: int = 3,
-        min_delta: float = 0.0,
+        patience: int,
+        min_delta: float,
         min_peers: int = MIN_PEERS,
         other: BasePruner | None = None,
     ) -> None:
@@ -183,11 +169,11 @@ class RisingLossPruner(BasePruner):
         self._other = other
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Whether the trial should stop now. `verdict` says as what."""
+        """Whether the trial should stop now; `verdict` says with which outcome."""
         return self.verdict(study, trial) is not None
 
-    def verdict(self, study: optuna.Study, trial: FrozenTrial) -> Verdict | None:
-        """What ends the trial at its latest epoch, or None to go on.
+    def verdict(self, study: optuna.Study, trial: FrozenTrial) -> Outcome | None:
+        """The outcome of the trial if it ends at its latest epoch, or None to go on.
 
         Args:
             study: The study whose finished trials are the peers.
@@ -195,51 +181,100 @@ class RisingLossPruner(BasePruner):
 
         Returns:
             PRUNED at once for divergence; for a rising loss PRUNED if its best is no better than the peers' median,
-            else COMPLETE; PRUNED if the other pruner gives it up; None otherwise.
+            else COMPLETE with that best (`stopped_early`), so that a record is not thrown away; PRUNED if the other
+            pruner gives it up; None otherwise.
         """
         if not trial.intermediate_values:
             return None
         train, val = _curves(trial)
-        config = trial.user_attrs.get(records.CONFIG, {})
-        patience = config.get("patience", self._patience)
         if diverged(train, val):
-            return Verdict(True, "PRUNED", records.DIVERGED, _describe_jump(train, val))
-        if rising(val, patience, config.get("min_delta", self._min_delta)):
-            return self._judge_rising(study, trial, val, patience)
+            return Outcome(state="PRUNED", reason=records.DIVERGED, detail=_describe_jump(train, val))
+        if rising(val, self._patience, self._min_delta):
+            return self._judge_rising(study, trial, val)
         if self._other is not None and self._other.prune(study, trial):
             return _superseded(self._other, trial)
         return None
 
-    def _judge_rising(self, study: optuna.Study, trial: FrozenTrial, val: Losses, patience: int) -> Verdict:
-        shown = _describe_rise(val, patience)
+    def _judge_rising(self, study: optuna.Study, trial: FrozenTrial, val: Losses) -> Outcome:
+        rise = _describe_rise(val, self._patience)
         best = best_value(trial)
-        peers = _peer_values(study, trial)
-        if best is None:  # a cliff that TPE is to learn of, not a curve that rises
-            return Verdict(True, "PRUNED", records.NON_FINITE, shown)
+        if best is None:  # a cliff that TPE should learn of, not a rising curve
+            reason = records.NON_FINITE
+            return Outcome(state="PRUNED", reason=reason, detail=rise, violated=reason)
+        keep, why = self._compare(best, _peer_values(study, trial))
+        state = "COMPLETE" if keep else "PRUNED"
+        return Outcome(state=state, reason=records.RISING, detail=f"{rise}; {why}", stopped_early=keep)
+
+    def _compare(self, best: float, peers: Sequence[float]) -> tuple[bool, str]:
+        """(whether a rising trial's best value counts, why or why not)."""
         if len(peers) < self._min_peers:
             number = f"{len(peers)} finished trial" + ("" if len(peers) == 1 else "s")
-            kept = f"its best counts, with only {number} to compare with"
-            return Verdict(True, "COMPLETE", records.RISING, f"{shown}; {kept}")
+            return True, f"its best counts, with only {number} to compare with"
         median = statistics.median(peers)
         place = f"the median of {len(peers)} finished trials, {median:.4f}"
         if best < median:
-            return Verdict(True, "COMPLETE", records.RISING, f"{shown}; its best counts, being better than {place}")
-        return Verdict(True, "PRUNED", records.RISING, f"{shown}; its best is no better than {place}")
+            return True, f"its best counts, being better than {place}"
+        return False, f"its best is no better than {place}"
 
 
-def verdict(study: optuna.Study, trial: FrozenTrial) -> Verdict | None:
-    """What the study's pruner makes of a running trial at its latest epoch; None to go on."""
+def verdict(study: optuna.Study, trial: FrozenTrial) -> Outcome | None:
+    """The outcome that the study's pruner gives a running trial at its latest epoch; None to go on."""
     pruner = study.pruner
     if isinstance(pruner, RisingLossPruner):
         return pruner.verdict(study, trial)
     return _superseded(pruner, trial) if pruner.prune(study, trial) else None
 
 
-def make_pruner(name: str, *, patience: int = 3, min_delta: float = 0.0, num_epochs: int = 10) -> BasePruner:
+@dataclass(frozen=True)
+class Kind:
+    """A value of `--pruner`."""
+
+    about: str
+    """What it does, for `--help`."""
+    other: Callable[[int], BasePruner] | None = None
+    """Makes the pruner asked beside the rising-loss rule, given the epochs of a full trial."""
+    rising: bool = True
+    """Whether the rising-loss rule applies."""
+
+
+PRUNERS: dict[str, Kind] = {
+    "rising": Kind("stop a trial whose validation loss rises or whose losses jump up"),
+    "hyperband": Kind(
+        "rising, and Hyperband",
+        # It only decides here. As the study's own pruner it would also hide the other brackets' trials from TPE,
+        # which a dozen trials cannot afford.
+        lambda num_epochs: HyperbandPruner(min_resource=1, max_resource=num_epochs, reduction_factor=3),
+    ),
+    "halving": Kind("rising, and successive halving", lambda num_epochs: HalvingPruner()),
+    "median": Kind(
+        "rising, and the median of other trials at the same epoch",
+        lambda num_epochs: MedianPruner(n_startup_trials=MIN_PEERS, n_warmup_steps=1),
+    ),
+    "none": Kind("train all epochs", rising=False),
+}
+"""What `--pruner` can name."""
+
+
+def check_name(name: str) -> None:
+    """Make sure that there is a pruner of this name.
+
+    Raises:
+        StudyError: there is none.
+    """
+    if name not in PRUNERS:
+        raise StudyError(f"there is no pruner {shown(name)}{nearest(name, PRUNERS)}; known: {', '.join(PRUNERS)}")
+
+
+def help_text() -> str:
+    """The help of `--pruner`: each name with what it does."""
+    return "; ".join(f"{name}: {kind.about}" for name, kind in PRUNERS.items())
+
+
+def make_pruner(name: str, *, patience: int, min_delta: float, num_epochs: int) -> BasePruner:
     """The pruner of `--pruner NAME`. All but `none` include the rising-loss rule.
 
     Args:
-        name: One of `PRUNERS`.
+        name: A name in `PRUNERS`.
         patience: See `RisingLossPruner`.
         min_delta: See `RisingLossPruner`.
         num_epochs: Epochs of a full trial, Hyperband's largest resource.
@@ -247,28 +282,18 @@ def make_pruner(name: str, *, patience: int = 3, min_delta: float = 0.0, num_epo
     Raises:
         StudyError: the name is unknown.
     """
-    other: BasePruner | None = None
-    match name:
-        case "none":
-            return NopPruner()
-        case "rising":
-            pass
-        case "hyperband":
-            # It only decides here. As the study's own pruner it would also hide the other brackets' trials from TPE,
-            # which a dozen trials cannot afford.
-            other = HyperbandPruner(min_resource=1, max_resource=num_epochs, reduction_factor=3)
-        case "halving":
-            other = HalvingPruner()
-        case "median":
-            other = MedianPruner(n_startup_trials=MIN_PEERS, n_warmup_steps=1)
-        case _:
-            raise StudyError(f"there is no pruner {name!r}{nearest(name, PRUNERS)}; known: {', '.join(PRUNERS)}")
+    check_name(name)
+    kind = PRUNERS[name]
+    if not kind.rising:
+        return NopPruner()
+    other = kind.other(num_epochs) if kind.other else None
     return RisingLossPruner(patience=patience, min_delta=min_delta, other=other)
 
 
-def pruner_for(name: str, config: TrainConfig) -> BasePruner:
-    """`make_pruner` with the settings of a study's base configuration."""
-    return make_pruner(name, patience=config.patience, min_delta=config.min_delta, num_epochs=config.num_epochs)
+def pruner_for(name: str, study: Study) -> BasePruner:
+    """The pruner of `--pruner NAME` with the settings of a study."""
+    num_epochs = study.base_config().num_epochs
+    return make_pruner(name, patience=study.patience, min_delta=study.min_delta, num_epochs=num_epochs)
 
 
 def _curves(trial: FrozenTrial) -> tuple[list[float | None], list[float | None]]:
@@ -280,10 +305,7 @@ def _curves(trial: FrozenTrial) -> tuple[list[float | None], list[float | None]]
 
 
 def _peer_values(study: optuna.Study, trial: FrozenTrial) -> list[float]:
-    """Best values of the other finished trials.
-
-    Without probes of stability, which end after one epoch, and trials that violated a constraint.
-    """
+    """Best values of the other finished trials, probes of stability (one epoch) and constraint violations left out."""
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     values = (best_value(t) for t in finished if t.number != trial.number and _is_peer(t.user_attrs, t.constraints))
     return [value for value in values if value is not None]
@@ -293,11 +315,11 @@ def _is_peer(attrs: Mapping[str, Any], constraints: Mapping[str, float]) -> bool
     return attrs.get(records.REASON) != records.PROBE and not any(value > 0 for value in constraints.values())
 
 
-def _superseded(pruner: BasePruner, trial: FrozenTrial) -> Verdict:
+def _superseded(pruner: BasePruner, trial: FrozenTrial) -> Outcome:
     epoch = max(trial.intermediate_values)
     value = trial.intermediate_values[epoch]
     detail = f"{type(pruner).__name__} gave it up at epoch {epoch} with validation loss {value:.4f}"
-    return Verdict(True, "PRUNED", records.SUPERSEDED, detail)
+    return Outcome(state="PRUNED", reason=records.SUPERSEDED, detail=detail)
 
 
 def _describe_rise(val: Losses, patience: int) -> str:

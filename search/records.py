@@ -41,6 +41,10 @@ ATTEMPT = "attempt"
 WORKER = "worker"
 """Host, process id and start time of the process that runs the trial."""
 
+STOP_RULE = "stop_rule"
+"""User attribute of study and trial: `Study.stop_rule()`, which ends trials early; MLflow has it as tags. In
+records of older versions it is part of the configuration."""
+
 # Reasons for a trial's end.
 FINISHED = "finished"
 RISING = "rising"
@@ -54,6 +58,18 @@ PROBE = "probe"
 INTERRUPTED = "interrupted"
 LOST = "lost"
 ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a trial ended. `state` is Optuna's, or WAITING for a trial that goes on later."""
+
+    state: str
+    reason: str
+    detail: str
+    violated: str | None = None
+    """The constraint it violated: TPE sees it, and keeps away (a FAIL would be invisible to it)."""
+    stopped_early: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from search.errors import DatabaseAway, StudyError
 from search.options import SHORTEST_S, RunsOption, StorageOption, TrackingOption, read_duration, read_slots
@@ -24,7 +25,18 @@ MOST_WORKERS = 64
 _session: Session | None = None
 
 
-@app.command()
+class _Command(TyperCommand):
+    """Fills in the help of `--pruner` when help is printed: its names come from a module that imports Optuna."""
+
+    def format_help(self, *arguments: Any) -> None:
+        from search import pruning
+
+        (option,) = (option for option in self.params if option.name == "pruner")
+        option.help = pruning.help_text()  # type: ignore[attr-defined]
+        super().format_help(*arguments)
+
+
+@app.command(cls=_Command)
 def main(
     study: Annotated[str | None, typer.Option(help="A study in studies/, or the path of a study file.")] = None,
     trials: Annotated[
@@ -61,7 +73,7 @@ def main(
     strategy: Annotated[
         Literal["joint", "staged"], typer.Option(help="All parameters at once, or in the hand-run log's order.")
     ] = "joint",
-    pruner: Annotated[str, typer.Option(help="rising, hyperband, halving, median or none.")] = "rising",
+    pruner: Annotated[str, typer.Option()] = "rising",
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
     runs_dir: RunsOption = RUNS,

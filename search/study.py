@@ -1,29 +1,36 @@
-"""`Study`: the definition of a search, and how a study file is found and checked."""
+"""`Study`: the definition of a search, and everything that can be wrong with one.
+
+All of it is found before anything is written or started. A definition that passes has nothing left that could fail in
+a trial: TrainConfig accepts every configuration that its space can give.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from search import study_check
+from pydantic import Field
+
 from search.errors import StudyError
-from search.space import Multiple, Space, param_name, to_config, to_params
+from search.space import Multiple, Param, Space, param_name, to_config, to_params
+from search.study_check import micro_batch_problem, range_problems
 from trainer.common.errors import ConfigError, shown
-from trainer.config import MACHINE_FIELDS, TrainConfig, nearest, read_settings
-
-STUDIES = Path(__file__).resolve().parent.parent / "studies"
-
-MOST_SAID = 1000
-"""Characters of the message of a study file's exception that are shown."""
+from trainer.config import MACHINE_FIELDS, MOST, RETIRED, TrainConfig, nearest, read_settings, without_retired
 
 LOCATION_FIELDS = ("model", "data")
-"""Where the same model and data lie may differ between machines; their fingerprints may not."""
+"""Where the model and the data lie may differ between machines; their fingerprints may not."""
+
+Sampler = Literal["tpe", "random", "grid"]
+LIMITS = {"n_trials": (1, MOST), "seed": (0, 2**32 - 1), "patience": (1, MOST)}
+"""(Smallest, largest) value of whole numbers. NumPy takes no larger seed."""
+MOST_CHARACTERS = 100
+"""In a study's name, which names folders and MLflow's experiments."""
+RESERVED = re.compile(r"artifacts|dashboard|.*\.(db|lock)(-.*)?", re.IGNORECASE)
+"""Names of other files and folders in the runs folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,7 @@ class Fixed:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is searched: the space, what stays fixed, and the budget.
+    """What is searched: the space, what stays fixed, the budget, and when a trial stops early.
 
     Raises:
         StudyError: everything wrong with the definition, in one message.
@@ -46,20 +53,25 @@ class Study:
 
     name: str
     description: str
-    """One line, shown by `--list`."""
+    """One line, printed by `--list`."""
     space: Space
     base: Mapping[str, Any] = field(default_factory=dict)
     """Values over TrainConfig's defaults, the same for every trial."""
     n_trials: int
     """Trials in total; `--trials` overrides it."""
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    sampler: Sampler = "tpe"
     enqueue: tuple[Fixed, ...] = ()
+    patience: int = 3
+    """Evaluations in a row without a new best before validation loss counts as rising. Real curves set a record
+    after two flat epochs, never after three (tests/search/test_pruning.py holds it to the recorded runs)."""
+    min_delta: float = 0.0
+    """A validation loss is a new best if it is lower by more than this."""
     data_env: str | None = None
     """Environment variable that names the data folder."""
     get_data: str = ""
-    """How to get the data, said when it is missing."""
+    """How to get the data, printed if it is missing."""
     get_model: str = ""
-    """How to get the model, said when it is missing."""
+    """How to get the model, printed if it is missing."""
     seed: int = 0
     """Seed of the sampler."""
 
@@ -80,13 +92,22 @@ class Study:
 
     def config(self, params: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> TrainConfig:
         """The resolved configuration of a trial with these params; `overrides` are a fixed trial's other fields."""
-        base = {**self.base_config().model_dump(), **(overrides or {})}
+        # Overrides are stored with a trial, so those of an older version may name retired fields.
+        base = {**self.base_config().model_dump(), **without_retired(overrides or {})}
         return TrainConfig.parse(to_config(self.space, base, params))
 
     def with_settings(self, settings: Iterable[str], seed: int | None = None) -> Study:
-        """The study with `key=value` settings over its base. A setting of a searched field fixes that field."""
+        """The study with `key=value` settings over its base, or of its `patience` and `min_delta`.
+
+        A setting of a searched field fixes that field.
+
+        Raises:
+            ConfigError: everything wrong with the settings, in one message.
+        """
         values = read_settings(settings)
-        TrainConfig.parse({**self.base, **values})  # the user's values, before they are called the study's
+        checked = _Settings.parse({**self.base, **values})  # before they become the study's, in whose name errors are
+        rule = {name: getattr(checked, name) for name in self.stop_rule() if name in values}
+        values = {name: value for name, value in values.items() if name not in rule}
         space = {name: param for name, param in self.space.items() if name not in values}
         for name, param in self.space.items():
             if isinstance(param, Multiple) and name in values:
@@ -98,17 +119,18 @@ class Study:
             space=space,
             enqueue=enqueue,
             seed=self.seed if seed is None else seed,
+            **rule,
         )
 
     def located(self) -> Study:
-        """The study with its data folder as the environment names it."""
+        """The study with the data folder that the environment names, if it does."""
         root = os.environ.get(self.data_env) if self.data_env else None
         if root:
             return replace(self, base={**self.base, "data": root})
         return self
 
     def definition(self) -> dict[str, Any]:
-        """All that decides what its trials compute, as plain data: what may not change while a study goes on."""
+        """Everything that decides what its trials compute, as plain data; it may not change while a study goes on."""
         base = self.base_config().model_dump(mode="json")
         for name in (*MACHINE_FIELDS, *LOCATION_FIELDS):
             base.pop(name)
@@ -118,22 +140,36 @@ class Study:
             space[name] = {"type": type(param).__name__, **values}
         return {"space": space, "base": base, "sampler": self.sampler, "seed": self.seed}
 
+    def stop_rule(self) -> dict[str, float]:
+        """When its trials stop early, as plain data; it may change, since it does not alter what a trial computes."""
+        return {"patience": self.patience, "min_delta": self.min_delta}
 
-def _problems(study: Study) -> Iterable[str]:
+
+class _Settings(TrainConfig):
+    """What `--set` of a search can name: a training run's fields, and a study's rule for stopping early."""
+
+    patience: Annotated[int, Field(ge=LIMITS["patience"][0], le=LIMITS["patience"][1])] = Study.patience
+    min_delta: Annotated[float, Field(ge=0)] = Study.min_delta
+
+
+def _problems(study: Study) -> Iterator[str]:
     """Everything wrong with a definition, one message each."""
-    form = list(study_check.form_problems(study))
+    form = list(_form_problems(study))
     yield from form
     if isinstance(study.name, str):
-        yield from study_check.name_problems(study.name)
+        yield from _name_problems(study.name)
     if form:
         return
-    yield from study_check.limit_problems(study)
+    yield from _limit_problems(study)
     valid = list(TrainConfig.model_fields)
     if not study.space and not study.enqueue:
         yield "the search space is empty and no trial is given by hand: there is nothing to run"
     unknown = [name for name in study.space if name not in valid]
     for name in unknown:
-        yield f"search space names {shown(name)}, which TrainConfig does not have{nearest(name, valid)}"
+        if name in RETIRED:
+            yield f"{name} cannot be searched, since it does not change training: write Study({name}=...)"
+        else:
+            yield f"search space names {shown(name)}, which TrainConfig does not have{nearest(name, valid)}"
     try:
         base = study.base_config()
     except ConfigError as error:
@@ -142,11 +178,11 @@ def _problems(study: Study) -> Iterable[str]:
     if unknown:
         return
     values = base.model_dump()
-    ranges = list(study_check.range_problems(study.space, values))
+    ranges = list(range_problems(study.space, values))
     yield from ranges
     if ranges:
         return
-    micro_batch = study_check.micro_batch_problem(study.space, values)
+    micro_batch = micro_batch_problem(study.space, values)
     if micro_batch:
         yield micro_batch
     for fixed in study.enqueue:
@@ -156,6 +192,84 @@ def _problems(study: Study) -> Iterable[str]:
             to_params(study.space, searched)
         except ValueError as error:
             yield f"the trial given by hand {shown(fixed.label)}: {error}"
+
+
+def _form_problems(study: Study) -> Iterator[str]:
+    """Fields of the wrong kind; nothing else can be judged while there are any."""
+    if not isinstance(study.name, str):
+        yield f"name must be a text, but got {shown(study.name)}"
+    for name in ("description", "get_data", "get_model"):
+        if not _is_text(getattr(study, name)):
+            yield f"{name} must be a text, but got {shown(getattr(study, name))}"
+    if study.data_env is not None and not (_is_text(study.data_env) and re.fullmatch(r"\w+", study.data_env)):
+        yield f"data_env must name an environment variable, but got {shown(study.data_env)}"
+    for name in LIMITS:
+        value = getattr(study, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            yield f"{name} must be a whole number, but got {shown(value)}"
+    if isinstance(study.min_delta, bool) or not isinstance(study.min_delta, int | float):
+        yield f"min_delta must be a number, but got {shown(study.min_delta)}"
+    samplers = get_args(Sampler)
+    if study.sampler not in samplers:
+        hint = nearest(study.sampler, samplers) if isinstance(study.sampler, str) else ""
+        yield f"sampler must be one of {', '.join(samplers)}, but got {shown(study.sampler)}{hint}"
+    yield from _mapping_problems("base", study.base)
+    yield from _mapping_problems("space", study.space)
+    if isinstance(study.space, Mapping):
+        for name, param in study.space.items():
+            if not isinstance(param, Param):
+                yield f"space must give {shown(name)} a Float, Int, Choice or Multiple, but got {shown(param)}"
+    if not isinstance(study.enqueue, tuple | list):
+        yield f"enqueue must be a tuple of Fixed(...), but got {shown(study.enqueue)}"
+        return
+    yield from _enqueue_problems(study)
+
+
+def _enqueue_problems(study: Study) -> Iterator[str]:
+    for fixed in study.enqueue:
+        if not isinstance(fixed, Fixed):
+            yield f"enqueue must be a tuple of Fixed(...), but has {shown(fixed)}"
+            continue
+        for name in ("label", "note"):
+            if not _is_text(getattr(fixed, name)):
+                yield f"the {name} of a trial given by hand must be a text, but got {shown(getattr(fixed, name))}"
+        yield from _mapping_problems(f"config of the trial given by hand {shown(fixed.label)}", fixed.config)
+
+
+def _mapping_problems(what: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, Mapping):
+        yield f"{what} must be a dict of fields, but got {shown(value)}"
+        return
+    for name in value:
+        if not isinstance(name, str):
+            yield f"{what} must name fields of TrainConfig, but has {shown(name)}"
+
+
+def _is_text(value: object) -> bool:
+    """Whether the value is a text that can be printed and stored: half a surrogate pair cannot."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _limit_problems(study: Study) -> Iterator[str]:
+    """Numbers that are too small or too large."""
+    for name, (low, high) in LIMITS.items():
+        value = getattr(study, name)
+        if value < low:
+            yield f"{name} must be at least {low}, but got {shown(value)}"
+        if value > high:
+            yield f"{name} must be at most {high}, but got {shown(value)}"
+    if not 0 <= study.min_delta <= sys.float_info.max:  # NaN is not in any range
+        yield f"min_delta must be finite and not negative, but got {shown(study.min_delta)}"
+
+
+def _name_problems(name: str) -> Iterator[str]:
+    """What is wrong with a study's name, which is also that of its folder and its experiment."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        yield f"the name must be letters, digits, '_', '-' and '.', but got {shown(name)}"
+    elif len(name) > MOST_CHARACTERS:
+        yield f"the name must have at most {MOST_CHARACTERS} characters, but {shown(name, 40)} has {len(name)}"
+    elif RESERVED.fullmatch(name):
+        yield f"the name {name!r} is that of a file or folder beside the studies; take another"
 
 
 def _plain(fields: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,70 +294,3 @@ def fixed_trial(study: Study, fixed: Fixed) -> tuple[dict[str, Any], dict[str, A
     covered = {f for f, p in study.space.items() if param_name(f, p) in params}
     overrides = {k: config[k] for k in fixed.config if k not in covered}
     return params, overrides
-
-
-def available() -> dict[str, Path]:
-    """Study files of this project by name."""
-    return {p.stem: p for p in sorted(STUDIES.glob("*.py")) if not p.stem.startswith("_")}
-
-
-def load(name_or_path: str) -> Study:
-    """The `STUDY` of a file in `studies/` (hyphen or underscore) or of a path to a study file.
-
-    Raises:
-        StudyError: no such study, a file that does not run, or one without a `STUDY`.
-    """
-    names = available()
-    stem = name_or_path.replace("-", "_")
-    path = names.get(stem)
-    if path is None:
-        path = Path(name_or_path)
-        if path.suffix != ".py":
-            raise StudyError(
-                f"there is no study {shown(name_or_path)}{nearest(stem, names)}; "
-                f"known studies: {', '.join(names)}; or give the path of a study file"
-            )
-        try:
-            found = path.is_file()
-        except OSError as error:  # a name too long
-            raise StudyError(f"the study file {shown(name_or_path)} cannot be read: {error.strerror}") from None
-        if not found:
-            raise StudyError(f"there is no study file {shown(name_or_path)}; known studies: {', '.join(names)}")
-    module = _execute(path)
-    study = getattr(module, "STUDY", None)
-    if not isinstance(study, Study):
-        raise StudyError(f"{path}: a study file sets STUDY = Study(...), but STUDY is {shown(study)}")
-    return study.located()
-
-
-def _execute(path: Path) -> ModuleType:
-    """Run a study file as a module. A study file is Python, and trusted as such."""
-    name = f"studies.{path.stem}" if path.parent == STUDIES else f"study_file_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except StudyError as error:
-        raise StudyError(f"{path}: {error}") from None
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit too: a study file that ends the program is wrong
-        line = getattr(error, "lineno", None)
-        trace = error.__traceback__
-        while trace is not None:
-            if trace.tb_frame.f_code.co_filename == str(path):
-                line = trace.tb_lineno
-            trace = trace.tb_next
-        raise StudyError(f"{path}, line {line}: {type(error).__name__}: {_said(error)}") from error
-    return module
-
-
-def _said(error: BaseException) -> str:
-    """What a study file's exception says, long texts shortened."""
-    try:
-        text = str(error)
-    except Exception:  # noqa: BLE001 - whatever an exception's own __str__ raises
-        return "(no message)"
-    return text if len(text) <= MOST_SAID else f"{text[:MOST_SAID]}..."

@@ -24,7 +24,7 @@ from typing import Any
 
 from trainer.common.disk import out_of_room
 from trainer.common.errors import CheckpointError
-from trainer.config import MACHINE_FIELDS, TrainConfig
+from trainer.config import MACHINE_FIELDS, TrainConfig, identity_of
 from trainer.events import EpochEnded, NonFinite, epoch_from_dict, to_dict
 from trainer.model.lora import Adapter
 
@@ -142,7 +142,8 @@ def load(out_dir: Path, config: TrainConfig) -> Found:
         except (OSError, ValueError, KeyError, TypeError) as error:
             problems.append(f"{folder}: {f'state.json lacks {error}' if isinstance(error, KeyError) else error}")
             continue
-        if data["identity"] != config.identity():
+        # Of the configuration rather than data["identity"]: an older version's hash includes fields retired since.
+        if identity_of(data["config"]) != config.identity():
             raise CheckpointError(
                 f"{folder} belongs to another configuration ({_difference(data['config'], config)}); "
                 "choose another output folder or delete it"

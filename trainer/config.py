@@ -18,8 +18,12 @@ EMBEDDED = "mini"
 MACHINE_FIELDS = ("device", "device_map", "num_workers", "prefetch_factor")
 """Fields that say where and how fast a run goes, not what it computes."""
 
+RETIRED = ("patience", "min_delta")
+"""Fields of older versions. They say when a study stops a trial early and are fields of `search.study.Study` now;
+configurations recorded with them are still read (`without_retired`)."""
+
 MOST = 1_000_000_000
-"""Largest number of samples, steps or epochs: what is larger was mistyped, and floats could not compute with it."""
+"""Largest number of samples, steps or epochs: anything larger is a typing error, and too large for floats."""
 
 
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -112,12 +116,6 @@ class TrainConfig(BaseModel):
     prefetch_factor: Annotated[int, Field(ge=1, le=MOST)] = 2
     """Batches each DataLoader worker holds ready."""
 
-    patience: Annotated[int, Field(ge=1, le=MOST)] = 3
-    """Evaluations in a row without a new best before validation loss counts as rising. Real curves set a record
-    after two flat epochs, never after three (tests/search/test_pruning.py holds it to the recorded runs)."""
-    min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """A validation loss is a new best if it is lower by more than this."""
-
     @field_validator("micro_batch_size")
     @classmethod
     def _micro_batch_fits(cls, size: int | None, info: ValidationInfo) -> int | None:
@@ -137,7 +135,7 @@ class TrainConfig(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise ConfigError(describe(error)) from None
+            raise ConfigError(_listed("the configuration", _problems(error, cls.model_fields))) from None
 
     @classmethod
     def parse_settings(cls, settings: Iterable[str], base: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -150,15 +148,25 @@ class TrainConfig(BaseModel):
         try:
             config = cls(**{**(base or {}), **values})
         except ValidationError as error:
-            errors += _problems(error)
+            errors += _problems(error, cls.model_fields)
         if errors:
             raise ConfigError(_listed("the configuration", errors))
         return config
 
     def identity(self) -> str:
-        """Hash of all fields that can change the result: the same identity on the same machine, the same run."""
-        values = self.model_dump(mode="json", exclude=set(MACHINE_FIELDS))
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        """Hash of all fields that can change the result: on one machine, runs of the same identity are equal."""
+        return identity_of(self.model_dump(mode="json"))
+
+
+def identity_of(values: Mapping[str, Any]) -> str:
+    """`TrainConfig.identity` of a configuration as plain data, which an older version may have recorded."""
+    decisive = {name: value for name, value in without_retired(values).items() if name not in MACHINE_FIELDS}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded configuration without the fields that only older versions have, for `TrainConfig.parse`."""
+    return {name: value for name, value in values.items() if name not in RETIRED}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -167,23 +175,24 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def describe(error: ValidationError) -> str:
-    """One line for each thing wrong with a TrainConfig: the field, the rule and the value."""
-    return _listed("the configuration", _problems(error))
-
-
 def _listed(what: str, errors: Iterable[str]) -> str:
     lines = list(dict.fromkeys(errors))
     head = f"{what} has one error:" if len(lines) == 1 else f"{what} has {len(lines)} errors:"
     return "\n".join([head, *(f"  - {line}" for line in lines)])
 
 
-def _problems(error: ValidationError) -> list[str]:
-    valid = list(TrainConfig.model_fields)
+def _problems(error: ValidationError, valid: Iterable[str]) -> list[str]:
+    """One line for each thing wrong with a configuration: the field, the rule and the value."""
     lines = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])[:MOST_SHOWN] or "configuration"
         name = str(problem["loc"][0]) if problem["loc"] else ""
+        if problem["type"] == "extra_forbidden" and name in RETIRED:
+            lines.append(
+                f"{name} is not a field of a training run but of a study: write Study({name}=...) in the study file, "
+                f"or --set {name}=... for search.run"
+            )
+            continue
         if problem["type"] == "extra_forbidden":
             lines.append(f"TrainConfig has no {shown(name)}{nearest(name, valid)}")
             continue

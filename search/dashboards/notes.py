@@ -31,7 +31,7 @@ with without_module("sklearn"):
     from optuna_dashboard.artifact import get_artifact_path
 
 if TYPE_CHECKING:
-    from search.workers.trial import Outcome
+    from search.records import Outcome
 
 WIDTH = 104
 """Characters in a line of a trial's note. optuna-dashboard makes its page as wide as the longest user attribute,

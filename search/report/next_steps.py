@@ -16,6 +16,7 @@ from search.leaderboard import LOG_FIELDS
 from search.records import StudyRecord
 from search.report.experiment import UNFINISHED, Experiment
 from search.report.summary import Recommended
+from search.study import Study
 from trainer.config import EMBEDDED, MACHINE_FIELDS, TrainConfig
 
 NEAR_EDGE = 0.05
@@ -233,8 +234,8 @@ def _search(
 
 def _not_default(record: StudyRecord, experiments: Sequence[Experiment]) -> dict[str, Any]:
     """Base values that are not TrainConfig's own: said again they change nothing, left out they might."""
-    defaults = TrainConfig().model_dump(mode="json")
-    base = record.definition.get("base", {})
+    defaults = {**TrainConfig().model_dump(mode="json"), "patience": Study.patience, "min_delta": Study.min_delta}
+    base = {**record.definition.get("base", {}), **record.attrs.get(records.STOP_RULE, {})}
     space = record.definition.get("space", {})
     found = {k: v for k, v in base.items() if k not in space and k in defaults and v != defaults[k]}
     for name in ("model", "data"):

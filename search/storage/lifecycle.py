@@ -26,6 +26,7 @@ from search.storage import optuna_private
 from search.storage.database import exclusive
 from search.storage.optuna_private import running_heartbeats, set_state, set_user_attr, trial_id
 from search.storage.retry import RetryingStorage
+from trainer.config import without_retired
 
 _CARRIED_OVER = (records.LABEL, records.NOTE, records.OVERRIDES, records.STAGE, records.TRAIN_LOSSES)
 """Attributes that a trial hands to the one that takes up its work."""
@@ -280,7 +281,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         state=trial.state.name,
         value=value,
         params=dict(trial.params),
-        config=dict(attrs.get(records.CONFIG, {})),
+        config=without_retired(attrs.get(records.CONFIG, {})),
         reason=attrs.get(records.REASON),
         detail=attrs.get(records.DETAIL),
         best_epoch=attrs.get(records.BEST_EPOCH),

@@ -21,7 +21,7 @@ from search.errors import DefinitionChanged, StorageError, StudyError
 from search.storage.database import exclusive
 from search.storage.retry import RetryingStorage
 from search.study import Study, fixed_trial
-from trainer.config import nearest
+from trainer.config import nearest, without_retired
 
 DEFINITION = "definition"
 """Study attribute: `Study.definition()` of the study its trials were made for."""
@@ -67,6 +67,7 @@ def open_study(
                 for held in (FINGERPRINTS, STRATEGY):
                     opened.set_user_attr(held, None)
                 opened.set_user_attr(DEFINITION, study.definition())
+        opened.set_user_attr(records.STOP_RULE, study.stop_rule())
         _enqueue_missing(opened, study)
     return opened
 
@@ -175,7 +176,9 @@ def _refuse_changed(opened: optuna.Study, study: Study, next_generation: int) ->
 
 
 def _changes(opened: optuna.Study, study: Study) -> Iterator[tuple[str, Any, Any]]:
-    return _differences(opened.user_attrs[DEFINITION], json.loads(json.dumps(study.definition())))
+    stored = opened.user_attrs[DEFINITION]
+    stored = {**stored, "base": without_retired(stored["base"])}
+    return _differences(stored, json.loads(json.dumps(study.definition())))
 
 
 _MISSING = object()

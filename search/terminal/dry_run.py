@@ -16,13 +16,13 @@ def show(session: Session) -> None:
     """
     import optuna
 
-    from search import leaderboard, preflight
+    from search import leaderboard
     from search.sampling import params, staged
     from search.sampling.make import make_sampler
     from trainer.model import memory
 
     study, options = session.definition, session.options
-    examined = preflight.check(study)
+    examined = session.check()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     print(f"study {study.name}: {study.description}")
     print(

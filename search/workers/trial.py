@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from search import diagnosis, leaderboard, pruning, records
 from search.dashboards import notes
 from search.diagnosis import messages
 from search.errors import DatabaseAway, StorageError
-from search.pruning import Verdict
+from search.records import Outcome
 from search.report.render import escape
 from search.sampling import params, staged
 from search.storage import lifecycle, optuna_private
@@ -52,18 +52,6 @@ COLOURS = (
 """Colours of runs in MLflow's charts, which by itself gave two of five trials the same."""
 FOLDER = "folder"
 """User attribute: the trial's folder below the study's; one that resumes another's work shares it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a trial ended. `state` is Optuna's, or WAITING for a trial that goes on later."""
-
-    state: str
-    reason: str
-    detail: str
-    violated: str | None = None
-    """The constraint it violated: TPE sees it, and keeps away (a FAIL would be invisible to it)."""
-    stopped_early: bool = False
 
 
 def fail(trial: optuna.Trial, worker: Worker, detail: str) -> None:
@@ -181,6 +169,7 @@ class TrialRun:
         """Record what is run, and where its files lie."""
         attrs = self.trial.user_attrs
         self.trial.set_user_attr(records.CONFIG, self.config.model_dump(mode="json"))
+        self.trial.set_user_attr(records.STOP_RULE, self.worker.job.study.stop_rule())
         self.trial.set_user_attr(records.SLOTS, self.worker.slots.most)
         name = attrs.get(FOLDER)
         if name is None:
@@ -206,6 +195,7 @@ class TrialRun:
             for key in (records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT, records.SLOTS):
                 if key in self.trial.user_attrs:
                     tags[key] = str(self.trial.user_attrs[key])
+            tags |= {name: str(value) for name, value in self.worker.job.study.stop_rule().items()}
             recorder = book.begin(self._name(), self.config.model_dump(), tags)
         if recorder.run_id != run_id:
             self.trial.set_user_attr(records.RUN_ID, recorder.run_id)
@@ -275,14 +265,7 @@ class TrialRun:
         )
         if event.epoch >= self.config.num_epochs:
             return None  # it has had all its epochs: nothing is left to save
-        verdict = pruning.verdict(self.study, self._frozen())
-        return self._judged(verdict) if verdict else None
-
-    def _judged(self, verdict: Verdict) -> Outcome:
-        if verdict.reason == records.NON_FINITE:
-            return self._constrained(verdict.reason, verdict.detail)
-        early = verdict.state == "COMPLETE"
-        return Outcome(state=verdict.state, reason=verdict.reason, detail=verdict.detail, stopped_early=early)
+        return pruning.verdict(self.study, self._frozen())
 
     def _finished(self) -> Outcome:
         """All epochs are done."""

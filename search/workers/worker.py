@@ -27,7 +27,8 @@ from trainer.common.imports import import_libraries, without_collection
 if TYPE_CHECKING:
     import optuna
 
-    from search.workers.trial import Outcome, TrialRun
+    from search.records import Outcome
+    from search.workers.trial import TrialRun
     from trainer.loop import Happening, Pack
     from trainer.member import Member
     from trainer.workbench import Workbench
@@ -146,7 +147,7 @@ class Worker:
             job.study_name,
             self.storage,
             make_sampler(job.study, job.strategy, job.n_trials),
-            pruning.pruner_for(job.pruner, self.base),
+            pruning.pruner_for(job.pruner, job.study),
             job.study,
             len(job.examined.rows),
         )

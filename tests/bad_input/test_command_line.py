@@ -10,11 +10,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from search.run import read_duration
-from search.study import available
+from search.study_file import available
 from tests.bad_input.harness import TEXT, Outcome, argument, examples, folder, plain, search, written
 from trainer.config import TrainConfig
 
-NAMES = list(TrainConfig.model_fields)
+NAMES = [*TrainConfig.model_fields, "patience", "min_delta"]
 NUMBERS = st.sampled_from(
     ["0", "-1", "1", "2", "1e999", "nan", "-inf", "9" * 30, "9" * 5000, "1.5", "5e-324", "0x10", "1_0"]
 )
@@ -70,7 +70,7 @@ def test_what_is_accepted_can_be_sampled_to_the_end(values: dict[str, str], seed
     import optuna
 
     from search.sampling import params, staged
-    from search.study import load
+    from search.study_file import load
     from trainer.common.errors import UserError
 
     try:

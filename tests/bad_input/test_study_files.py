@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.bad_input.harness import ODD, Outcome, examples, folder, search, written
-from trainer.config import TrainConfig
+from trainer.config import RETIRED, TrainConfig
 
 HEAD = "import decimal, enum, math, sys, types\nfrom search.study import Fixed, Study\nfrom search.space import *\n"
 GOOD = {
@@ -24,6 +24,8 @@ GOOD = {
     "get_data": "''",
     "get_model": "''",
     "seed": "0",
+    "patience": "3",
+    "min_delta": "0.0",
 }
 
 
@@ -55,7 +57,7 @@ VALUES = st.sampled_from(
         *("Int(1, 4)", "Fixed(label='x', config={})", "type('Odd', (), {'__repr__': lambda self: 1 / 0})()"),
     ]
 )
-FIELDS = st.sampled_from([*TrainConfig.model_fields, "lora_rank", ""]).map(repr)
+FIELDS = st.sampled_from([*TrainConfig.model_fields, *RETIRED, "lora_rank", ""]).map(repr)
 NUMBERS = st.sampled_from(
     ["-1", "0", "1", "2", "8", "1e-3", "0.5", "10**9", "10**400", "math.nan", "math.inf", "True", "'4'"]
 )
@@ -83,7 +85,8 @@ def all_configurations(content: str) -> None:
     import optuna
 
     from search.sampling.params import suggest
-    from search.study import fixed_trial, load
+    from search.study import fixed_trial
+    from search.study_file import load
 
     with folder() as here:
         (here / "mine.py").write_bytes(content.encode("utf-8", "surrogatepass"))
@@ -104,6 +107,8 @@ def all_configurations(content: str) -> None:
 @example("seed", "-1")
 @example("sampler", "'tpee'")
 @example("n_trials", "2.5")
+@example("patience", "0")
+@example("min_delta", "10**400")
 @example("data_env", "3")
 @example("description", "'\\ud800'")
 def test_a_field_of_another_kind(field: str, value: str) -> None:
@@ -123,6 +128,7 @@ def test_a_field_of_another_kind(field: str, value: str) -> None:
 @example("{'lora_alpha': Multiple('lora_alpha', (2,))}")
 @example("{'data': Choice(('mini', '/nowhere'))}")
 @example("{'model': Choice(('mini', '/nowhere'))}")
+@example("{'patience': Int(2, 5)}")
 def test_spaces(space: str) -> None:
     code = definition(space=space, enqueue="()")
     outcome = tried(code)
@@ -139,7 +145,8 @@ def test_spaces(space: str) -> None:
 def test_bases_and_trials_given_by_hand(base: str, enqueue: str) -> None:
     import json
 
-    from search.study import fixed_trial, load
+    from search.study import fixed_trial
+    from search.study_file import load
 
     code = definition(base=base, enqueue=enqueue)
     outcome = tried(code)
@@ -150,6 +157,19 @@ def test_bases_and_trials_given_by_hand(base: str, enqueue: str) -> None:
             (here / "mine.py").write_bytes(code.encode())
             study = load(str(here / "mine.py"))
         json.dumps([study.definition(), [fixed_trial(study, fixed) for fixed in study.enqueue]])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base": "{'patience': 5}"},
+        {"enqueue": "(Fixed(label='a', config={'patience': 5}),)"},
+        {"space": "{'patience': Int(2, 5)}"},
+    ],
+    ids=["base", "by hand", "space"],
+)
+def test_a_study_file_of_an_older_version_is_told_where_patience_goes(changes: dict[str, str]) -> None:
+    tried(definition(**changes)).check_refused("mine.py", "write Study(patience=...)")
 
 
 CODE: list[tuple[Any, str]] = [

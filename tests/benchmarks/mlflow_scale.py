@@ -25,7 +25,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from search import leaderboard, records
-from search import study as studies
+from search import study_file as studies
 from search.reading import read_study
 from search.report.write import refresh
 from search.storage.database import close_storage, open_storage

@@ -169,13 +169,14 @@ class OptunaPruning(TrainerCallback):  # type: ignore[misc]
         from search import pruning
         from search.storage.database import open_storage
         from search.storage.optuna_private import trial_id
+        from search.study import Study
 
         self._verdict = pruning.verdict
         self._id = trial_id
-        storage = open_storage(storage_url)
-        self.study = optuna.load_study(
-            study_name=study_name, storage=storage, pruner=pruning.pruner_for(pruner, config)
+        made = pruning.make_pruner(
+            pruner, patience=Study.patience, min_delta=Study.min_delta, num_epochs=config.num_epochs
         )
+        self.study = optuna.load_study(study_name=study_name, storage=open_storage(storage_url), pruner=made)
         self.trial = optuna.Trial(self.study, trial_id(self.study.get_trials(deepcopy=False)[number]))
         self.config = config
         self.ended_as: str | None = None

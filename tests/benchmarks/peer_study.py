@@ -21,10 +21,10 @@ from typing import Any
 import optuna
 
 from search import pruning
-from search import study as studies
+from search import study_file as studies
 from search.sampling.make import make_sampler
 from search.sampling.params import suggest
-from search.study import Study
+from search.study import Study, fixed_trial
 from tests.benchmarks.configs import RESULT
 
 NAME = "peer"
@@ -108,10 +108,10 @@ def run(search: PeerSearch, trials: int, jobs: int) -> optuna.Study:
         study_name=NAME,
         storage=search.storage_url,
         sampler=make_sampler(search.definition, "joint", trials),
-        pruner=pruning.pruner_for(search.pruner, search.definition.base_config()),
+        pruner=pruning.pruner_for(search.pruner, search.definition),
     )
     for fixed in search.definition.enqueue[:trials]:
-        params, _ = studies.fixed_trial(search.definition, fixed)
+        params, _ = fixed_trial(search.definition, fixed)
         study.enqueue_trial(params, user_attrs={"label": fixed.label})
     # On SQLite two of Optuna's threads can be given the same waiting trial.
     lock, ask = threading.Lock(), study.ask

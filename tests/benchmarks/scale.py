@@ -86,7 +86,7 @@ def new_study(folder: Path, urls: tuple[str, str], n_trials: int) -> Any:
     """The job of a fresh study in these databases (Optuna's, MLflow's)."""
     import optuna
 
-    from search import study as studies
+    from search import study_file as studies
     from search.storage import studies as store
     from search.storage.database import close_storage, open_storage
     from search.tracking.client import open_tracking

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from search import study as studies
-from search.study import Study
+from search import study_file as studies
+from search.study import Study, fixed_trial
 from tests.benchmarks import configs, peer_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +122,7 @@ class Bench:
         threads = max(1, len(os.sched_getaffinity(0)) // jobs)
 
         def one(number: int) -> None:
-            params, overrides = studies.fixed_trial(definition, definition.enqueue[number])
+            params, overrides = fixed_trial(definition, definition.enqueue[number])
             command: list[Any] = ["-m", "trainer.run", "--out", self.folder / name / f"{number:03d}"]
             for key, value in definition.config(params, overrides).model_dump().items():
                 text = ",".join(value) if isinstance(value, tuple) else "none" if value is None else value

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from search.study import load
+from search.study_file import load
 from tests.benchmarks import configs, gate, peer, peer_study, sides
 from tests.benchmarks.sides import TrialLosses
 from tests.support import search_process

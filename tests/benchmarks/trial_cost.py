@@ -15,7 +15,7 @@ from pathlib import Path
 
 import optuna
 
-from search import study as studies
+from search import study_file as studies
 from search.storage import studies as store
 from search.storage.database import open_storage
 from search.tracking.client import open_tracking

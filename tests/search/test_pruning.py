@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -17,19 +18,22 @@ from search.pruning import (
     PRUNERS,
     HalvingPruner,
     RisingLossPruner,
-    Verdict,
     best_value,
+    check_name,
     diverged,
+    help_text,
     make_pruner,
     pruner_for,
     rising,
     verdict,
 )
-from trainer.config import TrainConfig
+from search.records import Outcome
+from search.space import Int
+from search.study import Study
 
 RUNS = json.loads((Path(__file__).parents[1] / "data" / "recorded-runs.json").read_text(encoding="utf-8"))["runs"]
 NAN = math.nan
-PATIENCE = TrainConfig().patience
+PATIENCE = Study.patience
 
 # The hand-run log's experiment 3; validation losses from epoch 4 on continue what it describes.
 EXPERIMENT_3_TRAIN = [1.89, 1.71, 1.69, 1.87, 1.95]
@@ -49,6 +53,18 @@ def running(val, train=(), number=99, **attrs):
     )
     trial.number = number
     return trial
+
+
+def rule(**settings):
+    """The rising-loss rule with a study's defaults."""
+    return RisingLossPruner(**{"patience": Study.patience, "min_delta": Study.min_delta, **settings})
+
+
+def named(name, num_epochs=10, **settings):
+    """The pruner of this name with a study's defaults."""
+    return make_pruner(
+        name, num_epochs=num_epochs, **{"patience": Study.patience, "min_delta": Study.min_delta, **settings}
+    )
 
 
 def study_with(values=(), pruned=()):
@@ -71,7 +87,7 @@ class Unread:
 def test_no_recorded_run_stops_before_its_best_epoch(run):
     train, val = curves(run)
     best = val.index(min(val)) + 1
-    pruner = RisingLossPruner(patience=PATIENCE)
+    pruner = rule(patience=PATIENCE)
     for epoch in range(1, len(val) + 1):
         stopped = pruner.prune(study_with(), running(val[:epoch], train[:epoch]))
         assert not stopped or epoch >= best, f"stopped at epoch {epoch}, its best comes at {best}"
@@ -88,7 +104,7 @@ def test_a_patience_of_one_would_stop_recorded_runs_too_early():
 
 
 def test_experiment_3_stops_by_epoch_5():
-    pruner = RisingLossPruner(patience=PATIENCE)
+    pruner = rule(patience=PATIENCE)
     ended = [
         e for e in range(1, 6) if pruner.prune(study_with(), running(EXPERIMENT_3_VAL[:e], EXPERIMENT_3_TRAIN[:e]))
     ]
@@ -99,12 +115,11 @@ def test_experiment_3_stops_by_epoch_5():
 
 
 def test_experiment_3_shows_its_values():
-    found = RisingLossPruner().verdict(study_with(), running(EXPERIMENT_3_VAL[:4], EXPERIMENT_3_TRAIN[:4]))
-    assert found == Verdict(
-        True,
-        "PRUNED",
-        records.DIVERGED,
-        "both losses jump up at epoch 4: training 1.6900 -> 1.8700, validation 1.7100 against 1.5700 at best",
+    found = rule().verdict(study_with(), running(EXPERIMENT_3_VAL[:4], EXPERIMENT_3_TRAIN[:4]))
+    assert found == Outcome(
+        state="PRUNED",
+        reason=records.DIVERGED,
+        detail="both losses jump up at epoch 4: training 1.6900 -> 1.8700, validation 1.7100 against 1.5700 at best",
     )
 
 
@@ -162,7 +177,7 @@ def test_diverged(train, val, expected):
 
 
 def test_a_healthy_epoch_reads_no_other_trial():
-    assert RisingLossPruner(patience=2).verdict(Unread(), running([1.5, 1.4, 1.45], [2.0, 1.9, 1.8])) is None
+    assert rule(patience=2).verdict(Unread(), running([1.5, 1.4, 1.45], [2.0, 1.9, 1.8])) is None
 
 
 RISING = [1.30, 1.40, 1.41, 1.42]
@@ -180,15 +195,16 @@ RISING = [1.30, 1.40, 1.41, 1.42]
     ],
 )
 def test_a_rising_trial_is_judged_by_its_peers(values, state):
-    found = RisingLossPruner().verdict(study_with(values), running(RISING))
-    assert (found.stop, found.state, found.reason) == (True, state, records.RISING)
+    found = rule().verdict(study_with(values), running(RISING))
+    assert (found.state, found.reason, found.violated) == (state, records.RISING, None)
+    assert found.stopped_early is (state == "COMPLETE")
     assert "1.3000 at epoch 1" in found.detail
     assert "1.4000, 1.4100, 1.4200" in found.detail
 
 
 def test_pruned_peers_count_with_their_best_and_probes_and_violations_not_at_all():
     study = study_with([1.0], pruned=[[1.5, 1.1, NAN], [1.2, 1.9]])
-    assert RisingLossPruner().verdict(study, running(RISING)).state == "PRUNED"
+    assert rule().verdict(study, running(RISING)).state == "PRUNED"
 
     probes = study_with([1.0, 1.1])
     probes.add_trial(
@@ -197,23 +213,24 @@ def test_pruned_peers_count_with_their_best_and_probes_and_violations_not_at_all
     probes.add_trial(
         create_trial(state=TrialState.PRUNED, intermediate_values={1: 1.2}, constraints={records.NON_FINITE: 1.0})
     )
-    assert RisingLossPruner().verdict(probes, running(RISING)).state == "COMPLETE"
+    assert rule().verdict(probes, running(RISING)).state == "COMPLETE"
 
 
 def test_a_curve_without_any_finite_value_is_pruned():
-    found = RisingLossPruner().verdict(study_with(), running([NAN, NAN, NAN]))
-    assert (found.state, found.reason) == ("PRUNED", records.NON_FINITE)
+    found = rule().verdict(study_with(), running([NAN, NAN, NAN]))
+    assert (found.state, found.reason, found.violated) == ("PRUNED", records.NON_FINITE, records.NON_FINITE)
+    assert not found.stopped_early
     assert found.detail == "no finite validation loss in 3 epochs"
 
 
 def test_a_missing_report_counts_as_an_evaluation():
-    assert RisingLossPruner(patience=3).prune(study_with(), running([1.3, None, None, 1.4]))
+    assert rule(patience=3).prune(study_with(), running([1.3, None, None, 1.4]))
 
 
-def test_the_trials_own_configuration_decides():
-    config = TrainConfig(patience=5).model_dump()
-    assert not RisingLossPruner(patience=3).prune(study_with(), running(RISING, config=config))
-    assert RisingLossPruner(patience=5).prune(study_with(), running(RISING, config={**config, "patience": 2}))
+def test_the_studys_rule_decides_whatever_an_older_version_recorded():
+    recorded = {records.CONFIG: {"learning_rate": 1e-3, "patience": 5, "min_delta": 0.0}}
+    assert rule(patience=3).prune(study_with(), running(RISING, **recorded))
+    assert not rule(patience=4).prune(study_with(), running(RISING, **recorded))
 
 
 def test_another_pruner_is_asked_last():
@@ -221,7 +238,7 @@ def test_another_pruner_is_asked_last():
         def prune(self, study, trial):
             return True
 
-    pruner = RisingLossPruner(other=Always())
+    pruner = rule(other=Always())
     found = pruner.verdict(study_with(), running([1.5, 1.4]))
     assert (found.state, found.reason) == ("PRUNED", records.SUPERSEDED)
     assert "Always" in found.detail
@@ -232,7 +249,7 @@ def test_another_pruner_is_asked_last():
 
 @pytest.mark.parametrize("name", PRUNERS)
 def test_every_named_pruner_drives_a_study(name):
-    study = optuna.create_study(pruner=make_pruner(name, num_epochs=9))
+    study = optuna.create_study(pruner=named(name, num_epochs=9))
     for start in (1.0, 1.1, 1.2, 1.3, 1.4):
         trial = study.ask()
         ended = None
@@ -247,7 +264,7 @@ def test_every_named_pruner_drives_a_study(name):
 
 
 def test_halving_gives_a_bad_start_up():
-    study = optuna.create_study(pruner=make_pruner("halving"))
+    study = optuna.create_study(pruner=named("halving"))
     for value in (1.0, 1.1, 1.2):
         trial = study.ask()
         trial.report(value, step=1)
@@ -305,15 +322,22 @@ def test_a_plain_optuna_pruner_has_a_verdict_too():
 def test_settings_are_checked():
     for settings in ({"patience": 0}, {"min_delta": -0.1}, {"min_delta": NAN}, {"min_peers": 0}):
         with pytest.raises(ValueError, match="but got"):
-            RisingLossPruner(**settings)
-    with pytest.raises(StudyError, match="did you mean 'hyperband'"):
-        make_pruner("hyperbond")
+            rule(**settings)
+    for make in (named, check_name):
+        with pytest.raises(StudyError, match=r"there is no pruner 'hyperbond'; did you mean 'hyperband'.*; known"):
+            make("hyperbond")
 
 
-def test_settings_of_a_configuration_are_used():
-    pruner = pruner_for("rising", TrainConfig(patience=2, min_delta=0.5))
-    assert pruner.prune(study_with(), running([1.0, 0.9, 0.8]))
-    assert not make_pruner("rising").prune(study_with(), running([1.0, 0.9, 0.8]))
+def test_the_help_names_every_pruner_with_what_it_does():
+    assert help_text().startswith("rising: ")
+    assert all(f"{name}: {kind.about}" in help_text() and kind.about for name, kind in PRUNERS.items())
+
+
+def test_settings_of_a_study_are_used():
+    study = Study(name="s", description="", space={"lora_r": Int(2, 8)}, n_trials=1, patience=2, min_delta=0.5)
+    assert pruner_for("rising", study).prune(study_with(), running([1.0, 0.9, 0.8]))
+    defaults = replace(study, patience=Study.patience, min_delta=Study.min_delta)
+    assert not pruner_for("rising", defaults).prune(study_with(), running([1.0, 0.9, 0.8]))
 
 
 def test_best_value():

@@ -13,7 +13,7 @@ from optuna.trial import TrialState, create_trial
 from typer.testing import CliRunner
 
 from search import records
-from search import study as studies
+from search import study_file as studies
 from search.errors import StorageError, StudyError
 from search.reading import read_study, server_url
 from search.records import EpochRecord, StepRecord

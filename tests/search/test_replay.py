@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from search import replay
+from search import records, replay
 from search.errors import StorageError, StudyError
 from search.records import TrialRecord
 from search.replay import Comparison, compare, departs, describe, is_past
@@ -118,6 +118,24 @@ def test_a_changed_epoch_departs_at_that_epoch(copy: Path) -> None:
     assert lines[1] == "what differs in the environment:"
     assert lines[2].startswith("  - data_fingerprint: other -> ")
     assert lines[3].startswith("  - version.torch: 0.0.1 -> ") and len(lines) == 4
+
+
+def test_a_record_says_which_rule_its_trial_was_judged_by(copy: Path) -> None:
+    record = read(copy, GOOD)
+    assert record.attrs[records.STOP_RULE] == {"patience": 2, "min_delta": 0.05}
+    tags = open_tracking(f"sqlite:///{copy}/mlflow.db", copy / "artifacts").tags(record.run_id or "")
+    assert (tags["patience"], tags["min_delta"]) == ("2", "0.05")
+
+
+def test_a_record_of_an_older_version_comes_again(copy: Path) -> None:
+    """Its configuration has the rule for stopping early, which a training run does not have any more."""
+    with sqlite3.connect(copy / "optuna.db") as database:
+        where = "key = 'config' and trial_id = (select trial_id from trials where number = ?)"
+        (text,) = database.execute(f"select value_json from trial_user_attributes where {where}", [GOOD]).fetchone()
+        older = json.dumps({**json.loads(text), "patience": 2, "min_delta": 0.05})
+        database.execute(f"update trial_user_attributes set value_json = ? where {where}", [older, GOOD])
+    result = command(copy, GOOD)
+    assert (result.exit_code, "bit-identical" in result.output) == (0, True), result.output
 
 
 def test_a_changed_configuration_departs_at_the_first_loss_it_can_change(small_study: Small, copy: Path) -> None:

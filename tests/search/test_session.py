@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,14 +63,17 @@ def test_stopped_and_continued(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="did you mean 'rsicap_mini'"):
         Session("rsicap_mimi")
-    with pytest.raises(StudyError, match="there is no pruner"):
-        Session("rsicap_mini", SearchOptions(pruner="risin"))
     with pytest.raises(StudyError, match="hang_timeout_s must be at least"):
         SearchOptions(hang_timeout_s=1)
     assert not list(tmp_path.iterdir())
-    missing = Session("rsicap_mini", SearchOptions(settings=("data=/nowhere",), places=Places.of(tmp_path / "runs")))
-    missing.start()
-    assert list(missing.watch()) == []
-    with pytest.raises(StudyError, match="/nowhere"):
-        missing.result()
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"pruner": "risin"}, "there is no pruner"),
+        ({"settings": ("data=/nowhere",)}, "/nowhere"),
+    ]
+    for fields, words in wrong:
+        session = Session("rsicap_mini", SearchOptions(places=Places.of(tmp_path / "runs"), **fields))
+        session.start()
+        assert list(session.watch()) == []
+        with pytest.raises(StudyError, match=words):
+            session.result()
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from search import study as studies
+from search import study_file as studies
 from search.errors import StudyError
 from search.space import Choice, Float, Int, Multiple, Param, contains, param_name, to_config, to_params
 from search.study import Fixed, Study, fixed_trial
@@ -112,6 +112,56 @@ def test_settings_that_cannot_be_meant() -> None:
         make().with_settings(["lora_rnk=8"])
     with pytest.raises(ConfigError, match="not of the form key=value"):
         make().with_settings(["lora_r"])
+
+
+def test_when_trials_stop_is_a_setting_of_the_study() -> None:
+    study = make().with_settings(["patience=5", "min_delta=0.01", "num_epochs=2"])
+    assert study.stop_rule() == {"patience": 5, "min_delta": 0.01}
+    assert study.base == {"num_epochs": 2}
+    assert list(study.space) == list(SPACE)
+    assert study.definition() == make(base={"num_epochs": 2}).definition(), "another patience is no other study"
+    with pytest.raises(ConfigError) as error:
+        make().with_settings(["patience=0", "min_delta=nan", "patiense=3", "lora_rnk=8"])
+    text = str(error.value)
+    assert text.startswith("the configuration has 4 errors:")
+    for part in (
+        "patience: input should be greater than or equal to 1, but got patience='0'",
+        "min_delta: input should be a finite number, but got min_delta='nan'",
+        "TrainConfig has no 'patiense'; did you mean 'patience'?",
+        "did you mean 'lora_r'?",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize("name", ["patience", "min_delta"])
+def test_when_trials_stop_is_no_part_of_their_configuration(name: str) -> None:
+    place = f"write Study\\({name}=\\.\\.\\.\\)"
+    refused = f".*\n.*{name} is not a field of a training run .*{place}"
+    with pytest.raises(StudyError, match=f"base: {refused}"):
+        make(base={name: 5})
+    with pytest.raises(StudyError, match=f"given by hand 'a': {refused}"):
+        make(enqueue=(Fixed(label="a", config={name: 5}),))
+    with pytest.raises(StudyError, match=f"{name} cannot be searched, since it does not change training: {place}"):
+        make(space={**SPACE, name: Choice((3, 5))})
+
+
+def test_impossible_rules_are_refused() -> None:
+    with pytest.raises(StudyError) as error:
+        make(patience=0, min_delta=-0.1)
+    assert "patience must be at least 1, but got 0" in str(error.value)
+    assert "min_delta must be finite and not negative, but got -0.1" in str(error.value)
+    with pytest.raises(StudyError) as error:
+        make(patience=2.5, min_delta="0.1")
+    assert "patience must be a whole number, but got 2.5" in str(error.value)
+    assert "min_delta must be a number, but got '0.1'" in str(error.value)
+    for value in (float("nan"), float("inf"), 10**400):
+        with pytest.raises(StudyError, match="min_delta must be finite"):
+            make(min_delta=value)
+
+
+def test_a_trial_that_an_older_version_queued_can_be_run() -> None:
+    config = make().config({"learning_rate": 1e-4}, {"torch_dtype": "float16", "patience": 5, "min_delta": 0.1})
+    assert (config.learning_rate, config.torch_dtype) == (1e-4, "float16")
 
 
 def test_fixed_trials_keep_what_lies_outside_the_space() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from search import records
-from search import study as studies
+from search import study_file as studies
 from search.diagnosis import Curve, NonFiniteFacts, diagnose
 from search.records import EpochRecord, StepRecord, StudyRecord, TrialRecord
 from trainer.config import TrainConfig

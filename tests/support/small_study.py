@@ -19,7 +19,7 @@ from search.study import Fixed, Study
 
 BASE = {
     "model": MODEL, "data": "mini", "max_samples": 24, "num_epochs": 4, "batch_size": 4, "warmup_steps": 0,
-    "lora_dropout": 0.0, "patience": 2, "min_delta": 0.05, "max_nonfinite_steps": 2, "device": "cpu",
+    "lora_dropout": 0.0, "max_nonfinite_steps": 2, "device": "cpu",
 }
 TRIALS = {
     "good": {"learning_rate": 2e-3, "lora_r": 8},
@@ -34,6 +34,8 @@ STUDY = Study(
     base=BASE,
     space={"learning_rate": Float(1e-6, 10.0, log=True), "lora_r": Int(2, 32, log=True)},
     n_trials=len(TRIALS),
+    patience=2,
+    min_delta=0.05,
     enqueue=tuple(Fixed(label=label, config=config) for label, config in TRIALS.items()),
 )
 """

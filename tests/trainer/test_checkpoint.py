@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from peft import PeftModel
 
 from trainer import checkpoint
 from trainer.common.errors import CheckpointError
-from trainer.config import TrainConfig
+from trainer.config import MACHINE_FIELDS, TrainConfig
 from trainer.events import CheckpointSaved, EpochEnded, EpochTiming, Event, NonFinite, RunStarted
 from trainer.loop import history_of, train
 from trainer.model.base import forward
@@ -257,6 +258,28 @@ def test_another_configuration_is_refused_with_the_difference(
         next(iter(train(other, bench, source)))
     machine = config.model_copy(update={"num_workers": 2, "prefetch_factor": 7})
     assert len(history_of(machine, source)) == 2
+
+
+def test_a_checkpoint_of_an_older_version_is_taken_up_whatever_its_patience(
+    tmp_path: Path, two_epochs: tuple[TrainConfig, Path, list[Event]]
+) -> None:
+    """Patience and min_delta were fields of the configuration and part of the identity stored with it."""
+    config, source, _ = two_epochs
+    shutil.copytree(source, tmp_path / "out")
+    for epoch in (1, 2):
+        file = checkpoint.folder_of(tmp_path / "out", epoch) / "state.json"
+        data = json.loads(file.read_text())
+        del data["checksum"]
+        data["config"] |= {"patience": 7, "min_delta": 0.5}
+        decisive = {name: value for name, value in data["config"].items() if name not in MACHINE_FIELDS}
+        data["identity"] = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+        assert data["identity"] != config.identity()
+        data["checksum"] = checkpoint._checksum(data)
+        file.write_text(json.dumps(data, indent=1))
+    assert checkpoint.load(tmp_path / "out", config).state == checkpoint.load(source, config).state
+    other = config.model_copy(update={"learning_rate": 1e-3})
+    with pytest.raises(CheckpointError, match=r"another configuration \(learning_rate: 1e-12 there, 0\.001 now\);"):
+        checkpoint.load(tmp_path / "out", other)
 
 
 @pytest.mark.parametrize("what", ["data", "model"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainer.common.errors import ConfigError, UserError
-from trainer.config import MACHINE_FIELDS, TrainConfig, read_settings
+from trainer.config import MACHINE_FIELDS, RETIRED, TrainConfig, identity_of, read_settings, without_retired
 
 
 def test_all_errors_come_in_one_message() -> None:
@@ -111,7 +111,6 @@ OTHER = {
     "val_fraction": 0.3,
     "lora_dropout": 0.2,
     "adam_epsilon": 1e-7,
-    "min_delta": 0.1,
 }
 
 
@@ -129,3 +128,25 @@ def test_identity_is_the_same_however_a_value_is_written() -> None:
     assert (
         TrainConfig.parse({"lora_alpha": 16}).identity() == TrainConfig.parse_settings(["lora_alpha=16.0"]).identity()
     )
+
+
+def test_what_belongs_to_a_study_is_refused_with_its_place() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.parse_settings(["patience=5", "min_delta=0.1", "patiense=3", "lora_q=3"])
+    text = str(caught.value)
+    assert text.startswith("the configuration has 4 errors:")
+    for name in RETIRED:
+        assert (
+            f"  - {name} is not a field of a training run but of a study: write Study({name}=...) in the study file, "
+            f"or --set {name}=... for search.run\n" in text + "\n"
+        )
+    assert "no 'patiense'; did you mean" not in text  # nothing near it is a field of a training run
+    assert "no 'lora_q'; did you mean" in text
+
+
+def test_what_an_older_version_recorded_is_read_and_is_the_same_run() -> None:
+    config = TrainConfig(learning_rate=3e-4, target_modules=("query",))
+    recorded = {**config.model_dump(mode="json"), "patience": 5, "min_delta": 0.01}
+    assert TrainConfig.parse(without_retired(recorded)) == config
+    assert identity_of(recorded) == config.identity()
+    assert identity_of({**recorded, "learning_rate": 1e-4}) != config.identity()

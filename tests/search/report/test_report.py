@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from search import records
-from search import study as studies
+from search import study_file as studies
 from search.diagnosis.noise import VAL_NOISE
 from search.records import StudyRecord, TrialRecord
 from search.report.epochs import epoch_rows
@@ -268,6 +268,15 @@ class TestNextSteps:
         record = replace(record, definition=mine.definition())
         settings = self.settings(gather(record).next.more)
         assert studies.load("rsicap").with_settings(settings).definition() == mine.definition()
+
+    def test_going_on_keeps_the_rule_for_stopping_early(self) -> None:
+        record = hand_run()
+        rule = replace(record, attrs={**record.attrs, "stop_rule": {"patience": 5, "min_delta": 0.0}})
+        base = {**record.definition["base"], "patience": 5, "min_delta": 0.0}
+        older = replace(record, definition={**record.definition, "base": base})
+        for each in (rule, older):
+            settings = self.settings(gather(each).next.more)
+            assert "patience=5" in settings and not any(text.startswith("min_delta") for text in settings)
 
     def test_settings_on_record_are_said_again_and_quoted(self) -> None:
         record = hand_run()

@@ -8,7 +8,7 @@ import pytest
 from search import records
 from search.errors import DefinitionChanged, StorageError, StudyError
 from search.space import Float
-from search.storage.lifecycle import counted
+from search.storage.lifecycle import counted, read_trials
 from search.storage.studies import check_definition, check_fingerprints, check_strategy, find_study, open_study
 from tests.search.storage.databases import BY_HAND, SPACE, STUDY, reopen, suggest_all
 
@@ -48,6 +48,35 @@ def test_a_changed_definition_is_refused_with_every_difference(storage):
         "  - sampler: tpe -> random",
         "  - seed: 0 -> 3 (as before with --seed 0)",
         "take the change back, or start anew with --fresh (as 'rsicap-2')",
+    ]
+
+
+def test_another_patience_is_no_other_study(storage):
+    study = open_study(storage, STUDY)
+    study.tell(study.ask(), 1.0)
+    again = reopen(storage, replace(STUDY, patience=5, min_delta=0.01))
+    assert again.study_name == "rsicap" and len(again.trials) == 1
+    assert again.user_attrs[records.STOP_RULE] == {"patience": 5, "min_delta": 0.01}
+    assert study.user_attrs["definition"] == STUDY.definition()
+
+
+def test_a_study_of_an_older_version_goes_on(storage):
+    """Patience and min_delta were part of its definition's base and of its trials' configurations."""
+    study = open_study(storage, STUDY)
+    retired = {"patience": 4, "min_delta": 0.02}
+    definition = study.user_attrs["definition"]
+    study.set_user_attr("definition", {**definition, "base": {**definition["base"], **retired}})
+    config = STUDY.base_config().model_dump(mode="json")
+    trial = study.ask()
+    trial.set_user_attr(records.CONFIG, {**config, **retired})
+    study.tell(trial, 1.0)
+    again = reopen(storage, STUDY)
+    check_definition(again, STUDY)
+    assert read_trials(again)[0].config == config
+    with pytest.raises(DefinitionChanged) as caught:
+        open_study(storage, replace(STUDY, base={"num_epochs": 6}))
+    assert [line for line in str(caught.value).splitlines() if line.startswith("  - ")] == [
+        "  - base.num_epochs: 10 -> 6 (as before with --set num_epochs=10)"
     ]
 
 

@@ -17,7 +17,8 @@ from search.space import Float, Int
 from search.storage import lifecycle
 from search.storage import studies as store
 from search.storage.database import close_storage, open_storage
-from search.study import Study, load
+from search.study import Study
+from search.study_file import load
 from search.tracking.client import open_tracking
 from search.workers import slots
 from search.workers.job import Job
