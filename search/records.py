@@ -57,6 +57,18 @@ ERROR = "error"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a trial ended. `state` is Optuna's, or WAITING for a trial that is resumed later."""
+
+    state: str
+    reason: str
+    detail: str
+    violated: str | None = None
+    """The constraint it violated: TPE sees it, and keeps away (a FAIL would be invisible to it)."""
+    stopped_early: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class EpochRecord:
     """One epoch's metrics as MLflow has them; None where there is no finite value."""
 

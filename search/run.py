@@ -20,10 +20,10 @@ from trainer.config import MOST
 
 if TYPE_CHECKING:
     from search.study import Study
-    from search.terminal.live import Display
     from search.tracking.run_store import Status
     from search.workers.executor import Executor
     from search.workers.pool import WorkerPool
+    from search.workers.protocol import Display
     from trainer.data.dataset import Examined
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -225,16 +225,16 @@ def _search(definition: Study, *, executor: Executor, storage_url: str, tracking
     """Check, start the workers, and run the search; returns the exit code."""
     from search import preflight
 
-    crew = executor.crew({"--storage": storage_url, "--tracking-uri": tracking_uri})
-    with crew.importing():
+    pool = executor.pool({"--storage": storage_url, "--tracking-uri": tracking_uri})
+    with pool.importing():
         examined = preflight.check(definition)
-        with crew:
-            return _run(definition, crew, examined, storage_url=storage_url, tracking_uri=tracking_uri, **options)
+        with pool:
+            return _run(definition, pool, examined, storage_url=storage_url, tracking_uri=tracking_uri, **options)
 
 
 def _run(
     definition: Study,
-    crew: WorkerPool,
+    pool: WorkerPool,
     examined: Examined,
     *,
     n_trials: int,
@@ -267,9 +267,9 @@ def _run(
         from search.tracking.courier import DeliveryThread
         from search.tracking.delivery import Delivery
         from search.tracking.runs import StudyRuns
-        from search.workers.job import Job
+        from search.workers.protocol import Job
+        from search.workers.start import set_up_logging
         from search.workers.supervisor import Supervisor
-        from search.workers.worker import set_up_logging
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     _make_folder(runs_dir)
@@ -304,14 +304,14 @@ def _run(
         strategy=strategy,
         pruner=pruner,
         examined=examined,
-        threads=crew.threads,
-        workers=crew.size,
+        threads=pool.threads,
+        workers=pool.size,
         slots=slots,
         lost_after_s=lost_after_s,
     )
 
     def look() -> lifecycle.Unfinished:
-        gone = lifecycle.requeue_lost(study, is_alive=crew.alive)
+        gone = lifecycle.requeue_lost(study, is_alive=pool.alive)
         for lost in gone:
             goes_on = "tried too often" if lost.successor is None else f"trial {lost.successor} takes up its work"
             display.say(f"trial {lost.number} was lost: {lost.detail}; {goes_on}")
@@ -340,7 +340,7 @@ def _run(
             keeper.start()
             supervisor = Supervisor(
                 job,
-                crew,
+                pool,
                 timeout_s=timeout_s,
                 display=display,
                 look=look,

@@ -25,12 +25,11 @@ from search import records
 from search.dashboards import notes
 from search.diagnosis import Curve, Finding, curve_from_events, diagnose
 from search.options import ARTIFACTS
-from search.records import EpochRecord, TrialRecord
+from search.records import EpochRecord, Outcome, TrialRecord
 from search.sampling import samplers
 from search.storage import lifecycle
 from search.storage.database import close_storage, open_storage
 from search.tracking.address import run_page
-from search.workers.trial import Outcome
 from tests.search.tracking.test_tracking import BAD, epoch, started, step
 from tests.support import report_data
 from trainer.config import TrainConfig
