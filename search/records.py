@@ -62,7 +62,7 @@ ERROR = "error"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a trial ended. `state` is Optuna's, or WAITING for a trial that goes on later."""
+    """How a trial ended. `state` is Optuna's, or WAITING for a trial that is resumed later."""
 
     state: str
     reason: str

@@ -10,7 +10,7 @@ import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
@@ -18,9 +18,10 @@ from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from search import leaderboard
 from search.dashboards import losses_svg
 from search.diagnosis import Finding, leaf, messages
+from search.markdown import escape
 from search.options import ARTIFACTS
-from search.records import EpochRecord, TrialRecord
-from search.report.render import code, escape, fenced
+from search.records import EpochRecord, Outcome, TrialRecord
+from search.report.render import code, fenced
 from search.storage.optuna_private import set_system_attr
 from trainer.common.imports import without_module
 
@@ -29,9 +30,6 @@ with without_module("sklearn"):
     # second of each worker's start.
     from optuna_dashboard import get_note, save_note
     from optuna_dashboard.artifact import get_artifact_path
-
-if TYPE_CHECKING:
-    from search.records import Outcome
 
 WIDTH = 104
 """Characters in a line of a trial's note. optuna-dashboard makes its page as wide as the longest user attribute,

@@ -23,6 +23,7 @@ from search.diagnosis.finding import NON_FINITE
 from search.diagnosis.messages import Lang, rate
 from search.diagnosis.tree import TREE
 from search.leaderboard import show_value, state_of, training_config
+from search.markdown import escape
 from search.report import importance, parameters, words
 from search.report.epochs import EpochRow, Mark
 from search.report.experiment import ConfigLine, Experiment
@@ -33,20 +34,6 @@ TEMPLATES = Path(__file__).with_name("templates")
 MARKS: dict[Mark, str] = {"good": "✅", "warning": "⚠️", "bad": "❌", "unknown": "❔"}
 MOST_LISTED = 12
 """Trials named one by one in a sentence; the rest are counted."""
-_SPECIAL = re.compile(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])")
-"""Characters that mean something to Markdown anywhere; an underscore within a word does not."""
-_AT_START = re.compile(r"^([#>+-]|\d+(?=[.)](\s|$)))")
-"""What would begin a heading, quote or list."""
-
-
-def escape(text: str) -> Markup:
-    """Text from data, as Markdown that shows just it, on one line."""
-    flat = re.sub(r"\s+", " ", text)
-    # Entities before backslashes: "&lt;" has nothing that a backslash would go in front of.
-    flat = flat.replace("&", "&amp;").replace("<", "&lt;")
-    flat = _SPECIAL.sub(lambda found: f"\\{found[0]}", flat)
-    flat = _AT_START.sub(lambda found: f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}", flat)
-    return Markup(flat)
 
 
 def code(text: Any) -> Markup:

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: a live table, or plain lines where the output is piped."""
+"""What the terminal shows while a search runs: a live table, or plain lines where the output is piped."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from search import leaderboard
 from search.records import TrialRecord
 from search.workers.protocol import (
     Alive,
-    EpochDone,
     Idle,
     Loading,
     Message,
     Notice,
+    Progress,
     SlotsChosen,
-    StepDone,
     TrialEnded,
     TrialStarted,
     WorkerFailed,
 )
+from trainer.events import EpochEnded, RunStarted, StepEnded
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -33,7 +33,7 @@ SHOWN_ON_TERMINAL = 8
 
 @dataclass
 class Running:
-    """A trial in progress, as far as the messages tell."""
+    """A trial in progress, as far as its messages say."""
 
     number: int
     num_epochs: int
@@ -49,6 +49,22 @@ class Running:
     since: float = field(default_factory=time.monotonic)
     """When the epoch in progress began."""
 
+    def take(self, event: RunStarted | StepEnded | EpochEnded, *, from_checkpoint: bool) -> None:
+        """Take an event of its training in."""
+        match event:
+            case RunStarted():
+                self.total_steps = event.total_steps
+            case StepEnded():
+                self.step, self.epoch = event.step, event.epoch
+                self.train_loss, self.learning_rate = event.loss, event.learning_rate
+            case EpochEnded():
+                self.step, self.epoch = event.step, event.epoch
+                self.train_loss, self.val_loss = event.train_loss, event.val_loss
+                now = time.monotonic()
+                if not from_checkpoint:  # by the clock: an epoch's own seconds are its share of a pass
+                    self.epoch_seconds.append(now - self.since)
+                self.since = now
+
     def left_s(self) -> float | None:
         """Seconds left by the pace of its epochs so far; None before the first."""
         if not self.epoch_seconds:
@@ -59,7 +75,7 @@ class Running:
 
 
 class Plain:
-    """One line for each thing that happened."""
+    """One line for each event."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -71,7 +87,7 @@ class Plain:
         pass
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __call__(self, message: Message) -> None:
@@ -81,7 +97,7 @@ class Plain:
             self.say(line)
 
     def refresh(self) -> None:
-        """Nothing moves in plain output."""
+        """Do nothing: plain output does not move."""
 
 
 class LiveDisplay:
@@ -106,7 +122,7 @@ class LiveDisplay:
         self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line above the tables."""
+        """Print a line above the tables."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __call__(self, message: Message) -> None:
@@ -114,22 +130,8 @@ class LiveDisplay:
         match message:
             case TrialStarted():
                 self._running[message.number] = Running(message.number, message.config["num_epochs"], message.config)
-            case StepDone() if message.number in self._running:
-                running = self._running[message.number]
-                running.step, running.total_steps = message.step, message.total_steps
-                running.epoch, running.learning_rate = message.epoch, message.learning_rate
-                running.train_loss = message.loss
-            case EpochDone() if message.number in self._running:
-                running = self._running[message.number]
-                running.epoch, running.train_loss, running.val_loss = (
-                    message.epoch,
-                    message.train_loss,
-                    message.val_loss,
-                )
-                now = time.monotonic()
-                if not message.from_checkpoint:  # by the clock: an epoch's own seconds are its share of a pass
-                    running.epoch_seconds.append(now - running.since)
-                running.since = now
+            case Progress() if message.number in self._running:
+                self._running[message.number].take(message.event, from_checkpoint=message.from_checkpoint)
             case TrialEnded():
                 self._running.pop(message.number, None)
                 self._trials = self._read()
@@ -171,9 +173,6 @@ class LiveDisplay:
         return Group(*parts)
 
 
-Display = Plain | LiveDisplay
-
-
 def clock(seconds: float | None) -> str:
     """`1:02:03`, `2:03`, or `-`."""
     if seconds is None:
@@ -188,7 +187,7 @@ def _loss(value: float | None) -> str:
 
 
 def _line(message: Message) -> str:
-    """A message as one line; empty for those that are only for the live view."""
+    """A message as one line; empty for those that only the live view shows."""
     match message:
         case Loading():
             return f"loading {message.what}"
@@ -202,13 +201,13 @@ def _line(message: Message) -> str:
             shown = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "batch_size", "warmup_steps")
             values = ", ".join(f"{name}={leaderboard.show_value(name, message.config[name])}" for name in shown)
             label = f" ({message.label})" if message.label else ""
-            resumed = f", after epoch {message.resumed_from_epoch}" if message.resumed_from_epoch else ""
+            resumed = f", resumed after epoch {message.resumed_from_epoch}" if message.resumed_from_epoch else ""
             return f"trial {message.number}{label}: {values}{resumed}"
-        case EpochDone():
+        case Progress(event=EpochEnded() as epoch):
             again = "  (from the checkpoint)" if message.from_checkpoint else ""
             return (
-                f"trial {message.number}: epoch {message.epoch}: Train={message.train_loss:.4f}, "
-                f"Val={message.val_loss:.4f}  ({message.epoch_s:.1f} s){again}"
+                f"trial {message.number}: epoch {epoch.epoch}: Train={epoch.train_loss:.4f}, "
+                f"Val={epoch.val_loss:.4f}  ({epoch.timing.epoch_s:.1f} s){again}"
             )
         case TrialEnded():
             value = "" if message.value is None else f", best Val={message.value:.4f}"
@@ -220,6 +219,6 @@ def _line(message: Message) -> str:
         case Notice():
             return message.text
         case WorkerFailed():
-            return f"a worker ended: {message.text}"
-        case StepDone() | Idle() | Alive():
+            return f"a worker failed: {message.text}"
+        case Progress() | Idle() | Alive():
             return ""

@@ -1,4 +1,4 @@
-"""What the terminal shows of a study as a whole: a line at its start, and how it ended."""
+"""What the terminal shows about a study as a whole: a line at its start, and a summary at its end."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from search import leaderboard
 from search.options import ARTIFACTS
 from search.records import TrialRecord
 from search.tracking.address import masked
-from search.workers.job import Job
+from search.workers.protocol import Job
 
 if TYPE_CHECKING:
     import optuna
 
 
 def undelivered(why: str, job: Job) -> str:
-    """What is left to do once MLflow answers."""
+    """Says that MLflow lacks something, and how to deliver it once MLflow answers."""
     options = f" --runs-dir {job.runs_dir}" if job.runs_dir != Path("runs") else ""
+    by_hand = f"python -m search.deliver --study {job.study_name}{options}"
     return (
-        f"\nMLflow did not take everything: {why}\nthey are kept in {job.folder / 'spool'}; the same command delivers "
-        f"them, or `python -m search.deliver --study {job.study_name}{options}` with the same --tracking-uri"
+        f"\nMLflow did not take everything: {why}\nThe rest is kept in {job.folder / 'spool'}; the same command "
+        f"delivers it, as does `{by_hand}` with the same --tracking-uri"
     )
 
 
 def headline(job: Job, study: optuna.Study, done: int, waiting: int) -> str:
-    """What is about to run."""
-    going_on = f", {done - waiting} done" if done - waiting else ""
+    """One line about what is about to run."""
+    finished = f", {done - waiting} done" if done - waiting else ""
     held = f", {waiting} waiting" if waiting else ""
     return (
-        f"study {study.study_name}: {job.n_trials} trials{going_on}{held}; "
+        f"study {study.study_name}: {job.n_trials} trials{finished}{held}; "
         f"{len(job.examined.rows)} captioned images; files in {job.folder}"
     )
 
@@ -45,7 +46,7 @@ def study_tags(trials: Sequence[TrialRecord]) -> dict[str, str]:
 
 
 def sum_up(console: Any, trials: Sequence[TrialRecord], job: Job, code: int, logs: Sequence[Path]) -> None:
-    """Leaderboard, best configuration, where everything lies, and how to look at it."""
+    """Print the leaderboard, the best configuration, where everything lies, and how to look at it."""
 
     def say(text: str = "") -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -18,29 +18,29 @@ class Executor:
 
     kind: Literal["local", "ray"] = "local"
     workers: int | None = None
-    """None for one a GPU, or one for each `gpus_per_worker` GPUs."""
+    """None for one worker for each `gpus_per_worker` GPUs."""
     gpus_per_worker: int = 1
     ray_address: str | None = None
 
     def check(self, study: Study) -> None:
-        """Refuse options that do not go together.
+        """Refuse options that contradict each other or the study.
 
         Raises:
-            StudyError: they don't.
+            StudyError: they do; the message names them.
         """
         if self.ray_address is not None and self.kind != "ray":
-            raise StudyError(f"--ray-address {self.ray_address} goes with --executor ray")
+            raise StudyError(f"--ray-address {self.ray_address} needs --executor ray")
         if self.gpus_per_worker > 1 and study.base_config().device_map == "single":
             raise StudyError(
                 f"--gpus-per-worker {self.gpus_per_worker}: a base on one GPU leaves the others idle; spread it with "
                 "--set device_map=auto, or start one worker for each GPU"
             )
 
-    def crew(self, databases: Mapping[str, str]) -> WorkerPool:
-        """The workers, not yet started.
+    def pool(self, databases: Mapping[str, str]) -> WorkerPool:
+        """The worker processes, not yet started.
 
         Args:
-            databases: URL of what they share by the option that sets it.
+            databases: URLs of what they share, each by the option that sets it.
 
         Raises:
             StudyError: the machine or cluster cannot have such workers.

@@ -1,36 +1,29 @@
 """`WorkerPool`: a search's worker processes on this machine, each with its devices and threads.
 
 On a machine without GPUs they are forked from a process that has made the imports of all of them, once
-(`search.workers.preload`): two workers on two cores begin two seconds earlier, and one that takes a dead one's place
-begins at once. If that process is killed, its workers look dead to the supervisor; it starts others, and they give
-their trials back as they do when a supervisor is gone. CUDA does not outlive a fork, so beside GPUs each imports for
-itself.
+(`search.workers.preload`): two workers on two cores start two seconds earlier, and a replacement for a dead one
+starts at once. If that process is killed, its workers look dead to the supervisor; it starts others, and they give
+their trials back as they do when a supervisor is gone. CUDA does not survive a fork, so on machines with GPUs each
+worker makes its own imports.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
 import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from search import processes
 from search.errors import StudyError
-from search.workers.worker import environment, work
-
-UNSEEN = 255
-"""Exit code of a forked process that nobody could wait for, since what it was forked from was killed: the standard
-library's own (`multiprocessing.popen_forkserver`). Nothing says whether the process lives."""
+from search.workers.multiprocessing_private import end_fork_server
+from search.workers.start import environment, main
 
 log = logging.getLogger("search.workers.pool")
 
@@ -52,17 +45,17 @@ class WorkerProcess(Protocol):
 
 
 class WorkerPool:
-    """Worker processes, each with its devices and threads; what they import is, before there is a job for them.
+    """Worker processes with their devices and threads, imports already loaded.
 
-    A context: leaving it ends those that were given none.
+    A context: leaving it ends the workers that were given no job.
 
     Args:
-        size: How many.
+        size: Number of workers.
         threads: BLAS threads of each.
         gpus_per_worker: GPUs that each sees. Where there are fewer GPUs than the workers need, workers share them.
 
     Raises:
-        StudyError: the machine has not as many as one worker is to see.
+        StudyError: the machine has fewer GPUs than one worker is to see.
     """
 
     def __init__(self, size: int, threads: int, gpus_per_worker: int = 1) -> None:
@@ -74,55 +67,55 @@ class WorkerPool:
 
     @contextmanager
     def importing(self) -> Iterator[None]:
-        """Within, the imports of workers that will be forked are being made, or have been."""
+        """Make the imports of workers that will be forked, in a process of their own while this block runs."""
         if not self._forks:
             yield
             return
         try:
             _start_importing(self.threads)
         except OSError as error:  # no room for its socket, or a TMPDIR too long to be a socket's address
-            log.info("workers make their imports themselves: %s", error)
+            log.info("each worker makes its own imports: %s", error)
             self._forks = False
             yield
             return
         try:
             yield
         finally:
-            _end_importing()
+            end_fork_server()
 
     def __enter__(self) -> WorkerPool:
-        if not self._forks:  # to fork one, it would have to wait for the imports
+        if not self._forks:  # to fork one now would mean to wait for the imports
             for index in range(self.size):
                 self._ready[index] = self._spawn(index)
         return self
 
     def __exit__(self, *_: object) -> None:
         for process, link in self._ready.values():
-            process.kill()  # without a job it has nothing to lose
+            process.kill()  # it has no job, and so nothing to lose
             process.join()
             link.close()
         self._ready.clear()
 
     def alive(self, worker: Mapping[str, Any]) -> bool | None:
-        """Whether the process of a `records.WORKER` still runs; None if nothing is known of it."""
+        """Whether the process of a `records.WORKER` still runs; None if nothing is known about it."""
         return processes.alive(worker)
 
     def take(self, index: int) -> tuple[WorkerProcess, Connection]:
-        """The process of a place: the one that is ready, or a new one if that was taken and has ended."""
+        """The process of a worker slot: the one that is ready, or a new one if that was taken before."""
         return self._ready.pop(index, None) or self._spawn(index)
 
     def _spawn(self, index: int) -> tuple[WorkerProcess, Connection]:
         context: Any = multiprocessing.get_context("forkserver" if self._forks else "spawn")
         ours, theirs = context.Pipe()
         gpu = self._devices[index % len(self._devices)] if self._devices else None
-        process = context.Process(target=_main, args=(theirs, gpu, self.threads), name=f"worker-{index}", daemon=False)
+        process = context.Process(target=main, args=(theirs, gpu, self.threads), name=f"worker-{index}", daemon=False)
         try:
-            with _threads_of(self.threads):  # should the process to fork from have to be started anew
+            with _threads_of(self.threads):  # in case the process to fork from has to be started again
                 process.start()
-        except (OSError, EOFError):  # it was killed in this moment, or cannot be started: its socket needs a place
+        except (OSError, EOFError):  # it was killed just now, or its socket finds no room
             if not self._forks:
                 raise
-            log.exception("no worker could be forked; from now on they import for themselves")
+            log.exception("no worker could be forked; from now on each makes its own imports")
             self._forks = False
             ours.close()
             theirs.close()
@@ -138,20 +131,9 @@ def _start_importing(threads: int) -> None:
         forkserver.ensure_running()
 
 
-def _end_importing() -> None:
-    """End it, without waiting for what it may still import."""
-    server = forkserver._forkserver
-    pid = getattr(server, "_forkserver_pid", None)
-    if pid is not None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        with suppress(OSError):  # somebody has tidied up TMPDIR, where its socket lay
-            server._stop()  # type: ignore[attr-defined]
-
-
 @contextmanager
 def _threads_of(threads: int) -> Iterator[None]:
-    """Within, processes are started that compute with so many threads: OpenMP asks but once, when it is loaded."""
+    """Processes started in this block use this many threads; OpenMP reads the setting once, when it is loaded."""
     wanted = environment(threads)
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
@@ -165,44 +147,23 @@ def _threads_of(threads: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _main(connection: Connection, gpu: str | None, threads: int) -> None:
-    """A worker's process. It ends without a second of taking torch's and Transformers' modules apart.
-
-    What wants to be called at exit is called. SQLite's write-ahead logs are folded in by the last process that closes
-    the databases, the supervisor.
-    """
-    code = 1
-    try:
-        work(connection, gpu, threads)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except Exception:  # noqa: BLE001 - whatever `work` itself did not tell
-        traceback.print_exc()
-    finally:
-        try:
-            atexit._run_exitfuncs()  # semaphores given back, logs closed
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError, ValueError):  # whoever read it has gone
-                    stream.flush()
-        finally:
-            os._exit(code)
-
-
 def device_groups(devices: list[str], size: int) -> list[str]:
-    """What each worker sees, as CUDA_VISIBLE_DEVICES names it: so many of the devices; the rest is left idle.
+    """What each worker sees, as CUDA_VISIBLE_DEVICES names it.
+
+    Args:
+        size: Devices in a group; those left over stay idle.
 
     Raises:
-        StudyError: there are fewer than that.
+        StudyError: there are fewer than `size` devices.
     """
     if size > max(1, len(devices)):
         found = f"{len(devices)} GPU" + ("" if len(devices) == 1 else "s")
-        raise StudyError(f"--gpus-per-worker {size}: this machine has {found} that can be seen")
+        raise StudyError(f"--gpus-per-worker {size}: this machine has {found} that a process can see")
     return [",".join(devices[low : low + size]) for low in range(0, len(devices) - size + 1, size)]
 
 
 def gpus() -> list[str]:
-    """The GPUs workers may have, as CUDA_VISIBLE_DEVICES names them; empty on a machine without."""
+    """The GPUs that workers may use, as CUDA_VISIBLE_DEVICES names them; empty on a machine without any."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]

@@ -1,4 +1,4 @@
-"""The imports of a worker, made by importing this: `multiprocessing`'s fork server does it by name."""
+"""The imports of a worker, made by importing this module: `multiprocessing`'s fork server does so by name."""
 
 import signal
 from contextlib import suppress
@@ -8,7 +8,7 @@ from contextlib import suppress
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
 
-from search.workers.worker import import_early  # noqa: E402
+from search.workers.start import import_early  # noqa: E402
 from trainer.common.imports import without_collection  # noqa: E402
 
 import_early()

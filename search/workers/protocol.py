@@ -1,14 +1,69 @@
-"""What a worker process tells its supervisor, and what it is told: small picklable values over one pipe each."""
+"""What goes over the pipe between a supervisor and each of its workers; all of it pickles.
+
+    supervisor  --- Job, then Order or HandOver --->  worker, by its `Link`
+    supervisor  <-- Message ------------------------  worker
+
+A trial's progress is sent as the trainer's own events, so that another metric of an epoch needs no change here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+from search.study import Study
+from trainer.data.dataset import Examined
+from trainer.events import EpochEnded, RunStarted, StepEnded
+
+LOST_AFTER_S = 600.0
+"""A trial of another host is lost after this long without a heartbeat. Beats come from a thread of the worker, not
+from its epochs, so this need not grow with the length of an epoch; a short one kills live trials (optuna#5470)."""
+ALIVE_S = 1.0
+"""Least seconds between two `Alive` messages."""
+
+
+# Down: the job, then orders.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every worker of a search needs to know before it starts."""
+
+    study: Study
+    study_name: str
+    """The name in Optuna's database, which differs between generations of a study."""
+    storage_url: str = field(repr=False)
+    """URL of Optuna's database. It may hold a password, as may `tracking_uri`."""
+    tracking_uri: str = field(repr=False)
+    runs_dir: Path
+    n_trials: int
+    strategy: str
+    pruner: str
+    examined: Examined
+    threads: int
+    """BLAS threads of a worker."""
+    workers: int = 1
+    """Workers of this search."""
+    slots: int | None = None
+    """Trials that a worker trains at once; None for as many as pay and fit."""
+    lost_after_s: float = LOST_AFTER_S
+    """Seconds without a heartbeat after which other hosts take the trials over."""
+    one_by_one: int = 0
+    """Trials to be run alone first: those of a worker that died with several, one of which may have killed it."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the study's files."""
+        return self.runs_dir / self.study_name
 
 
 class Order(IntEnum):
-    """What the supervisor wants of a worker; a higher one overrides a lower one."""
+    """How a worker is to proceed; a higher order overrides a lower one."""
 
     GO_ON = 0
     END_AFTER_EPOCH = 1
@@ -19,7 +74,10 @@ class Order(IntEnum):
 
 @dataclass(frozen=True)
 class HandOver:
-    """Asked of a worker with several trials: hand half of them over, each after its epoch, to a worker without any."""
+    """Asks a worker with several trials to hand half of them over, each after its epoch, to a worker without any."""
+
+
+# Up: messages.
 
 
 @dataclass(frozen=True)
@@ -29,7 +87,7 @@ class Idle:
 
 @dataclass(frozen=True)
 class Alive:
-    """Work goes on, in a stretch that has nothing else to tell: a long step or evaluation."""
+    """Work continues, in a stretch without other messages: a long step or evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +109,7 @@ class SlotsChosen:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialStarted:
-    """A trial began, or goes on."""
+    """A trial began, or resumes."""
 
     number: int
     config: dict[str, Any]
@@ -60,33 +118,19 @@ class TrialStarted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepDone:
-    """Now and then while a trial trains."""
+class Progress:
+    """An event of a trial's training: its start, a step now and then, each epoch that was reported."""
 
     number: int
-    step: int
-    total_steps: int
-    epoch: int
-    loss: float
-    learning_rate: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochDone:
-    """An epoch was reported."""
-
-    number: int
-    epoch: int
-    train_loss: float
-    val_loss: float
-    learning_rate: float
-    epoch_s: float
-    from_checkpoint: bool
+    event: RunStarted | StepEnded | EpochEnded
+    """`RunStarted` comes without the names of modules and rows, thousands on a large model."""
+    from_checkpoint: bool = False
+    """Whether the epoch was trained before, and is read from the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialEnded:
-    """A trial reached a final state, or waits to go on."""
+    """A trial reached a final state, or waits to be resumed."""
 
     number: int
     state: str
@@ -106,12 +150,75 @@ class Notice:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFailed:
-    """The worker cannot go on. `user` tells a mistake of the user's from a fault of ours."""
+    """The worker cannot continue."""
 
     text: str
     user: bool
+    """Whether it is the user's mistake, and not a fault of ours."""
 
 
-Message = (
-    Alive | Idle | Loading | SlotsChosen | TrialStarted | StepDone | EpochDone | TrialEnded | Notice | WorkerFailed
-)
+Message = Alive | Idle | Loading | SlotsChosen | TrialStarted | Progress | TrialEnded | Notice | WorkerFailed
+
+
+class Display(Protocol):
+    """Where the supervisor shows messages (`search.terminal.live`). A context: on the screen while it lasts."""
+
+    def __enter__(self) -> Display: ...
+    def __exit__(self, *_: object) -> None: ...
+    def say(self, text: str) -> None:
+        """Show a line."""
+
+    def __call__(self, message: Message) -> None:
+        """Show a worker's message."""
+
+    def refresh(self) -> None:
+        """Redraw what moves with the clock."""
+
+
+class Link:
+    """The worker's end of the pipe: sends messages, and keeps the highest order received."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._order = Order.GO_ON
+        self._last_sent = 0.0
+        self.share = False
+        """Whether a worker without trials waits for half of the running ones (`HandOver`)."""
+        self.look = False
+        """Whether another worker has set a trial back to waiting."""
+
+    def send(self, message: Message) -> None:
+        """Send a message to the supervisor. If that is gone, the worker ends at the next step."""
+        self._last_sent = time.monotonic()
+        try:
+            self._connection.send(message)
+        except OSError:
+            self._order = Order.END_NOW
+
+    def alive(self) -> None:
+        """Give a sign of life, unless another message has just been one."""
+        if time.monotonic() - self._last_sent >= ALIVE_S:
+            self.send(Alive())
+
+    def order(self) -> Order:
+        """The highest order so far. Cheap enough to ask for at every step."""
+        try:
+            while self._connection.poll():
+                received = self._connection.recv()
+                if isinstance(received, HandOver):
+                    self.share = True
+                else:
+                    self.look = True
+                    self.raise_to(Order(received))
+        except (EOFError, OSError):
+            self._order = Order.END_NOW  # the supervisor died
+        return self._order
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until the supervisor sends something, or for `timeout_s` seconds."""
+        with suppress(EOFError, OSError):
+            self._connection.poll(timeout_s)
+
+    def raise_to(self, order: Order) -> None:
+        """Take an order, unless a higher one was taken before."""
+        self._order = max(self._order, order)

@@ -1,4 +1,4 @@
-"""What the nodes of a Ray cluster have, and which workers that makes. Pure: Ray is not imported."""
+"""Which workers the nodes of a Ray cluster have room for. Pure: Ray is not imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from search.errors import StorageError, StudyError
 
 @dataclass(frozen=True)
 class Node:
-    """What a node has for workers."""
+    """The CPUs and GPUs that a node has for workers."""
 
     cpus: int
     gpus: int
@@ -18,11 +18,11 @@ class Node:
 
 @dataclass(frozen=True)
 class Layout:
-    """How many workers, and what each asks of its node."""
+    """How many workers there are, and what each asks of its node."""
 
     workers: int
     threads: int
-    """CPUs in Ray's terms."""
+    """CPUs, in Ray's terms."""
     gpus: int
 
 
@@ -42,7 +42,7 @@ def lay_out(nodes: Sequence[Node], workers: int | None, gpus_per_worker: int) ->
         )
     places = sum(node.gpus // gpus for node in able) if gpus else len(able)
     count = workers or places
-    # No more threads than every such node can give each of its share of the workers: any node is to do for any worker.
+    # No more threads than each such node has for every worker of its share: any node must do for any worker.
     shares = [node.gpus // gpus if gpus else -(-count // len(able)) for node in able]
     threads = min(node.cpus // max(share, 1) for node, share in zip(able, shares, strict=True))
     return Layout(count, max(1, threads), gpus)
@@ -62,13 +62,13 @@ def check_shared(databases: Mapping[str, str], nodes: int) -> None:
     if nodes > 1 and files:
         raise StorageError(
             f"the Ray cluster has {nodes} nodes, and workers on several nodes cannot share a SQLite file "
-            f"({', '.join(files)}); give a server that all nodes reach: --storage postgresql+psycopg://... and "
+            f"({', '.join(files)}); name a server that all nodes reach: --storage postgresql+psycopg://... and "
             "--tracking-uri http://... or postgresql://..."
         )
 
 
 def node_of(resources: Mapping[str, float]) -> Node:
-    """A node by what Ray lists as its resources."""
+    """A node, from what Ray lists as its resources."""
     return Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
 
 

@@ -1,8 +1,9 @@
-"""`--executor ray`: workers on the nodes of a Ray cluster.
+"""`--executor ray`: workers on the nodes of a Ray cluster. The only module that imports Ray.
 
-Ray finds a node for each worker and says when one is lost; the supervisor then asks for another worker, which Ray
-places elsewhere. Trials are Optuna's business, as on one machine, and the worker is the same program: an actor starts
-it as a process of its own and passes on what it says. When an actor dies, or its node, Ray kills the process.
+Ray finds a node for each worker and reports when one is lost; the supervisor then asks for another worker, which Ray
+places elsewhere. Trials are left to Optuna, as on one machine, and the worker is the same program: an actor
+(`search.workers.ray_host`) starts it as a process of its own and passes its messages on. When an actor dies, or its
+node, Ray kills the process.
 
     Supervisor  --pipe--  thread  --exchange, twice a second--  actor on a node  --pipe--  worker process
 """
@@ -16,30 +17,23 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any
 
-from search import processes
 from search.errors import StudyError
-from search.workers.job import Job
 from search.workers.pool import WorkerPool
-from search.workers.protocol import Alive, HandOver, Idle, Message, Notice, Order, TrialStarted
+from search.workers.protocol import Alive, HandOver, Idle, Job, Message, Notice, Order, TrialStarted
+from search.workers.ray_host import EXCHANGE_S, WorkerHost, passed_on
 from search.workers.ray_layout import Layout, amount, check_shared, lay_out, node_of
-from search.workers.worker import work
 
-EXCHANGE_S = 0.5
-"""Longest wait of an actor for what its worker says, and so of an order for the next exchange."""
 CONNECT_S = 10
 """Longest wait for the head of a cluster to answer."""
 PENDING_S, AGAIN_S = 10, 600
-"""Seconds without a node for a worker after which the user is told, and told again."""
+"""Seconds without a node for a worker after which the user is notified, and seconds until the next notice."""
 KILL_S = 10
-"""Seconds in which an actor must have killed its worker; it is killed itself afterwards."""
-PASSED_ON = ("LORA_SEARCH_", "MLFLOW_", "HF_")
-"""Beginnings of the names of environment variables that workers get from the supervisor: actors have their node's."""
-
+"""Seconds that an actor has to kill its worker; after that it is killed itself."""
 log = logging.getLogger("search.workers.ray_pool")
 
 
@@ -47,10 +41,10 @@ class RayPool(WorkerPool):
     """Worker processes on the nodes of a Ray cluster. A context, which connects to the cluster.
 
     Args:
-        workers: How many; None for as many as the cluster has GPUs for, without GPUs one for each node.
+        workers: Number of workers; None for as many as the cluster has GPUs for, without GPUs one for each node.
         gpus_per_worker: GPUs that a worker asks for, where the cluster has any.
-        address: The cluster's, e.g. `10.0.0.1:6379`; None for the one of this machine or, if there is none, one that
-            is started for this search.
+        address: Address of the cluster, e.g. `10.0.0.1:6379`; None for the one of this machine or, if there is none,
+            one that is started for this search.
         databases: What the workers share, see `check_shared`.
     """
 
@@ -89,18 +83,18 @@ class RayPool(WorkerPool):
         self._disconnect()
 
     def alive(self, worker: Mapping[str, Any]) -> bool | None:
-        """Whether a `records.WORKER` still runs: on this host by its process, else by what Ray said of it."""
+        """Whether a `records.WORKER` still runs: on this host by its process, else by what Ray said about it."""
         known = super().alive(worker)
         if known is None and any(_same(worker, gone) for gone in self._gone):
             return False
         return known
 
     def lost(self, worker: dict[str, Any]) -> None:
-        """A worker has ended, or its node has."""
+        """Note that a worker has ended, or its node has."""
         self._gone.append(worker)
 
     def nothing_to_do(self) -> bool:
-        """Whether there are workers on nodes, and none of them has anything to train: one more would not either."""
+        """Whether there are workers on nodes, and none of them has anything to train: nor would one more."""
         placed = list(self.placed.values())
         return bool(placed) and all(placed)
 
@@ -136,7 +130,7 @@ class RayPool(WorkerPool):
         _keep_off_the_terminal()
 
     def _reach(self) -> None:
-        """Ray itself tries an address at which nothing answers for longer than four minutes."""
+        """Try the address once: Ray itself tries one at which nothing answers for longer than four minutes."""
         host, _, port = (self._address or "").rpartition(":")
         if not host or not port.isdigit():
             return
@@ -162,62 +156,22 @@ class RayPool(WorkerPool):
         actor = (
             ray.remote(WorkerHost)
             .options(num_cpus=self.threads, num_gpus=self._layout.gpus, max_restarts=0, max_task_retries=0)
-            .remote(self.threads, _environment(), os.getcwd())  # noqa: PTH109 - a text for another machine
+            .remote(self.threads, passed_on(), os.getcwd())  # noqa: PTH109 - a text for another machine
         )
         needs = f"{amount(self._layout.gpus, 'GPU')} and {amount(self.threads, 'CPU')}"
         return RemoteProcess(index, actor, theirs, self, needs), ours
 
 
-class WorkerHost:
-    """The actor: starts a worker process on its node, hands it orders and says what it says."""
-
-    def __init__(self, threads: int, environment: dict[str, str], folder: str) -> None:
-        os.environ.update(environment)
-        with suppress(OSError):  # relative paths then mean the same; the job's own are absolute
-            os.chdir(folder)
-        context = multiprocessing.get_context("spawn")
-        self._link, theirs = context.Pipe()
-        # Ray has set CUDA_VISIBLE_DEVICES to the GPUs of this actor.
-        self._process = context.Process(target=work, args=(theirs, None, threads), name="worker")
-        self._process.start()
-        theirs.close()
-        self._has_job = False
-
-    def identity(self) -> dict[str, Any]:
-        """The worker as `records.WORKER` of its trials."""
-        assert self._process.pid is not None
-        return processes.record(self._process.pid)
-
-    def exchange(self, orders: Sequence[Order | HandOver | Job], kill: bool) -> tuple[list[Message], int | None]:
-        """Hand on what the supervisor sends; returns what the worker said, and its exit code once it has ended."""
-        for order in orders:
-            if isinstance(order, Job):
-                if self._has_job:
-                    continue  # the answer to the exchange that brought it was lost
-                self._has_job = True
-            with suppress(OSError):  # it has ended
-                self._link.send(order)
-        if kill:
-            self._process.kill()
-        wait([self._link, self._process.sentinel], EXCHANGE_S)
-        ended = not self._process.is_alive()
-        messages: list[Message] = []
-        with suppress(EOFError, OSError):
-            while self._link.poll():
-                messages.append(self._link.recv())
-        return messages, self._process.exitcode if ended else None
-
-
 class RemoteProcess:
-    """A worker on a node, as `multiprocessing` shows a process; its messages come over a pipe of this process."""
+    """A worker on a node, with the interface of a local process; its messages come over a pipe of this process."""
 
-    def __init__(self, index: int, actor: Any, link: Connection, crew: RayPool, needs: str) -> None:
+    def __init__(self, index: int, actor: Any, link: Connection, pool: RayPool, needs: str) -> None:
         self.exitcode: int | None = None
         self.sentinel, self._sentinel_end = os.pipe()
         self._index = index
         self._actor = actor
         self._link = link
-        self._crew = crew
+        self._pool = pool
         self._needs = needs
         self._orders: list[Order | HandOver | Job] = []
         self._killed_at: float | None = None
@@ -231,28 +185,28 @@ class RemoteProcess:
         return None if self._identity is None else int(self._identity["pid"])
 
     def is_alive(self) -> bool:
-        """Whether it may still say something."""
+        """Whether it may still send messages."""
         return self.exitcode is None
 
     def terminate(self) -> None:
-        """What SIGTERM means to a worker: stop at the next step, and keep the trial for later."""
+        """Ask for what SIGTERM means to a worker: stop at the next step, and keep the trial for later."""
         self._orders.append(Order.END_NOW)
 
     def kill(self) -> None:
-        """Kill it, whatever it is doing."""
+        """Have it killed, whatever it is doing."""
         if self._killed_at is None:
             self._killed_at = time.monotonic()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for its end."""
+        """Wait until it has ended."""
         self._thread.join(timeout)
 
     def close(self) -> None:
-        """Give up the sentinel."""
+        """Close the sentinel."""
         os.close(self.sentinel)
 
     def _relay(self) -> None:
-        """The thread: between the supervisor's pipe and the actor, until the worker has ended."""
+        """Pass messages on between the supervisor's pipe and the actor until the worker has ended: the thread."""
         import ray
         from ray.exceptions import RayActorError, RayError
 
@@ -269,32 +223,32 @@ class RemoteProcess:
             with suppress(Exception):  # the cluster may be gone
                 ray.kill(self._actor)
             if self._identity is not None:
-                self._crew.lost(self._identity)
-            self._crew.placed.pop(self, None)
+                self._pool.lost(self._identity)
+            self._pool.placed.pop(self, None)
             self.exitcode = code
             self._link.close()
             os.close(self._sentinel_end)
 
     def _wait_for_node(self) -> int | None:
-        """Until Ray has placed the actor: None, or the exit code if the worker is no longer wanted before that."""
+        """Wait until Ray has placed the actor: None, or the exit code if the worker is no longer wanted by then."""
         import ray
 
         tell_at = time.monotonic() + PENDING_S
         reference = self._actor.identity.remote()
         while not ray.wait([reference], timeout=EXCHANGE_S)[0]:
             self._take_orders()
-            self._pass_on(Alive())  # to wait is not to hang
+            self._pass_on(Alive())  # waiting is not hanging
             if self._killed_at is not None:
                 return -signal.SIGKILL
             if any(isinstance(order, Order) and order > Order.GO_ON for order in self._orders):
                 return 0
-            if self._crew.nothing_to_do():
+            if self._pool.nothing_to_do():
                 self._pass_on(Idle())  # the supervisor ends a search whose workers are all idle
             if time.monotonic() > tell_at:
                 tell_at = time.monotonic() + AGAIN_S
                 self._say(f"worker {self._index} waits for a node of the Ray cluster with {self._needs} free")
         self._identity = ray.get(reference)
-        self._crew.placed[self] = False
+        self._pool.placed[self] = False
         return None
 
     def _exchange_until_end(self) -> int:
@@ -310,7 +264,7 @@ class RemoteProcess:
                     return -signal.SIGKILL  # the actor hangs too, and is killed with its worker
             try:
                 messages, code = ray.get(reference)
-            except ActorUnavailableError:  # the network; Ray will know in the end whether the node is lost
+            except ActorUnavailableError:  # the network; Ray will find out whether the node is lost
                 time.sleep(EXCHANGE_S)
                 continue
             del self._orders[: len(orders)]
@@ -320,7 +274,7 @@ class RemoteProcess:
                 return int(code)
 
     def _take_orders(self) -> None:
-        """What the supervisor has sent since."""
+        """Take what the supervisor has sent since."""
         try:
             while self._link.poll():
                 self._orders.append(self._link.recv())
@@ -328,8 +282,8 @@ class RemoteProcess:
             self._orders.append(Order.END_NOW)
 
     def _pass_on(self, message: Message) -> None:
-        if self in self._crew.placed and isinstance(message, Idle | TrialStarted):
-            self._crew.placed[self] = isinstance(message, Idle)
+        if self in self._pool.placed and isinstance(message, Idle | TrialStarted):
+            self._pool.placed[self] = isinstance(message, Idle)
         with suppress(OSError):  # the supervisor is ending
             self._link.send(message)
 
@@ -339,8 +293,10 @@ class RemoteProcess:
 
 
 def _left_behind() -> bool:
-    """Whether the cluster that Ray remembers of this machine is gone: killed, it leaves its address behind, at which
-    Ray would try for minutes."""
+    """Whether the cluster that Ray remembers on this machine is gone.
+
+    One that was killed has left its address behind, at which Ray would try for minutes.
+    """
     from ray._private import utils
 
     if "RAY_ADDRESS" in os.environ or not hasattr(utils, "read_ray_address"):
@@ -356,7 +312,7 @@ def _left_behind() -> bool:
 
 
 def _keep_off_the_terminal() -> None:
-    """Ray prints what befalls its nodes, whole state dumps, though told not to; our log file is the place for that."""
+    """Send Ray's reports on its nodes, whole state dumps, to our log file: it prints them even if asked not to."""
     from ray._private import worker
 
     def record(data: Mapping[str, Any], **_: Any) -> None:
@@ -366,18 +322,13 @@ def _keep_off_the_terminal() -> None:
         worker.print_to_stdstream = record
 
 
-def _environment() -> dict[str, str]:
-    """Passed as an argument and not as Ray's runtime environment, which its dashboard shows, passwords included."""
-    return {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-
-
 def _same(worker: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     same = worker.get("host") == other["host"] and worker.get("pid") == other["pid"]
     return same and bool(abs(worker["started_s"] - other["started_s"]) < 2)
 
 
 def _reason(error: BaseException) -> str:
-    """The line of Ray's message that says why, without ids."""
+    """The line of Ray's message that gives the reason, without ids."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in reversed(lines):
         if "because" in line:

@@ -59,6 +59,23 @@ class Slots:
         return len(batch_sizes) < self.most and sum(batch_sizes) < self.samples
 
 
+@dataclass
+class Room:
+    """Whether a worker takes another trial in beside those that it trains."""
+
+    slots: Slots
+    one_by_one: int = 0
+    """Trials still to be run alone, after a fault that no single one could be blamed for."""
+
+    def beside(self, batch_sizes: Sequence[int]) -> bool:
+        """Whether there is room beside trials of these batch sizes."""
+        return (Slots(1) if self.one_by_one else self.slots).room(batch_sizes)
+
+    def one_ended(self) -> None:
+        """Count a trial that has ended."""
+        self.one_by_one = max(0, self.one_by_one - 1)
+
+
 def resolve(wanted: int | None, study: Study, bench: Workbench) -> Slots:
     """As many slots as wanted, or for None as many as pay and fit, 1 to 16."""
     if wanted is not None:
@@ -112,7 +129,7 @@ def that_fit(study: Study, bench: Workbench) -> int:
     values = {name: max(edges) for name, edges in largest.items() if edges}
     config = config.model_copy(update=values)
     needed = _measure(config, bench, device)
-    return max(1, int(MEMORY_SHARE * _free(device) / max(needed, 1)))
+    return max(1, int(MEMORY_SHARE * runtime.free_memory(device) / max(needed, 1)))
 
 
 def _measure(config: TrainConfig, bench: Workbench, device: torch.device) -> int:
@@ -146,12 +163,3 @@ def _used(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
-
-
-def _free(device: torch.device) -> int:
-    import psutil
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)

@@ -90,7 +90,7 @@ def new_study(folder: Path, urls: tuple[str, str], n_trials: int) -> Any:
     from search.storage import studies as store
     from search.storage.database import close_storage, open_storage
     from search.tracking.client import open_tracking
-    from search.workers.job import Job
+    from search.workers.protocol import Job
     from trainer.data import dataset
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -122,10 +122,10 @@ def one(worker: Any, epoch_s: float) -> Cost | None:
 
     cost = Cost()
     began = time.perf_counter()
-    trial = worker._ask()
+    trial = worker.source.ask()
     if trial is None:
         return None
-    run = TrialRun(trial, worker)
+    run = TrialRun(trial, worker.context)
     cost.ask = time.perf_counter() - began
     began = time.perf_counter()
     outcome = run.begin()
@@ -144,7 +144,7 @@ def one(worker: Any, epoch_s: float) -> Cost | None:
             break
     assert outcome is not None, "the trial had all its epochs"
     began = time.perf_counter()
-    run.finish(outcome)
+    run.end(outcome)
     cost.end = time.perf_counter() - began
     return cost
 

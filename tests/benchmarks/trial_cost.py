@@ -19,8 +19,7 @@ from search import study_file as studies
 from search.storage import studies as store
 from search.storage.database import open_storage
 from search.tracking.client import open_tracking
-from search.workers.job import Job
-from search.workers.protocol import Message, Order
+from search.workers.protocol import Job, Message, Order
 from search.workers.trial import TrialRun
 from search.workers.worker import Worker
 from trainer.data import dataset
@@ -135,10 +134,10 @@ def _median(
 def _one(worker: Worker) -> tuple[float, float, float]:
     """One trial as the worker runs it: seconds to ask, to take its events, to end it."""
     began = time.perf_counter()
-    trial = worker._ask()
+    trial = worker.source.ask()
     assert trial is not None
     asked = time.perf_counter()
-    run = TrialRun(trial, worker)
+    run = TrialRun(trial, worker.context)
     outcome = run.begin()
     for event in made_up(trial.number):
         outcome = run.take(event)
@@ -146,7 +145,7 @@ def _one(worker: Worker) -> tuple[float, float, float]:
             break
     taken = time.perf_counter()
     assert outcome is not None, "the trial had all its epochs"
-    run.finish(outcome)
+    run.end(outcome)
     return asked - began, taken - asked, time.perf_counter() - taken
 
 

@@ -55,7 +55,7 @@ def test_a_damaged_checkpoint_and_a_moved_folder(
     done = run(moved.command(file))
     assert done.returncode == 0, done.stdout + done.stderr
     before = int(checkpoints[-2].name[-4:]) if len(checkpoints) > 1 else 0
-    assert f"trial 0 goes on after epoch {before}: " in done.stdout
+    assert f"trial 0 resumes after epoch {before}: " in done.stdout
     assert str(checkpoints[-1].relative_to(moved.runs)) in done.stdout
     assert not place.runs.exists(), "something was written to the old place"
     check_records(moved, bench, num_trials=1, num_epochs=60)

@@ -28,7 +28,7 @@ from search.storage.database import close_storage, open_storage, reopen_storage
 from search.storage.retry import RetryingStorage
 from search.storage.studies import open_study
 from search.study import Study
-from search.workers.worker import Worker
+from search.workers.trial_source import TrialSource
 from tests.faults.postgres import Postgres
 from trainer.common.disk import out_of_room
 
@@ -66,14 +66,9 @@ def opened() -> Iterator[Callable[[str], RetryingStorage]]:
 
 def run_trials(storage: RetryingStorage, study: optuna.Study, pause_s: float = 0.0) -> None:
     """What a worker does with its trials, but the training."""
-    worker: Any = SimpleNamespace(
-        storage=storage,
-        study=study,
-        identity=this_process(),
-        job=SimpleNamespace(n_trials=12, study=STUDY),
-        _has_asked=False,
-    )
-    while (trial := Worker._ask(worker)) is not None:
+    job: Any = SimpleNamespace(n_trials=12, study=STUDY)
+    source = TrialSource(study, storage, job, this_process())
+    while (trial := source.ask()) is not None:
         trial.set_user_attr(records.CONFIG, {"learning_rate": trial.params["learning_rate"]})
         for epoch in range(1, EPOCHS + 1):
             trial.report(loss(trial.number, epoch), epoch)

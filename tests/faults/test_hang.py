@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from search import records
-from search.workers.job import Link
-from search.workers.protocol import Idle
+from search.workers.protocol import Idle, Link
 from tests.faults.harness import Place, check_records, workers_of, write_study
 from tests.support.search_process import Search
 from trainer import loop
@@ -34,7 +33,7 @@ def test_a_stopped_worker_is_replaced(tiny_checkpoint: Path, tmp_path: Path, sta
     (worker,) = workers_of(search)
     worker.suspend()
     began = time.monotonic()
-    search.wait_for("worker 0 has given no sign of life for 1", timeout_s=40)
+    search.wait_for("Worker 0 has been silent for 1", timeout_s=40)
     assert 8 < time.monotonic() - began < 20
     assert search.end() == 0, search.output()
     lost, resumed = place.trials
@@ -80,7 +79,7 @@ def test_every_pass_is_a_sign_of_life(
 
 def test_signs_of_life_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 100.0
-    monkeypatch.setattr("search.workers.job.time.monotonic", lambda: clock)
+    monkeypatch.setattr("search.workers.protocol.time.monotonic", lambda: clock)
     wire = Wire()
     link = Link(wire)  # type: ignore[arg-type]
     for _ in range(1000):
@@ -94,7 +93,7 @@ def test_signs_of_life_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_search_that_was_stopped_as_a_whole_goes_on(tiny_checkpoint: Path, tmp_path: Path, start: Start) -> None:
-    """Ctrl-Z and fg: the time away is nobody's silence."""
+    """Ctrl-Z and fg: the time away does not count as silence."""
     place = Place(tmp_path / "runs")
     file = write_study(tmp_path, tiny_checkpoint, trials=1, num_epochs=30)
     search = start(place.command(file, "--hang-timeout", "10s"))
@@ -103,5 +102,5 @@ def test_a_search_that_was_stopped_as_a_whole_goes_on(tiny_checkpoint: Path, tmp
     time.sleep(15)
     os.killpg(search.process.pid, signal.SIGCONT)
     assert search.end() == 0, search.output()
-    assert "no sign of life" not in search.output()
+    assert "has been silent" not in search.output()
     assert [t.state for t in place.trials] == ["COMPLETE"]

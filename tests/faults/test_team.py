@@ -123,7 +123,7 @@ def test_a_search_waits_for_another_and_takes_its_trial_over(
     first = start(command)
     first.wait_for("trial 0: epoch 1:")
     second = start(command)
-    second.wait_for("nothing is left to start; 1 trials run in other processes")
+    second.wait_for("No trials left to start; waiting for 1 running elsewhere")
     os.killpg(first.process.pid, signal.SIGKILL)
     assert second.end(120) == 0, second.output()
     assert "after epoch" in second.wait_for("trial 1: learning_rate")

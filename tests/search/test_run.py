@@ -264,7 +264,7 @@ def test_the_process_that_workers_are_forked_from_is_killed(
     assert [t.state for t in trials_of(runs)] == ["COMPLETE"]
     assert curves_of(runs) == undisturbed
     assert trials_of(runs)[0].attrs[records.WORKER]["pid"] != worker.pid
-    running.wait_for("worker 0 is out of sight; another takes its place")
+    running.wait_for("Lost track of worker 0; starting a replacement")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -278,7 +278,7 @@ def test_a_signal_to_the_whole_group_is_an_orderly_end(tmp_path: Path, search: A
     assert not any(process.is_running() for process in worker)
     assert trials_of(tmp_path / "runs")[0].state == "WAITING"
     assert {status for status, _ in runs_of(tmp_path / "runs").values()} == {"KILLED"}
-    assert "Traceback" not in running.output() and "out of sight" not in running.output()
+    assert "Traceback" not in running.output() and "Lost track" not in running.output()
 
 
 def test_ctrl_c_while_imports_are_made(tmp_path: Path, search: Any) -> None:
@@ -326,7 +326,7 @@ def test_two_workers_share_a_study(tmp_path: Path) -> None:
 def test_the_time_can_be_limited(tmp_path: Path) -> None:
     done = run(command(tmp_path, "--timeout", "1s", settings=LONG))
     assert done.returncode == 0
-    assert "the time is up" in done.stdout
+    assert "Time is up" in done.stdout
     assert optuna.trial.TrialState.RUNNING.name not in {t.state for t in trials_of(tmp_path)}
 
 

@@ -18,11 +18,12 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from search.diagnosis.messages import LANGS, Lang
+from search.markdown import escape
 from search.records import StudyRecord
 from search.report import plots, write
 from search.report.facts import Facts, gather
 from search.report.page import html
-from search.report.render import code, escape, fenced, literal, markdown, slug
+from search.report.render import code, fenced, literal, markdown, slug
 from tests.support.report_data import falling, hand_run, many, recorded, study, trial
 
 HEADINGS = (

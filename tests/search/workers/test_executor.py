@@ -1,4 +1,4 @@
-"""Where workers run: GPUs a worker, and the layout of a Ray cluster. Nothing here starts Ray."""
+"""Where workers run: the GPUs of each, and the layout of a Ray cluster. Nothing here starts Ray."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def test_a_machine_without_enough_gpus_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_one_worker_for_each_group_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    assert Executor().crew(FILES).size == 4
-    assert Executor(gpus_per_worker=2).crew(FILES).size == 2
-    assert Executor(gpus_per_worker=2, workers=1).crew(FILES).size == 1
+    assert Executor().pool(FILES).size == 4
+    assert Executor(gpus_per_worker=2).pool(FILES).size == 2
+    assert Executor(gpus_per_worker=2, workers=1).pool(FILES).size == 1
 
 
 def test_options_that_do_not_go_together() -> None:
     Executor(gpus_per_worker=2).check(SPREAD)
     with pytest.raises(StudyError, match="leaves the others idle; spread it with --set device_map=auto"):
         Executor(gpus_per_worker=2).check(MINI)
-    with pytest.raises(StudyError, match="--ray-address h:1 goes with --executor ray"):
+    with pytest.raises(StudyError, match="--ray-address h:1 needs --executor ray"):
         Executor(ray_address="h:1").check(MINI)
 
 
@@ -103,14 +103,14 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def test_what_ray_said_of_a_worker_counts_on_other_hosts_only() -> None:
-    rays = RayPool(1, 1, None, FILES)
+def test_what_ray_said_about_a_worker_counts_on_other_hosts_only() -> None:
+    on_ray = RayPool(1, 1, None, FILES)
     there = {"host": "elsewhere", "pid": 7, "started_s": 100.0}
-    assert rays.alive(there) is None
-    rays.lost(there)
-    assert rays.alive({**there, "started_s": 100.4}) is False
-    assert rays.alive({**there, "started_s": 900.0}) is None  # another process has its number
-    assert rays.alive({**there, "pid": 8}) is None
+    assert on_ray.alive(there) is None
+    on_ray.lost(there)
+    assert on_ray.alive({**there, "started_s": 100.4}) is False
+    assert on_ray.alive({**there, "started_s": 900.0}) is None  # another process has its number
+    assert on_ray.alive({**there, "pid": 8}) is None
 
 
 def test_rays_reasons_are_one_line() -> None:
@@ -122,7 +122,7 @@ def test_rays_reasons_are_one_line() -> None:
 
 @pytest.mark.parametrize("fault", [EOFError, ConnectionRefusedError])
 def test_a_fork_that_fails_is_a_spawn_instead(monkeypatch: pytest.MonkeyPatch, fault: type[Exception]) -> None:
-    """What workers are forked from may be killed in this very moment."""
+    """The process that workers are forked from may be killed at this very moment."""
     asked = []
 
     class Context:

@@ -95,7 +95,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def of_node(node: Any) -> list[psutil.Process]:
-    """Worker processes (search.workers.worker.work) below a node's raylet."""
+    """Worker processes (search.workers.start.work) below a node's raylet."""
     below = psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)
     return [p for p in below if "spawn_main" in " ".join(p.cmdline())]
 

@@ -16,13 +16,13 @@ LINGERS_S = 1.5
 
 
 def closes_early(connection: Any) -> None:
-    """A worker that has said all it has to say, and takes its time to end."""
+    """A worker that has sent all its messages, and takes its time to end."""
     connection.recv()
     connection.close()
     time.sleep(LINGERS_S)
 
 
-class EarlyCrew:
+class EarlyPool:
     """One such worker."""
 
     size = 1
@@ -55,13 +55,14 @@ class Rounds:
 def test_the_supervisor_sleeps_while_a_worker_ends(monkeypatch: Any) -> None:
     """A pipe that is closed can be read at once, again and again: 8,000 rounds a second beside workers that end."""
     rounds: Any = Rounds()
-    crew: Any = EarlyCrew()
+    pool: Any = EarlyPool()
     job: Any = {"one_by_one": 0}
     monkeypatch.setattr("search.workers.supervisor.replace", lambda job, **_: job)
     supervisor = Supervisor(
         job,
-        crew,
+        pool,
         timeout_s=None,
+        hang_timeout_s=60.0,
         display=rounds,
         look=lambda: Unfinished(waiting=0, running=0),
         trial_ended=lambda: None,
@@ -73,8 +74,8 @@ def test_the_supervisor_sleeps_while_a_worker_ends(monkeypatch: Any) -> None:
     assert len(lingering) < 5
 
 
-def test_workers_out_of_sight_are_no_deaths(monkeypatch: Any) -> None:
-    """What they were forked from was killed: all seem to end at once, with the library's 255, and live."""
+def test_workers_out_of_sight_are_not_dead(monkeypatch: Any) -> None:
+    """The process they were forked from was killed: all seem to end at once, with the library's 255, and live."""
     said: list[str] = []
 
     class Shown(Rounds):
@@ -86,6 +87,7 @@ def test_workers_out_of_sight_are_no_deaths(monkeypatch: Any) -> None:
         Any,  # type: ignore[arg-type]
         Any,  # type: ignore[arg-type]
         timeout_s=None,
+        hang_timeout_s=60.0,
         display=display,
         look=lambda: None,  # type: ignore[arg-type,return-value]
         trial_ended=lambda: None,
@@ -96,4 +98,5 @@ def test_workers_out_of_sight_are_no_deaths(monkeypatch: Any) -> None:
         process: Any = SimpleNamespace(pid=os.getpid(), exitcode=255, close=lambda: None)
         link: Any = SimpleNamespace(close=lambda: None)
         assert supervisor._ended(WorkerSlot(index, process, link)) == 0
-    assert started == list(range(6)) and supervisor._deaths == 0 and len(said) == 6
+    assert started == list(range(6)) and supervisor._deaths == 0
+    assert said[0] == "Lost track of worker 0; starting a replacement that resumes its trials." and len(said) == 6

@@ -21,12 +21,21 @@ from search.study import Study
 from search.study_file import load
 from search.tracking.client import open_tracking
 from search.workers import slots
-from search.workers.job import Job
-from search.workers.protocol import EpochDone, Idle, Message, Notice, Order, SlotsChosen, TrialEnded
-from search.workers.slots import Slots
+from search.workers.protocol import (
+    Idle,
+    Job,
+    Message,
+    Notice,
+    Order,
+    Progress,
+    SlotsChosen,
+    TrialEnded,
+    TrialStarted,
+)
+from search.workers.slots import Room, Slots
 from search.workers.trial import TrialRun
 from search.workers.worker import GaveUp, Worker
-from trainer import loop, member
+from trainer import loop, member, runtime
 from trainer.common.disk import NoRoom
 from trainer.common.errors import DataError
 from trainer.data import dataset
@@ -36,8 +45,8 @@ from trainer.model.base import Forward, forward
 from trainer.workbench import Workbench
 
 
-class Ear:
-    """A supervisor's end of the pipe that remembers, and wants the worker to go on until it has nothing to do."""
+class RecordingLink:
+    """A worker's link that keeps its messages, and orders an end once it has nothing to do."""
 
     def __init__(self, share_after: int | None = None) -> None:
         self.heard: list[Message] = []
@@ -47,18 +56,18 @@ class Ear:
 
     def send(self, message: Message) -> None:
         self.heard.append(message)
-        if isinstance(message, EpochDone) and self.share_after is not None:
+        if is_epoch(message) and self.share_after is not None:
             self.share_after -= 1
             self.share = self.share_after == 0
 
     def alive(self) -> None:
-        """Nobody watches."""
+        """Do nothing: no supervisor watches."""
 
     def order(self) -> Order:
         return Order.END_AFTER_EPOCH if any(isinstance(message, Idle) for message in self.heard) else Order.GO_ON
 
     def wait(self, timeout_s: float) -> None:
-        """Nothing will come."""
+        """Do nothing: nothing will come."""
 
 
 Search = Callable[..., tuple[tuple[TrialRecord, ...], list[Message]]]
@@ -66,7 +75,7 @@ Search = Callable[..., tuple[tuple[TrialRecord, ...], list[Message]]]
 
 @pytest.fixture
 def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Search:
-    """`search(trials=4, slots=2)`: the trials and what the worker said."""
+    """`search(trials=4, slots=2)`: the trials, and the worker's messages."""
 
     def run(
         trials: int = 4,
@@ -110,8 +119,8 @@ def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
             slots=slots,
             one_by_one=one_by_one,
         )
-        ear = Ear(share_after)
-        worker = Worker(job, ear)  # type: ignore[arg-type]  # it sends and asks for orders, which is all that is used
+        link = RecordingLink(share_after)
+        worker = Worker(job, link)  # type: ignore[arg-type]  # it has what a worker uses of one
         request.addfinalizer(lambda: (close_storage(storage), close_storage(worker.storage)))
         if fails is None:
             worker.run()
@@ -119,7 +128,7 @@ def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
             with pytest.raises(fails):
                 worker.run()
         assert not worker._running
-        return lifecycle.read_trials(opened), ear.heard
+        return lifecycle.read_trials(opened), link.heard
 
     return run
 
@@ -128,8 +137,7 @@ def most_at_once(heard: list[Message]) -> int:
     """The largest number of trials that had started and not ended."""
     running, most = 0, 0
     for message in heard:
-        if type(message).__name__ == "TrialStarted":
-            running += 1
+        running += isinstance(message, TrialStarted)
         running -= isinstance(message, TrialEnded)
         most = max(most, running)
     return most
@@ -165,7 +173,7 @@ def test_a_fault_of_the_shared_pass_lets_the_trials_go_on_one_by_one(
     monkeypatch.setattr(loop, "forward", crowded)
     trials, heard = search(trials=3, slots=3)
     assert [t.state for t in trials] == ["COMPLETE"] * 3
-    assert "too much at once; 3 trials go on one by one" in next(m.text for m in heard if isinstance(m, Notice))
+    assert "too much at once; 3 trials resume one by one" in next(m.text for m in heard if isinstance(m, Notice))
 
 
 def test_a_trial_of_its_own_fault_fails_alone(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,15 +227,15 @@ def test_a_trial_too_large_for_memory_violates_a_constraint_and_its_neighbours_g
 
 def test_a_trial_that_another_host_has_taken_over_is_let_go(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     """This host slept, was taken for lost, and woke up: it must not touch what is another's now."""
-    original = TrialRun._epoch
+    original = TrialRun.take
 
-    def woken(self: TrialRun, event: Any, *, from_checkpoint: bool) -> Any:
-        if self.trial.number == 0 and event.epoch == 1:
+    def woken(self: TrialRun, event: Any) -> Any:
+        if self.trial.number == 0 and isinstance(event, EpochEnded) and event.epoch == 1:
             lost = lifecycle.requeue_lost(self.study, is_alive=lambda worker: False)
             assert 0 in [each.number for each in lost]
-        return original(self, event, from_checkpoint=from_checkpoint)
+        return original(self, event)
 
-    monkeypatch.setattr(TrialRun, "_epoch", woken)
+    monkeypatch.setattr(TrialRun, "take", woken)
     trials, heard = search(trials=1, slots=1)
     assert [(t.state, t.reason) for t in trials] == [("FAIL", records.LOST), ("COMPLETE", records.FINISHED)]
     assert "was taken over by another process" in next(m.text for m in heard if isinstance(m, Notice))
@@ -236,7 +244,7 @@ def test_a_trial_that_another_host_has_taken_over_is_let_go(search: Search, monk
 
 def test_the_heartbeat_tells_that_a_trial_was_taken_over(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before an epoch ends, whose checkpoint would be written beside the other's."""
-    original = TrialRun._event
+    original = TrialRun.take
     saved: list[int] = []
 
     def woken(self: TrialRun, event: Any) -> Any:
@@ -247,7 +255,7 @@ def test_the_heartbeat_tells_that_a_trial_was_taken_over(search: Search, monkeyp
             saved.append(event.epoch)
         return original(self, event)
 
-    monkeypatch.setattr(TrialRun, "_event", woken)
+    monkeypatch.setattr(TrialRun, "take", woken)
     trials, _ = search(trials=1, slots=1)
     assert [t.state for t in trials] == ["FAIL", "COMPLETE"] and not saved
 
@@ -256,9 +264,9 @@ def test_trials_of_a_worker_that_died_are_run_one_by_one_at_first(search: Search
     trials, heard = search(trials=4, slots=4, one_by_one=2)
     assert [t.state for t in trials] == ["COMPLETE"] * 4
     ends = [m.number for m in heard if isinstance(m, TrialEnded)]
-    starts = [m.number for m in heard if type(m).__name__ == "TrialStarted"]
-    first_two = [type(m).__name__ for m in heard if type(m).__name__ in ("TrialStarted", "TrialEnded")][:4]
-    assert first_two == ["TrialStarted", "TrialEnded"] * 2
+    starts = [m.number for m in heard if isinstance(m, TrialStarted)]
+    first_four = [type(m) for m in heard if isinstance(m, TrialStarted | TrialEnded)][:4]
+    assert first_four == [TrialStarted, TrialEnded] * 2
     assert starts[:2] == ends[:2] == [0, 1]
     assert most_at_once(heard) == 2
 
@@ -294,7 +302,7 @@ def test_trials_of_different_kinds_take_turns(search: Search, monkeypatch: pytes
     assert [t.state for t in trials] == ["COMPLETE"] * 6
 
 
-def test_one_that_waits_for_its_turn_is_parked_when_an_end_is_wanted(
+def test_one_that_waits_for_its_turn_is_parked_when_the_worker_is_to_end(
     search: Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Study.config
@@ -304,24 +312,28 @@ def test_one_that_waits_for_its_turn_is_parked_when_an_end_is_wanted(
         return config.model_copy(update={"cache_features": not heard_of_steps})
 
     heard_of_steps: list[Message] = []
-    told = Ear.send
+    original_send = RecordingLink.send
 
-    def send(self: Ear, message: Message) -> None:
-        told(self, message)
-        if type(message).__name__ == "TrialStarted":  # the next trial is of another kind
+    def send(self: RecordingLink, message: Message) -> None:
+        original_send(self, message)
+        if isinstance(message, TrialStarted):  # the next trial is of another kind
             heard_of_steps.append(message)
 
     monkeypatch.setattr(Study, "config", mixed)
-    monkeypatch.setattr(Ear, "send", send)
-    monkeypatch.setattr(Ear, "order", lambda self: Order.END_AFTER_EPOCH if epochs(self.heard) else Order.GO_ON)
+    monkeypatch.setattr(RecordingLink, "send", send)
+    monkeypatch.setattr(
+        RecordingLink,
+        "order",
+        lambda self: Order.END_AFTER_EPOCH if any(map(is_epoch, self.heard)) else Order.GO_ON,
+    )
     trials, _ = search(trials=3, slots=2)
     assert [t.state for t in trials] == ["WAITING", "WAITING"]
     assert len(trials[0].attrs["train_losses"]) == 1 and "train_losses" not in trials[1].attrs
 
 
-def epochs(heard: list[Message]) -> int:
-    """Epochs that were reported."""
-    return sum(type(message).__name__ == "EpochDone" for message in heard)
+def is_epoch(message: Message) -> bool:
+    """Whether it reports an epoch."""
+    return isinstance(message, Progress) and isinstance(message.event, EpochEnded)
 
 
 def test_room() -> None:
@@ -331,6 +343,16 @@ def test_room() -> None:
     assert not few.room([1] * 16)
 
 
+def test_room_for_one_at_a_time_until_those_to_blame_have_ended() -> None:
+    room = Room(Slots(3), one_by_one=2)
+    assert room.beside([]) and not room.beside([4])
+    room.one_ended()
+    assert not room.beside([4])
+    room.one_ended()
+    room.one_ended()
+    assert room.beside([4, 4]) and not room.beside([4, 4, 4])
+
+
 def test_auto_fills_a_pass_of_the_embedded_model_and_leaves_a_wide_one_alone(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,7 +360,7 @@ def test_auto_fills_a_pass_of_the_embedded_model_and_leaves_a_wide_one_alone(
     chosen = slots.resolve(None, study, bench)
     assert 2 <= chosen.most <= slots.MOST and 8 < chosen.samples < 64
     assert slots.resolve(None, study, bench) == chosen
-    monkeypatch.setattr(slots, "_free", lambda device: 0)
+    monkeypatch.setattr(runtime, "free_memory", lambda device: 0)
     assert slots.resolve(None, study, bench).most == 1
     monkeypatch.setattr(slots, "BUSY_CPU", slots.BUSY_CPU / (768 / 128) ** 2)  # as for a model six times as wide
     assert slots.resolve(None, study, bench) == Slots(1)
@@ -346,7 +368,7 @@ def test_auto_fills_a_pass_of_the_embedded_model_and_leaves_a_wide_one_alone(
 
 
 def test_half_of_the_trials_are_handed_over_and_lose_nothing(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("search.workers.worker.WORTH_MOVING_S", 0.0)
+    monkeypatch.setattr("search.workers.hand_over.WORTH_MOVING_S", 0.0)
     alone, _ = search(trials=4, num_epochs=3, where="alone")
     trials, heard = search(trials=4, num_epochs=3, where="shared", share_after=1)
     handed = [m.number for m in heard if isinstance(m, TrialEnded) and m.state == "WAITING"]

@@ -1,0 +1,153 @@
+"""A trial's MLflow run: its name and colour, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import optuna
+
+from search import diagnosis, leaderboard, records
+from search.dashboards import notes
+from search.diagnosis import messages
+from search.errors import StorageError
+from search.markdown import escape
+from search.records import Outcome
+from search.tracking.address import run_page
+from search.tracking.client import run_status
+from search.tracking.outbox import is_local
+from search.workers.protocol import Notice
+from trainer.config import TrainConfig
+from trainer.events import Event
+
+if TYPE_CHECKING:
+    from search.tracking.recorder import RunRecorder
+    from search.workers.trial import TrialContext
+
+COLOURS = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#d55e00",
+    "#cc79a7",
+    "#56b4e9",
+    "#000000",
+    "#8c510a",
+    "#762a83",
+    "#a6761d",
+)
+"""Colours of runs in MLflow's charts, which by itself gave two of five trials the same."""
+TAGGED = (records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT, records.SLOTS)
+"""User attributes that are also tags of the run."""
+
+log = logging.getLogger("search.workers.trial_tracking")
+
+
+class TrialTracking:
+    """The MLflow run of one trial. What MLflow does not take is reported, and costs no trial."""
+
+    def __init__(self, trial: optuna.Trial, config: TrainConfig, context: TrialContext) -> None:
+        self._trial = trial
+        self._config = config
+        self._context = context
+        self._recorder: RunRecorder | None = None
+
+    def begin(self) -> None:
+        """Begin the run, or resume the one that the trial has."""
+        runs = self._context.runs
+        run_id = self._trial.user_attrs.get(records.RUN_ID)
+        if run_id is not None:
+            recorder = runs.go_on(run_id)
+        else:
+            colour = COLOURS[self._trial.number % len(COLOURS)]
+            study = self._context.job.study_name
+            tags = {"trial": str(self._trial.number), "study": study, "mlflow.runColor": colour}
+            tags |= {key: str(self._trial.user_attrs[key]) for key in TAGGED if key in self._trial.user_attrs}
+            tags |= {name: str(value) for name, value in self._context.job.study.stop_rule().items()}
+            recorder = runs.begin(self._name(), self._config.model_dump(), tags)
+        if recorder.run_id != run_id:
+            self._trial.set_user_attr(records.RUN_ID, recorder.run_id)
+        self._recorder = recorder
+
+    def record(self, event: Event) -> None:
+        """Record an event."""
+        assert self._recorder is not None
+        self._recorder(event)
+
+    def end(
+        self, outcome: Outcome, best: tuple[float, int] | None = None, findings: Sequence[diagnosis.Finding] = ()
+    ) -> None:
+        """End the run, if there is one.
+
+        Args:
+            best: (lowest finite validation loss, its epoch).
+        """
+        if self._recorder is None:
+            return
+        tags = {"detail": outcome.detail}
+        try:
+            if best is not None:
+                tags["best_epoch"] = str(best[1])
+                # MLflow sorts runs by a metric's last value, and val_loss' last is not its best.
+                self._recorder.put_metric("best_val_loss", best[0], best[1])
+            self._recorder.finish(
+                run_status(outcome.state, outcome.reason),
+                state=outcome.state,
+                reason=outcome.reason,
+                findings=[finding.id for finding in findings],
+                tags=tags,
+                description=_description(outcome, findings),
+            )
+        except StorageError as error:
+            self._report(error)
+
+    def end_by_fault(self) -> None:
+        """End the run, if there is one, because of an exception that is still on its way: `fail` gives the detail."""
+        try:
+            if self._recorder is not None:
+                self._recorder.finish(run_status("FAIL"), state="FAIL", reason=records.ERROR)
+        except StorageError as error:
+            self._report(error)
+
+    def fail(self, detail: str) -> None:
+        """Say in the run, if the trial has one, what its fault was."""
+        run_id = self._trial.user_attrs.get(records.RUN_ID)
+        if run_id:
+            tags = {"state": "FAIL", "reason": records.ERROR, "detail": detail}
+            self._context.runs.end(run_id, run_status("FAIL"), tags)
+
+    def end_as_lost(self) -> None:
+        """End the run, if there is one, of a trial that another process has taken over."""
+        try:
+            if self._recorder is not None:
+                self._recorder.finish(run_status("FAIL", records.LOST), state="FAIL", reason=records.LOST)
+        except StorageError:
+            log.exception("trial %d: its run could not be ended", self._trial.number)
+
+    def page(self) -> str | None:
+        """Address of the run's page in MLflow, None if MLflow was away when it began."""
+        assert self._recorder is not None
+        experiment, run_id = self._context.runs.experiment_id(), self._recorder.run_id
+        if experiment is None or is_local(run_id):
+            return None
+        return run_page(notes.pages_of(self._context.job.tracking_uri), experiment, run_id)
+
+    def _name(self) -> str:
+        """The run's name: legends of MLflow's charts show nothing else, so it holds what tells trials apart."""
+        label = self._trial.user_attrs.get(records.LABEL)
+        config = self._config
+        rate = leaderboard.show_value("learning_rate", config.learning_rate)
+        what = f"lr={rate} r={config.lora_r} a={config.lora_alpha:g} b={config.batch_size}"
+        return f"trial {self._trial.number:03d}" + (f" ({label})" if label else "") + f" {what}"
+
+    def _report(self, error: StorageError) -> None:
+        log.error("trial %d: %s", self._trial.number, error)
+        self._context.link.send(Notice(text=f"trial {self._trial.number}: {error}"))
+
+
+def _description(outcome: Outcome, findings: Sequence[diagnosis.Finding]) -> str:
+    """Markdown for the run's page: how it ended, and each finding with its evidence."""
+    lines = [f"**{outcome.state}** ({outcome.reason}): {escape(outcome.detail)}", ""]
+    lines += [f"- `{finding.id}`: {escape(messages.sentence(finding))}" for finding in findings]
+    return "\n".join(lines)

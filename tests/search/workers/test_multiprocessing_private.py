@@ -1,0 +1,61 @@
+"""What worker processes use of the standard library that it does not promise: a new Python may lack it."""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import os
+import subprocess
+import sys
+from multiprocessing import forkserver, popen_forkserver
+from typing import Any
+
+import pytest
+
+from search.workers.multiprocessing_private import UNSEEN
+
+NAMES = [
+    (forkserver, "_forkserver", "the fork server that `ensure_running` starts"),
+    (forkserver.ForkServer, "_stop", "the end of the fork server, its socket removed"),
+    (atexit, "_run_exitfuncs", "exit handlers, before `os._exit`"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "what"), NAMES, ids=[name for _, name, _ in NAMES])
+def test_the_standard_library_still_has(owner: Any, name: str, what: str) -> None:
+    assert hasattr(owner, name), f"{owner.__name__}.{name} went missing: {what}"
+
+
+def test_the_fork_server_still_keeps_its_pid() -> None:
+    """`end_fork_server` would leave the process alive, and a search that cannot start would wait for its imports."""
+    assert hasattr(forkserver._forkserver, "_forkserver_pid"), "ForkServer._forkserver_pid went missing"
+    assert "self._forkserver_pid = pid" in inspect.getsource(forkserver.ForkServer), "it is set elsewhere now"
+
+
+def test_a_process_whose_end_cannot_be_seen_still_has_this_exit_code() -> None:
+    """Whoever would report its end closes the pipe without a word."""
+    read, write = os.pipe()
+    os.close(write)
+    popen: Any = object.__new__(popen_forkserver.Popen)
+    popen.returncode, popen.sentinel = None, read
+    assert popen.poll() == UNSEEN, "multiprocessing.popen_forkserver has another exit code for it now"
+    os.close(read)
+
+
+def test_the_fork_server_is_ended_at_once_and_exit_handlers_run() -> None:
+    code = """
+import atexit, os, psutil, time
+from multiprocessing import forkserver
+from search.workers.multiprocessing_private import end_fork_server, run_exit_handlers
+
+atexit.register(print, "handled", flush=True)
+end_fork_server()  # none was started: nothing happens
+forkserver.ensure_running()
+server = psutil.Process(forkserver._forkserver._forkserver_pid)
+end_fork_server()
+assert not server.is_running()
+run_exit_handlers()
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "handled\n", "")

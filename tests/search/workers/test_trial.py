@@ -1,0 +1,226 @@
+"""One trial's life, without a worker, a model or a process: the trainer's events are made up, the pipe is real."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from search import pruning, records
+from search.errors import DatabaseAway
+from search.records import Outcome
+from search.sampling import samplers
+from search.space import Float
+from search.storage import studies as store
+from search.storage.database import close_storage, open_storage
+from search.study import Study
+from search.tracking.client import open_tracking
+from search.tracking.runs import StudyRuns
+from search.workers.protocol import HandOver, Job, Link, Message, Order, Progress, TrialEnded, TrialStarted
+from search.workers.trial import TrialContext, TrialRun
+from trainer.events import EpochEnded, EpochTiming, RunStarted, StepEnded, StepTiming
+
+EPOCHS = 2
+
+
+class Ground:
+    """A study with a trial that runs in this process, and the supervisor's end of its pipe."""
+
+    def __init__(self, folder: Path, examined: Any) -> None:
+        definition = Study(
+            name="made_up",
+            description="no training",
+            base={"data": "mini", "num_epochs": EPOCHS, "warmup_steps": 0},
+            space={"learning_rate": Float(1e-4, 1e-2, log=True)},
+            n_trials=3,
+        )
+        urls = [f"sqlite:///{folder / name}" for name in ("optuna.db", "mlflow.db")]
+        self.storage = open_storage(urls[0], heartbeat_s=60)
+        self.study = store.open_study(
+            self.storage, definition, pruner=pruning.pruner_for("none", definition.base_config())
+        )
+        job = Job(
+            study=definition,
+            study_name=self.study.study_name,
+            storage_url=urls[0],
+            tracking_uri=urls[1],
+            runs_dir=folder,
+            n_trials=3,
+            strategy="joint",
+            pruner="none",
+            examined=examined,
+            threads=1,
+        )
+        self.tracking = open_tracking(urls[1], folder / "artifacts")
+        runs = StudyRuns(urls[1], folder / "artifacts", job.study_name, job.folder)
+        runs.start_study({})
+        self.supervisor, theirs = Pipe()
+        self.link = Link(theirs)
+        self.context = TrialContext(study=self.study, job=job, runs=runs, link=self.link, slots=2)
+
+    def trial(self) -> TrialRun:
+        """A trial that has begun."""
+        asked = self.study.ask()
+        samplers.suggest(asked, self.context.job.study)
+        run = TrialRun(asked, self.context)
+        assert run.begin() is None
+        return run
+
+    def heard(self) -> list[Message]:
+        """What the supervisor has received."""
+        messages = []
+        while self.supervisor.poll():
+            messages.append(self.supervisor.recv())
+        return messages
+
+    def optuna(self, number: int = 0) -> optuna.trial.FrozenTrial:
+        """The trial as Optuna's database has it."""
+        return self.study.get_trials(deepcopy=False)[number]
+
+    def mlflow(self, run: TrialRun) -> tuple[str, dict[str, str]]:
+        """(status, tags) of the trial's MLflow run."""
+        found = self.tracking._client.get_run(run.trial.user_attrs[records.RUN_ID])
+        return found.info.status, found.data.tags
+
+
+@pytest.fixture
+def ground(tmp_path: Path, mini_examined: Any) -> Iterator[Ground]:
+    made = Ground(tmp_path, mini_examined)
+    yield made
+    close_storage(made.storage)
+
+
+@pytest.fixture(scope="module")
+def mini_examined() -> Any:
+    from trainer.data import dataset
+
+    return dataset.examine("mini")
+
+
+def started(modules: int = 2) -> RunStarted:
+    return RunStarted(
+        num_train_samples=8,
+        num_val_samples=2,
+        steps_per_epoch=4,
+        total_steps=4 * EPOCHS,
+        warmup_steps=0,
+        trainable_parameters=10,
+        adapted_modules=tuple(f"qformer.layer.{i}.query" for i in range(modules)),
+        skipped_rows=tuple(f"row {i}: no caption" for i in range(modules)),
+        data_fingerprint="d",
+        model_fingerprint="m",
+        device="cpu",
+        num_threads=1,
+        resumed_from_epoch=0,
+    )
+
+
+def step(number: int) -> StepEnded:
+    timing = StepTiming(step_s=0.1, data_wait_s=0.0)
+    figures = {"loss": 0.5, "grad_norm": 0.1, "learning_rate": 1e-3}
+    return StepEnded(step=number, epoch=1, num_samples=2, num_tokens=9, timing=timing, **figures)
+
+
+def epoch(number: int, val_loss: float = 0.4) -> EpochEnded:
+    timing = EpochTiming(
+        epoch_s=3.0,
+        train_s=2.0,
+        data_wait_s=0.0,
+        eval_s=0.5,
+        checkpoint_s=0.1,
+        samples_per_s=4.0,
+        peak_memory_gib=0.1,
+    )
+    losses = {"train_loss": 0.5, "val_loss": val_loss, "grad_norm_mean": 0.1, "grad_norm_max": 0.2}
+    return EpochEnded(epoch=number, step=4 * number, learning_rate=1e-3, nonfinite_steps=0, timing=timing, **losses)
+
+
+def test_a_trial_needs_no_worker(ground: Ground) -> None:
+    run = ground.trial()
+    assert run.take(started()) is None and run.take(epoch(1)) is None
+    outcome = run.take(epoch(2, val_loss=0.3))
+    assert outcome == Outcome(state="COMPLETE", reason=records.FINISHED, detail="2 epochs done")
+    assert not run.over
+    run.end(outcome)
+    assert run.over
+    told = ground.optuna()
+    assert (told.state.name, told.value, told.user_attrs[records.SLOTS]) == ("COMPLETE", 0.3, 2)
+    status, tags = ground.mlflow(run)
+    assert (status, tags["state"], tags["best_epoch"]) == ("FINISHED", "COMPLETE", "2")
+    heard = ground.heard()
+    assert isinstance(heard[0], TrialStarted) and isinstance(heard[-1], TrialEnded)
+    assert heard[-1].value == 0.3
+
+
+def test_progress_carries_the_trainers_own_events_and_few_steps(ground: Ground) -> None:
+    run = ground.trial()
+    events = [started(modules=5000), *(step(number) for number in range(1, 200)), epoch(1)]
+    for event in events:
+        run.take(event)
+    sent = [message for message in ground.heard() if isinstance(message, Progress)]
+    assert sent[-1] == Progress(number=0, event=events[-1])  # type: ignore[arg-type]
+    assert sum(isinstance(message.event, StepEnded) for message in sent) <= 3
+    assert sent[0].event == RunStarted(**{**vars(events[0]), "adapted_modules": (), "skipped_rows": ()})
+    assert max(len(pickle.dumps(message)) for message in sent) < 2000
+
+
+def test_an_order_to_end_makes_a_trial_wait(ground: Ground) -> None:
+    run = ground.trial()
+    ground.supervisor.send(HandOver())
+    assert run.take(epoch(1)) is None and ground.link.share
+    ground.supervisor.send(Order.END_NOW)
+    outcome = run.take(step(5))
+    assert outcome is not None and (outcome.state, outcome.detail) == ("WAITING", "after epoch 1")
+    run.end(outcome)
+    assert ground.optuna().state.name == "WAITING"
+    assert ground.mlflow(run)[0] == "KILLED"
+    assert run.interrupted("handed over ").detail == "handed over after epoch 1"
+
+
+def test_a_fault_is_told_to_optuna_and_mlflow(ground: Ground) -> None:
+    run = ground.trial()
+    run.take(epoch(1))
+    run.end(Outcome(state="FAIL", reason=records.ERROR, detail="the image is truncated"))
+    assert run.over
+    told = ground.optuna()
+    assert (told.state.name, told.user_attrs[records.DETAIL]) == ("FAIL", "the image is truncated")
+    status, tags = ground.mlflow(run)
+    assert (status, tags["reason"], tags["detail"]) == ("FAILED", records.ERROR, "the image is truncated")
+    assert not any(isinstance(message, TrialEnded) for message in ground.heard())
+
+
+@pytest.mark.parametrize(("reason", "over"), [(records.INTERRUPTED, False), (records.LOST, True)])
+def test_an_abandoned_trial_is_told_to_mlflow_alone(ground: Ground, reason: str, over: bool) -> None:
+    run = ground.trial()
+    run.take(epoch(1))
+    run.abandon(reason)
+    assert run.over is over
+    assert ground.optuna().state.name == "RUNNING" and records.REASON not in ground.optuna().user_attrs
+    status, tags = ground.mlflow(run)
+    assert (status, tags["reason"]) == ("KILLED", reason)
+
+
+@pytest.mark.parametrize(("fault", "status"), [(DatabaseAway("gone"), "KILLED"), (OSError(28, "full"), "FAILED")])
+def test_a_trial_whose_end_cannot_be_told_is_not_over(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch, fault: Exception, status: str
+) -> None:
+    run = ground.trial()
+    run.take(epoch(1))
+    outcome = run.take(epoch(2))
+    assert outcome is not None
+    monkeypatch.setattr(ground.study, "tell", _raises(fault))
+    with pytest.raises(type(fault)):
+        run.end(outcome)
+    assert not run.over and ground.mlflow(run)[0] == status
+
+
+def _raises(fault: Exception) -> Callable[..., None]:
+    def tell(*_: Any, **__: Any) -> None:
+        raise fault
+
+    return tell
