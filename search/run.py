@@ -21,7 +21,7 @@ from trainer.config import MOST
 if TYPE_CHECKING:
     from search.study import Study
     from search.terminal.live import Display
-    from search.tracking.run_store import Status
+    from search.tracking.outbox import Status
     from search.workers.executor import Executor
     from search.workers.pool import WorkerPool
     from trainer.data.dataset import Examined
@@ -263,10 +263,9 @@ def _run(
         from search.storage.database import open_storage
         from search.terminal import summary
         from search.terminal.live import LiveDisplay, Plain
-        from search.tracking.address import masked
-        from search.tracking.courier import DeliveryThread
-        from search.tracking.delivery import Delivery
+        from search.tracking.delivery import Delivery, DeliveryThread
         from search.tracking.runs import StudyRuns
+        from search.urls import shown as shown_url
         from search.workers.job import Job
         from search.workers.supervisor import Supervisor
         from search.workers.worker import set_up_logging
@@ -289,7 +288,7 @@ def _run(
     set_up_logging(runs_dir / name)
     _log_file = runs_dir / name / "search.log"
     book = StudyRuns(tracking_uri, runs_dir / "artifacts", name, runs_dir / name)
-    delivery = Delivery(book.spool, name, book.connect)
+    delivery = Delivery(book.outbox, name, book.connect)
     caught_up = False
     with suppress(Unavailable):
         caught_up = delivery.once().records > 0  # what an earlier search left
@@ -326,7 +325,7 @@ def _run(
         LiveDisplay(console, lambda: lifecycle.read_trials(study)) if console.is_terminal else Plain(console)
     )
     keeper = LogKeeper(study, book, job.folder, _options(storage_url, tracking_uri, runs_dir))
-    courier = DeliveryThread(delivery, masked(tracking_uri), display.say)
+    courier = DeliveryThread(delivery, shown_url(tracking_uri), display.say)
     storage.say = display.say
     book.close_dangling(_is_dead)
     left = look()
@@ -372,12 +371,14 @@ def _options(storage_url: str, tracking_uri: str, runs_dir: Path) -> tuple[str, 
 
     URLs with a password are left to the environment of whoever reads the log.
     """
+    from search.urls import has_secret
+
     options: list[str] = []
     if runs_dir != Path("runs"):
         options += ["--runs-dir", str(runs_dir)]
-    if storage_url != sqlite_url(runs_dir / "optuna.db") and "@" not in storage_url:
+    if storage_url != sqlite_url(runs_dir / "optuna.db") and not has_secret(storage_url):
         options += ["--storage", storage_url]
-    if tracking_uri != sqlite_url(runs_dir / "mlflow.db") and "@" not in tracking_uri:
+    if tracking_uri != sqlite_url(runs_dir / "mlflow.db") and not has_secret(tracking_uri):
         options += ["--tracking-uri", tracking_uri]
     return tuple(options)
 

@@ -22,9 +22,8 @@ from search.pruning import Verdict
 from search.report.render import escape
 from search.sampling import samplers, staged
 from search.storage import lifecycle
-from search.tracking.address import run_page
-from search.tracking.client import run_status
-from search.tracking.outbox import is_local
+from search.tracking.pages import pages_of, run_page
+from search.tracking.recorder import run_status
 from search.workers.protocol import EpochDone, Notice, Order, StepDone, TrialEnded, TrialStarted
 from trainer.events import Diverged, EpochEnded, Event, OutOfMemory, RunStarted, StepEnded
 from trainer.loop import history_of
@@ -198,7 +197,7 @@ class TrialRun:
         book = self.worker.book
         run_id = self.trial.user_attrs.get(records.RUN_ID)
         if run_id is not None:
-            recorder = book.go_on(run_id)
+            recorder = book.resume(run_id)
         else:
             name = self.worker.job.study_name
             colour = COLOURS[self.trial.number % len(COLOURS)]
@@ -344,10 +343,8 @@ class TrialRun:
     def _page(self) -> str | None:
         """Address of the run's page in MLflow, None if MLflow was away when it began."""
         assert self.recorder is not None
-        experiment, run_id = self.worker.book.experiment_id(), self.recorder.run_id
-        if experiment is None or is_local(run_id):
-            return None
-        return run_page(notes.pages_of(self.worker.job.tracking_uri), experiment, run_id)
+        server, experiment = pages_of(self.worker.job.tracking_uri), self.worker.book.experiment_id()
+        return run_page(server, experiment, self.recorder.run_id)
 
     def _end_tracking(self, outcome: Outcome | None) -> None:
         """End the MLflow run, whatever happened. What cannot be recorded of it costs no trial: it is told."""

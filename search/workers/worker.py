@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search.errors import DatabaseAway
+from search.urls import LogFormatter
 from search.workers.job import Job, Link
 from search.workers.protocol import Idle, Loading, Notice, Order, SlotsChosen, WorkerFailed
 from search.workers.slots import Slots
@@ -105,7 +106,7 @@ def set_up_logging(folder: Path) -> None:
     """All log lines of a study, with tracebacks, go to one file; each line is written at once."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / "search.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)

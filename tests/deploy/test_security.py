@@ -90,7 +90,7 @@ URLS = [
 
 @pytest.mark.parametrize("url", [*URLS, f"http://ann:{SECRET}@mlflow.example:5000"])
 def test_a_shown_url_keeps_everything_but_the_password(url: str) -> None:
-    text = address.masked(url)
+    text = shown(url)
     assert SECRET not in text and "***" in text
     assert ".example" in text
     assert secrets(sqlalchemy.make_url(url)) == (SECRET,)
