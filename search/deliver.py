@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from search import options
 from search.options import RunsOption, TrackingOption
 from trainer.common import cli
+
+if TYPE_CHECKING:
+    from search.tracking.delivery import Delivered
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -20,7 +23,7 @@ def main(
     tracking_uri: TrackingOption = None,
     runs_dir: RunsOption = Path("runs"),
 ) -> None:
-    """Deliver the records of a study that MLflow has not taken yet. The search's own command does so too."""
+    """Deliver the records of a study that MLflow did not take. The command of the search delivers them too."""
     from search.errors import StudyError
     from search.tracking.delivery import Delivery
     from search.tracking.runs import StudyRuns
@@ -29,19 +32,19 @@ def main(
     folder = next((runs_dir / name for name in names if (runs_dir / name).is_dir()), None)
     if folder is None:
         raise StudyError(f"there is no folder {str(runs_dir / study)!r}; name the search's with --runs-dir")
-    book = StudyRuns(options.tracking_uri(tracking_uri, runs_dir), runs_dir / "artifacts", folder.name, folder)
-    if not book.spool.runs():
-        print("nothing is to be delivered")
-        return
-    done = Delivery(book.spool, folder.name, book.connect).once()
+    runs = StudyRuns(options.tracking_uri(tracking_uri, runs_dir), runs_dir / "artifacts", folder.name, folder)
+    print(describe(Delivery(runs.outbox, folder.name, runs.connect).once(), len(runs.outbox.runs())))
+
+
+def describe(done: Delivered, left: int) -> str:
+    """What was delivered, and how many runs are left."""
     if done.busy:
-        print("a search of this study is running and delivers them itself")
-        return
-    for why in done.rejected:
-        print(f"MLflow refuses a record: {why}")
-    left = len(book.spool.runs())
-    rest = f"; {left} runs are left, run it again" if left else ""
-    print(f"{done.records} records of {done.runs} runs delivered{rest}")
+        return "A search of this study is running and delivers the records itself."
+    if not done.runs and not left:
+        return "Nothing to deliver."
+    refused = [f"MLflow refuses a record: {why}" for why in done.rejected]
+    rest = f" {left} runs are left; run the same command again." if left else ""
+    return "\n".join([*refused, f"{done.records} records of {done.runs} runs delivered.{rest}"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A study, read back: states, values and reasons from Optuna's storage, curves and tags from MLflow.
 
 Optuna is the truth about trials. Where MLflow has no curve for an epoch (a run that is gone, a store that was moved,
-a server that is away), what the spool holds and the losses that Optuna keeps itself stand in, so that a report never
+a server that is away), what the outbox holds and the losses that Optuna keeps itself stand in, so that a report never
 shows less than was recorded.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from urllib.parse import quote, urlsplit, urlunsplit
 
 import optuna
 
@@ -20,18 +19,19 @@ from search.storage import studies
 from search.storage.lifecycle import read_trials
 from search.tracking.client import RECORD_ID, Tracking
 from search.tracking.outbox import Outbox
-from search.tracking.reader import RunCurves, merged, spooled
+from search.tracking.pages import server_url
+from search.tracking.reader import RunCurves, merged, undelivered
 
 
 def read_study(
-    study: optuna.Study, tracking: Tracking | None = None, spool: Outbox | None = None, *, away: bool = False
+    study: optuna.Study, tracking: Tracking | None = None, outbox: Outbox | None = None, *, away: bool = False
 ) -> StudyRecord:
     """Everything recorded about a study, in two bulk reads.
 
     Args:
         study: The Optuna study, see `search.storage.studies.find_study`.
         tracking: MLflow's store; None for what Optuna alone knows.
-        spool: What is not yet delivered to it.
+        outbox: What is not yet delivered to it.
         away: There is a store, but it does not answer.
 
     Raises:
@@ -44,7 +44,7 @@ def read_study(
         runs = tracking.runs(experiment_id)
         parent = tracking.find_parent(study.study_name)
     ids = {run.tags[RECORD_ID]: run_id for run_id, run in runs.items() if RECORD_ID in run.tags}
-    kept = {ids.get(run_id, run_id): run for run_id, run in spooled(spool).items()} if spool is not None else {}
+    kept = {ids.get(run_id, run_id): run for run_id, run in undelivered(outbox).items()} if outbox is not None else {}
     runs = {run_id: merged(runs.get(run_id), kept.get(run_id)) for run_id in {**runs, **kept}}
     reported = {t.number: dict(t.intermediate_values) for t in study.get_trials(deepcopy=False)}
     attrs = dict(study.user_attrs)
@@ -61,16 +61,6 @@ def read_study(
         tracking_url=server_url(tracking.uri) if tracking is not None else None,
         away=away,
     )
-
-
-def server_url(uri: str) -> str | None:
-    """The address of an MLflow server without user name and password; None for a database."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return None
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    where = f"{host}:{parts.port}" if parts.port else host
-    return urlunsplit((parts.scheme, where, quote(parts.path.rstrip("/"), safe="/%~"), "", ""))
 
 
 def _with_run(trial: TrialRecord, run: RunCurves | None, reported: Mapping[int, float]) -> TrialRecord:

@@ -7,7 +7,10 @@ Optuna's storage is the truth about trials (state, value, params, reason); MLflo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.events import EpochEnded
 
 # User attributes of an Optuna trial.
 CONFIG = "config"
@@ -60,6 +63,17 @@ LOST = "lost"
 ERROR = "error"
 
 
+def _column(en: str, zh: str, spec: str) -> dict[str, Any]:
+    """Metadata of a metric that is a column of the tuning log's table of epochs.
+
+    Args:
+        en: The column's heading in English.
+        zh: The same in Chinese.
+        spec: How its values are formatted, such as `.4f`.
+    """
+    return {"heading": {"en": en, "zh": zh}, "format": spec}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a trial ended. `state` is Optuna's, or WAITING for a trial that is resumed later."""
@@ -74,11 +88,18 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """One epoch's metrics as MLflow has them; None where there is no finite value."""
+    """One epoch's metrics: a field is MLflow's metric of this name.
+
+    None where nothing is recorded. Of a run in progress (`epoch_record`) a value may be NaN or infinite; MLflow gets
+    finite ones only, so that a record that is read back has None there.
+
+    A metric is added by a field here, its value in `epoch_record`, and what measures it in `trainer.events` and
+    `trainer.member`. Fields with metadata (see `_column`) are columns of the tuning log's table of epochs.
+    """
 
     epoch: int
-    train_loss: float | None = None
-    val_loss: float | None = None
+    train_loss: float | None = field(default=None, metadata=_column("training loss", "训练 loss", ".4f"))
+    val_loss: float | None = field(default=None, metadata=_column("validation loss", "验证 loss", ".4f"))
     learning_rate: float | None = None
     grad_norm_mean: float | None = None
     grad_norm_max: float | None = None
@@ -86,7 +107,26 @@ class EpochRecord:
     eval_seconds: float | None = None
     samples_per_second: float | None = None
     data_wait_fraction: float | None = None
+    """Share of the training time spent waiting for data."""
     peak_memory_gib: float | None = None
+
+
+def epoch_record(event: EpochEnded) -> EpochRecord:
+    """The metrics of an epoch that has just ended; some may not be finite."""
+    timing = event.timing
+    return EpochRecord(
+        epoch=event.epoch,
+        train_loss=event.train_loss,
+        val_loss=event.val_loss,
+        learning_rate=event.learning_rate,
+        grad_norm_mean=event.grad_norm_mean,
+        grad_norm_max=event.grad_norm_max,
+        epoch_seconds=timing.epoch_s,
+        eval_seconds=timing.eval_s,
+        samples_per_second=timing.samples_per_s,
+        data_wait_fraction=timing.data_wait_s / timing.train_s if timing.train_s > 0 else 0.0,
+        peak_memory_gib=timing.peak_memory_gib,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from trainer.common import cli
 if TYPE_CHECKING:
     from search.records import TrialRecord
     from search.tracking.client import Tracking
-    from search.tracking.run_store import Point, Status
+    from search.tracking.outbox import Point, Status
     from trainer.config import TrainConfig
     from trainer.events import Event
 

@@ -31,6 +31,7 @@ from search.dashboards import access
 from search.dashboards.access import Access
 from search.errors import StorageError
 from search.options import ARTIFACTS, STORAGE_VARIABLE, StorageOption, TrackingOption
+from search.urls import masked_in, shown
 from trainer.common import cli
 from trainer.common.errors import UserError
 
@@ -68,7 +69,7 @@ class Server:
             return
         self.log.seek(0)
         tail = "\n".join(self.log.read().decode(errors="replace").splitlines()[-15:])
-        raise ServerEnded(f"{self.name} ended by itself with exit code {code}:\n{tail}")
+        raise ServerEnded(f"{self.name} ended by itself with exit code {code}:\n{masked_in(tail)}")
 
     def stop(self) -> None:
         """End the process and all it started."""
@@ -150,7 +151,7 @@ def check(storage: str, tracking_uri: str, ports: dict[str, int], granted: Acces
         path = uri.removeprefix("sqlite:///")
         if path != uri and not Path(path).is_file():
             problems.append(
-                f"there is no database {path!r}; run a study first (python -m search.run --study rsicap_mini), "
+                f"there is no database {shown(path)!r}; run a study first (python -m search.run --study rsicap_mini), "
                 f"or name another place with --runs-dir or {option}"
             )
     if not problems:
@@ -269,11 +270,11 @@ def wait_until_ready(servers: list[Server]) -> None:
 
 def show(servers: list[Server], remote: str | None, granted: Access) -> None:
     """Print where to look: the studies' pages of curves first, newest on top."""
-    from search.tracking.address import masked, runs_page
+    from search.tracking.pages import runs_page
 
     urls = {server.name: server.url for server in servers}
     if remote is not None:
-        urls = {"MLflow": masked(remote), **urls}
+        urls = {"MLflow": shown(remote), **urls}
     for name, url in urls.items():
         print(f"{name:<17} {url}")
         if name == "MLflow" and remote is None:

@@ -5,7 +5,6 @@ optuna-dashboard renders notes as Markdown; whatever comes from data or study fi
 
 from __future__ import annotations
 
-import os
 import tempfile
 import textwrap
 from collections.abc import Sequence
@@ -36,9 +35,6 @@ WIDTH = 104
 thousands of pixels, and what it does not break itself would run out of a window of 1,280 pixels."""
 OWN = "---\n\nYour own notes, below this line, are kept."
 """What is below it in a study's note was written by hand. One without it is all theirs."""
-PAGES_VARIABLE = "LORA_SEARCH_MLFLOW_PAGES"
-LOCAL_MLFLOW = "http://127.0.0.1:5000"
-"""Where `python -m search.ui` serves a database's MLflow pages unless told otherwise."""
 
 
 def annotate_trial(
@@ -105,18 +101,6 @@ def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page
         lines += [fenced(leaderboard.training_config(best.config), "python"), ""]
     lines += [f"[All curves in MLflow]({runs_page})", "", f"Tuning log: {code(log)}", "", OWN, "", theirs]
     save_note(study, "\n".join(lines))
-
-
-def pages_of(tracking_uri: str) -> str:
-    """Address of the pages that show this store: the server itself, or search.ui's for a database.
-
-    Workers may know the server by a name that browsers do not; LORA_SEARCH_MLFLOW_PAGES then says theirs.
-    """
-    from search.tracking.address import masked
-
-    if pages := os.environ.get(PAGES_VARIABLE):
-        return masked(pages)
-    return masked(tracking_uri) if tracking_uri.startswith("http") else LOCAL_MLFLOW
 
 
 def _keep(trial: optuna.Trial, runs_dir: Path, content: bytes, name: str) -> str:

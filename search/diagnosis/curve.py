@@ -10,7 +10,7 @@ from typing import Any
 from search import records
 from search.diagnosis.finding import NON_FINITE
 from search.diagnosis.noise import train_noise, usable
-from search.records import EpochRecord, StepRecord, TrialRecord
+from search.records import EpochRecord, StepRecord, TrialRecord, epoch_record
 from trainer.config import TrainConfig
 from trainer.events import Diverged, EpochEnded, Event, NonFinite, OutOfMemory, RunStarted, StepEnded
 
@@ -141,20 +141,10 @@ def curve_from_events(config: TrainConfig, events: Iterable[Event], *, reason: s
 
 
 def _epoch_record(event: EpochEnded) -> EpochRecord:
-    timing = event.timing
-    return EpochRecord(
-        epoch=event.epoch,
-        train_loss=event.train_loss if event.nonfinite_steps == 0 or usable(event.train_loss) else None,
-        val_loss=event.val_loss,
-        learning_rate=event.learning_rate,
-        grad_norm_mean=event.grad_norm_mean,
-        grad_norm_max=event.grad_norm_max,
-        epoch_seconds=timing.epoch_s,
-        eval_seconds=timing.eval_s,
-        samples_per_second=timing.samples_per_s,
-        data_wait_fraction=timing.data_wait_s / timing.train_s if timing.train_s > 0 else None,
-        peak_memory_gib=timing.peak_memory_gib,
-    )
+    record = epoch_record(event)
+    if event.nonfinite_steps and not usable(event.train_loss):  # the steps say more: which was the first, and why
+        record = replace(record, train_loss=None)
+    return record
 
 
 def _nonfinite(steps: list[StepEnded], ended: Diverged | None) -> NonFiniteFacts | None:

@@ -94,13 +94,13 @@ def _existing(url: str | None, default: Path, what: str) -> str:
 
 def _options(storage: str | None, tracking_uri: str | None, runs_dir: Path) -> list[str]:
     """What the search's command line needs beside the study's name, passwords masked."""
-    from search.tracking.address import masked
+    from search.urls import shown as shown_url
 
     options = []
     if storage is not None:
-        options += ["--storage", masked(storage)]
+        options += ["--storage", shown_url(storage)]
     if tracking_uri is not None:
-        options += ["--tracking-uri", masked(tracking_uri)]
+        options += ["--tracking-uri", shown_url(tracking_uri)]
     return [*options, "--runs-dir", str(runs_dir)] if runs_dir != Path("runs") else options
 
 

@@ -77,15 +77,15 @@ class LogKeeper(threading.Thread):
         from search.errors import Unavailable
         from search.reading import read_study
         from search.report.write import refresh
-        from search.tracking.address import runs_page
+        from search.tracking.pages import pages_of, runs_page
 
         try:
-            record = read_study(self._study, self._book.connect(), self._book.spool)
+            record = read_study(self._study, self._book.connect(), self._book.outbox)
         except Unavailable as error:
             log.warning("the tuning log is written without MLflow: %s", error)
-            record = read_study(self._study, None, self._book.spool, away=True)
+            record = read_study(self._study, None, self._book.outbox, away=True)
         written = refresh(record, self._folder, options=self._options)
-        page = runs_page(notes.pages_of(self._book.uri), record.experiment_id or "0")
+        page = runs_page(pages_of(self._book.uri), record.experiment_id or "0")
         notes.annotate_study(self._study, record.trials, page, written[0])
         for path in written:
             self._book.keep(path, None if path.parent == self._folder else path.parent.name)

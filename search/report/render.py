@@ -28,7 +28,7 @@ from search.report import importance, parameters, words
 from search.report.epochs import EpochRow, Mark
 from search.report.experiment import ConfigLine, Experiment
 from search.report.facts import Facts
-from search.tracking.outbox import is_local
+from search.tracking.pages import run_page
 
 TEMPLATES = Path(__file__).with_name("templates")
 MARKS: dict[Mark, str] = {"good": "✅", "warning": "⚠️", "bad": "❌", "unknown": "❔"}
@@ -136,9 +136,7 @@ class Writer:
     def url(self, run_id: str | None) -> str | None:
         """A run's page on the tracking server; None without one."""
         record = self.facts.record
-        if not (record.tracking_url and record.experiment_id and run_id) or is_local(run_id):
-            return None
-        return f"{record.tracking_url}/#/experiments/{record.experiment_id}/runs/{run_id}"
+        return run_page(record.tracking_url, record.experiment_id, run_id)
 
     def run(self, run_id: str | None) -> Markup:
         """A run's id, with a link where there is a server that shows it."""

@@ -28,7 +28,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SAWarni
 from search.errors import StorageError
 from search.lock import connect_arguments, locked
 from search.storage.retry import RetryingStorage, is_away, retrying
-from search.urls import secrets, shown
+from search.urls import first_line, shown, without_secrets
 from trainer.common.errors import MOST_SHOWN
 from trainer.common.errors import shown as shown_text
 
@@ -82,7 +82,7 @@ def open_storage(url: str, *, grace_s: int | None = None) -> RetryingStorage:
             raise _explained(parsed, error) from None
         except (TypeError, ValueError, SAWarning) as error:  # the driver's, of an option in the URL's query
             raise StorageError(
-                f"{_cut(parsed)}: the database cannot be opened: {_first_line(error)}; known to work: {_EXAMPLES}"
+                f"{_cut(parsed)}: the database cannot be opened: {first_line(error)}; known to work: {_EXAMPLES}"
             ) from None
         except ImportError as error:
             raise StorageError(
@@ -141,10 +141,6 @@ def exclusive(storage: RetryingStorage) -> Iterator[None]:
         yield
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].partition(" (Background")[0]
-
-
 def _cut(url: URL) -> str:
     return shown_text(shown(url))
 
@@ -152,10 +148,10 @@ def _cut(url: URL) -> str:
 def _parse(url: str) -> URL:
     scheme = url.partition(":")[0]
     if any("\ud800" <= character <= "\udfff" for character in url):
-        raise StorageError(f"{shown_text(_masked(url))}: the URL is no UTF-8 text; use {_EXAMPLES}")
+        raise StorageError(f"{shown_text(shown(url))}: the URL is no UTF-8 text; use {_EXAMPLES}")
     if scheme.startswith(("journal", "redis")) or url.endswith((".log", ".journal")):
         raise StorageError(
-            f"{shown_text(_masked(url))}: Optuna's journal storages keep no heartbeats, so lost trials could not be "
+            f"{shown_text(shown(url))}: Optuna's journal storages keep no heartbeats, so lost trials could not be "
             f"found; use {_EXAMPLES}"
         )
     try:
@@ -165,7 +161,7 @@ def _parse(url: str) -> URL:
         parsed.get_dialect()
     except NoSuchModuleError:
         raise StorageError(
-            f"{shown_text(_masked(url))}: there is no database dialect {shown_text(scheme)}; use {_EXAMPLES}"
+            f"{shown_text(shown(url))}: there is no database dialect {shown_text(scheme)}; use {_EXAMPLES}"
         ) from None
     except (ArgumentError, ValueError):  # ValueError: a port that is no number
         hint = (
@@ -173,19 +169,10 @@ def _parse(url: str) -> URL:
             if 0 < len(url) < MOST_SHOWN and "://" not in url and "@" not in url
             else ""
         )
-        raise StorageError(f"{shown_text(_masked(url))} is no database URL such as {_EXAMPLES}{hint}") from None
+        raise StorageError(f"{shown_text(shown(url))} is no database URL such as {_EXAMPLES}{hint}") from None
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise StorageError(f"{shown(parsed)}: a database in memory cannot be shared by workers; use {_EXAMPLES}")
     return parsed
-
-
-def _masked(url: str) -> str:
-    """A text that may be no URL, without what could be its password."""
-    head, at, tail = url.rpartition("@")
-    scheme, colon, rest = head.partition("://")
-    if at and not colon:
-        return f"***{at}{tail}"
-    return f"{scheme}{colon}{rest.partition(':')[0]}:***{at}{tail}" if at and ":" in rest else url
 
 
 def _check_file(url: URL) -> None:
@@ -274,8 +261,7 @@ def _lock_at_begin(engine: Engine) -> None:
 def _explained(url: URL, error: SQLAlchemyError) -> StorageError:
     """What a driver's error means to the user."""
     text = str(error.orig if isinstance(error, DBAPIError) else error).strip() or type(error).__name__
-    for secret in secrets(url):
-        text = text.replace(secret, "***")
+    text = without_secrets(text, url)
     lines = text.splitlines()
     said = lines[-1] if lines[0].startswith("Multiple connection attempts") else lines[0]
     meanings = {

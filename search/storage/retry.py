@@ -19,7 +19,7 @@ from sqlalchemy.engine import URL
 
 from search.errors import DatabaseAway, StorageError
 from search.storage.optuna_private import CALLED_BY_THE_CACHE, CreationHooks
-from search.urls import secrets, shown
+from search.urls import shown, without_secrets
 
 log = logging.getLogger("search.storage.retry")
 
@@ -190,6 +190,4 @@ def _said(url: URL, error: BaseException) -> str:
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     text = str(getattr(cause, "orig", None) or cause).strip()
     line = text.splitlines()[0] if text else type(cause).__name__
-    for secret in secrets(url):
-        line = line.replace(secret, "***")
-    return line
+    return without_secrets(line, url)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from search import leaderboard
 from search.options import ARTIFACTS
 from search.records import TrialRecord
-from search.tracking.address import masked
+from search.urls import shown
 from search.workers.protocol import Job
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def sum_up(console: Any, trials: Sequence[TrialRecord], job: Job, code: int, log
         if path.suffix == ".md":
             say(f"log      {path}")
     say("\nLook at it:")
-    say(f"  mlflow ui --backend-store-uri {masked(job.tracking_uri)}")
-    say(f"  optuna-dashboard --artifact-dir {job.runs_dir / ARTIFACTS} {masked(job.storage_url)}")
+    say(f"  mlflow ui --backend-store-uri {shown(job.tracking_uri)}")
+    say(f"  optuna-dashboard --artifact-dir {job.runs_dir / ARTIFACTS} {shown(job.storage_url)}")
     say(f"or both at once: python -m search.ui{options}")
     if code in (130, 143):
         say("\ninterrupted; the same command continues the study")

@@ -11,7 +11,6 @@ import http.client
 import socket
 import tempfile
 import urllib.error
-import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Iterator
@@ -21,43 +20,17 @@ import sqlalchemy as sa
 
 from search.errors import StorageError, Unavailable
 from search.lock import locked
-from search.urls import shown as shown_url
-from trainer.common.errors import shown
+from search.tracking.mlflow_private import EXPERIMENTS, OTHER_SCHEMA
+from search.urls import first_line, shown, without_secrets
+from trainer.common.errors import shown as quoted
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 CONNECT_S = 10
 """Longest wait for a database or server to answer."""
-MOST_CHARACTERS = 1000
-"""Of an address that is shown whole: no file's name is longer, and hardly any other's."""
 CREATE_S = 300
 """Longest wait for another process that creates the tables."""
 CREATE_KEY = int.from_bytes(hashlib.sha256(b"lora-search mlflow schema").digest()[:8], "big", signed=True)
 """Of the advisory lock that it holds on PostgreSQL meanwhile."""
-
-
-def masked(uri: str) -> str:
-    """The URI with its password as `***`."""
-    try:
-        return _cut(shown_url(sa.make_url(uri)))
-    except (sa.exc.ArgumentError, ValueError):
-        return _hidden(uri)
-
-
-def _cut(text: str) -> str:
-    """The text, the middle of a long one left out."""
-    return text if len(text) < MOST_CHARACTERS else f"{text[:200]}...{text[-100:]}"
-
-
-def _hidden(uri: str) -> str:
-    """A text that is no address, without what could be its password."""
-    _, at, tail = uri.rpartition("@")
-    return shown(f"***@{tail}" if at else uri)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the statement, parameters and links that SQLAlchemy adds."""
-    lines = [line.partition(" (Background")[0] for line in str(error).splitlines() if line.strip()]
-    return _cut(lines[0].strip()) if lines else type(error).__name__
 
 
 def check(uri: str) -> None:
@@ -65,33 +38,33 @@ def check(uri: str) -> None:
 
     Raises:
         Unavailable: nothing answers there now.
-        StorageError: not a kind of store that is supported, or it is no MLflow store.
+        StorageError: not a kind of store that is supported, or not an MLflow store.
     """
     scheme = uri.partition("://")[0].partition("+")[0].lower() if "://" in uri else uri.partition(":")[0]
     if any("\ud800" <= character <= "\udfff" for character in uri):
-        raise StorageError(f"--tracking-uri {_hidden(uri)} is no UTF-8 text; give another address")
+        raise StorageError(f"--tracking-uri {quoted(shown(uri))} is not UTF-8 text; name another address")
     if scheme in ("http", "https"):
         _check_server(uri)
     elif scheme in DATABASES and "://" in uri:
         _check_database(uri)
     elif "://" not in uri or scheme == "file":
         raise StorageError(
-            f"--tracking-uri {_hidden(uri)} is a folder or file; MLflow no longer takes folders (since 3.13), and a "
-            f"database is written as a URL, for example sqlite:///runs/mlflow.db"
+            f"--tracking-uri {quoted(shown(uri))} is a folder or file; MLflow no longer takes folders (since 3.13), "
+            f"and a database is written as a URL, for example sqlite:///runs/mlflow.db"
         )
     else:
         raise StorageError(
-            f"--tracking-uri {masked(uri)}: {shown(scheme)} is not supported; use a database ({', '.join(DATABASES)}) "
+            f"--tracking-uri {shown(uri)}: {quoted(scheme)} is not supported; use a database ({', '.join(DATABASES)}) "
             f"or the http(s):// address of an MLflow server"
         )
 
 
 def _check_server(uri: str) -> None:
-    """Ask for /health. Any answer will do, "not found" or "who are you" included: what lies in front of it differs."""
+    """Ask for /health. Any answer will do, "not found" and "who are you" too: proxies in front of servers differ."""
     try:
         url = sa.make_url(uri)
     except (sa.exc.ArgumentError, ValueError) as error:
-        raise StorageError(f"--tracking-uri {_hidden(uri)} is no address: {first_line(error)}") from None
+        raise StorageError(f"--tracking-uri {quoted(shown(uri))} is not an address: {first_line(error)}") from None
     # Without user and password, which urllib would take for a part of the host's name.
     port = f":{url.port}" if url.port else ""
     health = f"{url.drivername}://{url.host}{port}/{(url.database or '').strip('/')}".rstrip("/") + "/health"
@@ -104,7 +77,7 @@ def _check_server(uri: str) -> None:
         reason = getattr(error, "reason", None) or error
         unknown = isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME
         kind = StorageError if unknown or isinstance(error, ValueError) else Unavailable
-        raise kind(f"no MLflow server answers at {masked(uri)}: {reason}; is it running?") from error
+        raise kind(f"no MLflow server answers at {shown(uri)}: {reason}; is it running?") from error
 
 
 def _check_database(uri: str) -> None:
@@ -118,7 +91,7 @@ def _check_database(uri: str) -> None:
             warnings.simplefilter("error", sa.exc.SAWarning)  # it would go on without an option it does not know
             engine = sa.create_engine(url, connect_args={"connect_timeout": CONNECT_S} if networked else {})
     except (sa.exc.ArgumentError, sa.exc.SAWarning, ImportError, OSError, TypeError, ValueError) as error:
-        raise StorageError(f"the tracking database {masked(uri)} cannot be opened: {first_line(error)}") from error
+        raise StorageError(f"the tracking database {shown(uri)} cannot be opened: {first_line(error)}") from error
     try:
         with engine.connect() as connection:
             tables = set(sa.inspect(connection).get_table_names())
@@ -128,12 +101,13 @@ def _check_database(uri: str) -> None:
         cause = getattr(error, "orig", None) or error
         signs = ("locked", "refused", "timeout expired", "starting up", "shutting down", "closed the connection")
         kind = Unavailable if any(sign in str(cause) for sign in signs) else StorageError
-        raise kind(f"the tracking database {masked(uri)} cannot be opened: {first_line(cause)}") from error
+        said = without_secrets(first_line(cause), url)
+        raise kind(f"the tracking database {shown(uri)} cannot be opened: {said}") from error
     finally:
         engine.dispose()
-    if "studies" in tables and "experiments" not in tables:
+    if "studies" in tables and EXPERIMENTS.name not in tables:
         raise StorageError(
-            f"{masked(uri)} is Optuna's database; MLflow needs one of its own (both keep their "
+            f"{shown(uri)} is Optuna's database; MLflow needs one of its own (both keep their "
             f"schema version in a table named alembic_version)"
         )
 
@@ -158,7 +132,7 @@ def _write_ahead(uri: str, connection: sa.Connection) -> None:
 def creating(uri: str) -> Iterator[None]:
     """Let one process at a time open the store: whichever comes first creates its tables, the others find them.
 
-    MLflow itself does not guard against it: of 16 processes on a fresh SQLite database 15 crash.
+    MLflow itself does not guard against this: of 16 processes on a fresh SQLite database 15 crash.
     """
     if uri.startswith("http"):
         yield
@@ -174,34 +148,12 @@ def explain(uri: str, error: Exception) -> str:
     text = first_line(error)
     if "already exists" in text or "duplicate column" in text:
         return (
-            f"the tracking database {masked(uri)} has only some of MLflow's tables, as if MLflow was killed while it "
+            f"the tracking database {shown(uri)} has only some of MLflow's tables, as if MLflow was killed while it "
             "made them; name another database, or delete this one if nothing is in it"
         )
-    if "out-of-date database schema" in text:
+    if OTHER_SCHEMA in text:
         return (
-            f"the tracking database {masked(uri)} was made by another version of MLflow; after a backup run "
-            f"`mlflow db upgrade {masked(uri)}`"
+            f"the tracking database {shown(uri)} was made by another version of MLflow; after a backup run "
+            f"`mlflow db upgrade {shown(uri)}`"
         )
-    return f"MLflow cannot use {masked(uri)}: {text}"
-
-
-def runs_page(address: str, experiment_id: str) -> str:
-    """URL of the page that compares a study's trials by their curves, on the MLflow server at `address`.
-
-    The filter leaves out the parent run, and ordering by a metric makes MLflow list its children one by one: by
-    default they are folded away under it, and the charts are empty.
-    """
-    query = {
-        "workflowType": "machine_learning",
-        "compareRunsMode": "CHART",
-        "searchFilter": "tags.kind = 'trial'",
-        "orderByKey": "metrics.`val_loss`",
-        "orderByAsc": "true",
-    }
-    encoded = urllib.parse.urlencode(query, quote_via=urllib.parse.quote)
-    return f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs?{encoded}"
-
-
-def run_page(address: str, experiment_id: str, run_id: str) -> str:
-    """URL of the page of one run."""
-    return f"{address.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    return f"MLflow cannot use {shown(uri)}: {text}"

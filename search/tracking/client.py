@@ -1,4 +1,4 @@
-"""Runs in MLflow: opening the store, writing runs, reading them back. The one module that imports mlflow.
+"""`Tracking`: runs in one MLflow store, created, written, ended and read back.
 
 All calls name their run. MLflow's fluent interface (active run, autolog, global tracking URI) is never used:
 nested and parallel runs trip over it (optuna#5148, ray#19978).
@@ -6,53 +6,30 @@ nested and parallel runs trip over it (optuna#5148, ray#19978).
 
 from __future__ import annotations
 
-import contextlib
-import getpass
-import logging
-import os
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-# Both are read when mlflow is imported. Nothing we run calls home.
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-os.environ.setdefault("DO_NOT_TRACK", "true")
-# MLflow's own 7 retries last minutes inside one call. A call that fails goes to the spool, which is tried again.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-
-import requests
 from sqlalchemy.exc import SQLAlchemyError
-
-from trainer.common.imports import without_module
-
-with without_module("pandas"):  # for datasets that runs could name: 0.2 s
-    from mlflow.entities import Experiment, Metric, Param, Run, RunTag
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME, MLFLOW_USER
-    from mlflow.version import VERSION
 
 from search import records
 from search.errors import StorageError, Unavailable
-from search.processes import STARTED_TAG
 from search.tracking import address
-from search.tracking.artifacts import relocate
-from search.tracking.environment import environment
-from search.tracking.outbox import Outbox, is_local
-from search.tracking.reader import RunCurves, SqlReader, epoch_records, step_records
+from search.tracking.environment import here, run_tags
+from search.tracking.errors import translated
+from search.tracking.library import VERSION, Experiment, Metric, MlflowClient, MlflowException, Param, Run, RunTag
+from search.tracking.mlflow_private import ALREADY_EXISTS, AWAY, NOTE, OTHER_SCHEMA, PARENT_RUN
+from search.tracking.outbox import Outbox, Point, Status, is_local
+from search.tracking.reader import ClientReader, Reader, RunCurves, SqlReader, epoch_records, search, step_records
 from search.tracking.recorder import CLOSE_S, Logged, RunRecorder
-from search.tracking.run_store import Point, Status
-from search.tracking.sqlite import fill_in_one_go
-
-# MLflow logs what it also raises, and each database it creates; what matters of it is in our own messages.
-logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+from search.tracking.sqlite import fill_in_one_go, relocate
+from search.urls import shown
 
 METRICS_PER_BATCH = 1_000
-"""MLflow's limit, as the two below."""
+"""MLflow's limit, like the two below."""
 TAGS_PER_BATCH = 100
 TAG_LENGTH = 8_000
 
@@ -64,49 +41,12 @@ STUDY = "study"
 RECORD_ID = "record_id"
 """Tag: the run's id by `outbox.local_id`, under which it is found again if its creation was not answered."""
 
-AWAY = (
-    *("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_CONFLICT"),
-    *("REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"),
-)
-"""Error codes of an MLflow that is away or busy."""
-TRANSIENT = (*AWAY, "PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND")
-"""Error codes of MLflow after which the same call may succeed: a locked database, a server that is away or busy,
-rights that are given back, a proxy that does not find its server (a missing run is RESOURCE_DOES_NOT_EXIST)."""
-_TRANSIENT_HTTP = (401, 403, 404, 408, 409, 429)
-
-
-def run_status(state: str, reason: str | None = None) -> Status:
-    """MLflow's status for an Optuna trial state.
-
-    COMPLETE and PRUNED are both FINISHED: a pruned trial is the search working as meant, and the tag `state`
-    tells them apart. FAIL is FAILED, or KILLED where someone or something from outside ended it.
-    """
-    if state in ("COMPLETE", "PRUNED"):
-        return "FINISHED"
-    return "KILLED" if reason in (records.INTERRUPTED, records.LOST) else "FAILED"
-
 
 def as_text(value: Any) -> str:
     """A field of TrainConfig as `--set` reads it back: lists joined by commas, None as `none`."""
     if isinstance(value, tuple | list):
         return ",".join(str(item) for item in value)
     return "none" if value is None else str(value)
-
-
-@contextlib.contextmanager
-def _told(doing: str) -> Iterator[None]:
-    """MLflow's errors as ours: `Unavailable` where trying again may help, else StorageError."""
-    try:
-        yield
-    except MlflowException as error:
-        message = f"{doing}: {address.first_line(error)}"
-        raise (Unavailable if error.error_code in TRANSIENT else StorageError)(message) from error
-    except requests.HTTPError as error:  # files on a server, which MLflow passes on as they are
-        status = error.response.status_code if error.response is not None else 500
-        kind = Unavailable if status >= 500 or status in _TRANSIENT_HTTP else StorageError
-        raise kind(f"{doing}: {address.first_line(error)}") from error
-    except OSError as error:  # those of requests too: no connection, no answer, no room, no rights
-        raise Unavailable(f"{doing}: {error}") from error
 
 
 def open_tracking(uri: str, artifact_root: Path) -> Tracking:
@@ -129,7 +69,7 @@ def open_tracking(uri: str, artifact_root: Path) -> Tracking:
             fill_in_one_go(uri, VERSION, _client)
             client = _client(uri)
         except MlflowException as error:
-            away = error.error_code in AWAY and "out-of-date" not in str(error)
+            away = error.error_code in AWAY and OTHER_SCHEMA not in str(error)
             raise (Unavailable if away else StorageError)(address.explain(uri, error)) from error
         except (SQLAlchemyError, sqlite3.Error) as error:  # while making tables MLflow passes them on as they are
             kind = Unavailable if "locked" in str(error) else StorageError
@@ -151,39 +91,40 @@ class Tracking:
         self._client = client
         self.uri = uri
         self._artifact_root = artifact_root.resolve()
-        self._sql = None if uri.startswith("http") else SqlReader(uri)
+        self._on_server = uri.startswith("http")
+        self._reader: Reader = ClientReader(client) if self._on_server else SqlReader(uri)
 
     def __repr__(self) -> str:
-        return f"Tracking({address.masked(self.uri)!r})"
+        return f"Tracking({shown(self.uri)!r})"
 
     # ------------------------------------------------------------------ experiments and runs
 
     def find_experiment(self, study_name: str) -> str | None:
         """Id of the study's experiment, None if there is none."""
-        with _told(f"looking for experiment {study_name!r}"):
+        with translated(f"looking for experiment {study_name!r}"):
             found: Experiment | None = self._client.get_experiment_by_name(study_name)
         if found is None:
             return None
         if found.lifecycle_stage != "active":
             raise StorageError(
                 f"the MLflow experiment {study_name!r} was deleted; bring it back with "
-                f"`mlflow experiments restore -x {found.experiment_id}`, or start anew with --fresh"
+                f"`mlflow experiments restore -x {found.experiment_id}`, or start a new one with --fresh"
             )
         return str(found.experiment_id)
 
     def experiment(self, study_name: str) -> str:
         """Id of the study's experiment, created if there is none. Any number of processes may ask at once."""
         found = self.find_experiment(study_name)
-        location = None if self._sql is None else (self._artifact_root / study_name).as_uri()
+        location = None if self._on_server else (self._artifact_root / study_name).as_uri()
         if found is not None:
             if location is not None:
                 relocate(self.uri, found, location)
             return found
-        with _told(f"creating experiment {study_name!r}"):
+        with translated(f"creating experiment {study_name!r}"):
             try:
                 return str(self._client.create_experiment(study_name, artifact_location=location))
             except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                if error.error_code != ALREADY_EXISTS:
                     raise
         return self.experiment(study_name)
 
@@ -192,7 +133,7 @@ class Tracking:
         experiment_id = self.find_experiment(study_name)
         if experiment_id is None:
             return None
-        with _told(f"looking for the run of study {study_name!r}"):
+        with translated(f"looking for the run of study {study_name!r}"):
             runs = self._client.search_runs(
                 [experiment_id], f"tags.{KIND} = 'study'", max_results=1, order_by=["attributes.start_time ASC"]
             )
@@ -201,7 +142,7 @@ class Tracking:
     def parent_run(self, study_name: str, tags: Mapping[str, str]) -> str:
         """Id of the study's parent run, set to RUNNING; its tags are brought up to date."""
         found = self.some_parent(study_name, tags)
-        with _told(f"continuing the run of study {study_name!r}"):
+        with translated(f"continuing the run of study {study_name!r}"):
             self._client.update_run(found, status="RUNNING")
         self.write(found, (), tags)
         return found
@@ -216,7 +157,7 @@ class Tracking:
             found = self.find_parent(study_name)
             assert found is not None
             if found != created:
-                with _told("deleting a second parent run"):
+                with translated("deleting a second parent run"):
                     self._client.delete_run(created)
         return found
 
@@ -243,7 +184,7 @@ class Tracking:
         start_ms: int | None = None,
     ) -> str:
         """The run of a trial: as `start_run`, but with params as text, exactly these tags, and its start."""
-        own = {MLFLOW_PARENT_RUN_ID: parent_run_id, KIND: "trial", "state": "RUNNING", **tags}
+        own = {PARENT_RUN: parent_run_id, KIND: "trial", "state": "RUNNING", **tags}
         run_id = self._create_run(experiment_id, name, own, start_ms)
         self.set_params(run_id, params)
         return run_id
@@ -251,13 +192,13 @@ class Tracking:
     def set_params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Set params. Doing it twice with the same values changes nothing."""
         every = [Param(key, value) for key, value in params.items()]
-        with _told(f"recording the configuration of run {run_id}"):
+        with translated(f"recording the configuration of run {run_id}"):
             for low in range(0, len(every), TAGS_PER_BATCH):
                 self._client.log_batch(run_id, params=every[low : low + TAGS_PER_BATCH])
 
     def _create_run(self, experiment_id: str, name: str, tags: Mapping[str, str], start_ms: int | None = None) -> str:
         fitting = {key: _fit(value) for key, value in tags.items()}
-        with _told(f"creating run {name!r}"):
+        with translated(f"creating run {name!r}"):
             run = self._client.create_run(experiment_id, run_name=name, tags=fitting, start_time=start_ms)
         return str(run.info.run_id)
 
@@ -266,14 +207,15 @@ class Tracking:
 
         A creation that timed out and was done again may have succeeded twice: the first stays, others are deleted.
         """
-        found = [*self._search(experiment_id, f"tags.{RECORD_ID} = '{record_id}'", "attributes.start_time ASC")]
+        query = f"tags.{RECORD_ID} = '{record_id}'"
+        found = [*search(self._client, experiment_id, query, "attributes.start_time ASC")]
         for other in found[1:]:
-            with _told("deleting a second run of a trial"):
+            with translated("deleting a second run of a trial"):
                 self._client.delete_run(other.info.run_id)
         return str(found[0].info.run_id) if found else None
 
     def resolve(self, study_name: str, run_id: str) -> str:
-        """MLflow's id of a run that a trial names, which began in the spool if the id is a `local_id`.
+        """MLflow's id of a run that a trial names, which began in the outbox if the id is a `local_id`.
 
         Raises:
             StorageError: MLflow has no such run.
@@ -294,7 +236,7 @@ class Tracking:
             tags: Where it goes on; this process by default.
         """
         stale = ("reason", "finding", "tracking_lost")
-        with _told(f"continuing run {run_id}"):
+        with translated(f"continuing run {run_id}"):
             run: Run = self._client.get_run(run_id)
             self._client.update_run(run_id, status="RUNNING")
             for key in run.data.tags:
@@ -303,10 +245,10 @@ class Tracking:
         self.write(run_id, (), {"state": "RUNNING", **(here() if tags is None else tags)})
 
     def recorder(
-        self, run_id: str, *, spool: Outbox | None = None, flush_s: float = 10.0, close_s: float = CLOSE_S
+        self, run_id: str, *, outbox: Outbox | None = None, flush_s: float = 10.0, close_s: float = CLOSE_S
     ) -> RunRecorder:
         """A sink for the events of a run. `recorder.logged` says what the run already has."""
-        return RunRecorder(self, run_id, self.logged(run_id), spool=spool, flush_s=flush_s, close_s=close_s)
+        return RunRecorder(self, run_id, self.logged(run_id), outbox=outbox, flush_s=flush_s, close_s=close_s)
 
     def logged(self, run_id: str) -> Logged:
         """What the run has."""
@@ -323,23 +265,11 @@ class Tracking:
             Ids of the runs it ended.
         """
         closed = []
-        for run in self._search(experiment_id, "attributes.status = 'RUNNING'"):
+        for run in search(self._client, experiment_id, "attributes.status = 'RUNNING'"):
             if is_dead(run.data.tags):
                 self.end_run(run.info.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
                 closed.append(str(run.info.run_id))
         return tuple(closed)
-
-    def _search(self, experiment_id: str, query: str = "", order: str | None = None) -> Iterator[Run]:
-        token = None
-        while True:
-            with _told("searching runs"):
-                page = self._client.search_runs(
-                    [experiment_id], query, max_results=1_000, page_token=token, order_by=[order] if order else None
-                )
-            yield from page
-            token = page.token
-            if not token:
-                return
 
     # ------------------------------------------------------------------ writing (search.tracking.writer.RunStore)
 
@@ -347,7 +277,7 @@ class Tracking:
         """Write metrics and tags, in as few batches as MLflow allows. Doing it twice leaves one of each."""
         metrics = [Metric(p.key, p.value, p.time_ms, p.step) for p in points]
         run_tags = [RunTag(key, _fit(value)) for key, value in tags.items()]
-        with _told(f"writing to run {run_id}"):
+        with translated(f"writing to run {run_id}"):
             while metrics or run_tags:
                 # A batch holds at most 1,000 of all kinds together.
                 some_tags, run_tags = run_tags[:TAGS_PER_BATCH], run_tags[TAGS_PER_BATCH:]
@@ -364,29 +294,25 @@ class Tracking:
         end_ms: int | None = None,
     ) -> None:
         """Set the last tags and the description (Markdown), and end the run: now, or at `end_ms`."""
-        self.write(run_id, (), {**tags, **({MLFLOW_RUN_NOTE: description} if description else {})})
-        with _told(f"ending run {run_id}"):
+        self.write(run_id, (), {**tags, **({NOTE: description} if description else {})})
+        with translated(f"ending run {run_id}"):
             self._client.set_terminated(run_id, status, end_time=end_ms or int(time.time() * 1000))
-
-    def describe(self, run_id: str, description: str) -> None:
-        """Set the text (Markdown) that a run's page shows."""
-        self.write(run_id, (), {MLFLOW_RUN_NOTE: description})
 
     def log_text(self, run_id: str, text: str, file: str) -> None:
         """Keep a text as a file of the run."""
-        with _told(f"keeping {file} with run {run_id}"):
+        with translated(f"keeping {file} with run {run_id}"):
             self._client.log_text(run_id, text, file)
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Keep a copy of a file with the run."""
-        with _told(f"keeping {path.name} with run {run_id}"):
+        with translated(f"keeping {path.name} with run {run_id}"):
             self._client.log_artifact(run_id, str(path), folder)
 
     # ------------------------------------------------------------------ reading
 
     def tags(self, run_id: str) -> dict[str, str]:
         """All tags of a run."""
-        with _told(f"reading run {run_id}"):
+        with translated(f"reading run {run_id}"):
             return dict(self._client.get_run(run_id).data.tags)
 
     def epochs(self, run_id: str) -> tuple[records.EpochRecord, ...]:
@@ -399,58 +325,15 @@ class Tracking:
 
     def runs(self, experiment_id: str) -> dict[str, RunCurves]:
         """Every run of an experiment, the parent included, by run id: curves, tags and status."""
-        if self._sql is not None:
-            return self._sql.runs(experiment_id)
-        found = {}
-        for run in self._search(experiment_id):
-            curves = self._history(run)
-            found[str(run.info.run_id)] = RunCurves(
-                status=run.info.status,
-                tags=dict(run.data.tags),
-                epochs=epoch_records(curves),
-                steps=step_records(curves),
-            )
-        return found
+        return self._reader.runs(experiment_id)
 
     def _curves(self, run_id: str) -> tuple[dict[str, list[tuple[int, float]]], dict[str, str]]:
         """(metrics as (step, value) by key, tags) of a run."""
-        with _told(f"reading run {run_id}"):
+        with translated(f"reading run {run_id}"):
             run: Run = self._client.get_run(run_id)
-        curves = self._history(run) if self._sql is None else self._sql.curves([run_id]).get(run_id, {})
-        return curves, dict(run.data.tags)
-
-    def _history(self, run: Run) -> dict[str, list[tuple[int, float]]]:
-        """A run's metrics through the client, a call a metric."""
-        with _told(f"reading run {run.info.run_id}"):
-            return {
-                key: [(m.step, m.value) for m in self._client.get_metric_history(run.info.run_id, key)]
-                for key in run.data.metrics
-            }
-
-
-def run_tags() -> dict[str, str]:
-    """The tags of a run that this process creates: `search.tracking.environment`, and what the UI's columns show."""
-    facts = environment()
-    # The columns "User", "Source" and "Version".
-    shown = {MLFLOW_USER: _user(), MLFLOW_SOURCE_NAME: "search.run"}
-    if "git_commit" in facts:
-        shown["mlflow.source.git.commit"] = facts["git_commit"]
-    return {**shown, **facts}
-
-
-def here() -> dict[str, str]:
-    """The tags that say where a run goes on."""
-    return {key: value for key, value in environment().items() if key in ("host", "pid", STARTED_TAG, "gpu")}
+        return self._reader.curves(run), dict(run.data.tags)
 
 
 def _fit(value: str) -> str:
     """The value, cut to what MLflow takes as a tag."""
     return value if len(value) <= TAG_LENGTH else value[: TAG_LENGTH - 2] + " …"
-
-
-def _user() -> str:
-    """The user's name, or `unknown` in a container that has no entry for the user id."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"

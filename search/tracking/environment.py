@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import getpass
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 from search.processes import STARTED_TAG, started_tag
+from search.tracking.mlflow_private import GIT_COMMIT, SOURCE_NAME, USER
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +30,20 @@ PACKAGES = (
     "mlflow",
 )
 """Packages whose version can change a result or how it is recorded."""
+
+
+def run_tags() -> dict[str, str]:
+    """The tags of a run that this process creates: `environment`, and what columns of MLflow's pages show."""
+    facts = environment()
+    columns = {USER: _user(), SOURCE_NAME: "search.run"}
+    if "git_commit" in facts:
+        columns[GIT_COMMIT] = facts["git_commit"]
+    return {**columns, **facts}
+
+
+def here() -> dict[str, str]:
+    """The tags that say where a run continues."""
+    return {key: value for key, value in environment().items() if key in ("host", "pid", STARTED_TAG, "gpu")}
 
 
 def environment() -> dict[str, str]:
@@ -114,3 +130,11 @@ def _gpu() -> dict[str, str]:
         "gpu_memory_gib": f"{properties.total_memory / 2**30:.1f}",
         "cuda": str(torch.version.cuda or ""),
     }
+
+
+def _user() -> str:
+    """The user's name, or `unknown` in a container that has no entry for the user id."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"

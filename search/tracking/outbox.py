@@ -1,4 +1,4 @@
-"""`Outbox`: records that MLflow did not take, kept on disk until it does.
+"""`Outbox`: records that MLflow did not take, kept on disk until it does. Also the values that records are made of.
 
 A file of JSON lines for each run, written whole batches at a time and synced to the disk. A process that is killed
 leaves at most a torn last line, which was never counted as kept and is cut off by the next write. Files may be written
@@ -16,18 +16,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from search.errors import StorageError
-from search.tracking.run_store import Point, Status
 
 FOLDER = "spool"
-"""Name of the folder below a study's."""
+"""Name of the folder below a study's. Not `outbox`: runs folders of earlier versions are continued."""
 STUDY = "study"
 """Stands for the id of the study's own run."""
 _SUFFIX = ".jsonl"
 _REJECTED = ".rejected"
 _LOCAL = "local-"
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+"""How a run ended, in MLflow's words."""
+
+
+class Point(NamedTuple):
+    """One value of one metric."""
+
+    key: str
+    value: float
+    step: int
+    time_ms: int
+    """Milliseconds since the epoch (UTC)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +53,7 @@ class Create:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class StudyBegun:
     """A search of the study began."""
 
     tags: dict[str, str]
@@ -49,7 +61,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """A run that had ended goes on."""
+    """A run that had ended continues."""
 
     tags: dict[str, str]
 
@@ -95,10 +107,19 @@ class Damaged:
     line: str
 
 
-Entry = Create | Study | Resume | Write | Text | File | End | Damaged
+Entry = Create | StudyBegun | Resume | Write | Text | File | End | Damaged
 _KINDS: dict[str, type[Any]] = {
-    kind.__name__.lower(): kind for kind in (Create, Study, Resume, Write, Text, File, End, Damaged)
+    "create": Create,
+    "study": StudyBegun,
+    "resume": Resume,
+    "write": Write,
+    "text": Text,
+    "file": File,
+    "end": End,
+    "damaged": Damaged,
 }
+"""Entries by their names on disk, which stay when classes are renamed."""
+_NAMES = {kind: name for name, kind in _KINDS.items()}
 
 
 class Kept(NamedTuple):
@@ -109,12 +130,12 @@ class Kept(NamedTuple):
 
 
 def local_id() -> str:
-    """The id of a run that has none of MLflow's yet; later ones sort after earlier ones."""
+    """An id for a run that MLflow has not given one yet; later ids sort after earlier ones."""
     return f"{_LOCAL}{time.time_ns() // 1_000_000:x}-{secrets.token_hex(4)}"
 
 
 def is_local(run_id: str) -> bool:
-    """Whether the run got its id from `local_id`."""
+    """Whether the id was made by `local_id`."""
     return run_id.startswith(_LOCAL)
 
 
@@ -130,7 +151,7 @@ class Outbox:
         self.folder = folder
 
     def append(self, run_id: str, entries: Sequence[Entry]) -> None:
-        """Keep entries of a run, after those it has. They are on the disk when this returns, all of them or none.
+        """Keep entries of a run, after those it has. When this returns all of them are on the disk; if it fails, none.
 
         Raises:
             StorageError: they cannot be written: no room, no rights.
@@ -138,13 +159,13 @@ class Outbox:
         self._append(self._path(run_id), [_encode(entry) for entry in entries])
 
     def reject(self, run_id: str, entries: Sequence[Entry], why: str) -> Path:
-        """Keep entries that the store will never take where nobody tries again; returns the file."""
+        """Keep entries that the store refuses for good in a file that is not delivered; returns the file."""
         path = self.folder / f"{run_id}{_REJECTED}"
         self._append(path, [{**_encode(entry), "rejected": why} for entry in entries])
         return path
 
     def holds(self, run_id: str) -> bool:
-        """Whether something of the run is not yet delivered. Costs microseconds."""
+        """Whether some entry of the run is not yet delivered. Costs microseconds."""
         return self._path(run_id).exists()
 
     def runs(self) -> list[str]:
@@ -156,7 +177,7 @@ class Outbox:
         return [run_id for _, run_id in sorted(ids, key=lambda item: (item[1] != STUDY, *item))]
 
     def read(self, run_id: str, start: int = 0) -> list[Kept]:
-        """The entries from a place in the file on, without a torn last line."""
+        """The run's entries from an offset in its file, without a torn last line."""
         try:
             with self._path(run_id).open("rb") as file:
                 file.seek(start)
@@ -170,7 +191,7 @@ class Outbox:
         return kept
 
     def remove(self, run_id: str, end: int) -> bool:
-        """Forget a run whose entries up to `end` are delivered; False if others were added meanwhile."""
+        """Remove a run whose entries up to `end` are delivered; False if others were added meanwhile."""
         path = self._path(run_id)
         with _locked(path) as file:
             if _whole(file) > end:
@@ -180,7 +201,7 @@ class Outbox:
 
     @contextmanager
     def delivering(self) -> Iterator[bool]:
-        """Whether this process may deliver: one at a time does, and a process that dies gives it up."""
+        """Whether this process may deliver: one at a time does, and the lock of a process that dies is released."""
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -219,7 +240,7 @@ class Outbox:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """A descriptor of the file, which no other process changes meanwhile; created if it is not there."""
+    """A descriptor of the file, created if missing, which no other process changes within the block."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -232,7 +253,7 @@ def _locked(path: Path) -> Iterator[int]:
 
 
 def _whole(file: int) -> int:
-    """Where the last whole line ends."""
+    """The offset at which the last whole line ends."""
     size = os.fstat(file).st_size
     step = 65_536
     for high in range(size, 0, -step):
@@ -260,7 +281,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _encode(entry: Entry) -> dict[str, Any]:
     fields = vars(entry) if isinstance(entry, Write) else asdict(entry)  # a point is a tuple, thus a list in JSON
-    return {"do": type(entry).__name__.lower(), **fields}
+    return {"do": _NAMES[type(entry)], **fields}
 
 
 def _decode(line: bytes) -> Entry:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from search.errors import StorageError
-from search.tracking.outbox import End, Outbox
-from search.tracking.run_store import Point, RunStore, Status
-from search.tracking.writer import Writer
+from search.records import INTERRUPTED, LOST, epoch_record
+from search.tracking.outbox import End, Outbox, Point, Status
+from search.tracking.writer import RunStore, Writer
 from trainer.events import (
     Diverged,
     EpochEnded,
@@ -25,14 +25,15 @@ from trainer.events import (
 )
 
 EXACT_POINTS = 640
-"""Longest `step/loss` and `step/grad_norm`: up to so many steps each is logged, then means over windows."""
+"""Most points of `step/loss` and of `step/grad_norm`: in runs of up to this many steps each step is logged, in longer
+ones means over windows."""
 CHART_POINTS = 320
-"""Longest `step/grad_norm_max`. MLflow's charts draw 320 points sampled from a curve, so that a spike in a longer
-one is lost; the maximum over windows, 320 at most, is drawn whole (mlflow#11444, measured on 3.17)."""
+"""Most points of `step/grad_norm_max`. MLflow's charts draw 320 points sampled from a curve, so that a spike in a
+longer one is lost; the maximum over windows, 320 at most, is drawn whole (mlflow#11444, measured on 3.17)."""
 CLOSE_S = 10.0
 """Longest wait for a store that hangs when a run ends."""
 RATE_POINTS = 80
-"""Longest `step/learning_rate`: schedules are smooth. All four together stay below 2,000 points a run."""
+"""Most points of `step/learning_rate`: schedules are smooth. All four together stay below 2,000 points a run."""
 
 
 class Curve:
@@ -64,7 +65,7 @@ class Curve:
 
 
 def step_curves(total_steps: int) -> tuple[Curve, ...]:
-    """The curves of a run of so many steps, all of them at most 2,000 points (a few more where epochs cut windows)."""
+    """The curves of a run of `total_steps` steps, 2,000 points at most in all (and a few where epochs cut windows)."""
 
     def width(points: int) -> int:
         return max(1, math.ceil(total_steps / points))
@@ -80,21 +81,15 @@ def step_curves(total_steps: int) -> tuple[Curve, ...]:
     return tuple(curves)
 
 
-def epoch_metrics(event: EpochEnded) -> dict[str, float]:
-    """The metrics of an epoch by the names of `search.records.EpochRecord`; some may not be finite."""
-    timing = event.timing
-    return {
-        "train_loss": event.train_loss,
-        "val_loss": event.val_loss,
-        "learning_rate": event.learning_rate,
-        "grad_norm_mean": event.grad_norm_mean,
-        "grad_norm_max": event.grad_norm_max,
-        "epoch_seconds": timing.epoch_s,
-        "eval_seconds": timing.eval_s,
-        "samples_per_second": timing.samples_per_s,
-        "data_wait_fraction": timing.data_wait_s / timing.train_s if timing.train_s > 0 else 0.0,
-        "peak_memory_gib": timing.peak_memory_gib,
-    }
+def run_status(state: str, reason: str | None = None) -> Status:
+    """MLflow's status for an Optuna trial state.
+
+    COMPLETE and PRUNED are both FINISHED: a pruned trial is the search working as meant, and the tag `state`
+    tells them apart. FAIL is FAILED, or KILLED where someone or something from outside ended it.
+    """
+    if state in ("COMPLETE", "PRUNED"):
+        return "FINISHED"
+    return "KILLED" if reason in (INTERRUPTED, LOST) else "FAILED"
 
 
 def run_facts(event: RunStarted) -> dict[str, str]:
@@ -138,7 +133,7 @@ class RunRecorder:
     Events of epochs and steps that are already recorded are left out: a resumed run may be given its
     checkpoint's history again, which fills what was lost if the process was killed before it was written.
 
-    With a spool nothing waits for a store that is away, and nothing is lost for it: see `writer.Writer`.
+    With an outbox nothing waits for a store that is away, and nothing is lost because of it: see `writer.Writer`.
     """
 
     def __init__(
@@ -147,7 +142,7 @@ class RunRecorder:
         run_id: str,
         logged: Logged | None = None,
         *,
-        spool: Outbox | None = None,
+        outbox: Outbox | None = None,
         flush_s: float = 10.0,
         close_s: float = CLOSE_S,
     ) -> None:
@@ -159,12 +154,12 @@ class RunRecorder:
         self._first_seen = {key for key in self.logged.tags if key.startswith("nonfinite.")}
         self._last_ms = 0
         self._finished = False
-        self.writer = Writer(store, run_id, flush_s, spool)
+        self.writer = Writer(store, run_id, flush_s, outbox)
         self.writer.start()
 
     @property
     def problem(self) -> str | None:
-        """Why the latest write went to the spool or was refused, None while all is well."""
+        """Why the latest write went to the outbox or was refused, None while all is well."""
         return self.writer.problem
 
     def __call__(self, event: Event) -> None:
@@ -209,7 +204,7 @@ class RunRecorder:
         """Write what is left and end the run. The second call does nothing.
 
         Args:
-            status: MLflow's status; `search.tracking.client.run_status` chooses it.
+            status: MLflow's status, see `run_status`.
             state: Optuna's state of the trial.
             reason: Why it ended, one of `search.records`' reasons.
             findings: Ids, the most severe first: tags `finding` (the first) and `finding.<id>` (each).
@@ -217,7 +212,7 @@ class RunRecorder:
             description: Markdown, shown on the run's page.
 
         Raises:
-            StorageError: something could be written neither to the store nor to the spool; the message says how
+            StorageError: something could be written neither to the store nor to the outbox; the message says how
                 much and why.
         """
         if self._finished:
@@ -247,7 +242,7 @@ class RunRecorder:
 
     def _epoch(self, event: EpochEnded) -> None:
         self._put(curve.end() for curve in self._curves)
-        metrics = epoch_metrics(event)
+        metrics = {key: value for key, value in vars(epoch_record(event)).items() if key != "epoch"}
         self._put((key, value, event.epoch) for key, value in metrics.items() if math.isfinite(value))
         bad = [key for key, value in metrics.items() if not math.isfinite(value)]
         self.writer.put(tags=self._first({f"nonfinite.{key}": f"epoch {event.epoch}" for key in bad}), now=True)

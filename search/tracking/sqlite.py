@@ -1,7 +1,12 @@
-"""MLflow's tables in a new SQLite database: all at once, and made by MLflow only once for each of its versions.
+"""What MLflow's own SQLite database needs done to it, which MLflow does not do.
 
-MLflow makes them by some fifty migrations, each statement of them committed: two seconds in which a process that is
-killed leaves tables that MLflow never gets over. PostgreSQL's transactions hold tables, too.
+`fill_in_one_go`: a new database gets its tables all at once. MLflow makes them by some fifty migrations, each
+statement committed: two seconds in which a process that is killed leaves tables that MLflow never gets over.
+(PostgreSQL creates tables within transactions.)
+
+`relocate`: the files of runs are found after the runs folder was moved. MLflow writes the absolute place of an
+experiment's files into its database when the experiment is created, and a run's when the run is; it has no call that
+changes them. The files of later runs would go to the old place, which MLflow would create again.
 """
 
 from __future__ import annotations
@@ -13,9 +18,13 @@ import sqlite3
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import sqlalchemy as sa
 
+from search.errors import Unavailable
+from search.tracking.mlflow_private import EXPERIMENTS, RUNS
+from search.urls import first_line, shown
 from trainer.mini import cache_folder
 
 log = logging.getLogger("search.tracking.sqlite")
@@ -24,12 +33,13 @@ log = logging.getLogger("search.tracking.sqlite")
 def fill_in_one_go(uri: str, version: str, make_tables: Callable[[str], object]) -> None:
     """Give an empty SQLite database MLflow's tables, in one transaction. Other databases are left alone.
 
-    They are copied from a file in the folder of LORA_SEARCH_CACHE, which is made if it is not there.
+    They are copied from a file in the folder of LORA_SEARCH_CACHE, one for each version of MLflow, which is made if it
+    is missing.
 
     Args:
-        uri: of the database, held by `address.creating`.
+        uri: The database's, held by `address.creating`.
         version: MLflow's.
-        make_tables: opens a store at the URI that it is given, which makes its tables.
+        make_tables: Opens a store at the URI that it is given, which makes its tables.
 
     Raises:
         sqlite3.Error: the database is locked, or the disk is full.
@@ -46,22 +56,22 @@ def fill_in_one_go(uri: str, version: str, make_tables: Callable[[str], object])
         try:
             _copy(kept, target)
         except sqlite3.DatabaseError as error:
-            log.warning("%s cannot be used and is made anew: %s", kept, error)
+            log.warning("%s cannot be used and is made again: %s", kept, error)
         else:
             return
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="mlflow-") as folder:
         beside = Path(folder) / "new.db"
-        make_tables(f"sqlite:///{beside}")
+        make_tables(sa.URL.create("sqlite", database=str(beside)).render_as_string())
         with contextlib.closing(sqlite3.connect(beside)) as made:
-            made.execute("DELETE FROM experiments")  # "Default": its place for files is below the current folder
+            made.execute(str(sa.delete(EXPERIMENTS)))  # "Default": its place for files is below the current folder
             made.commit()
         _copy(beside, target)
-        with contextlib.suppress(OSError):  # a second is saved the next time, no more
+        with contextlib.suppress(OSError):  # it only saves two seconds the next time
             _keep(beside, kept)
 
 
 def _copy(source: Path, target: Path) -> None:
-    """All of a database into another, in one transaction.
+    """Copy all of a database into another, in one transaction.
 
     Raises:
         sqlite3.DatabaseError: the source is damaged, or the target locked; the target is as it was.
@@ -77,7 +87,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _keep(source: Path, target: Path) -> None:
-    """A copy of a closed database, which appears complete or not at all."""
+    """Copy a closed database to a file that appears complete or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f"{target.name}.")
     try:
@@ -89,3 +99,45 @@ def _keep(source: Path, target: Path) -> None:
     except OSError:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def relocate(uri: str, experiment_id: str, location: str) -> None:
+    """Let an experiment and its runs keep their files at `location`, if their old folder is gone.
+
+    Only on SQLite, whose file lies beside the artifacts: hosts that share a database server have different folders.
+
+    Args:
+        uri: MLflow's database.
+        experiment_id: The study's.
+        location: A `file:` URI, the folder of the study's artifacts below the present runs folder.
+
+    Raises:
+        Unavailable: another process holds the database.
+    """
+    if sa.make_url(uri).get_backend_name() != "sqlite":
+        return
+    engine = sa.create_engine(uri)
+    number = int(experiment_id)
+    try:
+        with engine.begin() as connection:
+            query = sa.select(EXPERIMENTS.c.artifact_location).where(EXPERIMENTS.c.experiment_id == number)
+            old = connection.execute(query).scalar()
+            if old is None or old == location or not _is_gone(old):
+                return
+            here = RUNS.c.artifact_uri
+            behind = sa.literal(location).concat(sa.func.substr(here, len(old) + 1))
+            inside = sa.func.substr(here, 1, len(old) + 1) == old + "/"
+            connection.execute(sa.update(RUNS).where(inside).values(artifact_uri=behind))
+            mine = EXPERIMENTS.c.experiment_id == number
+            connection.execute(sa.update(EXPERIMENTS).where(mine).values(artifact_location=location))
+    except sa.exc.OperationalError as error:  # locked, or read-only
+        raise Unavailable(f"writing to {shown(uri)} where files of runs are: {first_line(error)}") from error
+    finally:
+        engine.dispose()
+    log.info("the folder %s is gone; MLflow keeps the files of this study in %s from now on", old, location)
+
+
+def _is_gone(location: str) -> bool:
+    """Whether this is a folder on this machine that is not there."""
+    parts = urlsplit(location)
+    return parts.scheme in ("", "file") and not parts.netloc and not Path(unquote(parts.path)).exists()

@@ -6,13 +6,10 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from search.errors import StorageError, Unavailable
-from search.tracking.outbox import End, Entry, Outbox, Text, Write, count
-from search.tracking.run_store import Point, RunStore, Status
-
-__all__ = ["Point", "RunStore", "Status", "Unavailable", "Writer"]
-
+from search.tracking.outbox import End, Entry, Outbox, Point, Status, Text, Write, count
 
 PAUSE_S = 2.0
 """Seconds between two writes of a run, at least: a call of MLflow's costs as much as a hundred metrics, and epochs of
@@ -20,18 +17,31 @@ small models are shorter than this. A kill -9 costs no epoch for it, since a run
 history, but the step metrics of these seconds."""
 
 
+class RunStore(Protocol):
+    """Where runs are written. Every method may raise `Unavailable` (try again) or `StorageError` (don't).
+
+    Writing the same point twice must leave one: a write that failed may have succeeded, and is done again.
+    """
+
+    def write(self, run_id: str, points: Iterable[Point], tags: Mapping[str, str]) -> None: ...
+    def log_text(self, run_id: str, text: str, file: str) -> None: ...
+    def end_run(
+        self, run_id: str, status: Status, tags: Mapping[str, str], description: str, end_ms: int | None = None
+    ) -> None: ...
+
+
 class Writer(threading.Thread):
     """Writes what is put to it, in order, from a thread of its own.
 
-    `put` never waits. What the store does not take goes to the spool, whose owner delivers it when the store is back;
+    `put` never waits. What the store does not take goes to the outbox, which is delivered when the store is back;
     until all of the run is delivered, everything goes there, so that the order is kept. What the store refuses for
-    good is kept beside it. Without a spool both are counted as lost, and `close` tells; without a store, all goes to
-    the spool.
+    good is kept beside it. Without an outbox both are counted as lost, and `close` returns how many; without a store,
+    everything goes to the outbox.
     """
 
-    def __init__(self, store: RunStore | None, run_id: str, flush_s: float, spool: Outbox | None = None) -> None:
+    def __init__(self, store: RunStore | None, run_id: str, flush_s: float, outbox: Outbox | None = None) -> None:
         super().__init__(name=f"tracking-{run_id[-8:]}", daemon=True)
-        self._store, self._run_id, self._flush_s, self._spool = store, run_id, flush_s, spool
+        self._store, self._run_id, self._flush_s, self._outbox = store, run_id, flush_s, outbox
         self._changed = threading.Condition()
         self._points: list[Point] = []
         self._tags: dict[str, str] = {}
@@ -41,7 +51,7 @@ class Writer(threading.Thread):
         self._closing = False
         self._abandoned = False
         self.problem: str | None = None
-        """Why the latest write went to the spool or was refused, None while all is well."""
+        """Why the latest write went to the outbox or was refused, None while all is well."""
         self.lost = 0
         """Metrics, tags and files that are nowhere."""
         self.cpu_s = 0.0
@@ -55,7 +65,7 @@ class Writer(threading.Thread):
         *,
         now: bool = False,
     ) -> None:
-        """Queue; written within `flush_s` seconds, or `now`: at once, unless something was written a moment ago."""
+        """Queue values, written within `flush_s` seconds; if `now`, at once or `PAUSE_S` after the last write."""
         with self._changed:
             self._points.extend(points)
             self._tags.update(tags or {})
@@ -65,9 +75,9 @@ class Writer(threading.Thread):
                 self._changed.notify()
 
     def close(self, end: End, timeout_s: float) -> int:
-        """Write what is queued, then the end of the run. Returns the number of things that are lost.
+        """Write what is queued, then the end of the run. Returns how many metrics, tags and files are lost.
 
-        A store that hangs for `timeout_s` seconds is not waited for: what it has not taken goes to the spool.
+        A store that hangs for `timeout_s` seconds is not waited for: what it has not taken goes to the outbox.
         """
         with self._changed:
             self._end, self._closing = end, True
@@ -98,28 +108,29 @@ class Writer(threading.Thread):
     def _drain(self) -> None:
         """Write all that is queued, somewhere."""
         entries = self._queued()
-        if self._store is None or self._spooled():
+        if self._store is None or self._pending():
             self._keep(entries)
             return
         for entry in entries:
             try:
                 send(self._store, self._run_id, entry)
-                self.problem = self.problem if self.lost else None  # what was lost for good stays told
+                self.problem = self.problem if self.lost else None  # what was lost for good remains the problem
             except Unavailable as error:
                 if self._abandoned:
                     return
                 self.problem = str(error)
                 self._keep(entries[entries.index(entry) :])
                 return
-            except Exception as error:  # noqa: BLE001 - not swallowed: kept or counted, and told by `problem`
+            except Exception as error:  # noqa: BLE001 - not swallowed: kept or counted, and `problem` says so
                 why = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
                 self._refused(entry, why)
             if self._abandoned:
                 return
             self._done([entry])
 
-    def _spooled(self) -> bool:
-        return self._spool is not None and self._spool.holds(self._run_id)
+    def _pending(self) -> bool:
+        """Whether earlier entries of the run are still to be delivered."""
+        return self._outbox is not None and self._outbox.holds(self._run_id)
 
     def _queued(self) -> list[Entry]:
         with self._changed:
@@ -145,28 +156,28 @@ class Writer(threading.Thread):
                         self._end = None
 
     def _keep(self, entries: list[Entry]) -> None:
-        """Put entries into the spool. What has no room there waits for the next time, and is lost at the end."""
+        """Put entries into the outbox. What has no room there is kept for the next time, and is lost at the end."""
         if not entries:
             return
         try:
-            if self._spool is not None:
-                self._spool.append(self._run_id, entries)
+            if self._outbox is not None:
+                self._outbox.append(self._run_id, entries)
         except StorageError as error:
             self.problem = str(error)
             if not self._closing:
                 return
             self.lost += count(entries)
-        if self._spool is None:
+        if self._outbox is None:
             self.lost += count(entries)
         self._done(entries)
 
     def _refused(self, entry: Entry, why: str) -> None:
         self.problem = why
-        if self._spool is None:
+        if self._outbox is None:
             self.lost += count([entry])
             return
         try:
-            path = self._spool.reject(self._run_id, [entry], why)
+            path = self._outbox.reject(self._run_id, [entry], why)
             self.problem = f"{why}; kept in {path}"
         except StorageError as error:
             self.problem = str(error)
@@ -188,4 +199,4 @@ def send(store: RunStore, run_id: str, entry: Entry) -> None:
         case End():
             store.end_run(run_id, entry.status, entry.tags, entry.description, entry.end_ms)
         case _:
-            raise AssertionError(f"{entry} is the delivery's")
+            raise AssertionError(f"{entry} is for the delivery alone")

@@ -15,4 +15,7 @@ import_early()
 with without_collection(), suppress(ImportError):
     # What Optuna and MLflow import when they open a database.
     import alembic.command  # noqa: F401
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+    from search.tracking.library import preload
+
+    preload()

@@ -14,6 +14,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from search.urls import LogFormatter
 from search.workers.multiprocessing_private import run_exit_handlers
 from search.workers.protocol import Job, Link, Order, WorkerFailed
 from trainer.common.disk import no_room, out_of_room
@@ -115,7 +116,7 @@ def set_up_logging(folder: Path) -> None:
     """Send all log lines of a study, with tracebacks, to one file; each line is written at once."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / "search.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)

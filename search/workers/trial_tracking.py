@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 import optuna
 
 from search import diagnosis, leaderboard, records
-from search.dashboards import notes
 from search.diagnosis import messages
 from search.errors import StorageError
 from search.markdown import escape
 from search.records import Outcome
-from search.tracking.address import run_page
-from search.tracking.client import run_status
-from search.tracking.outbox import is_local
+from search.tracking.pages import pages_of, run_page
+from search.tracking.recorder import run_status
 from search.workers.protocol import Notice
 from trainer.config import TrainConfig
 from trainer.events import Event
@@ -58,7 +56,7 @@ class TrialTracking:
         runs = self._context.runs
         run_id = self._trial.user_attrs.get(records.RUN_ID)
         if run_id is not None:
-            recorder = runs.go_on(run_id)
+            recorder = runs.resume(run_id)
         else:
             colour = COLOURS[self._trial.number % len(COLOURS)]
             study = self._context.job.study_name
@@ -128,10 +126,8 @@ class TrialTracking:
     def page(self) -> str | None:
         """Address of the run's page in MLflow, None if MLflow was away when it began."""
         assert self._recorder is not None
-        experiment, run_id = self._context.runs.experiment_id(), self._recorder.run_id
-        if experiment is None or is_local(run_id):
-            return None
-        return run_page(notes.pages_of(self._context.job.tracking_uri), experiment, run_id)
+        server = pages_of(self._context.job.tracking_uri)
+        return run_page(server, self._context.runs.experiment_id(), self._recorder.run_id)
 
     def _name(self) -> str:
         """The run's name: legends of MLflow's charts show nothing else, so it holds what tells trials apart."""

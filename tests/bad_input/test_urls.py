@@ -114,7 +114,7 @@ def test_tracking(uri: str) -> None:
 
 
 def test_what_the_system_says_of_a_long_path_is_cut() -> None:
-    from search.tracking.address import first_line
+    from search.urls import first_line
 
     text = first_line(OSError(36, "File name too long", "n/" * 1300))
     assert text.startswith("[Errno 36] File name too long") and len(text) < 1000

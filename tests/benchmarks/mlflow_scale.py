@@ -31,8 +31,8 @@ from search.report.write import refresh
 from search.storage.database import close_storage, open_storage
 from search.storage.lifecycle import read_trials
 from search.storage.studies import open_study
-from search.tracking.address import runs_page
 from search.tracking.client import Tracking, open_tracking
+from search.tracking.pages import runs_page
 from tests.benchmarks.tracking_cost import _copy
 from tests.faults.servers import MlflowServer
 from tests.search.tracking.test_tracking import whole_run

@@ -25,7 +25,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from search.tracking.client import Tracking, open_tracking
-from search.tracking.writer import Point
+from search.tracking.outbox import Point
 from tests.search.tracking.test_tracking import whole_run
 from trainer.config import TrainConfig
 from trainer.events import EpochEnded, StepEnded

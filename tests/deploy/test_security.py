@@ -1,19 +1,23 @@
 """Promises of SECURITY.md that can be checked by reading our code, and where passwords and text from data may go."""
 
 import ast
+import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 import sqlalchemy
 from markdown_it import MarkdownIt
 
-from search.errors import StorageError
+from search.errors import StorageError, Unavailable
 from search.space import Int
 from search.storage import database
 from search.study import Study
 from search.tracking import address
-from search.urls import secrets, shown
+from search.tracking.errors import translated
+from search.urls import LogFormatter, first_line, has_secret, masked_in, secrets, shown, without_secrets
 from search.workers.protocol import Job
 from tests.support.compose import ROOT
 from trainer.data.dataset import Examined
@@ -86,19 +90,95 @@ URLS = [
     f"postgresql://db.example/optuna?sslpassword={SECRET}&sslmode=require",
     f"mysql+pymysql://ann:{SECRET}@db.example/optuna",
 ]
+QUERIES = [
+    f"postgresql:///optuna?host=db.example&user=postgres&password={SECRET}",
+    *(
+        f"mysql://db.example/optuna?user=ann&{name}={SECRET}"
+        for name in ("pwd", "passwd", "token", "sslkey", "PassWord")
+    ),
+    f"http://mlflow.example:5000/base?token={SECRET}",
+    f"mssql+pyodbc:///?odbc_connect=SERVER%3Ddb.example%3BPWD%3D{SECRET}",
+    f"postgresql:///?dbname=postgresql%3A%2F%2Fann%3A{SECRET}%40db.example%2Foptuna&host=db.example",
+]
+NO_URLS = [
+    f"postgresql://ann:{SECRET}@db.example:port/optuna",
+    f"postgresql:/ann:{SECRET}@db.example/optuna",
+    f"ann:{SECRET}@db.example",
+    f"db.example/optuna?password={SECRET}",
+    f"http://[db.example?a=b&token={SECRET}",
+]
 
 
-@pytest.mark.parametrize("url", [*URLS, f"http://ann:{SECRET}@mlflow.example:5000"])
+@pytest.mark.parametrize("url", [*URLS, *QUERIES, f"http://ann:{SECRET}@mlflow.example:5000"])
 def test_a_shown_url_keeps_everything_but_the_password(url: str) -> None:
-    text = address.masked(url)
-    assert SECRET not in text and "***" in text
-    assert ".example" in text
-    assert secrets(sqlalchemy.make_url(url)) == (SECRET,)
+    text = shown(url)
+    assert SECRET not in text and "***" in text and has_secret(url)
+    assert ".example" in text or "odbc_connect" in text
+    parsed = sqlalchemy.make_url(url)
+    assert shown(parsed) == text
+    (secret,) = secrets(parsed)
+    assert SECRET in secret
+    assert without_secrets(f"no connection with {secret}", parsed) == "no connection with ***"
+
+
+@pytest.mark.parametrize("text", NO_URLS)
+def test_a_text_that_is_not_a_url_is_shown_without_what_could_be_a_password(text: str) -> None:
+    assert SECRET not in shown(text) and "db.example" in shown(text) and has_secret(text)
 
 
 def test_a_url_without_a_password_is_shown_as_it_is() -> None:
-    for url in ("sqlite:///runs/optuna.db", "postgresql+psycopg://optuna@db:5432/optuna?sslmode=require"):
-        assert shown(sqlalchemy.make_url(url)) == url
+    for url in (
+        "sqlite:///runs/optuna.db",
+        "sqlite:///runs/a%20b.db",
+        "postgresql+psycopg://optuna@db:5432/optuna?sslmode=require",
+        "http://mlflow:5000",
+        "not a URL",
+    ):
+        assert shown(url) == url and not has_secret(url)
+    assert len(shown("sqlite:///" + "n/" * 3000)) < 1000
+
+
+@pytest.mark.parametrize("url", [url for url in [*URLS, *QUERIES] if "%3" not in url])
+def test_texts_of_others_lose_passwords_in_urls(url: str) -> None:
+    assert SECRET not in masked_in(f"404 Client Error for url: {url}") and "Client Error" in masked_in(
+        f"a {url}: Client Error"
+    )
+    assert first_line(ValueError(f"{url}\nmore")) == masked_in(url)
+    try:
+        raise ValueError(f"no answer from {url}")
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, "f", 1, "at %s", (url,), sys.exc_info())
+    line = LogFormatter("%(message)s").format(record)
+    assert SECRET not in line and "Traceback" in line and "no answer from" in line
+
+
+def test_an_error_of_mlflows_server_tells_no_password() -> None:
+    """The error of a request that failed quotes its URL, as files of runs on a server show."""
+    response = requests.Response()
+    response.status_code, response.url = (
+        500,
+        f"http://ann:{SECRET}@mlflow.example/api/2.0/mlflow-artifacts/x?token={SECRET}",
+    )
+    with pytest.raises(Unavailable, match=r"keeping x: 500 Server Error.*ann:\*\*\*@mlflow.example") as told:  # noqa: SIM117
+        with translated("keeping x"):
+            response.raise_for_status()
+    assert SECRET not in str(told.value)
+
+
+def test_urls_are_shown_through_one_function() -> None:
+    """No message formats one of these names as it is."""
+    names = {"storage_url", "tracking_uri", "uri", "storage", "remote"}
+
+    def bare(node: ast.AST) -> bool:
+        return isinstance(node, ast.FormattedValue) and (
+            (isinstance(node.value, ast.Name) and node.value.id in names)
+            or (isinstance(node.value, ast.Attribute) and node.value.attr in names)
+        )
+
+    found = [
+        f"{file.name}:{node.lineno}" for file in FILES for node in ast.walk(ast.parse(file.read_text())) if bare(node)
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("url", URLS[:3])

@@ -17,10 +17,9 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.tracking import MlflowClient
 
 from search.errors import StorageError, Unavailable
-from search.tracking import courier as couriers
+from search.tracking import delivery as module
 from search.tracking.client import Tracking, open_tracking
-from search.tracking.courier import DeliveryThread
-from search.tracking.delivery import Delivery
+from search.tracking.delivery import Delivery, DeliveryThread
 from search.tracking.outbox import is_local
 from search.tracking.runs import StudyRuns
 from tests.search.tracking.test_tracking import copy_database, whole_run
@@ -60,7 +59,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Place:
-    """A folder with MLflow's database and a study's spool, as one process after another finds it."""
+    """A folder with MLflow's database and a study's outbox, as one process after another finds it."""
 
     def __init__(self, folder: Path, empty: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -69,9 +68,9 @@ class Place:
         self.uri = f"sqlite:///{folder}/mlflow.db"
         self.fail: Callable[[], str] = lambda: ""
 
-    def book(self) -> StudyRuns:
+    def runs(self) -> StudyRuns:
         """A process' own. Its store fails as `fail` says at the time."""
-        book = StudyRuns(self.uri, self.folder / "artifacts", "demo", self.folder / "demo")
+        runs = StudyRuns(self.uri, self.folder / "artifacts", "demo", self.folder / "demo")
         opened: list[Tracking] = []
 
         def connect() -> Tracking:
@@ -81,8 +80,8 @@ class Place:
                 opened.append(tracking)
             return opened[0]
 
-        book.connect = connect  # type: ignore[method-assign]
-        return book
+        runs.connect = connect  # type: ignore[method-assign]
+        return runs
 
 
 @pytest.fixture
@@ -94,15 +93,15 @@ def deliver(place: Place, rounds: int = 400) -> None:
     """Deliver all, every tenth round by another process that begins again."""
     for number in range(rounds):
         if number % 10 == 0:
-            book = place.book()
-            delivery = Delivery(book.spool, "demo", book.connect)
+            runs = place.runs()
+            delivery = Delivery(runs.outbox, "demo", runs.connect)
         with contextlib.suppress(StorageError):
             delivery.once()
-        if not book.spool.runs():
+        if not runs.outbox.runs():
             return
         if number % 10 == 9:
             delivery.close()
-    raise AssertionError(f"still there: {place.book().spool.runs()}")
+    raise AssertionError(f"still there: {place.runs().outbox.runs()}")
 
 
 def content(uri: str) -> dict[str, Any]:
@@ -128,15 +127,15 @@ def content(uri: str) -> dict[str, Any]:
     return found
 
 
-def search(book: StudyRuns, restart: Callable[[], StudyRuns]) -> None:
+def search(runs: StudyRuns, restart: Callable[[], StudyRuns]) -> None:
     """What a search records: three trials, of which the second is interrupted and goes on in another process."""
     events = whole_run(3, 20)
     second_epoch = events.index(next(e for e in events if getattr(e, "epoch", 0) == 2 and not hasattr(e, "loss")))
-    book.start_study({"data_fingerprint": "d"})
-    log = book.spool.folder.parent / "tuning-log.md"
+    runs.start_study({"data_fingerprint": "d"})
+    log = runs.outbox.folder.parent / "tuning-log.md"
     for number in range(3):
         tags = {"trial": str(number)}
-        recorder = book.begin(f"trial {number}", TrainConfig().model_dump(), tags)
+        recorder = runs.begin(f"trial {number}", TrainConfig().model_dump(), tags)
         stop = second_epoch - 7 if number == 1 else len(events)  # in the middle of the second epoch
         for event in events[:stop]:
             recorder(event)
@@ -145,9 +144,9 @@ def search(book: StudyRuns, restart: Callable[[], StudyRuns]) -> None:
                 time.sleep(0.02)
         if number == 1:
             recorder.finish("KILLED", state="WAITING", reason="interrupted", findings=("slow",), tags={"detail": "x"})
-            book = restart()
-            book.start_study({"data_fingerprint": "d"})
-            recorder = book.go_on(recorder.run_id)
+            runs = restart()
+            runs.start_study({"data_fingerprint": "d"})
+            recorder = runs.resume(recorder.run_id)
             first_epoch = events.index(next(e for e in events if hasattr(e, "train_loss")))
             for event in [events[first_epoch], events[0], *events[first_epoch + 1 :]]:
                 recorder(event)  # the checkpoint's history, then the rest again
@@ -155,16 +154,16 @@ def search(book: StudyRuns, restart: Callable[[], StudyRuns]) -> None:
         recorder.finish("FINISHED", state="COMPLETE", reason="finished", findings=("healthy",), description="# How")
     log.parent.mkdir(exist_ok=True)
     log.write_text("the log")
-    book.keep(log)
-    book.end_study("FINISHED", {"summary": "3 trials"})
+    runs.keep(log)
+    runs.end_study("FINISHED", {"summary": "3 trials"})
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory, empty: Path) -> dict[str, Any]:
     """What an undisturbed search leaves."""
     place = Place(tmp_path_factory.mktemp("calm"), empty)
-    search(place.book(), place.book)
-    assert place.book().spool.runs() == []
+    search(place.runs(), place.runs)
+    assert place.runs().outbox.runs() == []
     found = content(place.uri)
     assert set(found) == {"demo", "trial 0", "trial 1", "trial 2"}
     assert [step for step, _ in found["trial 1"]["metrics"]["step/loss"]] == list(range(1, 61))
@@ -182,19 +181,19 @@ def test_calls_that_fail_at_random_before_or_after_they_are_made(
         return chance.choice(("before", "after", "", "", "", "")) if chance.random() < 0.9 else ""
 
     place.fail = fail
-    search(place.book(), place.book)
+    search(place.runs(), place.runs)
     deliver(place)
     assert content(place.uri) == expected
-    assert not [*place.book().spool.folder.glob("*.rejected")]
+    assert not [*place.runs().outbox.folder.glob("*.rejected")]
 
 
 def test_away_from_start_to_end(place: Place, expected: dict[str, Any]) -> None:
     place.fail = lambda: "before"
-    book = place.book()
+    runs = place.runs()
     began = time.monotonic()
-    search(book, place.book)
+    search(runs, place.runs)
     assert time.monotonic() - began < 10
-    assert all(is_local(run_id) or run_id == "study" for run_id in book.spool.runs()) and len(book.spool.runs()) == 4
+    assert all(is_local(run_id) or run_id == "study" for run_id in runs.outbox.runs()) and len(runs.outbox.runs()) == 4
     place.fail = lambda: ""
     deliver(place)
     assert content(place.uri) == expected
@@ -205,59 +204,59 @@ def test_away_for_a_while(since: int, until: int, place: Place, expected: dict[s
     """At the start, in the middle, and to the end, by the number of the call."""
     calls = iter(range(10_000_000))
     place.fail = lambda: "before" if since <= next(calls) < until else ""
-    search(place.book(), place.book)
+    search(place.runs(), place.runs)
     place.fail = lambda: ""
     deliver(place)
     assert content(place.uri) == expected
 
 
 def test_the_user_is_told_once_and_when_it_is_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(couriers, "POLL_S", 0.05)
+    monkeypatch.setattr(module, "POLL_S", 0.05)
     place.fail = lambda: "before"
-    book = place.book()
+    runs = place.runs()
     said: list[str] = []
-    courier = DeliveryThread(Delivery(book.spool, "demo", book.connect), "http://mlflow", said.append)
-    courier.start()
-    book.begin("trial 0", {}, {}).finish("FINISHED", state="COMPLETE")
+    thread = DeliveryThread(Delivery(runs.outbox, "demo", runs.connect), "http://mlflow", said.append)
+    thread.start()
+    runs.begin("trial 0", {}, {}).finish("FINISHED", state="COMPLETE")
     time.sleep(0.8)
     assert len(said) == 1 and "MLflow (http://mlflow) does not take records now" in said[0]
-    assert "the server is away" in said[0] and str(book.spool.folder) in said[0]
+    assert "the server is away" in said[0] and str(runs.outbox.folder) in said[0]
     place.fail = lambda: ""
     deadline = time.monotonic() + 20
     while len(said) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert said[1].startswith("MLflow answers again after") and courier.close() is None
+    assert said[1].startswith("MLflow answers again after") and thread.close() is None
     assert content(place.uri)["trial 0"]["status"] == "FINISHED"
 
 
 def test_what_is_left_at_the_end_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(couriers, "FINAL_S", 0.1)
+    monkeypatch.setattr(module, "FINAL_S", 0.1)
     place.fail = lambda: "before"
-    book = place.book()
-    book.begin("trial 0", {}, {}).finish("FINISHED", state="COMPLETE")
-    courier = DeliveryThread(Delivery(book.spool, "demo", book.connect), "http://mlflow", lambda _: None)
-    left = courier.close()
-    assert left is not None and left.startswith("records of 1 runs are still to be delivered") and "away" in left
+    runs = place.runs()
+    runs.begin("trial 0", {}, {}).finish("FINISHED", state="COMPLETE")
+    thread = DeliveryThread(Delivery(runs.outbox, "demo", runs.connect), "http://mlflow", lambda _: None)
+    left = thread.close()
+    assert left is not None and left.startswith("records of 1 runs are not delivered yet") and "away" in left
 
 
 def test_a_run_that_is_refused_does_not_hold_up_the_others(place: Place) -> None:
     place.fail = lambda: "before"
-    book = place.book()
-    gone = book.begin("trial 0", {}, {})
+    runs = place.runs()
+    gone = runs.begin("trial 0", {}, {})
     place.fail = lambda: ""
     gone.finish("FINISHED", state="COMPLETE")
-    book.end("0" * 32, "FAILED", {"state": "FAIL"})
-    book.begin("trial 1", {}, {}).finish("FINISHED", state="COMPLETE")
-    done = Delivery(book.spool, "demo", book.connect).once()
+    runs.end("0" * 32, "FAILED", {"state": "FAIL"})
+    runs.begin("trial 1", {}, {}).finish("FINISHED", state="COMPLETE")
+    done = Delivery(runs.outbox, "demo", runs.connect).once()
     assert done.runs == 3 and len(done.rejected) == 1 and "0" * 32 in done.rejected[0]
-    assert (book.spool.folder / f"{'0' * 32}.rejected").is_file()
+    assert (runs.outbox.folder / f"{'0' * 32}.rejected").is_file()
     assert {"trial 0", "trial 1"} <= content(place.uri).keys()
 
 
 def test_a_locked_sqlite_database(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process holds MLflow's file: what is recorded meanwhile comes after."""
-    book = StudyRuns(place.uri, place.folder / "artifacts", "demo", place.folder / "demo")
-    recorder = book.begin("trial 0", TrainConfig().model_dump(), {})
+    runs = StudyRuns(place.uri, place.folder / "artifacts", "demo", place.folder / "demo")
+    recorder = runs.begin("trial 0", TrainConfig().model_dump(), {})
     assert not is_local(recorder.run_id)
     recorder._close_s = 0.5
     other = sqlite3.connect(place.folder / "mlflow.db", isolation_level=None)
@@ -267,7 +266,7 @@ def test_a_locked_sqlite_database(place: Place, monkeypatch: pytest.MonkeyPatch)
     began = time.monotonic()
     recorder.finish("FINISHED", state="COMPLETE", reason="finished")
     assert time.monotonic() - began < 5
-    assert book.spool.runs() == [recorder.run_id]
+    assert runs.outbox.runs() == [recorder.run_id]
     other.execute("ROLLBACK")
     other.close()
     recorder.writer.join()

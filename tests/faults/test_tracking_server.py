@@ -116,16 +116,16 @@ def test_down_at_the_start_back_in_the_middle_down_at_the_end(
     assert output.count("does not take records now") <= 2 and "MLflow did not take everything" in output
     log = (runs / "rsicap_mini" / "tuning-log.md").read_text()
     assert "**Missing**: MLflow did not answer" in log and f"**Trials**: {TRIALS}" in log
-    spool = Outbox(runs / "rsicap_mini" / "spool")
-    assert spool.runs()
+    outbox = Outbox(runs / "rsicap_mini" / "spool")
+    assert outbox.runs()
     away = deliver(runs, server.uri)
-    assert away.returncode == 2 and "no MLflow server answers" in away.stderr and spool.runs()
+    assert away.returncode == 2 and "no MLflow server answers" in away.stderr and outbox.runs()
     server.start()
     done = deliver(runs, server.uri)
     assert done.returncode == 0 and "delivered" in done.stdout, done.stdout + done.stderr
-    assert spool.runs() == []
+    assert outbox.runs() == []
     check(runs, server.uri)
-    assert deliver(runs, server.uri).stdout == "nothing is to be delivered\n"
+    assert deliver(runs, server.uri).stdout == "Nothing to deliver.\n"
 
 
 def test_down_from_start_to_end_and_the_same_command_delivers(

@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 from search import records
 from search import study_file as studies
 from search.errors import StorageError, StudyError
-from search.reading import read_study, server_url
+from search.reading import read_study
 from search.records import EpochRecord, StepRecord
 from search.report import write
 from search.report.__main__ import app
 from search.storage import studies as storage
 from search.storage.database import close_storage, open_storage
 from search.tracking.client import open_tracking
+from search.tracking.pages import server_url
 from search.tracking.reader import RunCurves
 from tests.support.report_data import config, falling
 

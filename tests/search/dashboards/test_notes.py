@@ -29,7 +29,7 @@ from search.records import EpochRecord, Outcome, TrialRecord
 from search.sampling import params
 from search.storage import lifecycle
 from search.storage.database import close_storage, open_storage
-from search.tracking.address import run_page
+from search.tracking.pages import pages_of, run_page
 from tests.search.tracking.test_tracking import BAD, epoch, started, step
 from tests.support import report_data
 from trainer.config import TrainConfig
@@ -246,9 +246,9 @@ def test_what_someone_wrote_into_the_study_s_note_is_kept(study: optuna.Study) -
 
 
 def test_links_lead_to_the_server_or_to_the_local_pages() -> None:
-    assert notes.pages_of("sqlite:///runs/mlflow.db") == "http://127.0.0.1:5000"
-    assert notes.pages_of("postgresql://u:p@host/db") == "http://127.0.0.1:5000"
-    assert "secret" not in notes.pages_of("https://me:secret@mlflow.example.com/x")
+    assert pages_of("sqlite:///runs/mlflow.db") == "http://127.0.0.1:5000"
+    assert pages_of("postgresql://u:p@host/db") == "http://127.0.0.1:5000"
+    assert "secret" not in pages_of("https://me:secret@mlflow.example.com/x")
 
 
 def test_a_note_costs_little(study: optuna.Study, tmp_path: Path) -> None:

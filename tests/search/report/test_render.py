@@ -203,7 +203,10 @@ class TestLinks:
     def test_a_server_is_linked_at_every_figure(self) -> None:
         facts = gather(replace(hand_run(), tracking_url="http://127.0.0.1:5000"))
         text = markdown(facts, "en", LINKS)
-        assert f"[trial 3](http://127.0.0.1:5000/#/experiments/1/runs/{3:032x}), epoch 15" in text
+        assert (
+            f"[trial 3](http://127.0.0.1:5000/#/experiments/1/runs/{3:032x}?workflowType=machine_learning), epoch 15"
+            in text
+        )
 
     def test_without_a_server_figures_lead_to_the_trial_and_its_run_id(self, hand: Facts) -> None:
         text = markdown(hand, "en", LINKS)

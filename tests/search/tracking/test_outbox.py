@@ -1,4 +1,4 @@
-"""The spool on disk: whole batches or nothing, whatever is killed, and several processes at once."""
+"""The outbox on disk: whole batches or nothing, whatever is killed, and several processes at once."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from search.tracking.outbox import (
     Entry,
     File,
     Outbox,
+    Point,
     Resume,
-    Study,
+    StudyBegun,
     Text,
     Write,
     is_local,
     local_id,
 )
-from search.tracking.run_store import Point
 
 EVERY: list[Entry] = [
-    Study(tags={"a": "b"}),
+    StudyBegun(tags={"a": "b"}),
     Create(name="trial \u00fc\n", params={"lr": "1e-05"}, tags={}, start_ms=7),
     Write(points=[Point("val_loss", 0.1 + 0.2, 3, 1_700_000_000_123)], tags={"state": "RUNNING"}),
     Text(text="two\nlines\n", file="x.txt"),
@@ -45,59 +45,59 @@ def write(number: int) -> Write:
     return Write(points=[Point("loss", float(number), number, number)])
 
 
-def numbers(spool: Outbox, run_id: str) -> list[int]:
-    return [entry.points[0].step for entry, _ in spool.read(run_id) if isinstance(entry, Write)]
+def numbers(outbox: Outbox, run_id: str) -> list[int]:
+    return [entry.points[0].step for entry, _ in outbox.read(run_id) if isinstance(entry, Write)]
 
 
 def test_entries_come_back_as_they_were(tmp_path: Path) -> None:
-    spool = Outbox(tmp_path / "study" / "spool")
-    assert spool.runs() == [] and spool.read("run") == [] and not spool.holds("run")
-    spool.append("run", EVERY[:3])
-    spool.append("run", EVERY[3:])
-    kept = Outbox(spool.folder).read("run")
+    outbox = Outbox(tmp_path / "study" / "spool")
+    assert outbox.runs() == [] and outbox.read("run") == [] and not outbox.holds("run")
+    outbox.append("run", EVERY[:3])
+    outbox.append("run", EVERY[3:])
+    kept = Outbox(outbox.folder).read("run")
     assert [entry for entry, _ in kept] == EVERY
-    assert spool.read("run", kept[1].end) == kept[2:]
-    assert spool.holds("run")
+    assert outbox.read("run", kept[1].end) == kept[2:]
+    assert outbox.holds("run")
 
 
 def test_the_study_first_then_the_oldest(tmp_path: Path) -> None:
-    spool = Outbox(tmp_path)
+    outbox = Outbox(tmp_path)
     for run_id in ("b", "a", STUDY):
-        spool.append(run_id, EVERY[:1])
+        outbox.append(run_id, EVERY[:1])
         time.sleep(0.01)
-    assert spool.runs() == [STUDY, "b", "a"]
+    assert outbox.runs() == [STUDY, "b", "a"]
     assert is_local(local_id()) and not is_local("0" * 32) and local_id() != local_id()
 
 
 @pytest.mark.parametrize("torn", [b'{"do": "wri', b'{"do": "write", "points": [], "tags": {}}', b"\0" * 70_000])
 def test_a_torn_last_line_is_cut_off(torn: bytes, tmp_path: Path) -> None:
-    spool = Outbox(tmp_path)
-    spool.append("run", [write(1)])
+    outbox = Outbox(tmp_path)
+    outbox.append("run", [write(1)])
     with (tmp_path / "run.jsonl").open("ab") as file:
         file.write(torn)
-    assert numbers(spool, "run") == [1]
-    spool.append("run", [write(2)])
-    assert numbers(spool, "run") == [1, 2] and len(spool.read("run")) == 2
+    assert numbers(outbox, "run") == [1]
+    outbox.append("run", [write(2)])
+    assert numbers(outbox, "run") == [1, 2] and len(outbox.read("run")) == 2
 
 
 def test_a_damaged_line_costs_only_itself(tmp_path: Path) -> None:
-    spool = Outbox(tmp_path)
-    spool.append("run", [write(1), write(2), write(3)])
+    outbox = Outbox(tmp_path)
+    outbox.append("run", [write(1), write(2), write(3)])
     lines = (tmp_path / "run.jsonl").read_bytes().split(b"\n")
     lines[1] = lines[1][:-9]
     (tmp_path / "run.jsonl").write_bytes(b"\n".join(lines))
-    assert numbers(spool, "run") == [1, 3]
-    assert isinstance(spool.read("run")[1].entry, Damaged)
+    assert numbers(outbox, "run") == [1, 3]
+    assert isinstance(outbox.read("run")[1].entry, Damaged)
 
 
 def test_what_comes_while_it_is_delivered_stays(tmp_path: Path) -> None:
-    spool = Outbox(tmp_path)
-    spool.append("run", [write(1)])
-    (kept,) = spool.read("run")
-    spool.append("run", [write(2)])
-    assert not spool.remove("run", kept.end)
-    end = spool.read("run", kept.end)[-1].end
-    assert spool.remove("run", end) and not spool.holds("run") and spool.runs() == []
+    outbox = Outbox(tmp_path)
+    outbox.append("run", [write(1)])
+    (kept,) = outbox.read("run")
+    outbox.append("run", [write(2)])
+    assert not outbox.remove("run", kept.end)
+    end = outbox.read("run", kept.end)[-1].end
+    assert outbox.remove("run", end) and not outbox.holds("run") and outbox.runs() == []
 
 
 def test_one_process_delivers(tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_one_process_delivers(tmp_path: Path) -> None:
 
 
 def test_no_room_is_told_and_leaves_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spool = Outbox(tmp_path)
-    spool.append("run", [write(1)])
+    outbox = Outbox(tmp_path)
+    outbox.append("run", [write(1)])
     before = (tmp_path / "run.jsonl").read_bytes()
     real = os.write
 
@@ -120,18 +120,18 @@ def test_no_room_is_told_and_leaves_what_was(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(StorageError, match="No space left on device"):
-        spool.append("run", [write(i) for i in range(2, 9)])
+        outbox.append("run", [write(i) for i in range(2, 9)])
     assert (tmp_path / "run.jsonl").read_bytes()[: len(before)] == before
     monkeypatch.undo()
-    spool.append("run", [write(2)])
-    assert numbers(spool, "run") == [1, 2]
+    outbox.append("run", [write(2)])
+    assert numbers(outbox, "run") == [1, 2]
 
 
 def _append_for_ever(folder: Path, ready: object) -> None:
-    spool, number = Outbox(folder), 0
+    outbox, number = Outbox(folder), 0
     while True:
         number += 1
-        spool.append("run", [write(2 * number - 1), write(2 * number)])
+        outbox.append("run", [write(2 * number - 1), write(2 * number)])
         ready.put(2 * number)  # type: ignore[attr-defined]
 
 
@@ -140,35 +140,35 @@ def test_killed_at_any_moment_it_holds_all_that_was_kept(tmp_path: Path) -> None
     context = multiprocessing.get_context("fork")
     random.seed(0)
     for turn in range(8):
-        spool = Outbox(tmp_path / str(turn))
+        outbox = Outbox(tmp_path / str(turn))
         counted = context.SimpleQueue()
-        process = context.Process(target=_append_for_ever, args=(spool.folder, counted))
+        process = context.Process(target=_append_for_ever, args=(outbox.folder, counted))
         process.start()
         promised = counted.get()
         found: list[int] = []
         end, until = 0, time.monotonic() + random.uniform(0.0, 0.1)
         while time.monotonic() < until:
-            for entry, after in spool.read("run", end):
+            for entry, after in outbox.read("run", end):
                 assert isinstance(entry, Write)
                 found.append(entry.points[0].step)
                 end = after
-            if end and spool.remove("run", end):
+            if end and outbox.remove("run", end):
                 end = 0
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         while not counted.empty():
             promised = counted.get()
-        found += [e.points[0].step for e, _ in spool.read("run", end) if isinstance(e, Write)]
+        found += [e.points[0].step for e, _ in outbox.read("run", end) if isinstance(e, Write)]
         assert found == list(range(1, len(found) + 1)) and len(found) >= promised
 
 
 def test_a_run_that_another_process_delivers_meanwhile_hides_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spool = Outbox(tmp_path / "spool")
+    outbox = Outbox(tmp_path / "spool")
     for run_id in ("a", "b", "c"):
-        spool.append(run_id, [Write(tags={"key": "value"})])
+        outbox.append(run_id, [Write(tags={"key": "value"})])
     stat = Path.stat
 
     def delivered_first(path: Path, **options: Any) -> Any:
@@ -177,4 +177,4 @@ def test_a_run_that_another_process_delivers_meanwhile_hides_no_other(
         return stat(path, **options)
 
     monkeypatch.setattr(Path, "stat", delivered_first)
-    assert sorted(spool.runs()) == ["a", "c"]
+    assert sorted(outbox.runs()) == ["a", "c"]

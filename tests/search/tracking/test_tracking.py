@@ -17,13 +17,12 @@ from mlflow.tracking import MlflowClient
 
 from search import records
 from search.errors import StorageError, Unavailable
-from search.tracking import address
 from search.tracking import environment as env
-from search.tracking.client import Tracking, as_text, open_tracking, run_status
-from search.tracking.outbox import End, Outbox, Write
-from search.tracking.recorder import Logged, RunRecorder
-from search.tracking.run_store import Point, Status
+from search.tracking.client import Tracking, as_text, open_tracking
+from search.tracking.outbox import End, Outbox, Point, Status, Write
+from search.tracking.recorder import Logged, RunRecorder, run_status
 from search.tracking.writer import send
+from search.urls import shown
 from trainer.config import TrainConfig
 from trainer.events import (
     Diverged,
@@ -227,11 +226,11 @@ def test_a_resumed_run_doubles_nothing_and_ends_as_if_never_interrupted() -> Non
 # ---------------------------------------------------------------------- when the store fails
 
 
-def test_what_the_store_does_not_take_goes_to_the_spool_with_all_that_follows(tmp_path: Path) -> None:
-    spool = Outbox(tmp_path / "spool")
+def test_what_the_store_does_not_take_goes_to_the_outbox_with_all_that_follows(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "spool")
     errors = iter([None, Unavailable("locked")])
     store = Store(lambda: next(errors, None))
-    recorder = RunRecorder(store, "run", spool=spool)
+    recorder = RunRecorder(store, "run", outbox=outbox)
     events = whole_run(2, 40)
     recorder(events[0])
     while store.writes == 0:
@@ -241,14 +240,14 @@ def test_what_the_store_does_not_take_goes_to_the_spool_with_all_that_follows(tm
     recorder.finish("FINISHED", state="COMPLETE", reason="finished")
     assert store.curve("step/loss") == {} and store.ended is None
     assert recorder.problem == "locked" and recorder.writer.lost == 0
-    kept = [entry for entry, _ in spool.read("run")]
+    kept = [entry for entry, _ in outbox.read("run")]
     for entry in kept:
         send(store, "run", entry)
     assert store.curve("step/loss") == {s: 1 / s for s in range(1, 81)}
     assert store.ended == "FINISHED" and store.tags["reason"] == "finished"
 
 
-def test_without_a_spool_what_is_lost_is_told() -> None:
+def test_without_an_outbox_what_is_lost_is_told() -> None:
     recorder = RunRecorder(Store(lambda: Unavailable("database is locked")), "run")
     recorder(step(1))
     with pytest.raises(StorageError, match="4 metrics and tags could not be recorded: database is locked"):
@@ -259,15 +258,15 @@ def test_without_a_spool_what_is_lost_is_told() -> None:
 def test_what_is_refused_for_good_is_kept_apart_and_later_writes_go_on(error: Exception, tmp_path: Path) -> None:
     errors = iter([error])
     store = Store(lambda: next(errors, None))
-    spool = Outbox(tmp_path / "spool")
-    recorder = RunRecorder(store, "run", spool=spool)
+    outbox = Outbox(tmp_path / "spool")
+    recorder = RunRecorder(store, "run", outbox=outbox)
     recorder(started(40))
     while store.writes == 0:
         time.sleep(0.01)
     recorder(epoch(1, 40))
     recorder.finish("FINISHED", state="COMPLETE")
     assert store.curve("val_loss") == {1: 1.5}
-    assert spool.runs() == []
+    assert outbox.runs() == []
     rejected = (tmp_path / "spool" / "run.rejected").read_text()
     assert "steps_per_epoch" in rejected and ("run was deleted" in rejected or "KeyError: 'bug'" in rejected)
 
@@ -278,14 +277,14 @@ def test_a_store_that_hangs_holds_up_no_trial(tmp_path: Path) -> None:
     def hang() -> None:
         release.wait(30)
 
-    store, spool = Store(hang), Outbox(tmp_path / "spool")
-    recorder = RunRecorder(store, "run", spool=spool, close_s=0.2)
+    store, outbox = Store(hang), Outbox(tmp_path / "spool")
+    recorder = RunRecorder(store, "run", outbox=outbox, close_s=0.2)
     for event in whole_run(1, 40):
         recorder(event)
     began = time.perf_counter()
     recorder.finish("FINISHED", state="COMPLETE")
     assert time.perf_counter() - began < 2
-    kept = [entry for entry, _ in spool.read("run")]
+    kept = [entry for entry, _ in outbox.read("run")]
     assert sum(len(entry.points) for entry in kept if isinstance(entry, Write)) == 3 * 40 + 10
     assert isinstance(kept[-1], End)
     release.set()
@@ -604,7 +603,7 @@ def a_folder_as_database(folder: Path) -> str:
             lambda folder: "http://user:secret@127.0.0.1:9",
             r"no MLflow server answers at http://user:\*\*\*@127.0.0.1:9",
         ),
-        (lambda folder: "http://[", "is no address|no MLflow server"),
+        (lambda folder: "http://[", "is not an address|no MLflow server"),
         (lambda folder: "postgresql://user:secret@127.0.0.1:9/mlflow", r"postgresql://user:\*\*\*@127.0.0.1:9/mlflow"),
         (lambda folder: "redis://user:secret@host/0", "'redis' is not supported"),
         (garbage, "file is not a database"),
@@ -632,8 +631,8 @@ def test_a_database_of_another_mlflow_says_how_to_upgrade(tracking: Tracking, tm
 
 
 def test_a_password_is_not_shown() -> None:
-    assert "secret" not in address.masked("postgresql://user:secret@host/db")
-    assert "secret" not in address.masked("http://user:secret@host:port/nonsense")
+    assert "secret" not in shown("postgresql://user:secret@host/db")
+    assert "secret" not in shown("http://user:secret@host:port/nonsense")
 
 
 # ---------------------------------------------------------------------- environment
