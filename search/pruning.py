@@ -22,17 +22,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from search import records
+from search.diagnosis.unstable import JUMP
 from search.errors import StudyError
 from trainer.config import TrainConfig, nearest
-
-JUMP = 0.05
-"""Both losses must rise by more than this share at one epoch to count as divergence.
-
-Recorded runs (tests/data/recorded-runs.json): over 96 epochs of healthy training the only one at which both losses
-rise is grid_v1's epoch 6, training +1.6 %, validation +1.3 % over its best; alone, validation rises by at most 0.6 %
-otherwise. The hand-run log's experiment 3 jumps from 1.69 to 1.87, +10.7 %. 5 % is three times the largest healthy
-rise and half of the one that was a real divergence.
-"""
 
 MIN_PEERS = 3
 """Finished trials needed before "no better than their median" says anything.
