@@ -6,14 +6,14 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from search import study_check
 from search.errors import StudyError
-from search.space import Multiple, Space, param_name, to_config, to_params
+from search.space import Multiple, Space, param_name, to_config, to_dict, to_params
 from trainer.common.errors import ConfigError, shown
 from trainer.config import MACHINE_FIELDS, TrainConfig, nearest, read_settings
 
@@ -112,11 +112,7 @@ class Study:
         base = self.base_config().model_dump(mode="json")
         for name in (*MACHINE_FIELDS, *LOCATION_FIELDS):
             base.pop(name)
-        space = {}
-        for name, param in self.space.items():
-            values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(param).items()}
-            space[name] = {"type": type(param).__name__, **values}
-        return {"space": space, "base": base, "sampler": self.sampler, "seed": self.seed}
+        return {"space": to_dict(self.space), "base": base, "sampler": self.sampler, "seed": self.seed}
 
 
 def _problems(study: Study) -> Iterable[str]:
