@@ -6,8 +6,10 @@ Optuna's storage is the truth about trials (state, value, params, reason); MLflo
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 # User attributes of an Optuna trial.
 CONFIG = "config"
@@ -56,13 +58,31 @@ LOST = "lost"
 ERROR = "error"
 
 
+def finite(value: float | None) -> TypeGuard[float]:
+    """Whether there is a number: neither missing nor NaN nor infinite."""
+    return value is not None and math.isfinite(value)
+
+
+def lowest(losses: Mapping[int, float | None]) -> tuple[float, int] | None:
+    """(loss, epoch) of the lowest finite loss by epoch, the first of equals; None if none is finite."""
+    return min(((loss, epoch) for epoch, loss in losses.items() if finite(loss)), default=None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """One epoch's metrics as MLflow has them; None where there is no finite value."""
+    """One epoch's metrics as MLflow has them; None where there is no finite value.
+
+    A field whose metadata has a `heading` ({"en": ..., "zh": ...}) and a `format` (a format spec) is a column of the
+    tuning log's tables of epochs.
+    """
 
     epoch: int
-    train_loss: float | None = None
-    val_loss: float | None = None
+    train_loss: float | None = field(
+        default=None, metadata={"heading": {"en": "training loss", "zh": "训练 loss"}, "format": ".4f"}
+    )
+    val_loss: float | None = field(
+        default=None, metadata={"heading": {"en": "validation loss", "zh": "验证 loss"}, "format": ".4f"}
+    )
     learning_rate: float | None = None
     grad_norm_mean: float | None = None
     grad_norm_max: float | None = None

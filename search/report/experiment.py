@@ -13,7 +13,7 @@ from search.diagnosis.noise import VAL_NOISE, relative
 from search.leaderboard import LOG_FIELDS
 from search.records import TrialRecord
 from search.report.epochs import EpochRow, Mark, epoch_rows
-from search.report.noise import Noise
+from search.report.measured_noise import Noise
 from trainer.config import MACHINE_FIELDS
 
 SAMPLE_FIELDS = ("data", "max_samples", "val_fraction", "split_seed", "max_target_length", "skip_bad_rows")
@@ -184,7 +184,7 @@ def _experiment(
     reference = best or previous
     rows = epoch_rows(trial, findings)
     lines = _config_lines(trial, reference, varied, findings)
-    times = [row.seconds for row in rows if row.seconds is not None]
+    times = [row.record.epoch_seconds for row in rows if row.record.epoch_seconds is not None]
     lasted = trial.end_s - trial.start_s if trial.start_s is not None and trial.end_s is not None else None
     inherited = len(continued.epochs) if continued is not None else 0
     own = max(0, len(rows) - inherited)

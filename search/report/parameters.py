@@ -15,7 +15,7 @@ from search.diagnosis import finding as ids
 from search.diagnosis.noise import relative
 from search.report.epochs import UNSTABLE
 from search.report.experiment import UNFINISHED, Experiment
-from search.report.noise import Noise
+from search.report.measured_noise import Noise
 
 FEWEST = 3
 """Trials from which on a range is said to be anything but "not yet known". Of two trials either may be the odd one."""
@@ -31,7 +31,6 @@ CHANCE = 0.05
 BROKEN = (ids.NON_FINITE, ids.EXPLODING_GRADIENT, ids.DIVERGED)
 AGGRESSIVE = UNSTABLE
 SLOW = (ids.NOT_LEARNING, ids.TOO_SLOW)
-NEUTRAL = (ids.HEALTHY, ids.INCONCLUSIVE)
 
 Verdict = Literal["unknown", "unstable", "aggressive", "masked", "conservative", "good", "usable", "behind", "only"]
 """unstable: of a rate one would say too aggressive. masked: slow, but the warmup kept the rate from being reached.

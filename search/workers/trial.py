@@ -18,8 +18,8 @@ from search import diagnosis, leaderboard, pruning, records
 from search.dashboards import notes
 from search.diagnosis import messages
 from search.errors import DatabaseAway, StorageError
+from search.markdown import escape
 from search.pruning import Verdict
-from search.report.render import escape
 from search.sampling import samplers, staged
 from search.storage import lifecycle
 from search.tracking.address import run_page

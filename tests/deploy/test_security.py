@@ -146,7 +146,7 @@ HOSTILE = [
 @pytest.mark.parametrize("html", [False, True])
 def test_text_from_data_stays_text_in_descriptions_and_notes(text: str, html: bool) -> None:
     """With raw HTML on and off: MLflow and optuna-dashboard render Markdown each in its own way."""
-    from search.report.render import escape
+    from search.markdown import escape
 
     before = "**FAIL** (error): "
     tokens = MarkdownIt("commonmark", {"html": html}).enable(["table", "strikethrough"]).parse(before + escape(text))
