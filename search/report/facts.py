@@ -17,7 +17,7 @@ from search.records import StudyRecord
 from search.report import next_steps as steps
 from search.report import parameters, summary
 from search.report.epochs import Column, columns
-from search.report.experiment import UNFINISHED, Experiment, tell
+from search.report.experiment import UNFINISHED, Experiment, experiments_of
 from search.report.importance import Importance, importances
 from search.report.measured_noise import Noise, measure
 from search.report.next_steps import NextSteps
@@ -90,7 +90,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
     ours = tuple(t for t in record.trials if t.config or t.state != "COMPLETE")
     record = replace(record, trials=ours)
     noise = measure(record.trials)
-    experiments = tell(record.trials, noise)
+    experiments = experiments_of(record.trials, noise)
     best = summary.recommended(experiments, noise)
     samples = parameters.main_samples(experiments)
     judged = [e for e in experiments if e.judged]

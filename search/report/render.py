@@ -70,7 +70,7 @@ class _Compiled(BytecodeCache):
 _COMPILED = _Compiled()
 
 
-class Writer:
+class Renderer:
     """The filters and words of one language over one study's facts."""
 
     def __init__(self, facts: Facts, lang: Lang, plots: Mapping[str, str]) -> None:
@@ -214,8 +214,8 @@ class Writer:
         walk(TREE[0].name, "")
         return fenced("\n".join(lines))
 
-    def environment(self) -> Environment:
-        """Jinja's, with everything of this writer in it."""
+    def templates(self) -> Environment:
+        """Jinja's environment with this renderer's filters."""
         lang = self.lang
         env = environment(TEMPLATES, finalize=_finalize, keep_trailing_newline=True, bytecode_cache=_COMPILED)
         own = ("pct", "duration", "value", "span", "date", "run", "ref", "refs", "config_block", "title", "epoch_line")
@@ -301,7 +301,7 @@ def markdown(facts: Facts, lang: Lang, plots: Mapping[str, str]) -> str:
         lang: en or zh.
         plots: Address of each plot by its name, such as `loss-curves`; plots that are missing are left out.
     """
-    writer = Writer(facts, lang, plots)
-    text = writer.environment().get_template(f"tuning-log.{lang}.md.jinja").render(facts=facts, record=facts.record)
+    renderer = Renderer(facts, lang, plots)
+    text = renderer.templates().get_template(f"tuning-log.{lang}.md.jinja").render(facts=facts, record=facts.record)
     # Blocks that came to nothing leave blank lines behind.
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -10,7 +10,7 @@ from search.diagnosis import Finding
 from search.diagnosis import finding as ids
 from search.diagnosis.noise import relative
 from search.diagnosis.tree import LEAVES
-from search.report.experiment import UNFINISHED, Experiment
+from search.report.experiment import UNFINISHED, Experiment, by_loss
 from search.report.importance import Importance
 from search.report.measured_noise import Noise
 from search.report.parameters import AGGRESSIVE, BROKEN
@@ -180,7 +180,7 @@ def tree(experiments: Sequence[Experiment]) -> dict[str, tuple[int, ...]]:
 def recommended(experiments: Sequence[Experiment], noise: Noise) -> Recommended | None:
     """The COMPLETE trial with the lowest validation loss, as the leaderboard has it; None if none is complete."""
     complete = [e for e in experiments if e.record.state == "COMPLETE" and e.value is not None]
-    ordered = sorted(complete, key=lambda e: (e.value or 0.0, e.number))
+    ordered = sorted(complete, key=by_loss)
     if not ordered:
         return None
     best = ordered[0]
