@@ -47,7 +47,7 @@ def main(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
     allowed_hosts: Annotated[
         str | None,
-        typer.Option(envvar="LORA_SEARCH_ALLOWED_HOSTS", help="Further names it may be asked for, by commas."),
+        typer.Option(envvar=access.HOSTS_VARIABLE, help="Further names it may be asked for, by commas."),
     ] = None,
 ) -> None:
     """Serve optuna-dashboard. Beyond this machine a password is needed: LORA_SEARCH_UI_PASSWORD."""

@@ -57,6 +57,11 @@ def show_value(name: str, value: Any) -> str:
     return str(value)
 
 
+def show_metric(value: float, spec: str = ".4f") -> str:
+    """A metric by its format spec, a loss's by default; a huge one with as many digits instead of decimals."""
+    return format(value, spec if abs(value) < 1e4 else spec.replace("f", "g"))
+
+
 def state_of(trial: TrialRecord) -> str:
     """State and reason in one word or two."""
     if trial.state == "COMPLETE":

@@ -24,6 +24,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from search import records
+from search.diagnosis.unstable import JUMP
 from search.errors import StudyError
 from search.records import Outcome
 from trainer.common.errors import shown
@@ -31,15 +32,6 @@ from trainer.config import nearest
 
 if TYPE_CHECKING:
     from search.study import Study
-
-JUMP = 0.05
-"""Both losses must rise by more than this share at one epoch to count as divergence.
-
-Recorded runs (tests/data/recorded-runs.json): over 96 epochs of healthy training the only one at which both losses
-rise is grid_v1's epoch 6, training +1.6 %, validation +1.3 % over its best; alone, validation rises by at most 0.6 %
-otherwise. The hand-run log's experiment 3 jumps from 1.69 to 1.87, +10.7 %. 5 % is three times the largest healthy
-rise and half of the one that was a real divergence.
-"""
 
 MIN_PEERS = 3
 """Finished trials needed before "no better than their median" says anything.

@@ -6,8 +6,10 @@ Optuna's storage is the truth about trials (state, value, params, reason); MLflo
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from trainer.events import EpochEnded
@@ -84,6 +86,16 @@ class Outcome:
     violated: str | None = None
     """The constraint it violated: TPE sees it, and keeps away (a FAIL would be invisible to it)."""
     stopped_early: bool = False
+
+
+def finite(value: float | None) -> TypeGuard[float]:
+    """Whether there is a number: neither missing nor NaN nor infinite."""
+    return value is not None and math.isfinite(value)
+
+
+def lowest(losses: Mapping[int, float | None]) -> tuple[float, int] | None:
+    """(loss, epoch) of the lowest finite loss by epoch, the first of equals; None if none is finite."""
+    return min(((loss, epoch) for epoch, loss in losses.items() if finite(loss)), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

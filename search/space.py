@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from trainer.common.errors import shown
@@ -115,6 +115,26 @@ def _check_range(param: Float | Int) -> None:
         raise ValueError(f"low must not be above high, but got low={shown(param.low)}, high={shown(param.high)}")
     if param.log and param.low <= 0:
         raise ValueError(f"a log scale needs low > 0, but got low={shown(param.low)}")
+
+
+def to_dict(space: Space) -> dict[str, dict[str, Any]]:
+    """The space as plain data, as it is stored with a study: each param's fields and the name of its class."""
+    return {
+        field: {"type": type(param).__name__}
+        | {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(param).items()}
+        for field, param in space.items()
+    }
+
+
+def from_dict(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Param]:
+    """The inverse of `to_dict`."""
+    kinds: dict[str, Any] = {cls.__name__: cls for cls in (Float, Int, Choice, Multiple)}
+    space = {}
+    for field, stored in data.items():
+        values = dict(stored)
+        kind = kinds[values.pop("type")]
+        space[field] = kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    return space
 
 
 def param_name(field: str, param: Param) -> str:

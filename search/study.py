@@ -10,13 +10,13 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from search.errors import StudyError
-from search.space import Multiple, Param, Space, param_name, to_config, to_params
+from search.space import Multiple, Param, Space, param_name, to_config, to_dict, to_params
 from search.study_check import micro_batch_problem, range_problems
 from trainer.common.errors import ConfigError, shown
 from trainer.config import MACHINE_FIELDS, MOST, RETIRED, TrainConfig, nearest, read_settings, without_retired
@@ -134,11 +134,7 @@ class Study:
         base = self.base_config().model_dump(mode="json")
         for name in (*MACHINE_FIELDS, *LOCATION_FIELDS):
             base.pop(name)
-        space = {}
-        for name, param in self.space.items():
-            values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(param).items()}
-            space[name] = {"type": type(param).__name__, **values}
-        return {"space": space, "base": base, "sampler": self.sampler, "seed": self.seed}
+        return {"space": to_dict(self.space), "base": base, "sampler": self.sampler, "seed": self.seed}
 
     def stop_rule(self) -> dict[str, float]:
         """When its trials stop early, as plain data; it may change, since it does not alter what a trial computes."""

@@ -20,6 +20,7 @@ LOOPBACK = "127.0.0.1"
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
 USER_VARIABLE = "LORA_SEARCH_UI_USER"
 PASSWORD_VARIABLE = "LORA_SEARCH_UI_PASSWORD"
+HOSTS_VARIABLE = "LORA_SEARCH_ALLOWED_HOSTS"
 MIN_PASSWORD = 12
 """Characters; MLflow refuses shorter ones."""
 HEALTH = "/health"

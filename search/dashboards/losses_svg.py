@@ -10,13 +10,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeGuard
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from search.leaderboard import show_metric
+from search.markdown import environment
+from search.records import EpochRecord, finite
 
-from search.records import EpochRecord
-from search.report.render import TEMPLATES
-from search.report.render import loss as show_loss
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+TEMPLATES = Path(__file__).with_name("templates")
 
 WIDTH, HEIGHT = 600, 320
 LEFT, RIGHT, TOP, BOTTOM = 72, 588, 32, 272
@@ -39,8 +43,8 @@ class Line:
 
 def draw(epochs: Sequence[EpochRecord], number: int) -> bytes:
     """Training and validation loss by epoch, the best epoch marked. At least one loss is to be finite."""
-    train = [(e.epoch, e.train_loss) for e in epochs if shown(e.train_loss)]
-    val = [(e.epoch, e.val_loss) for e in epochs if shown(e.val_loss)]
+    train = [(e.epoch, e.train_loss) for e in epochs if finite(e.train_loss)]
+    val = [(e.epoch, e.val_loss) for e in epochs if finite(e.val_loss)]
     losses = [loss for _, loss in train + val]
     x_low, x_high = min(e.epoch for e in epochs), max(e.epoch for e in epochs)
     y_low, y_high = min(losses), max(losses)
@@ -63,7 +67,7 @@ def draw(epochs: Sequence[EpochRecord], number: int) -> bytes:
     legend = [*lines]
     best = min(val, key=lambda each: (each[1], each[0])) if val else None
     if best is not None:
-        legend.append(Line(f"best {show_loss(best[1])}", "", False))
+        legend.append(Line(f"best {show_metric(best[1])}", "", False))
     step = max(1.0, _step(x_low, x_high))
     text = _template().render(
         title=f"trial {number}",
@@ -83,11 +87,6 @@ def draw(epochs: Sequence[EpochRecord], number: int) -> bytes:
     return text.encode()
 
 
-def shown(loss: float | None) -> TypeGuard[float]:
-    """Whether a loss has a place on a plot."""
-    return loss is not None and math.isfinite(loss)
-
-
 def _step(low: float, high: float) -> float:
     """A round distance of ticks: 1, 2 or 5 times a power of ten."""
     rough = (high - low) / TICKS or 1.0
@@ -101,11 +100,4 @@ def _ticks(low: float, high: float, step: float) -> list[float]:
 
 @cache
 def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("losses.svg.jinja")
+    return environment(TEMPLATES).get_template("losses.svg.jinja")

@@ -17,10 +17,9 @@ from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from search import leaderboard
 from search.dashboards import losses_svg
 from search.diagnosis import Finding, leaf, messages
-from search.markdown import escape
+from search.markdown import code, escape, fenced
 from search.options import ARTIFACTS
-from search.records import EpochRecord, Outcome, TrialRecord
-from search.report.render import code, fenced
+from search.records import EpochRecord, Outcome, TrialRecord, finite, lowest
 from search.storage.optuna_private import set_system_attr
 from trainer.common.imports import without_module
 
@@ -57,10 +56,10 @@ def annotate_trial(
     # this form too, as a constraint named "0".
     set_system_attr(trial.study, trial, "constraints", [1.0 if outcome.violated else 0.0])
     plot = ""
-    if any(losses_svg.shown(loss) for e in epochs for loss in (e.train_loss, e.val_loss)):
+    if any(finite(loss) for e in epochs for loss in (e.train_loss, e.val_loss)):
         plot = _keep(trial, runs_dir, losses_svg.draw(epochs, trial.number), f"trial-{trial.number:03d}-losses.svg")
-        best = min((e.val_loss for e in epochs if losses_svg.shown(e.val_loss)), default=None)
-        seen = "" if best is None else f", lowest validation loss {best:.4f}"
+        best = lowest({e.epoch: e.val_loss for e in epochs})
+        seen = "" if best is None else f", lowest validation loss {best[0]:.4f}"
         plot = f"![Losses of {len(epochs)} epochs{seen}]({plot})"
     lines = [_text(outcome.detail, f"**{outcome.state}** ({outcome.reason}): "), ""]
     for finding in findings:

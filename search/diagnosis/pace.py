@@ -9,7 +9,18 @@ from search import records
 from search.diagnosis import advise
 from search.diagnosis.faults import clipped_fraction
 from search.diagnosis.finding import HEALTHY, INCONCLUSIVE, NOT_LEARNING, TOO_SLOW, Advice, Finding, Scalar
-from search.diagnosis.noise import SIGNIFICANT, VAL_NOISE, best, calm, limit, log_gain, relative, steady, straightness
+from search.diagnosis.noise import (
+    SIGNIFICANT,
+    VAL_NOISE,
+    best,
+    calm,
+    limit,
+    log_gain,
+    relative,
+    steady,
+    straightness,
+    usable,
+)
 from search.diagnosis.signals import FEWEST_EPOCHS, Signals, ends, losses, rate_evidence
 
 STRAIGHT = 0.75
@@ -64,7 +75,7 @@ def _fell_within_first_epoch(seen: Signals) -> bool:
 
     Only a loss well below the first steps', against the steps' own spread, counts.
     """
-    losses = [s.loss for s in seen.curve.steps if s.loss is not None and -1e30 < s.loss < 1e30]
+    losses = [s.loss for s in seen.curve.steps if s.loss is not None and usable(s.loss)]
     n = max(5, len(losses) // 20)
     if len(losses) < 4 * n:
         return False

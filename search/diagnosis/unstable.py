@@ -15,8 +15,14 @@ GIVEN_BACK = 0.5
 """A run has diverged when it gave back half of what it had learned. Experiment 3 gave back 90 % in one epoch; the
 recorded run whose losses rose at the end 11 %."""
 JUMP = 0.05
-"""And when it lies at least this share above its best: the same as the pruner's bound for divergence
-(search.pruning.JUMP)."""
+"""And when it lies at least this share above its best. It is also the pruner's bound: there both losses must rise by
+more than this at one epoch.
+
+Recorded runs (tests/data/recorded-runs.json): over 96 epochs of healthy training the only one at which both losses
+rise is grid_v1's epoch 6, training +1.6 %, validation +1.3 % over its best; alone, validation rises by at most 0.6 %
+otherwise. The hand-run log's experiment 3 jumps from 1.69 to 1.87, +10.7 %. 5 % is three times the largest healthy
+rise and half of the one that was a real divergence.
+"""
 
 
 def findings(seen: Signals) -> tuple[Finding, ...]:

@@ -1,21 +1,47 @@
-"""A trial's epochs, each with the mark the hand-run log would give it."""
+"""A trial's epochs, each with the mark the hand-run log would give it, and the metrics that are shown of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from search import records
 from search.diagnosis import Finding
 from search.diagnosis import finding as ids
 from search.diagnosis.noise import TRAIN_NOISE, VAL_NOISE, limit, relative, usable
-from search.records import TrialRecord
+from search.records import EpochRecord, TrialRecord, finite
 
 Mark = Literal["good", "warning", "bad", "unknown"]
 
 UNSTABLE = (ids.NON_FINITE, ids.EXPLODING_GRADIENT, ids.DIVERGED, ids.OSCILLATING, ids.OVERFITTING)
 """Findings of runs that went wrong, rather than not far enough."""
+
+LOSSES = ("train_loss", "val_loss")
+"""Columns that are there even where no epoch has a value: the marks are about them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One metric in the tables of epochs, as its field of `EpochRecord` describes it."""
+
+    name: str
+    """The field."""
+    heading: Mapping[str, str]
+    """By language."""
+    format: str
+    """A format spec."""
+
+
+def columns(trials: Sequence[TrialRecord]) -> tuple[Column, ...]:
+    """The metrics whose field has a heading, in the fields' order; without those that no epoch of the study has."""
+    epochs = [epoch for trial in trials for epoch in trial.epochs]
+    described = {field.name: field.metadata for kind in {type(epoch) for epoch in epochs} for field in fields(kind)}
+    return tuple(
+        Column(name=name, heading=metadata["heading"], format=metadata.get("format", ".4g"))
+        for name, metadata in described.items()
+        if "heading" in metadata and (name in LOSSES or any(finite(getattr(epoch, name)) for epoch in epochs))
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +57,25 @@ class EpochRow:
     dozen the training loss goes up and down by more than that, and a run that stays calm is not a broken one.
     """
 
-    epoch: int
-    train_loss: float | None
-    val_loss: float | None
-    learning_rate: float | None
-    grad_norm_max: float | None
-    seconds: float | None
+    record: EpochRecord
+    """Losses that cannot be calculated with are None."""
     mark: Mark
     is_best: bool
     val_rise: float | None
-    """HandOver above the best so far, where it earned the mark."""
+    """Share above the best so far, where it earned the mark."""
     train_rise: float | None
+
+    @property
+    def epoch(self) -> int:
+        return self.record.epoch
+
+    @property
+    def train_loss(self) -> float | None:
+        return self.record.train_loss
+
+    @property
+    def val_loss(self) -> float | None:
+        return self.record.val_loss
 
 
 def epoch_rows(trial: TrialRecord, findings: Sequence[Finding] = ()) -> tuple[EpochRow, ...]:
@@ -64,12 +98,7 @@ def epoch_rows(trial: TrialRecord, findings: Sequence[Finding] = ()) -> tuple[Ep
             mark = missing
         rows.append(
             EpochRow(
-                epoch=record.epoch,
-                train_loss=train,
-                val_loss=val,
-                learning_rate=record.learning_rate,
-                grad_norm_max=record.grad_norm_max,
-                seconds=record.epoch_seconds,
+                record=replace(record, train_loss=train, val_loss=val),
                 mark=mark,
                 is_best=record.epoch == trial.best_epoch,
                 val_rise=val_rise if val_up else None,

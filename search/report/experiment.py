@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -13,7 +14,7 @@ from search.diagnosis.noise import VAL_NOISE, relative
 from search.leaderboard import LOG_FIELDS
 from search.records import TrialRecord
 from search.report.epochs import EpochRow, Mark, epoch_rows
-from search.report.noise import Noise
+from search.report.measured_noise import Noise
 from trainer.config import MACHINE_FIELDS
 
 SAMPLE_FIELDS = ("data", "max_samples", "val_fraction", "split_seed", "max_target_length", "skip_bad_rows")
@@ -83,7 +84,7 @@ class Experiment:
         return self.record.attrs.get(records.RESUMES)
 
     @property
-    def told(self) -> str | None:
+    def detail(self) -> str | None:
         """The reason in the worker's own words; None where the state or the findings say the same."""
         judged = self.record.reason in (records.FINISHED, records.RISING, records.DIVERGED, records.NON_FINITE)
         return None if judged and self.findings else self.record.detail
@@ -138,36 +139,41 @@ class Experiment:
         return any(finding.id in ids for finding in self.findings)
 
 
+def by_loss(experiment: Experiment) -> tuple[float, int]:
+    """Sort key: the lowest validation loss first, of equals the first trial; trials without a loss last."""
+    return (math.inf if experiment.value is None else experiment.value, experiment.number)
+
+
 def sample_key(config: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(config.get(name) for name in SAMPLE_FIELDS)
 
 
-def tell(trials: Sequence[TrialRecord], noise: Noise) -> tuple[Experiment, ...]:
+def experiments_of(trials: Sequence[TrialRecord], noise: Noise) -> tuple[Experiment, ...]:
     """All trials in order, each against the best before it."""
     resumed = {t.attrs[records.RESUMES]: t.number for t in trials if records.RESUMES in t.attrs}
     by_number = {t.number: t for t in trials}
     varied = _varied(trials)
-    told: list[Experiment] = []
+    found: list[Experiment] = []
     for trial in trials:
-        best, previous = _reference(trial, told)
+        best, previous = _reference(trial, found)
         before = by_number.get(trial.attrs.get(records.RESUMES, -1))
-        told.append(_experiment(trial, best, previous, before, resumed.get(trial.number), varied, noise))
-    return tuple(told)
+        found.append(_experiment(trial, best, previous, before, resumed.get(trial.number), varied, noise))
+    return tuple(found)
 
 
-def _reference(trial: TrialRecord, told: Sequence[Experiment]) -> tuple[Experiment | None, Experiment | None]:
+def _reference(trial: TrialRecord, before: Sequence[Experiment]) -> tuple[Experiment | None, Experiment | None]:
     """(the best that was known when the trial began, the one before it).
 
     The best is looked for among trials validated on the same samples first: only those compare.
     """
     earlier = [
         e
-        for e in told
+        for e in before
         if e.record.config and (trial.start_s is None or e.record.end_s is None or e.record.end_s <= trial.start_s)
     ]
     complete = [e for e in earlier if e.record.state == "COMPLETE" and e.value is not None]
     same = [e for e in complete if e.samples == sample_key(trial.config)]
-    best = min(same or complete, key=lambda e: (e.value or 0.0, e.number), default=None)
+    best = min(same or complete, key=by_loss, default=None)
     return best, (earlier[-1] if earlier else None)
 
 
@@ -184,7 +190,7 @@ def _experiment(
     reference = best or previous
     rows = epoch_rows(trial, findings)
     lines = _config_lines(trial, reference, varied, findings)
-    times = [row.seconds for row in rows if row.seconds is not None]
+    times = [row.record.epoch_seconds for row in rows if row.record.epoch_seconds is not None]
     lasted = trial.end_s - trial.start_s if trial.start_s is not None and trial.end_s is not None else None
     inherited = len(continued.epochs) if continued is not None else 0
     own = max(0, len(rows) - inherited)

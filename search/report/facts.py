@@ -16,10 +16,11 @@ from search.leaderboard import state_of
 from search.records import StudyRecord
 from search.report import next_steps as steps
 from search.report import parameters, summary
-from search.report.experiment import UNFINISHED, Experiment, tell
+from search.report.epochs import Column, columns
+from search.report.experiment import UNFINISHED, Experiment, experiments_of
 from search.report.importance import Importance, importances
+from search.report.measured_noise import Noise, measure
 from search.report.next_steps import NextSteps
-from search.report.noise import Noise, measure
 from search.report.parameters import Table
 from search.report.summary import Budget, Lessons, Recommended, Sign, Stage
 
@@ -39,6 +40,8 @@ class Facts:
 
     record: StudyRecord
     experiments: tuple[Experiment, ...]
+    columns: tuple[Column, ...]
+    """Metrics in the tables of epochs."""
     noise: Noise
     states: tuple[tuple[str, int], ...]
     """(state and reason, trials), in the order of the words."""
@@ -87,7 +90,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
     ours = tuple(t for t in record.trials if t.config or t.state != "COMPLETE")
     record = replace(record, trials=ours)
     noise = measure(record.trials)
-    experiments = tell(record.trials, noise)
+    experiments = experiments_of(record.trials, noise)
     best = summary.recommended(experiments, noise)
     samples = parameters.main_samples(experiments)
     judged = [e for e in experiments if e.judged]
@@ -98,6 +101,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
     return Facts(
         record=record,
         experiments=experiments,
+        columns=columns(record.trials),
         noise=noise,
         states=tuple(sorted(Counter(state_of(t) for t in record.trials).items())),
         running=tuple(e.number for e in experiments if e.record.state in UNFINISHED),

@@ -48,15 +48,11 @@ def importances(record: StudyRecord, experiments: Sequence[Experiment]) -> tuple
     import optuna
 
     from search.sampling.params import distribution
-    from search.space import Choice, Float, Int, Multiple, contains, param_name
+    from search.space import contains, from_dict, param_name
 
-    kinds: dict[str, Any] = {cls.__name__: cls for cls in (Float, Int, Choice, Multiple)}
-    space, known = {}, {}
-    for field, values in record.definition.get("space", {}).items():
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "type"}
-        param = kinds[values["type"]](**given)
-        space[param_name(field, param)] = distribution(param)
-        known[param_name(field, param)] = param
+    params = from_dict(record.definition.get("space", {}))
+    known = {param_name(field, param): param for field, param in params.items()}
+    space = {name: distribution(param) for name, param in known.items()}
 
     def inside(params: dict[str, Any]) -> bool:
         return all(name in params and contains(param, params[name]) for name, param in known.items())

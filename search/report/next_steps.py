@@ -16,6 +16,7 @@ from search.leaderboard import LOG_FIELDS
 from search.records import StudyRecord
 from search.report.experiment import UNFINISHED, Experiment
 from search.report.summary import Recommended
+from search.space import Choice, Float, Int, Multiple, Space, from_dict
 from search.study import Study
 from trainer.config import EMBEDDED, MACHINE_FIELDS, TrainConfig
 
@@ -79,6 +80,7 @@ def next_steps(
         options: Further options of the search's command line, such as `--runs-dir`, that its continuation needs.
     """
     finished = [e for e in experiments if e.record.state not in UNFINISHED]
+    space = from_dict(record.definition.get("space", {}))
     more = _more_trials(experiments)
     longer = _longer(best)
     long_warmups = [e for e in finished if e.has(ids.WARMUP_EXCEEDS_TRAINING)]
@@ -86,11 +88,11 @@ def next_steps(
     totals = [total for e in long_warmups if (total := e.tag("total_steps")) is not None]
     return NextSteps(
         waiting=tuple(e.number for e in experiments if e.record.state == "WAITING"),
-        edges=tuple(_edges(record.definition.get("space", {}), best)),
-        gaps=tuple(_gaps(record.definition.get("space", {}), finished)),
+        edges=tuple(_edges(space, best)),
+        gaps=tuple(_gaps(space, finished)),
         long_warmups=tuple(e.number for e in long_warmups) if often else (),
         warmup_limit=int(median(totals) / 10) if often and totals else None,
-        untried=tuple(_untried(record.definition.get("space", {}), finished)),
+        untried=tuple(_untried(space, finished)),
         more=_search(record, experiments, ["--trials", str(more), *options]),
         more_trials=more,
         longer=None
@@ -117,54 +119,51 @@ def _longer(best: Recommended | None) -> int | None:
     return None
 
 
-def _position(param: Mapping[str, Any], value: float) -> float:
+def _position(param: Float | Int, value: float) -> float:
     """Where a value lies in its range, 0 to 1, on the range's own scale."""
-    low, high = param["low"], param["high"]
-    if high == low:
+    if param.high == param.low:
         return 0.5
-    if param.get("log"):
-        return math.log(value / low) / math.log(high / low)
-    return float((value - low) / (high - low))
+    if param.log:
+        return math.log(value / param.low) / math.log(param.high / param.low)
+    return float((value - param.low) / (param.high - param.low))
 
 
-def _value(param: Mapping[str, Any], position: float) -> float:
-    low, high = param["low"], param["high"]
-    if param.get("log"):
-        return float(low * (high / low) ** position)
-    return float(low + position * (high - low))
+def _value(param: Float | Int, position: float) -> float:
+    """The inverse of `_position`."""
+    if param.log:
+        return float(param.low * (param.high / param.low) ** position)
+    return float(param.low + position * (param.high - param.low))
 
 
-def _edges(space: Mapping[str, Mapping[str, Any]], best: Recommended | None) -> list[Edge]:
+def _edges(space: Space, best: Recommended | None) -> list[Edge]:
     found = []
     for name, param in space.items():
         if best is None:
             break
         value = best.best.record.config.get(name)
-        if param["type"] == "Multiple":
-            partner = best.best.record.config.get(param["of"])
-            factors = param["factors"]
-            if value and partner and len(factors) > 2 and value / partner in (min(factors), max(factors)):
+        if isinstance(param, Multiple):
+            partner = best.best.record.config.get(param.of)
+            low, high = min(param.factors), max(param.factors)
+            if value and partner and len(param.factors) > 2 and value / partner in (low, high):
                 factor = value / partner
-                found.append(
-                    Edge(name=f"{name}/{param['of']}", value=factor, edge=factor, is_low=factor == min(factors))
-                )
-        elif param["type"] in ("Float", "Int") and isinstance(value, int | float) and param["high"] > param["low"]:
-            position = _position(param, value) if value > 0 or not param.get("log") else 0.0
-            # Zero dropout or warmup is no edge that could be moved.
-            if position <= NEAR_EDGE and param["low"] > 0:
-                found.append(Edge(name=name, value=value, edge=param["low"], is_low=True))
+                found.append(Edge(name=f"{name}/{param.of}", value=factor, edge=factor, is_low=factor == low))
+        elif isinstance(param, Float | Int) and isinstance(value, int | float) and param.high > param.low:
+            position = _position(param, value) if value > 0 or not param.log else 0.0
+            # Zero dropout or warmup is not an edge that could be moved.
+            if position <= NEAR_EDGE and param.low > 0:
+                found.append(Edge(name=name, value=value, edge=param.low, is_low=True))
             elif position >= 1 - NEAR_EDGE:
-                found.append(Edge(name=name, value=value, edge=param["high"], is_low=False))
+                found.append(Edge(name=name, value=value, edge=param.high, is_low=False))
     return found
 
 
-def _gaps(space: Mapping[str, Mapping[str, Any]], finished: Sequence[Experiment]) -> list[Gap]:
+def _gaps(space: Space, finished: Sequence[Experiment]) -> list[Gap]:
     found = []
     for name, param in space.items():
-        if param["type"] not in ("Float", "Int") or param["high"] <= param["low"]:
+        if not isinstance(param, Float | Int) or param.high <= param.low:
             continue
         values = [e.record.config[name] for e in finished if name in e.record.config]
-        inside = sorted({_position(param, v) for v in values if param["low"] <= v <= param["high"]})
+        inside = sorted({_position(param, v) for v in values if param.low <= v <= param.high})
         points = [0.0, *inside, 1.0]
         width, start = max(((b - a, a) for a, b in pairwise(points)), key=lambda item: (item[0], -item[1]))
         if width > WIDE_GAP:
@@ -173,24 +172,17 @@ def _gaps(space: Mapping[str, Mapping[str, Any]], finished: Sequence[Experiment]
     return found
 
 
-def _untried(
-    space: Mapping[str, Mapping[str, Any]], finished: Sequence[Experiment]
-) -> list[tuple[str, tuple[Any, ...]]]:
-    found = []
+def _untried(space: Space, finished: Sequence[Experiment]) -> list[tuple[str, tuple[Any, ...]]]:
+    found: list[tuple[str, tuple[Any, ...]]] = []
     for name, param in space.items():
-        if param["type"] == "Choice":
+        if isinstance(param, Choice):
             tried = {e.record.config.get(name) for e in finished}
-            missing = tuple(v for v in param["values"] if v not in tried)
-        elif param["type"] == "Multiple":
-            configs = [e.record.config for e in finished if e.record.config.get(param["of"])]
-            tried = {c[name] / c[param["of"]] for c in configs if name in c}
-            missing = tuple(v for v in param["factors"] if v not in tried)
-            name = f"{name}/{param['of']}"
-        else:
-            continue
-        if missing:
-            found.append((name, missing))
-    return found
+            found.append((name, tuple(v for v in param.values if v not in tried)))
+        elif isinstance(param, Multiple):
+            configs = [e.record.config for e in finished if e.record.config.get(param.of)]
+            ratios = {c[name] / c[param.of] for c in configs if name in c}
+            found.append((f"{name}/{param.of}", tuple(v for v in param.factors if v not in ratios)))
+    return [(name, missing) for name, missing in found if missing]
 
 
 def setting(name: str, value: Any) -> str:

@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from markupsafe import Markup
 
 from search.diagnosis.messages import Lang
-from search.report.render import TEMPLATES, slug
+from search.markdown import environment, slug
+from search.report import words
+from search.report.render import TEMPLATES
 
 LANGUAGES: dict[Lang, str] = {"en": "en", "zh": "zh-Hans"}
 
@@ -34,20 +35,14 @@ def html(markdown: str, lang: Lang, title: str, images: Mapping[str, bytes]) -> 
     tokens = parser.parse(markdown)
     contents = _anchors(tokens)
     body = parser.renderer.render(tokens, parser.options, {})
-    page = Environment(
-        loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("page.html.jinja")
+    page = environment(TEMPLATES).get_template("page.html.jinja")
     style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
     return page.render(
         lang=LANGUAGES[lang],
         title=title,
         style=Markup(style),  # a file of this package, no data in it
         contents=contents,
-        contents_title="目录" if lang == "zh" else "Contents",
+        contents_title=words.fill("contents", lang),
         body=Markup(body),  # markdown-it escapes, raw HTML is off
     )
 

@@ -14,8 +14,8 @@ import numpy as np
 from search.diagnosis import finding as ids
 from search.diagnosis.noise import relative
 from search.report.epochs import UNSTABLE
-from search.report.experiment import UNFINISHED, Experiment
-from search.report.noise import Noise
+from search.report.experiment import UNFINISHED, Experiment, by_loss
+from search.report.measured_noise import Noise
 
 FEWEST = 3
 """Trials from which on a range is said to be anything but "not yet known". Of two trials either may be the odd one."""
@@ -31,7 +31,6 @@ CHANCE = 0.05
 BROKEN = (ids.NON_FINITE, ids.EXPLODING_GRADIENT, ids.DIVERGED)
 AGGRESSIVE = UNSTABLE
 SLOW = (ids.NOT_LEARNING, ids.TOO_SLOW)
-NEUTRAL = (ids.HEALTHY, ids.INCONCLUSIVE)
 
 Verdict = Literal["unknown", "unstable", "aggressive", "masked", "conservative", "good", "usable", "behind", "only"]
 """unstable: of a rate one would say too aggressive. masked: slow, but the warmup kept the rate from being reached.
@@ -193,7 +192,7 @@ def _rows(
 ) -> tuple[Row, ...]:
     valued = [(read(e), e) for e in finished if read(e) is not None]
     comparable = [e for _, e in valued if e.judged and e.samples == samples]
-    best = min(comparable, key=lambda e: (e.value or 0.0, e.number), default=None)
+    best = min(comparable, key=by_loss, default=None)
     edges = EDGES.get(name)
     groups: dict[Any, list[tuple[Any, Experiment]]] = {}
     exact = edges is None or len({value for value, _ in valued}) <= EXACT_UP_TO
@@ -218,7 +217,7 @@ def _row(
     values = [value for value, _ in members]
     compared = [e for _, e in members if e.judged and e.samples == samples]
     losses = [e.value for e in compared if e.value is not None]
-    lowest = min(compared, key=lambda e: (e.value or 0.0, e.number), default=None)
+    lowest = min(compared, key=by_loss, default=None)
     findings = Counter(e.main_finding.id for _, e in members if e.main_finding is not None)
     return Row(
         low=min(values),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import BytecodeCache, Environment, FileSystemLoader, StrictUndefined
+from jinja2 import BytecodeCache, Environment
 from jinja2.bccache import Bucket
 from markupsafe import Markup
 
@@ -22,10 +22,11 @@ from search.diagnosis import messages
 from search.diagnosis.finding import NON_FINITE
 from search.diagnosis.messages import Lang, rate
 from search.diagnosis.tree import TREE
-from search.leaderboard import show_value, state_of, training_config
-from search.markdown import escape
+from search.leaderboard import show_metric, show_value, state_of, training_config
+from search.markdown import code, environment, escape, fenced, slug
+from search.records import finite
 from search.report import importance, parameters, words
-from search.report.epochs import EpochRow, Mark
+from search.report.epochs import Column, EpochRow, Mark
 from search.report.experiment import ConfigLine, Experiment
 from search.report.facts import Facts
 from search.tracking.pages import run_page
@@ -36,35 +37,20 @@ MOST_LISTED = 12
 """Trials named one by one in a sentence; the rest are counted."""
 
 
-def code(text: Any) -> Markup:
-    """Text in a code span, fenced so that no backtick in it ends it. A pipe would end a table's cell."""
-    flat = " ".join(str(text).split()).replace("|", "¦") or " "
-    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", flat)), default=0))
-    pad = " " if flat.startswith("`") or flat.endswith("`") else ""
-    return Markup(f"{ticks}{pad}{flat}{pad}{ticks}")
-
-
-def fenced(text: str, language: str = "") -> Markup:
-    """A code block, fenced so that nothing in it ends it."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return Markup(f"{fence}{language}\n{text.rstrip()}\n{fence}")
-
-
-def slug(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
-
-
 def loss(value: float | None) -> Markup:
-    """A loss with four decimals."""
-    if value is None:
-        return Markup("–")
-    return Markup(f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}")
+    """A loss, `–` where there is none."""
+    return Markup("–" if value is None else show_metric(value))
 
 
 def number(value: float | None, digits: int = 3) -> Markup:
     """A plain number."""
     return Markup("–" if value is None else f"{value:.{digits}g}")
+
+
+def cell(row: EpochRow, column: Column) -> Markup:
+    """A metric of an epoch in the format of its column, `–` where there is none."""
+    value = getattr(row.record, column.name)
+    return Markup(show_metric(value, column.format) if finite(value) else "–")
 
 
 class _Compiled(BytecodeCache):
@@ -84,13 +70,12 @@ class _Compiled(BytecodeCache):
 _COMPILED = _Compiled()
 
 
-class Writer:
+class Renderer:
     """The filters and words of one language over one study's facts."""
 
     def __init__(self, facts: Facts, lang: Lang, plots: Mapping[str, str]) -> None:
         self.facts, self.lang, self.plots = facts, lang, plots
         self.experiments = {e.number: e for e in facts.experiments}
-        self.zh = lang == "zh"
 
     # ------------------------------------------------------------------ numbers
 
@@ -99,16 +84,14 @@ class Writer:
         text = f"{100 * share:.1f}" if abs(share) < 0.0995 and share != 0 else f"{100 * share:.0f}"
         if text == "0.0":
             text = "&lt;0.1"
-        return Markup(f"{text}%" if self.zh else f"{text} %")
+        return Markup(words.fill("percent", self.lang, text))
 
     def duration(self, seconds: float | None) -> Markup:
         """Seconds, minutes or hours."""
         if seconds is None:
             return Markup("–")
-        second, minute, hour = (" 秒", " 分钟", " 小时") if self.zh else (" s", " min", " h")
-        if seconds >= 5400:
-            return Markup(f"{seconds / 3600:.3g}{hour}")
-        return Markup(f"{seconds / 60:.3g}{minute}" if seconds >= 120 else f"{seconds:.3g}{second}")
+        unit, length = ("hours", 3600) if seconds >= 5400 else ("minutes", 60) if seconds >= 120 else ("seconds", 1)
+        return Markup(words.fill(unit, self.lang, f"{seconds / length:.3g}"))
 
     def value(self, value: Any, name: str = "") -> Markup:
         """A value of a configuration, as the log writes it."""
@@ -150,27 +133,18 @@ class Writer:
         label = f": {' '.join(e.label.split())}" if e.label else ""
         what = e.main_finding
         said = messages.title(what.id, self.lang) if what else words.state(state_of(e.record), self.lang)
-        return f"{'实验' if self.zh else 'Experiment'} {e.number}{label} ({said})"
+        return words.fill("experiment", self.lang, e.number, label, said)
 
     def ref(self, n: int, epoch: int | None = None) -> Markup:
         """A trial, linked to its run's page or to its section, with the epoch a figure is from."""
-        text = f"[{'实验' if self.zh else 'trial'} {n}]({self._target(n)})"
-        if epoch is not None:
-            text += f" epoch {epoch}" if self.zh else f", epoch {epoch}"
-        return Markup(text)
+        link = f"[{words.fill('trial', self.lang, n)}]({self._target(n)})"
+        return Markup(link if epoch is None else words.fill("at_epoch", self.lang, link, epoch))
 
     def refs(self, trials: Iterable[int]) -> Markup:
         """Several trials, `–` for none."""
         numbers = list(trials)
         links = [f"[{n}]({self._target(n)})" for n in numbers[:MOST_LISTED]]
-        if not links:
-            return Markup("–")
-        more = len(numbers) - len(links)
-        if self.zh:
-            tail = f" 等共 {len(numbers)} 个" if more else ""
-            return Markup(f"实验 {'、'.join(links)}{tail}")
-        tail = f" and {more} more" if more else ""
-        return Markup(f"trial{'s' if len(numbers) > 1 else ''} {', '.join(links)}{tail}")
+        return Markup(words.trials(links, len(numbers), self.lang) if links else "–")
 
     def _target(self, n: int) -> str:
         e = self.experiments[n]
@@ -190,13 +164,14 @@ class Writer:
     def epoch_line(self, row: EpochRow) -> str:
         """One line of the raw data, as the log writes it."""
         parts = [f"Train={loss(row.train_loss)}", f"Val={loss(row.val_loss)}"]
-        if row.learning_rate is not None:
-            parts.append(f"lr={rate(row.learning_rate)}")
-        if row.grad_norm_max is not None:
-            parts.append(f"grad_norm_max={row.grad_norm_max:.3g}")
-        if row.seconds is not None:
-            parts.append(f"{row.seconds:.1f} s")
-        best = ("  ← 最佳" if self.zh else "  ← best") if row.is_best else ""
+        record = row.record
+        if record.learning_rate is not None:
+            parts.append(f"lr={rate(record.learning_rate)}")
+        if record.grad_norm_max is not None:
+            parts.append(f"grad_norm_max={record.grad_norm_max:.3g}")
+        if record.epoch_seconds is not None:
+            parts.append(f"{record.epoch_seconds:.1f} s")
+        best = words.fill("best", self.lang) if row.is_best else ""
         return f"Epoch {row.epoch}: {', '.join(parts)} {MARKS[row.mark]}{best}"
 
     def raw(self, e: Experiment) -> Markup:
@@ -237,22 +212,13 @@ class Writer:
         walk(TREE[0].name, "")
         return fenced("\n".join(lines))
 
-    def environment(self) -> Environment:
-        """Jinja's, with everything of this writer in it."""
+    def templates(self) -> Environment:
+        """Jinja's environment with this renderer's filters."""
         lang = self.lang
-        env = Environment(
-            loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
-            autoescape=True,
-            finalize=_finalize,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-            bytecode_cache=_COMPILED,
-        )
+        env = environment(TEMPLATES, finalize=_finalize, keep_trailing_newline=True, bytecode_cache=_COMPILED)
         own = ("pct", "duration", "value", "span", "date", "run", "ref", "refs", "config_block", "title", "epoch_line")
         env.filters |= {name: getattr(self, name) for name in own}
-        env.filters |= {"loss": loss, "code": code, "num": number, "fenced": fenced}
+        env.filters |= {"loss": loss, "cell": cell, "code": code, "num": number, "fenced": fenced}
         env.filters |= {
             "mark": lambda mark: Markup(MARKS[mark]),
             "sentence": lambda finding: messages.sentence(finding, lang),
@@ -264,6 +230,7 @@ class Writer:
             "state_of": state_of,
             "verdict": lambda name: words.pick(words.VERDICTS[name], lang),
             "sign": lambda name: words.pick(words.SIGNS[name], lang),
+            "heading": lambda column: column.heading[lang],
             "parameter": lambda name: code(
                 words.pick(words.PARAMETERS[name], lang) if name in words.PARAMETERS else name
             ),
@@ -332,7 +299,7 @@ def markdown(facts: Facts, lang: Lang, plots: Mapping[str, str]) -> str:
         lang: en or zh.
         plots: Address of each plot by its name, such as `loss-curves`; plots that are missing are left out.
     """
-    writer = Writer(facts, lang, plots)
-    text = writer.environment().get_template(f"tuning-log.{lang}.md.jinja").render(facts=facts, record=facts.record)
+    renderer = Renderer(facts, lang, plots)
+    text = renderer.templates().get_template(f"tuning-log.{lang}.md.jinja").render(facts=facts, record=facts.record)
     # Blocks that came to nothing leave blank lines behind.
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

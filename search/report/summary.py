@@ -10,9 +10,9 @@ from search.diagnosis import Finding
 from search.diagnosis import finding as ids
 from search.diagnosis.noise import relative
 from search.diagnosis.tree import LEAVES
-from search.report.experiment import UNFINISHED, Experiment
+from search.report.experiment import UNFINISHED, Experiment, by_loss
 from search.report.importance import Importance
-from search.report.noise import Noise
+from search.report.measured_noise import Noise
 from search.report.parameters import AGGRESSIVE, BROKEN
 
 SAVING = (records.RISING, records.DIVERGED, records.SUPERSEDED)
@@ -22,7 +22,7 @@ LOSING = (records.NON_FINITE, records.OUT_OF_MEMORY, records.DIVERGED, records.L
 
 
 @dataclass(frozen=True, kw_only=True)
-class HandOver:
+class Share:
     """Trials, epochs and time of one kind; `seconds` is None where nothing was timed."""
 
     reason: str
@@ -37,9 +37,9 @@ class Budget:
 
     epochs: int
     seconds: float
-    saved: tuple[HandOver, ...]
+    saved: tuple[Share, ...]
     """Planned epochs that were not run; time at each trial's own median epoch."""
-    lost: tuple[HandOver, ...]
+    lost: tuple[Share, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,8 @@ class Recommended:
 
 def budget(experiments: Sequence[Experiment]) -> Budget:
     """Epochs and time in all, saved and lost."""
-    saved: list[HandOver] = []
-    lost: list[HandOver] = []
+    saved: list[Share] = []
+    lost: list[Share] = []
     for reason in SAVING:
         stopped = [e for e in experiments if e.record.reason == reason and e.record.state in ("COMPLETE", "PRUNED")]
         left = [(e, max(0, e.planned_epochs - len(e.rows))) for e in stopped]
@@ -90,12 +90,12 @@ def budget(experiments: Sequence[Experiment]) -> Budget:
     )
 
 
-def _add(shares: list[HandOver], reason: str, parts: Sequence[tuple[Experiment, int, float | None]]) -> None:
+def _add(shares: list[Share], reason: str, parts: Sequence[tuple[Experiment, int, float | None]]) -> None:
     if not parts:
         return
     times = [seconds for _, _, seconds in parts if seconds is not None]
     shares.append(
-        HandOver(
+        Share(
             reason=reason,
             trials=tuple(e.number for e, _, _ in parts),
             epochs=sum(epochs for _, epochs, _ in parts),
@@ -138,7 +138,7 @@ def _gradients_stable(e: Experiment) -> bool | None:
     if e.has(ids.EXPLODING_GRADIENT, ids.NON_FINITE):
         return False
     known = any(step.grad_norm is not None for step in e.record.steps) or any(
-        row.grad_norm_max is not None for row in e.rows
+        row.record.grad_norm_max is not None for row in e.rows
     )
     return True if known else None
 
@@ -180,7 +180,7 @@ def tree(experiments: Sequence[Experiment]) -> dict[str, tuple[int, ...]]:
 def recommended(experiments: Sequence[Experiment], noise: Noise) -> Recommended | None:
     """The COMPLETE trial with the lowest validation loss, as the leaderboard has it; None if none is complete."""
     complete = [e for e in experiments if e.record.state == "COMPLETE" and e.value is not None]
-    ordered = sorted(complete, key=lambda e: (e.value or 0.0, e.number))
+    ordered = sorted(complete, key=by_loss)
     if not ordered:
         return None
     best = ordered[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from search import records
@@ -61,10 +62,39 @@ PARAMETERS: Final = {
     "lora_alpha_per_lora_r": ("lora_alpha / lora_r", "lora_alpha / lora_r"),
 }
 
+TERMS: Final = {
+    "percent": ("{} %", "{}%"),
+    "seconds": ("{} s", "{} 秒"),
+    "minutes": ("{} min", "{} 分钟"),
+    "hours": ("{} h", "{} 小时"),
+    "experiment": ("Experiment {}{} ({})", "实验 {}{} ({})"),
+    "trial": ("trial {}", "实验 {}"),
+    "trials": ("trials {}", "实验 {}"),
+    "at_epoch": ("{}, epoch {}", "{} epoch {}"),
+    "comma": (", ", "、"),
+    "more": ("{listed} and {more} more", "{listed} 等共 {all} 个"),
+    "best": ("  ← best", "  ← 最佳"),
+    "log": ("Tuning log: {}", "调参记录: {}"),
+    "contents": ("Contents", "目录"),
+}
+"""Parts that the program itself puts together; `fill` puts the values in."""
+
 
 def pick(texts: tuple[str, str], lang: Lang) -> str:
     """The text in a language."""
     return texts[LANGS.index(lang)]
+
+
+def fill(term: str, lang: Lang, *values: object, **named: object) -> str:
+    """One of `TERMS` with its values."""
+    return pick(TERMS[term], lang).format(*values, **named)
+
+
+def trials(shown: Sequence[str], total: int, lang: Lang) -> str:
+    """Trials in a row; those of the total that are not shown are counted."""
+    text = fill("trials" if total > 1 else "trial", lang, fill("comma", lang).join(shown))
+    more = total - len(shown)
+    return fill("more", lang, listed=text, more=more, all=total) if more else text
 
 
 def reason(name: str | None, lang: Lang) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from search.diagnosis.messages import LANGS, Lang
 from search.records import StudyRecord
-from search.report import plots, render
+from search.report import plots, render, words
 from search.report.facts import Facts, gather
 
 NAME = "tuning-log"
@@ -19,30 +19,20 @@ def default_name(lang: Lang, suffix: str = "md") -> str:
     return f"{NAME}.{suffix}" if lang == "en" else f"{NAME}.{lang}.{suffix}"
 
 
-def refresh(
-    record: StudyRecord,
-    folder: Path,
-    langs: Sequence[Lang] = LANGS,
-    *,
-    with_plots: bool = True,
-    options: Sequence[str] = (),
-) -> list[Path]:
+def refresh(record: StudyRecord, folder: Path, *, options: Sequence[str] = ()) -> list[Path]:
     """Write the log in every language, and its plots beside it, into a study's folder.
 
     Args:
         record: The study, see `search.reading.read_study`.
         folder: The study's folder; made if it does not exist.
-        langs: Languages.
-        with_plots: False to leave the plots as they are: a text that links plots of an earlier moment is soon put
-            right, and drawing costs ten times as much as the rest.
         options: Further options of the search's command line for the commands in the log, such as `--runs-dir`.
 
     Returns:
         The files written: the logs, then the plots.
     """
     facts = gather(record, options=options)
-    drawn = plots.draw(facts) if with_plots else {}
-    written = [write_markdown(facts, lang, folder / default_name(lang), drawn, with_plots) for lang in langs]
+    drawn = plots.draw(facts)
+    written = [write_markdown(facts, lang, folder / default_name(lang), drawn) for lang in LANGS]
     return [*written, *(folder / plots_folder(NAME) / name for name in drawn)]
 
 
@@ -51,14 +41,13 @@ def plots_folder(stem: str) -> str:
     return f"{stem.partition('.')[0]}-plots"
 
 
-def write_markdown(facts: Facts, lang: Lang, path: Path, drawn: dict[str, bytes], with_plots: bool = True) -> Path:
+def write_markdown(facts: Facts, lang: Lang, path: Path, drawn: dict[str, bytes]) -> Path:
     """Write one log as Markdown with its plots as files beside it."""
     folder = path.parent / plots_folder(path.name)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in drawn.items():
         replace(folder / name, data)
-    names = drawn if with_plots else sorted(file.name for file in folder.glob("*.png"))
-    links = {Path(name).stem: f"{folder.name}/{name}" for name in names}
+    links = {Path(name).stem: f"{folder.name}/{name}" for name in drawn}
     replace(path, render.markdown(facts, lang, links).encode())
     return path
 
@@ -70,7 +59,7 @@ def write_html(facts: Facts, lang: Lang, path: Path) -> Path:
     drawn = plots.draw(facts)
     links = {Path(name).stem: name for name in drawn}
     text = render.markdown(facts, lang, links)
-    title = f"{'调参记录' if lang == 'zh' else 'Tuning log'}: {facts.record.name}"
+    title = words.fill("log", lang, facts.record.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(path, page.html(text, lang, title, drawn).encode())
     return path

@@ -164,7 +164,7 @@ class TestCommandLine:
         CliRunner().invoke(app, ["--study", "rsicap", "--runs-dir", str(runs)])
         tracking = open_tracking(f"sqlite:///{runs / 'mlflow.db'}", runs / "artifacts")
         written = (runs / "rsicap" / "tuning-log.md").read_bytes()
-        again = write.refresh(read_study(study, tracking), runs / "b", ["en"], options=["--runs-dir", str(runs)])
+        again = write.refresh(read_study(study, tracking), runs / "b", options=["--runs-dir", str(runs)])
         assert again[0].read_bytes() == written
 
     def test_says_which_studies_there_are(self, runs: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.report.facts import Facts
-from search.report.plots import curves, parameters
+from search.report.plots import by_parameter, curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,10 +21,10 @@ STYLE = Path(__file__).parent.parent / "log.mplstyle"
 
 PLOTS: dict[str, Callable[[Facts], Any]] = {
     "loss-curves": curves.loss_curves,
-    "learning-rate": parameters.rate_against_loss,
-    "rank-alpha": parameters.rank_by_alpha,
+    "learning-rate": by_parameter.rate_against_loss,
+    "rank-alpha": by_parameter.rank_by_alpha,
     "gradient-norms": curves.gradient_norms,
-    "parallel-coordinates": parameters.parallel_coordinates,
+    "parallel-coordinates": by_parameter.parallel_coordinates,
     "timeline": curves.timeline,
 }
 """File name, without its ending, and plot."""

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search import records
-from search.diagnose import curves, read_runs
 from search.diagnosis import (
     IDS,
     TREE,
@@ -30,6 +29,7 @@ from search.diagnosis import (
     texts,
 )
 from search.diagnosis.noise import VAL_NOISE, limit, log_gain, series
+from search.diagnosis.recorded import curves, read_runs
 from search.diagnosis.tree import LEAVES
 from search.records import EpochRecord, StepRecord, TrialRecord
 from trainer.config import TrainConfig

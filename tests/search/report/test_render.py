@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -18,12 +18,12 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from search.diagnosis.messages import LANGS, Lang
-from search.markdown import escape
-from search.records import StudyRecord
+from search.markdown import code, escape, fenced, slug
+from search.records import EpochRecord, StudyRecord
 from search.report import plots, write
 from search.report.facts import Facts, gather
 from search.report.page import html
-from search.report.render import code, fenced, literal, markdown, slug
+from search.report.render import literal, markdown
 from tests.support.report_data import falling, hand_run, many, recorded, study, trial
 
 HEADINGS = (
@@ -136,6 +136,41 @@ class TestSections:
         assert "Epoch 4: Train=1.8700, Val=1.7100, lr=1e-3, grad_norm_max=1.9, 75.0 s ❌" in text
         assert "Step 2: param: qformer.layer.0.query.lora_A.default.weight = nan ❌" in text
         assert "not yet known (1 trial)" in text
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithBleu(EpochRecord):
+    """What a further metric looks like in the records."""
+
+    bleu: float | None = field(
+        default=None, metadata={"heading": {"en": "BLEU | 4", "zh": "BLEU 分"}, "format": ".1%"}
+    )
+
+
+class TestEpochTable:
+    @pytest.mark.parametrize(
+        ("lang", "head"),
+        [
+            ("en", "| epoch | training loss | validation loss | BLEU \\| 4 | |"),
+            ("zh", "| epoch | 训练 loss | 验证 loss | BLEU 分 | |"),
+        ],
+    )
+    def test_a_metric_with_a_heading_is_a_column(self, lang: Lang, head: str) -> None:
+        known = trial(0, [(2.0, 1.5), (1.9, 1.4), (1e5, float("nan"))])
+        bleu = (0.12345, None, float("nan"))
+        epochs = tuple(WithBleu(**vars(e), bleu=value) for e, value in zip(known.epochs, bleu, strict=True))
+        text = markdown(gather(study([replace(known, epochs=epochs)])), lang, {})
+        table = text[text.index(head) :].splitlines()
+        assert table[1] == "| --- | --- | --- | --- | --- |"
+        assert table[2].startswith("| 1 | 2.0000 | 1.5000 | 12.3% | ✅")
+        assert table[3].startswith("| 2 | 1.9000 | 1.4000 | – | ✅")
+        assert table[4].startswith("| 3 | 1e+05 | – | – | ")
+
+    def test_a_metric_that_no_epoch_of_the_study_has_is_left_out(self) -> None:
+        known = trial(0, [(2.0, None), (1.9, None)])
+        epochs = tuple(WithBleu(**vars(e)) for e in known.epochs)
+        text = markdown(gather(study([replace(known, epochs=epochs)])), "en", {})
+        assert "| epoch | training loss | validation loss | |" in text
 
 
 def _own_words(text: str) -> str:
@@ -302,21 +337,15 @@ class TestFiles:
             assert all((path.parent / link).is_file() for link in linked)
         assert not list(tmp_path.rglob(".*"))
 
-    def test_without_plots_those_there_stay_linked(self, tmp_path: Path) -> None:
-        write.refresh(hand_run(), tmp_path, ["en"])
-        before = (tmp_path / "tuning-log.md").read_bytes()
-        (written,) = write.refresh(hand_run(), tmp_path, ["en"], with_plots=False)
-        assert written.read_bytes() == before
-
     def test_the_same_again_touches_nothing(self, tmp_path: Path) -> None:
         first = {path: path.stat().st_mtime_ns for path in write.refresh(hand_run(), tmp_path)}
         second = {path: path.stat().st_mtime_ns for path in write.refresh(hand_run(), tmp_path)}
         assert first == second
 
-    @pytest.mark.parametrize("lang", LANGS)
-    def test_an_empty_study_has_its_log_too(self, lang: Lang, tmp_path: Path) -> None:
-        (path,) = write.refresh(study([]), tmp_path, [lang])
-        assert len(headings(path.read_text())) > 20
+    def test_an_empty_study_has_its_log_too(self, tmp_path: Path) -> None:
+        written = write.refresh(study([]), tmp_path)
+        assert [path.name for path in written] == ["tuning-log.md", "tuning-log.zh.md"]
+        assert all(len(headings(path.read_text())) > 20 for path in written)
 
 
 @pytest.mark.parametrize(

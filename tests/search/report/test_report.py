@@ -15,7 +15,7 @@ from search.diagnosis.noise import VAL_NOISE
 from search.records import StudyRecord, TrialRecord
 from search.report.epochs import epoch_rows
 from search.report.facts import Facts, gather
-from search.report.noise import measure
+from search.report.measured_noise import measure
 from search.report.render import MARKS
 from tests.support.report_data import EXPERIMENT_3, START_S, falling, hand_run, many, recorded, study, trial
 from trainer.config import TrainConfig

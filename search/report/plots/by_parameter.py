@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.diagnosis.messages import rate
 from search.leaderboard import show_value
-from search.report.experiment import Experiment
+from search.report.experiment import Experiment, by_loss
 from search.report.facts import Facts
 from search.report.plots.canvas import BEST, BROKE, GOOD, GROUPS, OTHER, group, key, new, outcome
 
@@ -178,7 +178,7 @@ def parallel_coordinates(facts: Facts) -> Figure | None:
         _span([_number(e, n) or 0.0 for e in drawn], facts.record.definition["space"][n].get("log")) for n in names
     ]
     losses = [e.value or 0.0 for e in drawn]
-    order = sorted(drawn, key=lambda e: (-(e.value or 0.0), -e.number))
+    order = sorted(drawn, key=by_loss, reverse=True)
     quarter = {e.number for e in order[-max(1, len(order) // 4) :]}
     handles: dict[str, Any] = {}
     loss_span = _span(losses, False)
