@@ -23,7 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import records
 from search.errors import StudyError
-from trainer.config import TrainConfig, nearest
+from trainer.common.errors import nearest
+from trainer.config import TrainConfig
 
 JUMP = 0.05
 """Both losses must rise by more than this share at one epoch to count as divergence.

@@ -162,7 +162,7 @@ def read_slots(text: str) -> int | None:
 def _check_names(pruner: str) -> None:
     known = ("rising", "hyperband", "halving", "median", "none")
     if pruner not in known:
-        from trainer.config import nearest
+        from trainer.common.errors import nearest
 
         raise StudyError(f"there is no pruner {shown(pruner)}{nearest(pruner, known)}; known: {', '.join(known)}")
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from search import study_check
 from search.errors import StudyError
 from search.space import Multiple, Space, param_name, to_config, to_params
-from trainer.common.errors import ConfigError, shown
-from trainer.config import MACHINE_FIELDS, TrainConfig, nearest, read_settings
+from trainer.common.errors import ConfigError, nearest, shown
+from trainer.config import MACHINE_FIELDS, TrainConfig, read_settings
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
 

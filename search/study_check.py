@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from search.space import Choice, Float, Int, Multiple, Param, Space
-from trainer.common.errors import ConfigError, shown
-from trainer.config import MOST, TrainConfig, nearest
+from trainer.common.errors import ConfigError, nearest, shown
+from trainer.config import MOST, TrainConfig
 
 if TYPE_CHECKING:
     from search.study import Study

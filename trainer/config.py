@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from trainer.common.errors import MOST_SHOWN, ConfigError, shown
+from trainer.common.errors import MOST_SHOWN, ConfigError, nearest, shown
 
 EMBEDDED = "mini"
 """The name under which the embedded model and data are found: `model="mini"`, `data="mini"`."""
@@ -159,12 +158,6 @@ class TrainConfig(BaseModel):
         """Hash of all fields that can change the result: the same identity on the same machine, the same run."""
         values = self.model_dump(mode="json", exclude=set(MACHINE_FIELDS))
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the nearest valid name, or nothing."""
-    close = difflib.get_close_matches(name, list(valid), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def describe(error: ValidationError) -> str:

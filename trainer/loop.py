@@ -21,10 +21,10 @@ import torch
 from trainer import checkpoint, runtime
 from trainer.common.errors import ConfigError, UserError
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch, merge
 from trainer.events import EpochEnded, Event, MicroBatchReduced, OutOfMemory
 from trainer.member import Member, Step
-from trainer.model.base import Forward, at_least_float32, forward, layout_of, runs_on_rows
+from trainer.model.base import Forward, at_least_float32, forward, runs_on_rows
+from trainer.model.batch import Batch, layout_of, merge
 from trainer.model.lora import Hooks, Segment
 from trainer.workbench import Workbench
 

@@ -15,8 +15,9 @@ import torch
 from trainer import checkpoint, runtime
 from trainer import nonfinite as health
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch, batches, eval_loader, train_loader
+from trainer.data.batches import batches, eval_loader, train_loader
 from trainer.events import CheckpointSaved, Diverged, EpochEnded, EpochTiming, Event, RunStarted, StepEnded, StepTiming
+from trainer.model.batch import Batch
 from trainer.model.lora import Adapter
 from trainer.schedule import learning_rate
 

@@ -30,7 +30,7 @@ from search import records
 from search.errors import StudyError
 from search.space import Choice, Float, Int, Multiple, Param, param_name
 from search.study import Study
-from trainer.config import nearest
+from trainer.common.errors import nearest
 
 STRATEGIES = ("joint", "staged")
 """Values of `--strategy`."""

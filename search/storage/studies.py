@@ -32,7 +32,7 @@ from search.storage.lifecycle import (
 )
 from search.storage.retry import RetryingStorage
 from search.study import Study, fixed_trial
-from trainer.config import nearest
+from trainer.common.errors import nearest
 
 __all__ = [
     "Lost",

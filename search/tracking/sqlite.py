@@ -16,7 +16,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from trainer.mini import cache_folder
+from trainer.common.cache import cache_folder
 
 log = logging.getLogger("search.tracking.sqlite")
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support import peft_reference
 from trainer import loop, runtime
 from trainer.common.errors import DataError, UserError
 from trainer.config import TrainConfig
@@ -31,8 +32,8 @@ from trainer.events import (
     to_dict,
 )
 from trainer.loop import history_of, train
-from trainer.model import peft_format
 from trainer.model.base import Forward, forward
+from trainer.model.batch import Batch
 from trainer.schedule import learning_rate
 from trainer.workbench import Workbench
 
@@ -74,7 +75,7 @@ def test_the_order_of_events(bench: Workbench, small: Small, tmp_path: Path) -> 
     assert (started.steps_per_epoch, started.total_steps, started.warmup_steps) == (4, 8, 2)
     # 2 layers: self-attention, its output, the output of both feed-forwards and one cross-attention.
     model = bench.base(small()).model
-    assert started.trainable_parameters == peft_format.lora_parameters(model, started.adapted_modules, 4)
+    assert started.trainable_parameters == peft_reference.lora_parameters(model, started.adapted_modules, 4)
     assert [e.step for e in steps(events)] == list(range(1, 9))
     assert [e.num_samples for e in steps(events)] == [4, 4, 4, 1] * 2
     assert [e.learning_rate for e in steps(events)] == [0.0, 0.005, *[0.01] * 6]
@@ -168,7 +169,7 @@ def test_however_a_step_is_cut_it_is_the_same_step(
         assert [getattr(s, name) for s in cut] == [getattr(s, name) for s in whole]
 
 
-def library_loss(model: Any, batch: batches.Batch) -> torch.Tensor:
+def library_loss(model: Any, batch: Batch) -> torch.Tensor:
     """The library's own forward, image tokens written out."""
     size, queries = len(batch), model.config.num_query_tokens
     images = torch.full((size, queries), model.config.image_token_index)
@@ -186,7 +187,7 @@ def test_equals_a_plain_loop_over_the_librarys_forward(bench: Workbench, small: 
     config = small(num_epochs=3, lr_scheduler_type="linear", max_grad_norm=0.1, weight_decay=0.5)
     ours = steps(run(config, bench, tmp_path))
     train_set, _ = bench.datasets(config)
-    with peft_format.attached(bench.base(config).model, config) as (peft_model, _):
+    with peft_reference.attached(bench.base(config).model, config) as (peft_model, _):
         peft_model.train()
         parameters = [p for p in peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.5, fused=False)
@@ -198,7 +199,7 @@ def test_equals_a_plain_loop_over_the_librarys_forward(bench: Workbench, small: 
             order = list(sampler)
             for start in range(0, len(order), 4):
                 batch = collate([train_set[i] for i in order[start : start + 4]])
-                assert isinstance(batch, batches.Batch)
+                assert isinstance(batch, Batch)
                 optimizer.param_groups[0]["lr"] = learning_rate(config, len(expected) + 1, 12)
                 loss = library_loss(peft_model, batch)
                 loss.backward()
@@ -226,7 +227,7 @@ class Faulty:
     def __init__(self, fault: Callable[[Forward], Forward], passes: set[int]) -> None:
         self.fault, self.passes, self.count = fault, passes, 0
 
-    def __call__(self, model: Any, batch: batches.Batch) -> Forward:
+    def __call__(self, model: Any, batch: Batch) -> Forward:
         out = forward(model, batch)
         if torch.is_grad_enabled():
             self.count += 1
@@ -313,7 +314,7 @@ def test_the_gradient_that_went_bad_is_named(
     module = bench.base(small()).model.get_submodule(name)
     handles = []
 
-    def poisoned(model: Any, batch: batches.Batch) -> Forward:
+    def poisoned(model: Any, batch: Batch) -> Forward:
         if torch.is_grad_enabled() and not handles:
 
             def poison(_module: Any, _args: Any, output: torch.Tensor) -> None:
@@ -366,7 +367,7 @@ class Hungry:
         self.most, self.error, self.evaluation = most, error, evaluation
         self.sizes: list[int] = []
 
-    def __call__(self, model: Any, batch: batches.Batch) -> Forward:
+    def __call__(self, model: Any, batch: Batch) -> Forward:
         if torch.is_grad_enabled() != self.evaluation:
             self.sizes.append(len(batch))
             if len(batch) > self.most:

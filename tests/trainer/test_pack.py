@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import peft_reference
 from trainer import loop, runtime
 from trainer.common.errors import ConfigError
 from trainer.config import TrainConfig
 from trainer.data import batches as data
-from trainer.data.batches import IGNORE, Batch
 from trainer.events import (
     CheckpointSaved,
     Diverged,
@@ -28,8 +28,8 @@ from trainer.events import (
 )
 from trainer.loop import Pack, train
 from trainer.member import Member
-from trainer.model import peft_format
 from trainer.model.base import Forward, forward
+from trainer.model.batch import IGNORE, Batch
 from trainer.schedule import learning_rate
 from trainer.workbench import Workbench
 
@@ -83,7 +83,7 @@ def alone_with_peft(bench: Workbench, config: TrainConfig) -> list[tuple[float, 
     train_set, _ = bench.datasets(config)
     collate = data.Collator(bench.tokenizer(config))
     found = []
-    with peft_format.attached(bench.base(config).model, config) as (peft_model, _):
+    with peft_reference.attached(bench.base(config).model, config) as (peft_model, _):
         model = peft_model.get_base_model()
         parameters = [p for p in peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, foreach=False, fused=False)

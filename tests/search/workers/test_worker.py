@@ -29,9 +29,9 @@ from trainer import loop, member
 from trainer.common.disk import NoRoom
 from trainer.common.errors import DataError
 from trainer.data import dataset
-from trainer.data.batches import Batch
 from trainer.events import EpochEnded, StepEnded
 from trainer.model.base import Forward, forward
+from trainer.model.batch import Batch
 from trainer.workbench import Workbench
 
 
