@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import optuna
 
     from search.workers.trial import Outcome, TrialRun
-    from trainer.loop import Happening, Pack
+    from trainer.events import Event
+    from trainer.loop import Pack, RunError
     from trainer.member import Member
     from trainer.workbench import Workbench
 
@@ -253,7 +254,7 @@ class Worker:
         self._to_give = 0  # there is work for whoever is idle: nobody waits for ours any more
         return TrialRun(trial, self)
 
-    def _take(self, pack: Pack, member: Member, happening: Happening) -> None:
+    def _take(self, pack: Pack, member: Member, happening: Event | RunError) -> None:
         """Pass on what happened to a run to its trial, and let it go if that ends it."""
         from optuna.exceptions import UpdateFinishedTrialError
 
@@ -278,7 +279,7 @@ class Worker:
             pack.remove(member)
             del self._running[member]
 
-    def _gives(self, run: TrialRun, happening: Happening) -> bool:
+    def _gives(self, run: TrialRun, happening: Event | RunError) -> bool:
         """Whether the trial is to go on in a worker that has nothing to do, from the checkpoint just written."""
         from trainer.events import CheckpointSaved
 
