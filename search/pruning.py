@@ -27,8 +27,7 @@ from search import records
 from search.diagnosis.unstable import JUMP
 from search.errors import StudyError
 from search.records import Outcome
-from trainer.common.errors import shown
-from trainer.config import nearest
+from trainer.common.errors import nearest, shown
 
 if TYPE_CHECKING:
     from search.study import Study

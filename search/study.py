@@ -18,8 +18,8 @@ from pydantic import Field
 from search.errors import StudyError
 from search.space import Multiple, Param, Space, param_name, to_config, to_dict, to_params
 from search.study_check import micro_batch_problem, range_problems
-from trainer.common.errors import ConfigError, shown
-from trainer.config import MACHINE_FIELDS, MOST, RETIRED, TrainConfig, nearest, read_settings, without_retired
+from trainer.common.errors import ConfigError, nearest, shown
+from trainer.config import MACHINE_FIELDS, MOST, RETIRED, TrainConfig, read_settings, without_retired
 
 LOCATION_FIELDS = ("model", "data")
 """Where the model and the data lie may differ between machines; their fingerprints may not."""

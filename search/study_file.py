@@ -9,8 +9,7 @@ from types import ModuleType
 
 from search.errors import StudyError
 from search.study import Study
-from trainer.common.errors import shown
-from trainer.config import nearest
+from trainer.common.errors import nearest, shown
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from trainer.common.disk import out_of_room
 from trainer.common.errors import CheckpointError
+from trainer.common.files import UNFINISHED, flush_folder, whole_folder
 from trainer.config import MACHINE_FIELDS, TrainConfig, identity_of
 from trainer.events import EpochEnded, NonFinite, epoch_from_dict, to_dict
 from trainer.model.lora import Adapter
@@ -96,31 +97,23 @@ def save(
     """
     from safetensors.torch import save_file
 
-    final = folder_of(out_dir, state.epoch)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.parent / f".{final.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    folder = folder_of(out_dir, state.epoch)
     try:
-        temporary.mkdir()
-        adapter.save(temporary / "adapter", config.model)
-        save_file(adapter.optimizer_tensors(), str(temporary / "optimizer.safetensors"))
-        _write_state(temporary, state, config)
-        _flush(temporary)
-        if final.exists():  # an epoch trained again after a damaged checkpoint
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _flush_folder(final.parent)
-        _flush_folder(out_dir)
+        # One that is there is replaced: an epoch trained again after a damaged checkpoint.
+        with whole_folder(folder, replace=True) as unfinished:
+            adapter.save(unfinished / "adapter", config.model)
+            save_file(adapter.optimizer_tensors(), str(unfinished / "optimizer.safetensors"))
+            _write_state(unfinished, state, config)
+        flush_folder(out_dir)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if out_of_room(error) and not isinstance(error, OSError):  # safetensors has an exception of its own
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(final)) from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
     keep = {state.epoch, state.best_epoch()}
-    left = [folder for epoch, folder in _epochs(out_dir) if epoch not in keep]
-    for other in (*left, *final.parent.glob(".epoch-*.tmp")):  # the latter: of a process that was killed
-        shutil.rmtree(other, ignore_errors=True)
-    return final
+    superseded = [path for epoch, path in _epochs(out_dir) if epoch not in keep]
+    for path in (*superseded, *folder.parent.glob(UNFINISHED)):  # the latter: of a process that was killed
+        shutil.rmtree(path, ignore_errors=True)
+    return folder
 
 
 def _epochs(out_dir: Path) -> list[tuple[int, Path]]:
@@ -226,21 +219,3 @@ def _difference(stored: dict[str, Any], config: TrainConfig) -> str:
 def _hash(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-        else:
-            _flush_folder(path)
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from trainer.common.errors import MOST_SHOWN, ConfigError, shown
+from trainer.common.errors import MOST_SHOWN, ConfigError, nearest, shown
 
 EMBEDDED = "mini"
 """The name under which the embedded model and data are found: `model="mini"`, `data="mini"`."""
@@ -167,12 +166,6 @@ def identity_of(values: Mapping[str, Any]) -> str:
 def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded configuration without the fields that only older versions have, for `TrainConfig.parse`."""
     return {name: value for name, value in values.items() if name not in RETIRED}
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the nearest valid name, or nothing."""
-    close = difflib.get_close_matches(name, list(valid), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _listed(what: str, errors: Iterable[str]) -> str:

@@ -15,32 +15,38 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trainer import checkpoint, runtime
 from trainer.common.errors import ConfigError, UserError
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch, merge
 from trainer.events import EpochEnded, Event, MicroBatchReduced, OutOfMemory
 from trainer.member import Member, Step
-from trainer.model.base import Forward, at_least_float32, forward, layout_of, runs_on_rows
+from trainer.model.base import Forward, at_least_float32, forward, runs_on_rows
+from trainer.model.batch import Batch, layout_of, merge
 from trainer.model.lora import Hooks, Segment
 from trainer.workbench import Workbench
 
 CUDA_WINDOW = 8
 """Rounds on a GPU between two looks at losses and norms: each look makes the host wait for the device."""
 
+SHARED = ("model", "torch_dtype", "device", "device_map", "matmul_precision")
+"""Fields that runs of a pack have in common, besides the form in which they see images."""
+
 Group = tuple[Member, list[Batch], float]
 """A run, the batches of its next step, and the seconds waited for them."""
-Happening = Event | UserError | OSError
-"""What happens to a run: an event, or an error of its own (an image that went bad, a disk that is full), which ends it
-and leaves the others alone."""
+RunError = UserError | OSError
+"""An error of one run's own (an image that went bad, a disk that is full): it ends that run and leaves the others
+alone."""
+ForwardPass = Callable[[Any, Batch], Forward]
+"""(InstructBLIP, batch on its device) -> losses and query output: `trainer.model.base.forward`, or a stand-in."""
 
 log = logging.getLogger("trainer.loop")
 
 
-def train(config: TrainConfig, bench: Workbench, out_dir: Path) -> Iterator[Event]:
+def train(config: TrainConfig, bench: Workbench, out_dir: Path, *, forward: ForwardPass = forward) -> Iterator[Event]:
     """Train one configuration and yield its events; closing the generator stops the run.
 
     A run whose `out_dir` holds a checkpoint of the same configuration continues after its last whole epoch, bit for
@@ -49,11 +55,11 @@ def train(config: TrainConfig, bench: Workbench, out_dir: Path) -> Iterator[Even
     Raises:
         UserError: model, data or checkpoint cannot be used.
     """
-    with Pack(bench) as pack:
+    with Pack(bench, forward=forward) as pack:
         pack.add(config, out_dir)
         while pack.members:
             for _, event in pack.round():
-                if isinstance(event, UserError | OSError):
+                if isinstance(event, RunError):
                     raise event
                 yield event
 
@@ -66,8 +72,9 @@ def history_of(config: TrainConfig, out_dir: Path) -> list[EpochEnded]:
 class Pack:
     """Runs on one base. A context: leaving it takes the hooks off the base and lets the runs go."""
 
-    def __init__(self, bench: Workbench) -> None:
+    def __init__(self, bench: Workbench, *, forward: ForwardPass = forward) -> None:
         self.bench = bench
+        self.forward = forward
         self.members: list[Member] = []
         self.at_once: int | None = None
         """Runs in one pass, if memory does not hold all of them."""
@@ -75,7 +82,6 @@ class Pack:
         """Called before each forward pass, in training and in evaluation."""
         self.window: int | None = None
         """Rounds between two looks at the figures; None for what suits the device."""
-        self._key: tuple[object, ...] | None = None
         self._hooks: Hooks | None = None
         self._pending: list[list[tuple[Member, Step]]] = []
         self._passing: Sequence[Member] = ()
@@ -91,13 +97,14 @@ class Pack:
             self._hooks.remove()
 
     def accepts(self, config: TrainConfig) -> bool:
-        """Whether this configuration can train beside those that are in the pack."""
-        return not self.members or self._key == self._key_of(config)
-
-    def _key_of(self, config: TrainConfig) -> tuple[object, ...]:
-        """What runs must have in common: the base, how it computes, and in which form they see images."""
-        seen = config.cache_features and not self.bench.adapts_vision(config)
-        return (config.model, config.torch_dtype, config.device, config.device_map, config.matmul_precision, seen)
+        """Whether this configuration can train beside the runs that are in the pack: on one base, computed alike."""
+        if not self.members:
+            return True
+        other = self.members[0]
+        # In this order: whether it uses features is asked of its base, which must not take the place of this one.
+        return all(getattr(config, name) == getattr(other.config, name) for name in SHARED) and (
+            self.bench.uses_features(config) == (other.features is not None)
+        )
 
     def add(self, config: TrainConfig, out_dir: Path) -> Member:
         """Take a run in; it begins with the next round, and disturbs none that is under way.
@@ -106,21 +113,17 @@ class Pack:
             UserError: model, data or checkpoint cannot be used.
         """
         if not self.accepts(config):
-            raise ConfigError(
-                "runs that train together need the same model, torch_dtype, device, matmul_precision and "
-                "cache_features"
-            )
+            raise ConfigError(f"runs that train together need the same {', '.join(SHARED)} and cache_features")
         runtime.prepare(config)
-        base = self.bench.base(config)
-        device = base.device
+        inputs = self.bench.inputs(config)
+        base = inputs.base
         if self._hooks is None or self._hooks.model is not base.model:
             self._hooks = Hooks(base.model)
             # Padded to the longest of a pass, dropout would depend on a run's company.
             self.at_once = None if runs_on_rows(base.model.config) else 1
-        member = Member(config, self.bench, out_dir, device)
+        member = Member(config, inputs, out_dir)
         self._hooks.cover(member.adapter.modules)
-        self._key = self._key_of(config)
-        self._window = self.window or (CUDA_WINDOW if device.type == "cuda" and member.adapter.fused else 1)
+        self._window = self.window or (CUDA_WINDOW if base.device.type == "cuda" and member.adapter.fused else 1)
         self.members.append(member)
         return member
 
@@ -129,13 +132,13 @@ class Pack:
         if member in self.members:
             self.members.remove(member)
 
-    def round(self) -> Iterator[tuple[Member, Happening]]:
+    def round(self) -> Iterator[tuple[Member, Event | RunError]]:
         """One optimizer step of every run, and the evaluation and checkpoint of those whose epoch ends with it.
 
         Runs that have ended are gone from `members` afterwards.
 
         Raises:
-            Exception: what no single run can be blamed for; the pack is of no use any more, its runs' checkpoints are.
+            Exception: an error of no single run. The pack is unusable; its runs' checkpoints are intact.
         """
         for member in list(self.members):
             if not member.started:
@@ -258,7 +261,7 @@ class Pack:
             moved.image_embeds = _vision_outputs(parts)
         self._hooks.segments, self._hooks.training = segments, training
         try:
-            return forward(self._hooks.model, moved), segments
+            return self.forward(self._hooks.model, moved), segments
         finally:
             self._hooks.segments = ()
 
@@ -275,7 +278,7 @@ class Pack:
                 for event in member.step_ended(step, (loss, norm, peak)):
                     yield member, event
 
-    def _end_epochs(self, finishing: Sequence[Member]) -> Iterator[tuple[Member, Happening]]:
+    def _end_epochs(self, finishing: Sequence[Member]) -> Iterator[tuple[Member, Event | RunError]]:
         """Evaluate and save; runs that are judged on the same rows are judged in the same passes."""
         by_rows: dict[tuple[object, ...], list[Member]] = {}
         for member in finishing:

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer import checkpoint, runtime
-from trainer import nonfinite as health
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch, batches, eval_loader, train_loader
+from trainer.data.batches import batches, eval_loader, train_loader
 from trainer.events import CheckpointSaved, Diverged, EpochEnded, EpochTiming, Event, RunStarted, StepEnded, StepTiming
+from trainer.model.batch import Batch
 from trainer.model.lora import Adapter
+from trainer.nonfinite import explain
 from trainer.schedule import learning_rate
 
 if TYPE_CHECKING:
-    from trainer.workbench import Workbench
+    from trainer.workbench import Inputs
 
 
 @dataclass
@@ -46,40 +47,34 @@ class Member:
     machine's time.
     """
 
-    def __init__(self, config: TrainConfig, bench: Workbench, out_dir: Path, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, inputs: Inputs, out_dir: Path) -> None:
         """Prepare the run, from its checkpoint if there is one.
 
         Raises:
-            UserError: model, data or checkpoint cannot be used.
+            UserError: the model cannot be adapted as configured, or the checkpoint cannot be used.
         """
         self.config = config
-        self.bench = bench
         self.out_dir = out_dir
-        self.device = device
-        base = bench.base(config)
-        self.adapter = Adapter(base.model, config)
-        train_set, val_set = bench.datasets(config)
-        self.features = bench.features(config)
-        if self.features is not None:
-            row_of = self.features.index
-            train_set, val_set = (
-                part.seen_through(lambda path: torch.tensor(row_of(path))) for part in (train_set, val_set)
-            )
-        self.num_train, self.num_val = len(train_set), len(val_set)
-        tokenizer = bench.tokenizer(config)
-        pin = device.type == "cuda"
+        self.device = inputs.base.device
+        self.adapter = Adapter(inputs.base.model, config)
+        # Data.
+        self.features = inputs.features
+        self.skipped_rows = inputs.skipped_rows
+        self.num_train, self.num_val = len(inputs.train), len(inputs.val)
+        pin = self.device.type == "cuda"
         # Rows of a store and token ids need no processes to fetch them.
         loading = config if self.features is None else config.model_copy(update={"num_workers": 0})
-        self.loader, self.sampler = train_loader(train_set, tokenizer, loading, pin=pin)
-        self.val_loader = eval_loader(val_set, tokenizer, loading, pin=pin)
-        self.val_key = (id(val_set.rows), config.eval_batch_size)
+        self.loader, self.sampler = train_loader(inputs.train, inputs.tokenizer, loading, pin=pin)
+        self.val_loader = eval_loader(inputs.val, inputs.tokenizer, loading, pin=pin)
+        self.val_key = (id(inputs.val.rows), config.eval_batch_size)
+        """What runs must have in common to be evaluated in the same passes."""
         self.steps_per_epoch = math.ceil(len(self.loader) / config.gradient_accumulation_steps)
         self.total_steps = self.steps_per_epoch * config.num_epochs
+        # Where it stands.
         self.found = checkpoint.load(out_dir, config)
-        fingerprints = {"data": bench.examined(config).fingerprint, "model": base.fingerprint}
-        checkpoint.check_fingerprints(self.found, fingerprints)
+        checkpoint.check_fingerprints(self.found, inputs.fingerprints)
         self.state = self.found.state
-        self.state.fingerprints = fingerprints
+        self.state.fingerprints = dict(inputs.fingerprints)
         if self.found.folder is not None:
             checkpoint.restore(self.found.folder, self.adapter)
         checkpoint.claim(out_dir)
@@ -112,7 +107,7 @@ class Member:
             warmup_steps=self.config.warmup_steps,
             trainable_parameters=len(self.adapter),
             adapted_modules=self.adapter.modules,
-            skipped_rows=self.bench.examined(self.config).bad,
+            skipped_rows=self.skipped_rows,
             data_fingerprint=self.state.fingerprints["data"],
             model_fingerprint=self.state.fingerprints["model"],
             device=str(self.device),
@@ -169,7 +164,7 @@ class Member:
             self.state.nonfinite_in_a_row, self.state.first_bad = 0, None
         else:
             fresh = step.number == self.next_step - 1
-            nonfinite = health.explain(self.adapter, self.config, query_peak=query_peak, loss=loss, fresh=fresh)
+            nonfinite = explain(self.adapter, self.config, query_peak=query_peak, loss=loss, fresh=fresh)
             self.state.nonfinite_in_a_row += 1
             self.state.first_bad = self.state.first_bad or nonfinite
         self.state.step = step.number

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 
 from trainer import runtime
 from trainer.config import TrainConfig
@@ -12,6 +15,22 @@ from trainer.data.dataset import Examined
 from trainer.data.features import Features, compute_or_open, default_folder
 from trainer.model import memory, peft_format
 from trainer.model.base import Base, load_base
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a run of one configuration takes from the workbench."""
+
+    base: Base
+    tokenizer: Tokenizer
+    train: CaptionDataset
+    """Its images are rows of `features`, or pixels where there are none."""
+    val: CaptionDataset
+    features: Features | None
+    skipped_rows: tuple[str, ...]
+    """Rows left out because of `skip_bad_rows`, each with its reason."""
+    fingerprints: dict[str, str]
+    """Of `data` and `model`."""
 
 
 class Workbench:
@@ -30,6 +49,29 @@ class Workbench:
         self._tokenizers: dict[int, Tokenizer] = {}
         self._pixels: Pixels | None = None
         self._features: dict[tuple[object, ...], Features] = {}
+
+    def inputs(self, config: TrainConfig) -> Inputs:
+        """All that a run of this configuration needs, vision outputs included.
+
+        Raises:
+            UserError: model or data cannot be used.
+        """
+        base = self.base(config)
+        train, val = self.datasets(config)
+        features = self.features(config)
+        if features is not None:
+            row_of = features.index
+            train, val = (part.seen_through(lambda path: torch.tensor(row_of(path))) for part in (train, val))
+        examined = self.examined(config)
+        return Inputs(
+            base=base,
+            tokenizer=self.tokenizer(config),
+            train=train,
+            val=val,
+            features=features,
+            skipped_rows=examined.bad,
+            fingerprints={"data": examined.fingerprint, "model": base.fingerprint},
+        )
 
     def base(self, config: TrainConfig) -> Base:
         """The frozen base of this configuration.
@@ -84,20 +126,22 @@ class Workbench:
             )
         return self._datasets[key]
 
-    def adapts_vision(self, config: TrainConfig) -> bool:
-        """Whether an adapter of this configuration sits in the vision tower."""
+    def uses_features(self, config: TrainConfig) -> bool:
+        """Whether vision outputs are kept: not if the configuration says so, or an adapter changes them."""
+        if not config.cache_features:
+            return False
         modules = peft_format.resolve_targets(self.base(config).model, config.target_modules)
-        return any(name.startswith("vision_model.") for name in modules)
+        return not any(name.startswith("vision_model.") for name in modules)
 
     def features(self, config: TrainConfig) -> Features | None:
         """The vision outputs of this configuration's images, computed at the first call unless they are on disk.
 
-        None where they cannot be kept: the configuration says so, or an adapter changes them.
+        None where they are not kept, see `uses_features`.
 
         Raises:
             DataError: an image went bad, or the disk has no room.
         """
-        if not config.cache_features or self.adapts_vision(config):
+        if not self.uses_features(config):
             return None
         key = _rows_key(config)
         if key not in self._features:

@@ -8,7 +8,7 @@ from search.errors import StudyError
 from search.sampling.samplers import GridInOrder, SeededByTrial, base_sampler
 from search.sampling.staged import StagedSampler
 from search.study import Study
-from trainer.config import nearest
+from trainer.common.errors import nearest
 
 STRATEGIES = ("joint", "staged")
 """Values of `--strategy`."""

@@ -21,7 +21,8 @@ from search.errors import DefinitionChanged, StorageError, StudyError
 from search.storage.database import exclusive
 from search.storage.retry import RetryingStorage
 from search.study import Study, fixed_trial
-from trainer.config import nearest, without_retired
+from trainer.common.errors import nearest
+from trainer.config import without_retired
 
 DEFINITION = "definition"
 """Study attribute: `Study.definition()` of the study its trials were made for."""

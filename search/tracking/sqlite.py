@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from search.errors import Unavailable
 from search.tracking.mlflow_private import EXPERIMENTS, RUNS
 from search.urls import first_line, shown
-from trainer.mini import cache_folder
+from trainer.common.cache import cache_folder
 
 log = logging.getLogger("search.tracking.sqlite")
 

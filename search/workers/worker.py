@@ -33,7 +33,8 @@ from search.workers.trial import TrialContext, TrialRun
 from search.workers.trial_source import Supply, TrialSource
 from trainer.common.disk import no_room, out_of_room
 from trainer.common.errors import UserError
-from trainer.loop import Happening, Pack
+from trainer.events import Event
+from trainer.loop import Pack, RunError
 from trainer.member import Member
 from trainer.model.peft_format import resolve_targets
 from trainer.workbench import Workbench
@@ -180,7 +181,7 @@ class Worker:
         self._handing_over.cancel()
         return TrialRun(trial, self.context)
 
-    def _take(self, pack: Pack, member: Member, happening: Happening) -> None:
+    def _take(self, pack: Pack, member: Member, happening: Event | RunError) -> None:
         """Pass on what happened to a run to its trial, and let it go if that ends it."""
         run = self._running.get(member)
         if run is None:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.support import peft_reference
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch, batches, train_loader
-from trainer.model import peft_format
-from trainer.model.base import forward, layout_of
+from trainer.data.batches import batches, train_loader
+from trainer.model.base import forward
+from trainer.model.batch import Batch, layout_of
 from trainer.workbench import Workbench
 
 
@@ -53,7 +54,7 @@ class Bare:
     def __init__(self, peft_model: Any, config: TrainConfig) -> None:
         self.model = peft_model.get_base_model()
         self.config = config
-        self.parameters: list[nn.Parameter] = list(peft_format.parameters(peft_model).values())
+        self.parameters: list[nn.Parameter] = list(peft_reference.parameters(peft_model).values())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -84,6 +85,6 @@ class Bare:
 @contextmanager
 def bare_loop(bench: Workbench, config: TrainConfig) -> Iterator[Bare]:
     """The loop on the workbench's base, which must have no other adapter meanwhile."""
-    with peft_format.attached(bench.base(config).model, config) as (peft_model, _):
+    with peft_reference.attached(bench.base(config).model, config) as (peft_model, _):
         peft_model.eval()  # as ours: the frozen base without its own dropout
         yield Bare(peft_model, config)

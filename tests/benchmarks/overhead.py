@@ -33,10 +33,10 @@ from tests.benchmarks.peer import library_inputs, load_model
 from tests.benchmarks.sides import ROOT, machine
 from tests.benchmarks.trial_cost import measure_trials
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch
 from trainer.events import CheckpointSaved, Event, StepEnded
 from trainer.loop import train
 from trainer.model.base import forward
+from trainer.model.batch import Batch
 from trainer.workbench import Workbench
 
 SECTIONS = ("step", "forward", "tracking", "start", "trials")

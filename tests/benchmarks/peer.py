@@ -38,8 +38,9 @@ from transformers.utils import logging as transformers_logging
 from tests.benchmarks.configs import RESULT
 from trainer import runtime
 from trainer.config import TrainConfig
-from trainer.data.batches import IGNORE, Batch, CaptionDataset, Collator, EpochSampler, Pixels, Sample, Tokenizer
+from trainer.data.batches import CaptionDataset, Collator, EpochSampler, Pixels, Sample, Tokenizer
 from trainer.data.dataset import Row
+from trainer.model.batch import IGNORE, Batch
 from trainer.model.locate import locate
 
 DROPOUTS = ("dropout", "dropout_rate", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")

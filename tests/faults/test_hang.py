@@ -15,7 +15,6 @@ from search import records
 from search.workers.protocol import Idle, Link
 from tests.faults.harness import Place, check_records, workers_of, write_study
 from tests.support.search_process import Search
-from trainer import loop
 from trainer.config import TrainConfig
 from trainer.loop import Pack
 from trainer.model.base import forward
@@ -53,9 +52,7 @@ class Wire:
         self.sent.append(message)
 
 
-def test_every_pass_is_a_sign_of_life(
-    bench: Workbench, small: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_pass_is_a_sign_of_life(bench: Workbench, small: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """In training and evaluation, micro-batches one by one: a step of minutes is not taken for a hang."""
     passes, signs = 0, 0
 
@@ -68,8 +65,7 @@ def test_every_pass_is_a_sign_of_life(
         nonlocal signs
         signs += 1
 
-    monkeypatch.setattr(loop, "forward", counted)
-    with Pack(bench) as pack:
+    with Pack(bench, forward=counted) as pack:
         pack.alive = alive
         pack.add(small(num_epochs=1, micro_batch_size=1, eval_batch_size=1), tmp_path)
         while pack.members:

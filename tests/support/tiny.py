@@ -14,7 +14,7 @@ from transformers import (
     T5Config,
 )
 
-from trainer.data.batches import IGNORE, Batch
+from trainer.model.batch import IGNORE, Batch
 
 QUERIES = 4
 VOCABULARY = 97

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer import loop, runtime
+from tests.support import peft_reference
+from trainer import runtime
 from trainer.common.errors import DataError, UserError
 from trainer.config import TrainConfig
 from trainer.data import batches
@@ -30,17 +31,17 @@ from trainer.events import (
     epoch_from_dict,
     to_dict,
 )
-from trainer.loop import history_of, train
-from trainer.model import peft_format
+from trainer.loop import ForwardPass, Pack, history_of, train
 from trainer.model.base import Forward, forward
+from trainer.model.batch import Batch
 from trainer.schedule import learning_rate
 from trainer.workbench import Workbench
 
 Small = Callable[..., TrainConfig]
 
 
-def run(config: TrainConfig, bench: Workbench, out: Path) -> list[Event]:
-    return list(train(config, bench, out))
+def run(config: TrainConfig, bench: Workbench, out: Path, forward: ForwardPass = forward) -> list[Event]:
+    return list(train(config, bench, out, forward=forward))
 
 
 def steps(events: list[Event]) -> list[StepEnded]:
@@ -49,12 +50,6 @@ def steps(events: list[Event]) -> list[StepEnded]:
 
 def losses(events: list[Event]) -> list[float]:
     return [e.loss for e in steps(events)]
-
-
-def weights(events: Iterator[Event]) -> torch.Tensor:
-    """A copy of the adapter's weights, while a run lasts."""
-    (member,) = events.gi_frame.f_locals["pack"].members  # type: ignore[attr-defined]
-    return member.adapter.weights.clone()  # type: ignore[no-any-return]
 
 
 def hooks(bench: Workbench, config: TrainConfig) -> int:
@@ -74,7 +69,7 @@ def test_the_order_of_events(bench: Workbench, small: Small, tmp_path: Path) -> 
     assert (started.steps_per_epoch, started.total_steps, started.warmup_steps) == (4, 8, 2)
     # 2 layers: self-attention, its output, the output of both feed-forwards and one cross-attention.
     model = bench.base(small()).model
-    assert started.trainable_parameters == peft_format.lora_parameters(model, started.adapted_modules, 4)
+    assert started.trainable_parameters == peft_reference.lora_parameters(model, started.adapted_modules, 4)
     assert [e.step for e in steps(events)] == list(range(1, 9))
     assert [e.num_samples for e in steps(events)] == [4, 4, 4, 1] * 2
     assert [e.learning_rate for e in steps(events)] == [0.0, 0.005, *[0.01] * 6]
@@ -168,7 +163,7 @@ def test_however_a_step_is_cut_it_is_the_same_step(
         assert [getattr(s, name) for s in cut] == [getattr(s, name) for s in whole]
 
 
-def library_loss(model: Any, batch: batches.Batch) -> torch.Tensor:
+def library_loss(model: Any, batch: Batch) -> torch.Tensor:
     """The library's own forward, image tokens written out."""
     size, queries = len(batch), model.config.num_query_tokens
     images = torch.full((size, queries), model.config.image_token_index)
@@ -186,7 +181,7 @@ def test_equals_a_plain_loop_over_the_librarys_forward(bench: Workbench, small: 
     config = small(num_epochs=3, lr_scheduler_type="linear", max_grad_norm=0.1, weight_decay=0.5)
     ours = steps(run(config, bench, tmp_path))
     train_set, _ = bench.datasets(config)
-    with peft_format.attached(bench.base(config).model, config) as (peft_model, _):
+    with peft_reference.attached(bench.base(config).model, config) as (peft_model, _):
         peft_model.train()
         parameters = [p for p in peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.5, fused=False)
@@ -198,7 +193,7 @@ def test_equals_a_plain_loop_over_the_librarys_forward(bench: Workbench, small: 
             order = list(sampler)
             for start in range(0, len(order), 4):
                 batch = collate([train_set[i] for i in order[start : start + 4]])
-                assert isinstance(batch, batches.Batch)
+                assert isinstance(batch, Batch)
                 optimizer.param_groups[0]["lr"] = learning_rate(config, len(expected) + 1, 12)
                 loss = library_loss(peft_model, batch)
                 loss.backward()
@@ -226,7 +221,7 @@ class Faulty:
     def __init__(self, fault: Callable[[Forward], Forward], passes: set[int]) -> None:
         self.fault, self.passes, self.count = fault, passes, 0
 
-    def __call__(self, model: Any, batch: batches.Batch) -> Forward:
+    def __call__(self, model: Any, batch: Batch) -> Forward:
         out = forward(model, batch)
         if torch.is_grad_enabled():
             self.count += 1
@@ -243,22 +238,19 @@ def infinite_query(out: Forward) -> Forward:
     return Forward(out.token_losses, out.query_output + float("inf"))
 
 
-def test_a_step_that_is_not_finite_updates_nothing(
-    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = small()
-    monkeypatch.setattr(loop, "forward", Faulty(nan_loss, {3, 4, 6, 7}))
-    before = torch.zeros(0)
-    events = []
-    running = train(config, bench, tmp_path)
-    for event in running:
-        events.append(event)
-        if isinstance(event, StepEnded):
-            now = weights(running)
-            unchanged = event.step == 1 or torch.equal(before, now)
-            # The first step of a warmup has rate 0.
-            assert unchanged == (event.nonfinite is not None or event.step == 1)
-            before = now
+def test_a_step_that_is_not_finite_updates_nothing(bench: Workbench, small: Small, tmp_path: Path) -> None:
+    events: list[Any] = []
+    with Pack(bench, forward=Faulty(nan_loss, {3, 4, 6, 7})) as pack:
+        member = pack.add(small(), tmp_path)
+        before = member.adapter.weights.clone()
+        while pack.members:
+            for _, event in pack.round():
+                events.append(event)
+                if isinstance(event, StepEnded):
+                    now = member.adapter.weights.clone()
+                    # The first step of a warmup has rate 0.
+                    assert torch.equal(before, now) == (event.nonfinite is not None or event.step == 1)
+                    before = now
     assert [s.step for s in steps(events) if s.nonfinite] == [3, 4, 6, 7]
     cause = steps(events)[2].nonfinite
     assert cause is not None
@@ -271,15 +263,12 @@ def test_a_step_that_is_not_finite_updates_nothing(
     assert not any(isinstance(e, Diverged) for e in events)  # never three in a row
 
 
-def test_three_in_a_row_end_the_run(
-    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_three_in_a_row_end_the_run(bench: Workbench, small: Small, tmp_path: Path) -> None:
     def other_later(out: Forward) -> Forward:
         return infinite_query(out) if faulty.count == 3 else nan_loss(out)
 
     faulty = Faulty(other_later, {3, 4, 5, 6})
-    monkeypatch.setattr(loop, "forward", faulty)
-    events = run(small(), bench, tmp_path)
+    events = run(small(), bench, tmp_path, faulty)
     last = events[-1]
     assert isinstance(last, Diverged)
     # Across the end of an epoch, and with what went bad first.
@@ -287,33 +276,27 @@ def test_three_in_a_row_end_the_run(
     assert (last.cause.tensor, last.cause.value) == ("query_output", "inf")
     assert len(steps(events)) == 5
     assert all(p.isfinite().all() for p in bench.base(small()).model.parameters())
-    monkeypatch.setattr(loop, "forward", Faulty(nan_loss, {1, 2}))
-    assert isinstance(run(small(max_nonfinite_steps=2), bench, tmp_path / "two")[-1], Diverged)
+    two = run(small(max_nonfinite_steps=2), bench, tmp_path / "two", Faulty(nan_loss, {1, 2}))
+    assert isinstance(two[-1], Diverged)
 
 
-def test_a_series_is_remembered_by_the_checkpoint(
-    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "forward", Faulty(nan_loss, {3, 4}))
-    events = train(small(), bench, tmp_path)
+def test_a_series_is_remembered_by_the_checkpoint(bench: Workbench, small: Small, tmp_path: Path) -> None:
+    events = train(small(), bench, tmp_path, forward=Faulty(nan_loss, {3, 4}))
     while not isinstance(next(events), CheckpointSaved):
         pass
     events.close()  # type: ignore[attr-defined]
-    monkeypatch.setattr(loop, "forward", Faulty(infinite_query, {1}))
-    last = run(small(), bench, tmp_path)[-1]
+    last = run(small(), bench, tmp_path, Faulty(infinite_query, {1}))[-1]
     assert isinstance(last, Diverged)
     assert (last.first_bad_step, last.step, last.cause.tensor) == (3, 5, "loss")
 
 
-def test_the_gradient_that_went_bad_is_named(
-    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gradient_that_went_bad_is_named(bench: Workbench, small: Small, tmp_path: Path) -> None:
     """Clipping by a norm that is NaN makes all gradients NaN: the one that was first must be found before."""
     name = "qformer.encoder.layer.0.attention.attention.value"
     module = bench.base(small()).model.get_submodule(name)
     handles = []
 
-    def poisoned(model: Any, batch: batches.Batch) -> Forward:
+    def poisoned(model: Any, batch: Batch) -> Forward:
         if torch.is_grad_enabled() and not handles:
 
             def poison(_module: Any, _args: Any, output: torch.Tensor) -> None:
@@ -322,8 +305,7 @@ def test_the_gradient_that_went_bad_is_named(
             handles.append(module.register_forward_hook(poison))
         return forward(model, batch)
 
-    monkeypatch.setattr(loop, "forward", poisoned)
-    events = train(small(), bench, tmp_path)
+    events = train(small(), bench, tmp_path, forward=poisoned)
     first = next(event for event in events if isinstance(event, StepEnded))
     events.close()  # type: ignore[attr-defined]
     handles[0].remove()
@@ -366,7 +348,7 @@ class Hungry:
         self.most, self.error, self.evaluation = most, error, evaluation
         self.sizes: list[int] = []
 
-    def __call__(self, model: Any, batch: batches.Batch) -> Forward:
+    def __call__(self, model: Any, batch: Batch) -> Forward:
         if torch.is_grad_enabled() != self.evaluation:
             self.sizes.append(len(batch))
             if len(batch) > self.most:
@@ -376,42 +358,32 @@ class Hungry:
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
 def test_out_of_memory_halves_the_micro_batch(
-    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+    bench: Workbench, small: Small, tmp_path: Path, error: type[Exception]
 ) -> None:
     expected = run(small(lora_dropout=0.3, micro_batch_size=1), bench, tmp_path / "expected")
-    monkeypatch.setattr(loop, "forward", Hungry(1, error))
-    events = run(small(lora_dropout=0.3), bench, tmp_path / "reduced")
+    events = run(small(lora_dropout=0.3), bench, tmp_path / "reduced", Hungry(1, error))
     reduced = [e for e in events if isinstance(e, MicroBatchReduced)]
     assert reduced == [MicroBatchReduced(step=1, micro_batch_size=2), MicroBatchReduced(step=1, micro_batch_size=1)]
     assert [e for e in events if not isinstance(e, MicroBatchReduced)] == expected
-    monkeypatch.setattr(loop, "forward", Hungry(0, error))
-    events = run(small(), bench, tmp_path / "none")
+    events = run(small(), bench, tmp_path / "none", Hungry(0, error))
     assert [type(e) for e in events] == [RunStarted, MicroBatchReduced, MicroBatchReduced, OutOfMemory]
     assert events[-1].step == 1  # type: ignore[union-attr]
 
 
-def test_the_reduced_micro_batch_is_resumed_with(
-    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "forward", Hungry(2))
-    whole = run(small(), bench, tmp_path / "whole")
-    events = train(small(), bench, tmp_path / "cut")
+def test_the_reduced_micro_batch_is_resumed_with(bench: Workbench, small: Small, tmp_path: Path) -> None:
+    whole = run(small(), bench, tmp_path / "whole", Hungry(2))
+    events = train(small(), bench, tmp_path / "cut", forward=Hungry(2))
     while not isinstance(next(events), CheckpointSaved):
         pass
     events.close()  # type: ignore[attr-defined]
     hungry = Hungry(2)
-    monkeypatch.setattr(loop, "forward", hungry)
-    rest = run(small(), bench, tmp_path / "cut")
+    rest = run(small(), bench, tmp_path / "cut", hungry)
     assert max(hungry.sizes) == 2
     assert rest[1:] == whole[-len(rest[1:]) :]
 
 
-def test_out_of_memory_in_the_evaluation(
-    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "forward", Hungry(1, evaluation=True))
-    halved = run(small(num_epochs=1), bench, tmp_path / "a")
-    monkeypatch.undo()
+def test_out_of_memory_in_the_evaluation(bench: Workbench, small: Small, tmp_path: Path) -> None:
+    halved = run(small(num_epochs=1), bench, tmp_path / "a", Hungry(1, evaluation=True))
     expected = run(small(num_epochs=1), bench, tmp_path / "b")
     assert losses(halved) == losses(expected)
     assert halved[-2].val_loss == pytest.approx(expected[-2].val_loss, abs=1e-6)  # type: ignore[union-attr]
@@ -432,12 +404,9 @@ def test_what_counts_as_out_of_memory(error: Exception, known: bool) -> None:
     assert runtime.is_out_of_memory(error) == known
 
 
-def test_other_faults_are_not_taken_for_it(
-    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "forward", Hungry(0, RuntimeError))
+def test_other_faults_are_not_taken_for_it(bench: Workbench, small: Small, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
-        run(small(), bench, tmp_path)
+        run(small(), bench, tmp_path, Hungry(0, RuntimeError))
     assert not hooks(bench, small())
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import loop, runtime
+from tests.support import peft_reference
+from trainer import runtime
 from trainer.common.errors import ConfigError
 from trainer.config import TrainConfig
 from trainer.data import batches as data
-from trainer.data.batches import IGNORE, Batch
 from trainer.events import (
     CheckpointSaved,
     Diverged,
@@ -26,10 +26,10 @@ from trainer.events import (
     RunStarted,
     StepEnded,
 )
-from trainer.loop import Pack, train
+from trainer.loop import ForwardPass, Pack, train
 from trainer.member import Member
-from trainer.model import peft_format
 from trainer.model.base import Forward, forward
+from trainer.model.batch import IGNORE, Batch
 from trainer.schedule import learning_rate
 from trainer.workbench import Workbench
 
@@ -53,8 +53,8 @@ def together(pack: Pack) -> dict[Member, list[Event]]:
     return events
 
 
-def run(bench: Workbench, configs: list[TrainConfig], out: Path) -> list[list[Event]]:
-    with Pack(bench) as pack:
+def run(bench: Workbench, configs: list[TrainConfig], out: Path, forward: ForwardPass = forward) -> list[list[Event]]:
+    with Pack(bench, forward=forward) as pack:
         members = [pack.add(config, out / str(i)) for i, config in enumerate(configs)]
         events = together(pack)
     return [events[member] for member in members]
@@ -83,7 +83,7 @@ def alone_with_peft(bench: Workbench, config: TrainConfig) -> list[tuple[float, 
     train_set, _ = bench.datasets(config)
     collate = data.Collator(bench.tokenizer(config))
     found = []
-    with peft_format.attached(bench.base(config).model, config) as (peft_model, _):
+    with peft_reference.attached(bench.base(config).model, config) as (peft_model, _):
         model = peft_model.get_base_model()
         parameters = [p for p in peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, foreach=False, fused=False)
@@ -148,41 +148,28 @@ def test_the_same_pack_gives_the_same_bits(bench: Workbench, small: Small, tmp_p
     assert run(bench, configs, tmp_path / "a") == run(bench, configs, tmp_path / "b")
 
 
-def with_neighbour(bench: Workbench, small: Small, out: Path, **fields: Any) -> list[Event]:
-    """The events of two runs beside a third."""
-    configs = [small(lora_dropout=0.2, **FOUR[0]), small(lora_dropout=0.2, **FOUR[1])]
-    neighbour = small(**{"batch_size": 4, "lora_r": 4, "max_nonfinite_steps": 99, **fields})
-    packed = run(bench, [configs[0], neighbour, configs[1]], out)
-    return packed[0] + packed[2]
-
-
-def test_a_disturbed_neighbour_changes_no_bit(
-    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undisturbed = with_neighbour(bench, small, tmp_path / "a")
-    assert with_neighbour(bench, small, tmp_path / "b", learning_rate=9.0, lora_alpha=1e6) == undisturbed
+def with_neighbour(bench: Workbench, small: Small, out: Path, *, poisoned: bool = False, **fields: Any) -> list[Event]:
+    """The events of two runs beside a third, whose weights may be made NaN before each pass of all three."""
 
     def poison(model: Any, batch: Batch) -> Forward:
-        """NaN in the weights of the one in the middle, from the third pass on."""
-        segments = hooked().segments
-        if len(segments) == 3:
-            segments[1].adapter.weights.fill_(float("nan"))
+        if poisoned and len(pack.members) == 3:
+            members[1].adapter.weights.fill_(float("nan"))
         return forward(model, batch)
 
-    def hooked() -> Any:
-        return packs[-1]
+    neighbour = small(**{"batch_size": 4, "lora_r": 4, "max_nonfinite_steps": 99, **fields})
+    configs = [small(lora_dropout=0.2, **FOUR[0]), neighbour, small(lora_dropout=0.2, **FOUR[1])]
+    with Pack(bench, forward=poison) as pack:
+        members = [pack.add(config, out / str(i)) for i, config in enumerate(configs)]
+        events = together(pack)
+    if poisoned:
+        assert any(step.nonfinite for step in steps(events[members[1]]))
+    return events[members[0]] + events[members[2]]
 
-    packs: list[Any] = []
-    original = loop.Hooks
 
-    def remember(model: Any) -> Any:
-        packs.append(original(model))
-        return packs[-1]
-
-    monkeypatch.setattr(loop, "Hooks", remember)
-    monkeypatch.setattr(loop, "forward", poison)
-    poisoned = with_neighbour(bench, small, tmp_path / "c")
-    assert poisoned == undisturbed
+def test_a_disturbed_neighbour_changes_no_bit(bench: Workbench, small: Small, tmp_path: Path) -> None:
+    undisturbed = with_neighbour(bench, small, tmp_path / "a")
+    assert with_neighbour(bench, small, tmp_path / "b", learning_rate=9.0, lora_alpha=1e6) == undisturbed
+    assert with_neighbour(bench, small, tmp_path / "c", poisoned=True) == undisturbed
 
 
 def test_runs_come_and_go(bench: Workbench, small: Small, tmp_path: Path) -> None:
@@ -206,11 +193,8 @@ def test_runs_come_and_go(bench: Workbench, small: Small, tmp_path: Path) -> Non
         assert figures(events[member]) == pytest.approx(figures(alone), rel=2e-4)
 
 
-def test_a_run_that_diverges_leaves_the_pack(
-    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "forward", spoil(1))
-    first, second, third = run(bench, [small(), small(seed=2), small(seed=3)], tmp_path)
+def test_a_run_that_diverges_leaves_the_pack(bench: Workbench, small: Small, tmp_path: Path) -> None:
+    first, second, third = run(bench, [small(), small(seed=2), small(seed=3)], tmp_path, spoil(1))
     assert isinstance(second[-1], Diverged) and second[-1].step == 3
     assert len([e for e in first if isinstance(e, StepEnded)]) == 8
     assert len([e for e in third if isinstance(e, StepEnded)]) == 8
@@ -246,13 +230,12 @@ class Hungry:
 
 
 def test_out_of_memory_halves_the_runs_in_a_pass_and_fails_none(
-    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Workbench, small: Small, tmp_path: Path
 ) -> None:
     configs = [small(lora_dropout=0.2, seed=seed, num_epochs=1, eval_batch_size=2) for seed in range(4)]
     expected = run(bench, configs, tmp_path / "expected")
     hungry = Hungry(8)
-    monkeypatch.setattr(loop, "forward", hungry)
-    found = run(bench, configs, tmp_path / "found")
+    found = run(bench, configs, tmp_path / "found", hungry)
     assert sorted(set(hungry.sizes)) == [2, 4, 8, 16]  # the last batch has one sample, the evaluation two by two
     assert hungry.sizes.count(16) == 1
     for one, other in zip(found, expected, strict=True):
@@ -261,28 +244,24 @@ def test_out_of_memory_halves_the_runs_in_a_pass_and_fails_none(
 
 
 def test_only_where_one_run_alone_does_not_fit_its_batch_is_cut(
-    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Workbench, small: Small, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(loop, "forward", Hungry(2))
-    found = run(bench, [small(batch_size=2), small(batch_size=4, seed=3)], tmp_path)
+    found = run(bench, [small(batch_size=2), small(batch_size=4, seed=3)], tmp_path, Hungry(2))
     assert not [e for e in found[0] if isinstance(e, MicroBatchReduced | OutOfMemory)]
     assert [e for e in found[1] if isinstance(e, MicroBatchReduced)] == [MicroBatchReduced(step=1, micro_batch_size=2)]
     assert len([e for e in found[1] if isinstance(e, EpochEnded)]) == 2
 
 
-def test_figures_fetched_later_are_the_same(
-    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_figures_fetched_later_are_the_same(bench: Workbench, small: Small, tmp_path: Path) -> None:
     """As on a GPU, where losses are looked at once in some rounds: what diverges is found later, yet all the same."""
 
     def windowed(window: int, out: Path) -> list[list[Event]]:
-        with Pack(bench) as pack:
+        with Pack(bench, forward=spoil(2)) as pack:
             pack.window = window
             members = [pack.add(small(seed=seed, num_epochs=3), out / str(seed)) for seed in range(3)]
             events = together(pack)
         return [events[member] for member in members]
 
-    monkeypatch.setattr(loop, "forward", spoil(2))
     at_once, later = windowed(1, tmp_path / "a"), windowed(3, tmp_path / "b")
     assert later[:2] == at_once[:2]
     assert [type(e) for e in later[2]] == [type(e) for e in at_once[2]]
@@ -292,10 +271,12 @@ def test_figures_fetched_later_are_the_same(
 def test_what_cannot_train_together_is_refused(bench: Workbench, small: Small, tmp_path: Path) -> None:
     with Pack(bench) as pack:
         pack.add(small(), tmp_path / "a")
+        base = bench.base(small())
         for fields in ({"torch_dtype": "float16"}, {"cache_features": False}, {"matmul_precision": "high"}):
             assert not pack.accepts(small(**fields))
             with pytest.raises(ConfigError, match="runs that train together"):
                 pack.add(small(**fields), tmp_path / "b")
+        assert bench.base(small()) is base, "another was loaded beside the one that trains"
         assert pack.accepts(small(target_modules=("query",), lora_r=1, max_samples=20))
 
 

@@ -10,6 +10,8 @@
 Everything else is a bug of ours and shows its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 MOST_SHOWN = 100
@@ -23,6 +25,12 @@ def shown(value: object, most: int = MOST_SHOWN) -> str:
     except Exception:  # noqa: BLE001 - whatever a class's own __repr__ raises, or Python for a number of 5,000 digits
         return f"<{type(value).__name__}>"
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`; did you mean 'x'?` with the nearest valid name, or an empty text."""
+    close = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class UserError(ValueError):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +17,8 @@ from trainer.common.errors import DataError, ModelError
 from trainer.config import TrainConfig
 from trainer.data.dataset import Row
 from trainer.data.images import open_image
+from trainer.model.batch import IGNORE, Batch
 
-if TYPE_CHECKING:
-    from trainer.model.ragged import Layout
-
-IGNORE = -100
-"""Label of positions that take no part in the loss, as in Transformers."""
 PIXEL_CACHE_BYTES = 1 << 30
 """Decoded and resized images are kept in memory up to this, by all DataLoader workers of a loader together; a data
 set that fits is decoded once, not every epoch."""
@@ -38,89 +34,6 @@ class Tokens:
     """The instruction for the language model, special tokens included, image tokens not."""
     target: tuple[int, ...]
     """The caption and EOS."""
-
-
-@dataclass
-class Batch:
-    """A padded batch. B samples, Q query tokens, lengths padded to the longest in the batch.
-
-    Its images are there in one of three forms: pixels, rows of a feature store, or the vision outputs themselves.
-    """
-
-    pixel_values: torch.Tensor | None
-    """(B, 3, height, width), float."""
-    qformer_ids: torch.Tensor
-    """(B, instruction length)."""
-    qformer_mask: torch.Tensor
-    text_ids: torch.Tensor
-    """(B, text length): the prompt (T5), or prompt and caption (decoder-only). The Q image tokens go before it."""
-    text_mask: torch.Tensor
-    labels: torch.Tensor
-    """(B, caption length) for T5; (B, text length), masked up to the caption, for decoder-only. `IGNORE` elsewhere."""
-    image_rows: torch.Tensor | None = None
-    """(B,), the images' rows in a feature store."""
-    image_embeds: torch.Tensor | None = None
-    """(B, patches + 1, vision hidden size)."""
-    layout: Layout | None = None
-    """Where its rows are, if that has been found already."""
-
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
-    def num_tokens(self) -> int:
-        """Label tokens."""
-        return int((self.labels != IGNORE).sum())
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on the device."""
-        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
-        layout = None if self.layout is None else self.layout.to(device)
-        return replace(moved, layout=layout, image_rows=self.image_rows)  # the store takes rows from the host
-
-    def micro(self, size: int) -> Iterator[Batch]:
-        """Slices of at most `size` samples, padded as the whole batch is."""
-        for start in range(0, len(self), size):
-            yield self._each(lambda tensor, start=start: tensor[start : start + size])  # type: ignore[misc]
-
-    def pin_memory(self) -> Batch:
-        """Called by the DataLoader where the device is a GPU."""
-        return self._each(torch.Tensor.pin_memory)
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"}
-        changed = {name: change(value) for name, value in values.items() if value is not None}
-        return replace(self, **changed, layout=None)
-
-
-def merge(batches: Sequence[Batch]) -> Batch:
-    """Several batches, on the host and all of one kind of model, as one, each padded to the longest of all."""
-    if len(batches) == 1:
-        return batches[0]
-
-    def joined(name: str, value: int) -> torch.Tensor:
-        parts = [getattr(batch, name).numpy() for batch in batches]
-        whole = np.full((sum(len(part) for part in parts), max(part.shape[1] for part in parts)), value, np.int64)
-        at = 0
-        for part in parts:
-            whole[at : at + len(part), : part.shape[1]] = part
-            at += len(part)
-        return torch.from_numpy(whole)
-
-    def images(name: str) -> torch.Tensor | None:
-        parts = [getattr(batch, name) for batch in batches]
-        return None if parts[0] is None else torch.cat(parts)
-
-    return Batch(
-        pixel_values=images("pixel_values"),
-        image_rows=images("image_rows"),
-        image_embeds=images("image_embeds"),
-        # Padded positions are masked; their ids need only be ones that the vocabulary has.
-        qformer_ids=joined("qformer_ids", 0),
-        qformer_mask=joined("qformer_mask", 0),
-        text_ids=joined("text_ids", 0),
-        text_mask=joined("text_mask", 0),
-        labels=joined("labels", IGNORE),
-    )
 
 
 class Tokenizer:

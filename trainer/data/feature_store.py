@@ -30,6 +30,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.common.errors import DataError
+from trainer.common.files import UNFINISHED, write_whole
 
 log = logging.getLogger("trainer.data.features")
 
@@ -142,8 +143,8 @@ class Store:
             self._repair()
 
     def _repair(self) -> None:
-        for left in self.folder.glob(f"{_TEMPORARY}*"):
-            left.unlink()
+        for unfinished in (*self.folder.glob(f"{_TEMPORARY}*"), *self.folder.glob(UNFINISHED)):
+            unfinished.unlink()
         for index_file in self._index_files():
             try:
                 self._open(index_file)
@@ -174,7 +175,7 @@ class Store:
         if not (self.folder / "key.json").exists():
             text = json.dumps(key, indent=1, sort_keys=True)
             with said(self.folder):
-                _write(self.folder / "key.json", text.encode())
+                write_whole(self.folder / "key.json", text)
 
     def writer(self) -> Writer:
         """For adding rows, with the lock held."""
@@ -273,7 +274,7 @@ class Writer:
         target = self._store.folder / f"segment-{self._number:06d}.bin"
         self._temporary.replace(target)
         index = Index(shape=self._store.shape, dtype=str(self._store.dtype), images=self._images)
-        _write(target.with_suffix(".json"), index.model_dump_json().encode())
+        write_whole(target.with_suffix(".json"), index.model_dump_json())
         self._stream, self._images = None, []
         self._number += 1
 
@@ -281,21 +282,6 @@ class Writer:
 def gb(size: int) -> str:
     """A number of bytes for people."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and make its name and those before it in the folder last."""
-    temporary = file.with_name(_TEMPORARY + file.name)
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    descriptor = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

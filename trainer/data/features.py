@@ -21,11 +21,13 @@ import PIL
 import torch
 import transformers
 
+from trainer.common.cache import cache_folder
 from trainer.common.errors import DataError
 from trainer.data.batches import Pixels, preprocessed
 from trainer.data.feature_store import Store, Stored, bytes_of, gb
 from trainer.data.images import IMAGE_ERRORS, content_of, decode, problem_of
 from trainer.model.base import Base, encode_images
+from trainer.model.library_private import attention_kernels
 
 log = logging.getLogger("trainer.data.features")
 
@@ -44,8 +46,6 @@ Progress = Callable[[int, int], None]
 
 def default_folder() -> Path:
     """Where features are kept: `features` in the folder of LORA_SEARCH_CACHE, or in `~/.cache/lora-search`."""
-    from trainer.mini import cache_folder
-
     return cache_folder() / "features"
 
 
@@ -76,11 +76,6 @@ class Features:
             KeyError: an image that was not asked for when the features were opened.
         """
         return self._index[image]
-
-    @property
-    def resident(self) -> bool:
-        """Whether all rows are in the GPU's memory."""
-        return self._table is not None
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
         """(B,) row numbers, long, on CPU -> (B, patches + 1, vision hidden size) on the base's device."""
@@ -154,7 +149,7 @@ def key_of(base: Base, image_processor: Any) -> dict[str, Any]:
     return {
         "weights": _weights_hash(vision),
         "vision_config": _without_noise(vision.config.to_dict()),
-        "attention": str(vision.config._attn_implementation),
+        "attention": attention_kernels(vision.config),
         "preprocessing": _without_noise(image_processor.to_dict()),
         "dtype": str(base.dtype),
         "device": base.device.type,

@@ -15,11 +15,10 @@ checkpoint/     the pretrained InstructBLIP: float16 on disk, to be used in floa
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
+from trainer.common.cache import cache_folder
+from trainer.common.files import whole_folder
 from trainer.mini import scenes
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -28,11 +27,6 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 STUDY_SCENES = 160
 STUDY_TILES_PER_SCENE = 4
 STUDY_SEED = 20260101
-
-
-def cache_folder() -> Path:
-    """Where generated data is kept: the environment variable LORA_SEARCH_CACHE, or `~/.cache/lora-search`."""
-    return Path(os.environ.get("LORA_SEARCH_CACHE") or "~/.cache/lora-search").expanduser()
 
 
 def ensure_data() -> Path:
@@ -44,24 +38,14 @@ def ensure_data() -> Path:
     recipe = (scenes.GENERATOR_VERSION, STUDY_SCENES, STUDY_TILES_PER_SCENE, STUDY_SEED, scenes.STUDY)
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
     target = cache_folder() / f"mini-{digest}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        scenes.write_dataset(
-            temporary / "data",
-            scenes=STUDY_SCENES,
-            tiles_per_scene=STUDY_TILES_PER_SCENE,
-            seed=STUDY_SEED,
-            style=scenes.STUDY,
-        )
-        try:
-            (temporary / "data").rename(target)
-        except OSError:
-            # Another process was first; a rename never replaces a folder that has content.
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if not target.is_dir():
+        # Another process may be doing the same: whoever is first counts. Not flushed: that takes 3 s for 641 files.
+        with whole_folder(target, replace=False, flush=False) as folder:
+            scenes.write_dataset(
+                folder,
+                scenes=STUDY_SCENES,
+                tiles_per_scene=STUDY_TILES_PER_SCENE,
+                seed=STUDY_SEED,
+                style=scenes.STUDY,
+            )
     return target

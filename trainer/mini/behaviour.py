@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch, eval_loader
+from trainer.data.batches import eval_loader
 from trainer.events import Diverged, EpochEnded, Event, RunStarted, StepEnded
 from trainer.loop import train
 from trainer.mini import CHECKPOINT
 from trainer.model.base import forward
+from trainer.model.batch import Batch
 from trainer.workbench import Workbench
 
 RATES = (5e-6, 2e-5, 5e-5, 1e-4, 2e-4, 4e-4, 7e-4, 1e-3)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from trainer.model.ragged import Rows
+from trainer.model.library_private import softmax_backward
+from trainer.model.ragged import Ragged
 
 DENSE = 10_000
 """Scores of a head, up to which writing attention out is faster on a CPU: forward and backward of 70 x 70 takes
@@ -26,8 +27,8 @@ def attend(
     value: torch.Tensor,
     *,
     size: int,
-    rows: Rows,
-    keys: Rows,
+    rows: Ragged,
+    keys: Ragged,
     scale: float,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -74,8 +75,8 @@ class _Dense(torch.autograd.Function):
         value: torch.Tensor,
         bias: torch.Tensor | None,
         size: int,
-        rows: Rows,
-        keys: Rows,
+        rows: Ragged,
+        keys: Ragged,
         scale: float,
     ) -> torch.Tensor:
         heads, groups = query.shape[1] // size, key.shape[1] // size
@@ -98,7 +99,7 @@ class _Dense(torch.autograd.Function):
         heads, groups, rows, keys, scale = ctx.args
         above = rows.apart(grad, heads, zeros=True).view(k.shape[0], -1, v.shape[2])
         grad_v = torch.bmm(shares.transpose(1, 2), above)
-        grad_scores = torch._softmax_backward_data(torch.bmm(above, v.transpose(1, 2)), shares, -1, shares.dtype)
+        grad_scores = softmax_backward(torch.bmm(above, v.transpose(1, 2)), shares, -1, shares.dtype)
         grad_q = torch.bmm(grad_scores, k)
         if scale != 1.0:
             grad_q.mul_(scale)

@@ -21,13 +21,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainer.common.errors import ModelError
-from trainer.data.batches import Batch
+from trainer.model.batch import Batch, layout_of
 from trainer.model.forward import llama, query_images, t5
 from trainer.model.fused import fuse
 from trainer.model.locate import check_type, locate
-from trainer.model.ragged import Layout, laid_out
+from trainer.model.ragged import Layout, input_rows
 
-CHAINS = {"t5": t5, "llama": llama}
+FORWARDS = {"t5": t5, "llama": llama}
 """Language models whose arithmetic is written out on rows without padding; others go through the library's forward."""
 
 SAMPLE_BLOCKS, SAMPLE_BYTES = 64, 65_536
@@ -176,11 +176,6 @@ def forward(model: Any, batch: Batch) -> Forward:
     return Forward(losses.to(queries.device), queries.unflatten(0, (len(batch), -1)))
 
 
-def layout_of(config: Any, batch: Batch) -> Layout:
-    """Where the batch's rows are, for an InstructBLIP of this config."""
-    return Layout.of(batch, int(config.num_query_tokens), decoder_only=bool(config.use_decoder_only_language_model))
-
-
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in float32, unless it is in float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -188,7 +183,7 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 def runs_on_rows(config: Any) -> bool:
     """Whether an InstructBLIP of this config has a language model that `trainer.model.forward` knows."""
-    return config.text_config.model_type in CHAINS
+    return config.text_config.model_type in FORWARDS
 
 
 def label_logits(model: Any, queries: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -200,14 +195,14 @@ def label_logits(model: Any, queries: torch.Tensor, layout: Layout) -> torch.Ten
         layout: of the pass.
     """
     language = model.language_model
-    with laid_out(layout.queries):
+    with input_rows(layout.queries):
         projected = model.language_projection(queries)
     text = model.get_input_embeddings()(layout.text_ids)
     embeds = layout.text.join(projected.to(text), text)
     if not runs_on_rows(model.config):
         return _library_logits(model, embeds, layout)
-    states = CHAINS[model.config.text_config.model_type](language, embeds, layout)
-    with laid_out(layout.labels):
+    states = FORWARDS[model.config.text_config.model_type](language, embeds, layout)
+    with input_rows(layout.labels):
         return model.get_output_embeddings()(states)  # type: ignore[no-any-return]
 
 
@@ -220,7 +215,7 @@ def _library_logits(model: Any, embeds: torch.Tensor, layout: Layout) -> torch.T
     if layout.predicts is None:
         padded = labels.pad(layout.label_ids[:, None])[:, :, 0]
         inputs = {"decoder_input_ids": model.language_model.prepare_decoder_input_ids_from_labels(padded)}
-    with _only_labels(model.get_output_embeddings(), layout), laid_out(labels):
+    with _only_labels(model.get_output_embeddings(), layout), input_rows(labels):
         return model.language_model(  # type: ignore[no-any-return]
             inputs_embeds=rows.pad(embeds), attention_mask=mask, use_cache=False, **inputs
         ).logits

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from trainer.model.attention import attend, hidden
-from trainer.model.ragged import Chosen, Layout, Rows, laid_out
+from trainer.model.ragged import Layout, Ragged, Selection, input_rows
 
 BIAS_STEP = 64
 """Position biases are computed for lengths that are multiples of this."""
@@ -34,7 +34,7 @@ def query_images(model: Any, image_embeds: torch.Tensor, layout: Layout) -> torc
     queries = model.query_tokens.to(text).expand(layout.queries.samples, -1, -1).flatten(0, 1)
     dtype = embeddings.layernorm.weight.dtype
     queries, text = (embeddings.layernorm(each.to(dtype)) for each in (queries, text))
-    joined, images = layout.instructions, Rows.of([image_embeds.shape[1]] * layout.queries.samples, text.device)
+    joined, images = layout.instructions, Ragged.of([image_embeds.shape[1]] * layout.queries.samples, text.device)
     bias = hidden(joined.rows.seen(), dtype)
     for layer in layers:
         queries, text, image_embeds, bias = _on(layer.output_query.LayerNorm.weight, queries, text, image_embeds, bias)
@@ -44,24 +44,24 @@ def query_images(model: Any, image_embeds: torch.Tensor, layout: Layout) -> torc
         else:
             rows = _block(layer.attention, rows, joined.rows, rows, joined.rows, bias)
             queries, text = joined.split(rows)
-            with laid_out(layout.instruction_rows):
+            with input_rows(layout.instruction_rows):
                 text = layer.feed_forward_chunk(text)
         if layer.has_cross_attention:
             queries = _block(layer.crossattention, queries, layout.queries, image_embeds, images, None)
-        with laid_out(layout.queries):
+        with input_rows(layout.queries):
             queries = layer.feed_forward_chunk_query(queries)
     return queries  # type: ignore[no-any-return]
 
 
 def _block(
-    module: Any, states: torch.Tensor, rows: Rows, memory: torch.Tensor, keys: Rows, bias: torch.Tensor | None
+    module: Any, states: torch.Tensor, rows: Ragged, memory: torch.Tensor, keys: Ragged, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """An attention block of the Q-Former: states that attend to a memory, rows or (B, patches + 1, hidden) images."""
     inner = module.attention
-    with laid_out(keys):
+    with input_rows(keys):
         key, value = (part(memory).view(keys.starts[-1], -1) for part in (inner.key, inner.value))
     size = inner.attention_head_size
-    with laid_out(rows):
+    with input_rows(rows):
         query = inner.query(states)
         out = attend(query, key, value, size=size, rows=rows, keys=keys, scale=size**-0.5, bias=bias)
         return module.output(out, states)  # type: ignore[no-any-return]
@@ -92,7 +92,7 @@ def _shifted(layout: Layout, start: int) -> torch.Tensor:
 
 
 def _t5_stack(
-    stack: Any, states: torch.Tensor, rows: Rows, encoded: tuple[torch.Tensor, Rows] | None = None
+    stack: Any, states: torch.Tensor, rows: Ragged, encoded: tuple[torch.Tensor, Ragged] | None = None
 ) -> torch.Tensor:
     bias = _position_bias(stack, rows.length)
     # Of padding, a decoder sees nothing anyway: it comes after what is read.
@@ -108,7 +108,7 @@ def _t5_stack(
         if memory is not None:
             layer = block.layer[1]
             states = _t5_block(layer, layer.EncDecAttention, states, rows, memory, memory_rows, memory_bias)
-        with laid_out(rows):
+        with input_rows(rows):
             states = _clamped(block.layer[-1](states))
     (states,) = _on(stack.final_layer_norm.weight, states)
     return stack.final_layer_norm(states)  # type: ignore[no-any-return]
@@ -137,17 +137,17 @@ def _t5_block(
     layer: Any,
     inner: Any,
     states: torch.Tensor,
-    rows: Rows,
+    rows: Ragged,
     memory: torch.Tensor | None,
-    keys: Rows,
+    keys: Ragged,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """An attention block of T5: of the states to a memory, or to themselves."""
     normed = layer.layer_norm(states)
-    with laid_out(keys):
+    with input_rows(keys):
         seen = normed if memory is None else memory
         key, value = inner.k(seen), inner.v(seen)
-    with laid_out(rows):
+    with input_rows(rows):
         # T5 does not scale: its initial values do.
         size = inner.key_value_proj_dim
         out = attend(inner.q(normed), key, value, size=size, rows=rows, keys=keys, scale=1.0, bias=bias)
@@ -192,15 +192,15 @@ def llama(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
 def _llama_layer(
     layer: Any,
     states: torch.Tensor,
-    rows: Rows,
+    rows: Ragged,
     rotary: tuple[torch.Tensor, ...],
     bias: torch.Tensor | None,
-    read: tuple[Chosen, Rows] | None = None,
+    read: tuple[Selection, Ragged] | None = None,
 ) -> torch.Tensor:
     """A layer of Llama: at all rows, or at those that are read."""
     states, cos, sin, bias = _on(layer.input_layernorm.weight, states, *rotary, bias)
     inner = layer.self_attn
-    with laid_out(rows):
+    with input_rows(rows):
         normed = layer.input_layernorm(states)
         key, value = _rotated(inner.k_proj(normed), cos, sin), inner.v_proj(normed)
     own = rows
@@ -208,7 +208,7 @@ def _llama_layer(
         chosen, own = read
         index = chosen.index.to(cos.device)
         states, normed, cos, sin = chosen.take(states), chosen.take(normed), cos[index], sin[index]
-    with laid_out(own):
+    with input_rows(own):
         query = _rotated(inner.q_proj(normed), cos, sin)
         out = attend(query, key, value, size=inner.head_dim, rows=own, keys=rows, scale=inner.scaling, bias=bias)
         states = states + inner.o_proj(out)

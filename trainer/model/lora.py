@@ -23,7 +23,8 @@ from torch import nn
 from trainer.common.errors import ModelError
 from trainer.config import TrainConfig
 from trainer.model import peft_format
-from trainer.model.ragged import current
+from trainer.model.library_private import forward_attribute, skip_update_if
+from trainer.model.ragged import current_input_rows
 
 STATE = ("exp_avg", "exp_avg_sq")
 """AdamW's moments, as its state names them."""
@@ -141,8 +142,7 @@ class Adapter:
         self.optimizer.param_groups[0]["lr"] = rate
         self.grads.mul_(keep)
         if self.fused:
-            # What PyTorch's own GradScaler sets: the kernel does nothing if it is 1.
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            skip_update_if(self.optimizer, bad)
             self.optimizer.step()
         elif not bool(bad):
             self.optimizer.step()
@@ -233,8 +233,7 @@ class Hooks:
         for name in modules:
             if name not in self._covered:
                 module = self.model.get_submodule(name)
-                # Accelerate has put itself before the forward of a base that is spread, and calls this one.
-                attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+                attribute = forward_attribute(module)
                 original = getattr(module, attribute)
                 self._covered[name] = (module, attribute, original)
                 setattr(module, attribute, partial(self._apply, name, module, original))
@@ -327,7 +326,7 @@ class _Lora(torch.autograd.Function):
 def _sizes(segments: Sequence[Segment], x: torch.Tensor) -> list[int]:
     """Rows that each segment has of an input: (samples, ..., features), or rows as they are laid out at the moment."""
     if x.dim() == 2:
-        starts = current().starts
+        starts = current_input_rows().starts
         return [starts[segment.stop] - starts[segment.start] for segment in segments]
     each = x.numel() // (x.shape[0] * x.shape[-1])
     return [(segment.stop - segment.start) * each for segment in segments]

@@ -1,7 +1,7 @@
 """Sequences of different lengths as rows, without padding between them.
 
 A batch's hidden states are one matrix, sample after sample: linear layers, norms and activations, which is nearly all
-of the arithmetic, compute nothing for padding. Attention alone takes them apart, `Rows.pad`, and gives them back.
+of the arithmetic, compute nothing for padding. Attention alone takes them apart, `Ragged.pad`, and gives them back.
 Krell et al. 2021, https://arxiv.org/abs/2107.02027, have what padding costs.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from typing import Any
@@ -16,18 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.batches import IGNORE, Batch
+Padded = tuple[np.ndarray, np.ndarray]
+"""(values, which of them are not padding), both (B, length): as a batch holds them, on the host."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class Ragged:
     """Where the rows of each sample are: N rows of B samples, the longest of which has L."""
 
     starts: tuple[int, ...]
     """(B + 1): the first row of each sample, and N."""
     length: int
     """L."""
-    slots: torch.Tensor | None
+    places: torch.Tensor | None
     """(N,): the place of each row in (B x L) padded ones. None if all samples have L rows."""
     sources: torch.Tensor | None
     """(B x L,): the row of each place; of padding, the last one of its own sample, so that what is not finite stays
@@ -37,17 +39,17 @@ class Rows:
     _heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, compare=False)
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Rows:
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Ragged:
         """For samples of these lengths."""
         starts = tuple(accumulate(lengths, initial=0))
         longest = max(lengths)
         if min(lengths) == longest:
             return cls(starts, longest, None, None, None)
-        places, counts = np.arange(longest), np.array(lengths, dtype=np.int64)[:, None]
-        sources = np.array(starts[:-1], dtype=np.int64)[:, None] + np.minimum(places, counts - 1)
-        gradients = np.where(places < counts, sources, starts[-1])
-        slots = np.flatnonzero(places < counts)
-        return cls(starts, longest, *(_tensor(each.ravel(), device) for each in (slots, sources, gradients)))
+        columns, counts = np.arange(longest), np.array(lengths, dtype=np.int64)[:, None]
+        sources = np.array(starts[:-1], dtype=np.int64)[:, None] + np.minimum(columns, counts - 1)
+        gradients = np.where(columns < counts, sources, starts[-1])
+        places = np.flatnonzero(columns < counts)
+        return cls(starts, longest, *(_tensor(each.ravel(), device) for each in (places, sources, gradients)))
 
     @property
     def samples(self) -> int:
@@ -56,23 +58,23 @@ class Rows:
 
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
         """(N, features) to (B, L, features); what padding holds is finite if its sample is, and means nothing."""
-        if self.sources is not None and self.slots is not None:
-            rows = _gather(rows, self.sources, self.slots, holes=False)
+        if self.sources is not None and self.places is not None:
+            rows = _gather(rows, self.sources, self.places, holes=False)
         return rows.view(self.samples, self.length, -1)
 
     def unpad(self, padded: torch.Tensor) -> torch.Tensor:
         """(B, L, features) to (N, features)."""
         places = padded.flatten(0, 1)
-        if self.slots is None or self.gradients is None:
+        if self.places is None or self.gradients is None:
             return places
-        return _gather(places, self.slots, self.gradients, holes=True)
+        return _gather(places, self.places, self.gradients, holes=True)
 
     def seen(self) -> torch.Tensor | None:
         """(B, 1, 1, L), true at places that are no padding; None if none is."""
-        if self.slots is None:
+        if self.places is None:
             return None
-        mask = torch.zeros(self.samples * self.length, dtype=torch.bool, device=self.slots.device)
-        return mask.index_fill_(0, self.slots, True).view(self.samples, 1, 1, self.length)
+        mask = torch.zeros(self.samples * self.length, dtype=torch.bool, device=self.places.device)
+        return mask.index_fill_(0, self.places, True).view(self.samples, 1, 1, self.length)
 
     def apart(self, rows: torch.Tensor, heads: int, *, zeros: bool = False) -> torch.Tensor:
         """(N, heads x size) to (B x heads, L, size); no autograd.
@@ -82,7 +84,7 @@ class Rows:
             heads: that a row holds side by side.
             zeros: padding is 0, not something finite.
         """
-        if self.slots is None:
+        if self.places is None:
             return (
                 rows.view(self.samples, self.length, heads, -1)
                 .transpose(1, 2)
@@ -99,7 +101,7 @@ class Rows:
     def together(self, heads_apart: torch.Tensor, heads: int) -> torch.Tensor:
         """What `apart` takes apart: (B x heads, L, size) to (N, heads x size); no autograd."""
         size = heads_apart.shape[-1]
-        if self.slots is None:
+        if self.places is None:
             whole = heads_apart.view(self.samples, heads, self.length, size).transpose(1, 2)
             return whole.reshape(self.samples * self.length, heads * size)
         slots, _ = self._by_head(heads)
@@ -108,9 +110,9 @@ class Rows:
     def _by_head(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(slots, sources) of (N x heads) parts of rows in (B, heads, L) places, found once."""
         if heads not in self._heads:
-            assert self.slots is not None and self.sources is not None
-            head = torch.arange(heads, device=self.slots.device)
-            sample, place = self.slots // self.length, self.slots % self.length
+            assert self.places is not None and self.sources is not None
+            head = torch.arange(heads, device=self.places.device)
+            sample, place = self.places // self.length, self.places % self.length
             slots = (sample[:, None] * heads + head) * self.length + place[:, None]
             sources = self.sources.view(-1, 1, self.length) * heads + head[:, None]
             self._heads[heads] = slots.view(-1), sources.view(-1)
@@ -118,10 +120,10 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Joined:
+class QueriesWithText:
     """Rows that each begin with the Q queries of their sample, its text after them."""
 
-    rows: Rows
+    rows: Ragged
     queries: torch.Tensor
     """(B x Q,): which rows are queries."""
     text: torch.Tensor
@@ -130,9 +132,9 @@ class Joined:
     """(N,): where each row is in all queries with all text behind them."""
 
     @classmethod
-    def of(cls, text: Rows, lengths: Sequence[int], queries: int, device: torch.device) -> Joined:
+    def of(cls, text: Ragged, lengths: Sequence[int], queries: int, device: torch.device) -> QueriesWithText:
         """For texts of these lengths."""
-        rows = Rows.of([queries + length for length in lengths], device)
+        rows = Ragged.of([queries + length for length in lengths], device)
         own = (np.array(rows.starts[:-1], dtype=np.int64)[:, None] + np.arange(queries)).ravel()
         # The text's rows, each moved on by the queries of its own sample and of those before.
         moved = np.arange(text.starts[-1]) + np.repeat(queries * np.arange(1, len(lengths) + 1), lengths)
@@ -152,16 +154,16 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selection:
     """Some of N rows."""
 
     index: torch.Tensor
     """(n,): which, each at most once."""
     back: torch.Tensor
-    """(N,): where each is among the chosen; of the others n, as `Rows.gradients` has it."""
+    """(N,): where each is among the chosen; of the others n, as `Ragged.gradients` has it."""
 
     @classmethod
-    def of(cls, index: np.ndarray, total: int, device: torch.device) -> Chosen:
+    def of(cls, index: np.ndarray, total: int, device: torch.device) -> Selection:
         """These of `total` rows."""
         back = np.full(total, len(index), dtype=np.int64)
         back[index] = np.arange(len(index))
@@ -176,47 +178,58 @@ class Chosen:
 class Layout:
     """All that a pass has to know of the lengths of its samples, and the ids of their rows."""
 
-    queries: Rows
-    instructions: Joined
+    queries: Ragged
+    instructions: QueriesWithText
     """What the Q-Former sees."""
     instruction_ids: torch.Tensor
     instruction_positions: torch.Tensor
-    instruction_rows: Rows
-    text: Joined
+    instruction_rows: Ragged
+    text: QueriesWithText
     """What the language model sees, or its encoder."""
     text_ids: torch.Tensor
-    labels: Rows
+    labels: Ragged
     """Label tokens."""
     label_ids: torch.Tensor
-    predicts: Chosen | None
+    predicts: Selection | None
     """The row of `text` that predicts each label token, where the language model is decoder-only."""
 
     @classmethod
-    def of(cls, batch: Batch, queries: int, *, decoder_only: bool) -> Layout:
-        """The layout of a batch: found on the host, or a GPU would be asked for each length."""
-        device = batch.labels.device
-        # NumPy: of arrays this small, PyTorch takes five times as long for each operation.
-        instruction_mask, text_mask = batch.qformer_mask.cpu().numpy() != 0, batch.text_mask.cpu().numpy() != 0
-        label_ids = batch.labels.cpu().numpy()
-        label_mask = label_ids != IGNORE
-        instructions, texts, labels = (m.sum(1).tolist() for m in (instruction_mask, text_mask, label_mask))
-        instruction_rows = Rows.of(instructions, device)
-        text = Joined.of(Rows.of(texts, device), texts, queries, device)
+    def of(
+        cls,
+        *,
+        instructions: Padded,
+        text: Padded,
+        labels: Padded,
+        queries: int,
+        decoder_only: bool,
+        device: torch.device,
+    ) -> Layout:
+        """The layout of padded samples, `queries` query tokens each."""
+        (instruction_ids, instruction_mask), (text_ids, text_mask), (label_ids, label_mask) = (
+            instructions,
+            text,
+            labels,
+        )
+        instruction_lengths, text_lengths, label_lengths = (
+            mask.sum(1).tolist() for mask in (instruction_mask, text_mask, label_mask)
+        )
+        instruction_rows = Ragged.of(instruction_lengths, device)
+        joined = QueriesWithText.of(Ragged.of(text_lengths, device), text_lengths, queries, device)
         predicts = None
         if decoder_only:
             # The state before a token predicts it, and before the first there are the queries.
             sample, place = np.nonzero(label_mask)
-            predicting = np.array(text.rows.starts, dtype=np.int64)[sample] + place + queries - 1
-            predicts = Chosen.of(predicting, text.rows.starts[-1], device)
+            predicting = np.array(joined.rows.starts, dtype=np.int64)[sample] + place + queries - 1
+            predicts = Selection.of(predicting, joined.rows.starts[-1], device)
         return cls(
-            queries=Rows.of([queries] * len(batch), device),
-            instructions=Joined.of(instruction_rows, instructions, queries, device),
-            instruction_ids=_tensor(batch.qformer_ids.cpu().numpy()[instruction_mask], device),
+            queries=Ragged.of([queries] * len(label_ids), device),
+            instructions=QueriesWithText.of(instruction_rows, instruction_lengths, queries, device),
+            instruction_ids=_tensor(instruction_ids[instruction_mask], device),
             instruction_positions=_tensor(np.nonzero(instruction_mask)[1], device),
             instruction_rows=instruction_rows,
-            text=text,
-            text_ids=_tensor(batch.text_ids.cpu().numpy()[text_mask], device),
-            labels=Rows.of(labels, device),
+            text=joined,
+            text_ids=_tensor(text_ids[text_mask], device),
+            labels=Ragged.of(label_lengths, device),
             label_ids=_tensor(label_ids[label_mask], device),
             predicts=predicts,
         )
@@ -233,29 +246,33 @@ def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, Rows | Joined | Chosen | Layout):
+    if isinstance(value, Ragged | QueriesWithText | Selection | Layout):
         return type(value)(**{f.name: _moved(getattr(value, f.name), device) for f in fields(value) if f.init})
     return value
 
 
-_current: Rows | None = None
+_input_rows: ContextVar[Ragged] = ContextVar("rows of the inputs of adapted modules")
+"""A context, not an argument: between the forward pass, which knows the rows, and the adapted linear modules, which
+need them, lies code of the library's (`feed_forward_chunk` of the Q-Former, T5's and Llama's feed-forwards, the output
+of an attention block), which calls them with one tensor. Their number of rows alone does not say which rows they are:
+queries and text may be equally many. Of each thread its own."""
 
 
 @contextmanager
-def laid_out(rows: Rows) -> Iterator[None]:
-    """Within, matrices have these rows: what adapters of several runs have to know of the modules' inputs."""
-    global _current
-    before, _current = _current, rows
+def input_rows(rows: Ragged) -> Iterator[None]:
+    """Within, the matrices that adapted modules are called with have these rows."""
+    token = _input_rows.set(rows)
     try:
         yield
     finally:
-        _current = before
+        _input_rows.reset(token)
 
 
-def current() -> Rows:
-    """The rows of matrices here."""
-    assert _current is not None, "a matrix of rows outside of `laid_out`"
-    return _current
+def current_input_rows() -> Ragged:
+    """The rows of a matrix that an adapted module is called with here."""
+    rows = _input_rows.get(None)
+    assert rows is not None, "a matrix of rows outside of `input_rows`"
+    return rows
 
 
 # PyTorch's index_select adds its gradient up row by row, since an index may name a row twice. These name none twice,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ from trainer import loop, member, runtime
 from trainer.common.disk import NoRoom
 from trainer.common.errors import DataError
 from trainer.data import dataset
-from trainer.data.batches import Batch
 from trainer.events import EpochEnded, StepEnded
 from trainer.model.base import Forward, forward
+from trainer.model.batch import Batch
 from trainer.workbench import Workbench
 
 
@@ -170,7 +171,7 @@ def test_a_fault_of_the_shared_pass_lets_the_trials_go_on_one_by_one(
             raise RuntimeError("too much at once")
         return forward(model, batch)
 
-    monkeypatch.setattr(loop, "forward", crowded)
+    monkeypatch.setattr(loop, "Pack", partial(loop.Pack, forward=crowded))
     trials, heard = search(trials=3, slots=3)
     assert [t.state for t in trials] == ["COMPLETE"] * 3
     assert "too much at once; 3 trials resume one by one" in next(m.text for m in heard if isinstance(m, Notice))

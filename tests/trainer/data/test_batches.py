@@ -18,9 +18,10 @@ from transformers import InstructBlipProcessor, PreTrainedTokenizerFast
 from trainer.common.errors import DataError, ModelError
 from trainer.config import TrainConfig
 from trainer.data import batches as data
-from trainer.data.batches import IGNORE, Batch, CaptionDataset, Collator, EpochSampler, Pixels, Tokenizer, batches
+from trainer.data.batches import CaptionDataset, Collator, EpochSampler, Pixels, Tokenizer, batches
 from trainer.data.dataset import Row
 from trainer.mini import CHECKPOINT
+from trainer.model.batch import IGNORE, Batch
 
 PROMPT = "Describe this image in detail."
 CAPTION = "An aerial image of a harbor. Two piers lie on the left."

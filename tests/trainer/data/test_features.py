@@ -448,7 +448,7 @@ def test_waiting_is_reported(opened: Open, images: list[Path], tmp_path: Path) -
 
 def test_the_table_on_a_device_holds_the_rows(opened: Open, images: list[Path]) -> None:
     found = opened(images)
-    assert not found.resident, "memory mapped on CPU"
+    assert found._table is None, "memory mapped on CPU"
     table = features._upload(found._rows, CPU)
     assert torch.equal(table, found.take(torch.arange(len(images))))
 
@@ -467,7 +467,7 @@ def test_on_a_gpu(
     base = load_base(str(tiny_checkpoint), dtype=torch.float32, device=torch.device("cuda"))
     pixels = Pixels(base.processor.image_processor)
     found = compute_or_open(tmp_path / "a", base, images, pixels)
-    assert found.resident == (fraction > 0)
+    assert (found._table is not None) == (fraction > 0)
     batch = torch.stack([pixels(path) for path in images[:FORWARD_BATCH]]).cuda()
     taken = all_of(found, images)
     assert taken.device.type == "cuda"

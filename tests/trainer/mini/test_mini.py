@@ -156,7 +156,7 @@ def test_a_failed_generation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("LORA_SEARCH_CACHE", str(tmp_path))
 
     def fail(out: Path, **_: object) -> None:
-        out.mkdir()
+        (out / "images").mkdir()
         raise OSError("disk full")
 
     monkeypatch.setattr(scenes, "write_dataset", fail)

@@ -11,17 +11,16 @@ import torch
 from peft import PeftModel
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from tests.support import peft_reference
 from tests.support.tiny import IMAGE_TOKEN, QUERIES, tiny_batch, tiny_model
 from trainer.common.errors import ModelError
 from trainer.config import TrainConfig
-from trainer.data.batches import IGNORE, Batch
 from trainer.model import peft_format
-from trainer.model.activation import TanhGELU
-from trainer.model.base import encode_images, forward, label_logits, layout_of, load_base
+from trainer.model.base import encode_images, forward, label_logits, load_base
+from trainer.model.batch import IGNORE, Batch, layout_of
 from trainer.model.forward import query_images
-from trainer.model.fused import fuse
+from trainer.model.fused import RMSNorm, TanhGELU, _Normed, fuse
 from trainer.model.lora import Adapter, Hooks, Segment, _dropout_mask
-from trainer.model.norm import RMSNorm, _Normed
 
 KINDS = ("t5", "llama")
 
@@ -82,8 +81,8 @@ def test_norms_of_other_dtypes_stay_the_librarys(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_the_library(kind: str) -> None:
     model, batch = tiny_model(kind), tiny_batch(kind)
-    with peft_format.attached(model, TrainConfig(lora_dropout=0.0)) as (peft_model, _):
-        parameters = peft_format.parameters(peft_model)
+    with peft_reference.attached(model, TrainConfig(lora_dropout=0.0)) as (peft_model, _):
+        parameters = peft_reference.parameters(peft_model)
         with torch.no_grad():
             for p in parameters.values():
                 p.normal_(std=0.1)
@@ -181,10 +180,10 @@ def test_adapter_size_is_the_closed_formula(kind: str, r: int) -> None:
     # output.dense; and two feed-forwards (query and text) of two dense modules each.
     assert len(names) == (2 + 1) * 4 + 2 * 2 * 2
     assert all(name.startswith("qformer.") for name in names)
-    expected = peft_format.lora_parameters(model, names, r)
-    with peft_format.attached(model, TrainConfig(lora_r=r, lora_alpha=2 * r)) as (peft_model, modules):
+    expected = peft_reference.lora_parameters(model, names, r)
+    with peft_reference.attached(model, TrainConfig(lora_r=r, lora_alpha=2 * r)) as (peft_model, modules):
         assert modules == names
-        assert sum(p.numel() for p in peft_format.parameters(peft_model).values()) == expected
+        assert sum(p.numel() for p in peft_reference.parameters(peft_model).values()) == expected
 
 
 def test_the_real_model_has_120_modules() -> None:
@@ -207,10 +206,10 @@ def test_a_fresh_adapter_changes_nothing_and_leaves_no_trace() -> None:
     before = forward(model, batch).loss_sum
     keys = set(model.state_dict())
     for _ in range(3):
-        with peft_format.attached(model, TrainConfig()) as (peft_model, _modules):
+        with peft_reference.attached(model, TrainConfig()) as (peft_model, _modules):
             peft_model.eval()
             torch.testing.assert_close(forward(model, batch).loss_sum, before)
-            assert all("lora_" in name for name in peft_format.parameters(peft_model))
+            assert all("lora_" in name for name in peft_reference.parameters(peft_model))
         assert set(model.state_dict()) == keys
         assert not any(p.requires_grad for p in model.parameters())
     assert torch.equal(forward(model, batch).loss_sum, before)
@@ -241,8 +240,8 @@ def test_gradients_equal_pefts_wherever_adapters_sit(where: str) -> None:
     ours.backward()
     hooks.remove()
     found = adapter.named()
-    with peft_format.attached(model, config) as (peft_model, _):
-        parameters = peft_format.parameters(peft_model)
+    with peft_reference.attached(model, config) as (peft_model, _):
+        parameters = peft_reference.parameters(peft_model)
         assert list(parameters) == list(found)
         with torch.no_grad():
             for name, parameter in parameters.items():

@@ -12,17 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import peft_reference
 from tests.support.tiny import QUERIES, tiny_batch, tiny_model
 from tests.trainer.model.test_base import KINDS, library_forward
 from trainer.config import TrainConfig
-from trainer.data.batches import IGNORE
 from trainer.loop import Pack
-from trainer.model import attention, base, peft_format
+from trainer.model import attention, base
 from trainer.model import forward as chain
 from trainer.model.attention import attend, hidden
-from trainer.model.base import forward, layout_of
+from trainer.model.base import forward
+from trainer.model.batch import IGNORE, layout_of
 from trainer.model.lora import Adapter
-from trainer.model.ragged import Chosen, Joined, Rows, current, laid_out
+from trainer.model.ragged import QueriesWithText, Ragged, Selection, current_input_rows, input_rows
 from trainer.workbench import Workbench
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ lengths_of = st.lists(st.integers(1, 7), min_size=1, max_size=5)
 @settings(deadline=None)
 @given(lengths_of, st.integers(1, 3))
 def test_rows_come_back_as_they_were(lengths: list[int], heads: int) -> None:
-    rows = Rows.of(lengths, CPU)
+    rows = Ragged.of(lengths, CPU)
     x = torch.randn(sum(lengths), heads * 2)
     padded = rows.pad(x)
     assert padded.shape == (len(lengths), max(lengths), heads * 2)
@@ -56,7 +57,7 @@ def test_rows_come_back_as_they_were(lengths: list[int], heads: int) -> None:
 @settings(deadline=None)
 @given(lengths_of, st.integers(1, 3))
 def test_queries_come_before_their_samples_text(lengths: list[int], queries: int) -> None:
-    joined = Joined.of(Rows.of(lengths, CPU), lengths, queries, CPU)
+    joined = QueriesWithText.of(Ragged.of(lengths, CPU), lengths, queries, CPU)
     text = torch.arange(float(sum(lengths)))[:, None]
     own = -1 - torch.arange(float(queries * len(lengths)))[:, None]
     rows = joined.join(own, text)[:, 0].tolist()
@@ -71,8 +72,8 @@ def test_queries_come_before_their_samples_text(lengths: list[int], queries: int
 
 def test_derivatives() -> None:
     """Of what gathers and scatters, with padding that is used for something and must have no part in it."""
-    rows = Rows.of([2, 4, 1], CPU)
-    joined = Joined.of(rows, [2, 4, 1], 2, CPU)
+    rows = Ragged.of([2, 4, 1], CPU)
+    joined = QueriesWithText.of(rows, [2, 4, 1], 2, CPU)
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     queries = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     seen = rows.seen()
@@ -80,7 +81,7 @@ def test_derivatives() -> None:
     mask = seen.view(3, 4, 1)
     assert torch.autograd.gradcheck(lambda x: rows.unpad((rows.pad(x) * mask).cumsum(1)), x)
     assert torch.autograd.gradcheck(lambda q, x: joined.join(q, x) ** 2, (queries, x))
-    chosen = Chosen.of(np.array([5, 0, 6]), 7, CPU)
+    chosen = Selection.of(np.array([5, 0, 6]), 7, CPU)
     assert torch.equal(chosen.take(x), x[[5, 0, 6]])
     assert torch.autograd.gradcheck(lambda x: chosen.take(x) ** 2, x)
     assert torch.autograd.gradcheck(lambda q, x: joined.split(joined.join(q, x) ** 2), (queries, x))
@@ -95,8 +96,8 @@ def test_attention_written_out_equals_pytorchs(
     heads: int, key_heads: int, lengths: tuple[int, ...], own: bool, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = 5
-    rows = Rows.of(lengths, CPU)
-    keys = rows if own else Rows.of((6, 1, 4), CPU)
+    rows = Ragged.of(lengths, CPU)
+    keys = rows if own else Ragged.of((6, 1, 4), CPU)
     torch.manual_seed(1)
     inputs = [
         torch.randn(of.starts[-1], n * size, dtype=torch.float64, requires_grad=True)
@@ -141,7 +142,7 @@ def test_other_language_models_go_through_the_librarys_forward(
 ) -> None:
     model_, batch = tiny_model(kind), tiny_batch(kind, size)
     ours = forward(model_, batch).token_losses
-    monkeypatch.setattr(base, "CHAINS", {})
+    monkeypatch.setattr(base, "FORWARDS", {})
     assert not base.runs_on_rows(model_.config)
     padded = forward(model_, batch).token_losses
     torch.testing.assert_close(padded, ours, rtol=1e-5, atol=1e-6)
@@ -154,7 +155,7 @@ def test_they_train_one_run_in_a_pass(
 ) -> None:
     for known in (True, False):
         if not known:
-            monkeypatch.setattr(base, "CHAINS", {})
+            monkeypatch.setattr(base, "FORWARDS", {})
         with Pack(Workbench()) as pack:
             pack.add(small(), tmp_path / str(known))
             assert pack.at_once == (None if known else 1)
@@ -180,9 +181,9 @@ def test_initial_values_are_pefts(targets: tuple[str, ...]) -> None:
     before = dict(model_.named_modules())
     adapter = Adapter(model_, config)
     assert dict(model_.named_modules()) == before
-    with peft_format.attached(model_, config) as (peft_model, modules):
+    with peft_reference.attached(model_, config) as (peft_model, modules):
         assert adapter.modules == modules
-        expected = peft_format.parameters(peft_model)
+        expected = peft_reference.parameters(peft_model)
         found = adapter.named()
         assert list(found) == list(expected)
         for name, parameter in expected.items():
@@ -191,8 +192,8 @@ def test_initial_values_are_pefts(targets: tuple[str, ...]) -> None:
 
 
 def test_a_matrix_outside_is_a_fault() -> None:
-    rows = Rows.of([1, 2], CPU)
-    with laid_out(rows):
-        assert current() is rows
+    rows = Ragged.of([1, 2], CPU)
+    with input_rows(rows):
+        assert current_input_rows() is rows
     with pytest.raises(AssertionError, match="outside"):
-        current()
+        current_input_rows()
