@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from search.session import Result, SearchOptions, Session
+    from search.leaderboard import Result
+    from search.options import SearchOptions
+    from search.session import Session
 
 __all__ = ["Result", "SearchOptions", "Session"]
 
@@ -21,7 +23,7 @@ __all__ = ["Result", "SearchOptions", "Session"]
 def __getattr__(name: str) -> Any:
     """The public names, imported when they are asked for: a command must not wait for what it does not use."""
     if name in __all__:
-        from search import session
+        from search import session  # has all three
 
         return getattr(session, name)
     raise AttributeError(f"module 'search' has no attribute {name!r}")

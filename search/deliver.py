@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search import options
-from search.options import RunsOption, TrackingOption
+from search.options import RunsOption, TrackingOption, spelled
+from search.places import RUNS, Places
 from trainer.common import cli
 
 if TYPE_CHECKING:
@@ -21,19 +20,19 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     study: Annotated[str, typer.Option(help="The study, or one generation of it, e.g. rsicap or rsicap-2.")],
     tracking_uri: TrackingOption = None,
-    runs_dir: RunsOption = Path("runs"),
+    runs_dir: RunsOption = RUNS,
 ) -> None:
     """Deliver the records of a study that MLflow did not take. The command of the search delivers them too."""
     from search.errors import StudyError
     from search.tracking.delivery import Delivery
     from search.tracking.runs import StudyRuns
 
-    names = (study, study.replace("-", "_"))  # as search.run takes it
-    folder = next((runs_dir / name for name in names if (runs_dir / name).is_dir()), None)
-    if folder is None:
-        raise StudyError(f"there is no folder {str(runs_dir / study)!r}; name the search's with --runs-dir")
-    runs = StudyRuns(options.tracking_uri(tracking_uri, runs_dir), runs_dir / "artifacts", folder.name, folder)
-    print(describe(Delivery(runs.outbox, folder.name, runs.connect).once(), len(runs.outbox.runs())))
+    places = Places.of(runs_dir, tracking=tracking_uri)
+    name = spelled(study, [path.name for path in runs_dir.glob("*") if path.is_dir()])
+    if not places.study(name).is_dir():
+        raise StudyError(f"there is no folder {str(places.study(study))!r}; name the search's with --runs-dir")
+    runs = StudyRuns(places, name)
+    print(describe(Delivery(runs.outbox, name, runs.connect).once(), len(runs.outbox.runs())))
 
 
 def describe(done: Delivered, left: int) -> str:

@@ -6,8 +6,9 @@ import math
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -34,8 +35,57 @@ TrackingOption = Annotated[
 ]
 RunsOption = Annotated[Path, typer.Option(help="Folder for checkpoints, logs and databases.")]
 
+HANG_S = 1800.0
+"""Seconds of silence after which a worker is killed and replaced. A wrong kill costs more than a late one: a model of
+16 GB comes over a slow network in five minutes, and a step of it on a CPU takes one."""
+LOST_AFTER_S = 600.0
+"""Seconds without a heartbeat after which another host's trial is lost. Beats come from a thread of the worker, not
+from its epochs, so this need not grow with the length of an epoch; a short one kills live trials (optuna#5470)."""
 SHORTEST_S = 10
 """Shortest `--hang-timeout` and `--lost-after`: a busy machine is silent for seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How a study is run: what the options of `search.run` say, under the same names.
+
+    Raises:
+        StudyError: a value that cannot be meant.
+    """
+
+    trials: int | None = None
+    """Trials in total, those already run included; None for the study's own number."""
+    timeout_s: float | None = None
+    """Seconds after which running trials finish their epoch and wait to be continued."""
+    hang_timeout_s: float = HANG_S
+    """Seconds of silence after which a worker is killed and replaced."""
+    lost_after_s: float = LOST_AFTER_S
+    """Seconds without a heartbeat after which other hosts take over this one's trials."""
+    workers: int | None = None
+    """Worker processes; None for one a GPU, or for each `gpus_per_worker` GPUs."""
+    gpus_per_worker: int = 1
+    executor: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
+    """The Ray cluster's, host:port; None for this machine's."""
+    slots: int | None = None
+    """Trials that a worker trains at once; None for as many as pay and fit."""
+    strategy: str = "joint"
+    pruner: str = "rising"
+    places: Places = field(default_factory=Places.of)
+    fresh: bool = False
+    """Start anew, under a new generation's name."""
+    settings: tuple[str, ...] = ()
+    """`key=value` settings over the study's base; fixed for all trials."""
+    seed: int | None = None
+    """Seed of the sampler; None for the study's own."""
+
+    def __post_init__(self) -> None:
+        for name in ("hang_timeout_s", "lost_after_s"):
+            if getattr(self, name) < SHORTEST_S:
+                raise StudyError(f"{name} must be at least {SHORTEST_S}, but got {getattr(self, name)}")
+        if self.strategy == "staged" and self.slots is None:
+            # A stage begins from what the one before has found, so its trials must have ended.
+            object.__setattr__(self, "slots", 1)
 
 
 def read_duration(text: str, option: str = "--timeout", least_s: float = 0) -> float:

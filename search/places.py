@@ -91,19 +91,23 @@ class Places:
         """A command with the options that find these places, quoted for a shell."""
         return shlex.join([*words, *self.options()])
 
+    def missing(self) -> list[str]:
+        """What is wrong with databases that are files: those that are not there, a sentence each."""
+        return [
+            f"there is no database {shown(str(file))}: run a study first (python -m search.run --study rsicap_mini), "
+            f"or name its records with --runs-dir or {option}"
+            for option, url in (("--storage", self.storage_url), ("--tracking-uri", self.tracking_uri))
+            if (file := sqlite_file(url)) is not None and not _is_file(file)
+        ]
+
     def check_recorded(self) -> None:
         """Make sure that the databases are there, for commands that read and create none.
 
         Raises:
             StorageError: a file that is not there, and what to do.
         """
-        for option, url in (("--storage", self.storage_url), ("--tracking-uri", self.tracking_uri)):
-            file = sqlite_file(url)
-            if file is not None and not _is_file(file):
-                raise StorageError(
-                    f"there is no database {shown(str(file))}: run a study first "
-                    f"(python -m search.run --study rsicap_mini), or name its records with --runs-dir or {option}"
-                )
+        for problem in self.missing():
+            raise StorageError(problem)
 
 
 def sqlite_url(path: Path) -> str:

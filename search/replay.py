@@ -15,6 +15,7 @@ import typer
 from search import records
 from search.errors import StudyError
 from search.options import RunsOption, StorageOption, StudyOption, TrackingOption, opened
+from search.places import RUNS, Places
 from trainer.common import cli
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def main(
     trial: Annotated[int, typer.Option(min=0, help="Number of the trial.")],
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
-    runs_dir: RunsOption = Path("runs"),
+    runs_dir: RunsOption = RUNS,
     data: Annotated[str | None, typer.Option(help="The data folder, if it lies elsewhere now.")] = None,
     model: Annotated[str | None, typer.Option(help="The model, if it lies elsewhere now.")] = None,
 ) -> None:
@@ -110,7 +111,7 @@ def main(
     from search.storage import lifecycle
     from trainer.config import TrainConfig
 
-    with opened(study, storage, tracking_uri, runs_dir) as (opened_study, tracking):
+    with opened(study, Places.of(runs_dir, storage, tracking_uri)) as (opened_study, tracking):
         record = _find(lifecycle.read_trials(opened_study), trial, study)
         if record.run_id is not None:
             record = replace(record, run_id=tracking.resolve(opened_study.study_name, record.run_id))

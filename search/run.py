@@ -9,7 +9,15 @@ import typer
 from typer.core import TyperCommand
 
 from search.errors import DatabaseAway, StudyError
-from search.options import SHORTEST_S, RunsOption, StorageOption, TrackingOption, read_duration, read_slots
+from search.options import (
+    SHORTEST_S,
+    RunsOption,
+    SearchOptions,
+    StorageOption,
+    TrackingOption,
+    read_duration,
+    read_slots,
+)
 from search.places import RUNS, Places
 from trainer.common import cli
 from trainer.config import MOST
@@ -84,7 +92,6 @@ def main(
     """Search hyperparameters of LoRA fine-tunings of InstructBLIP. Run again to continue a study."""
     global _session
     from search import study_file
-    from search.workers.executor import Executor
 
     if list_:
         _list()
@@ -95,7 +102,7 @@ def main(
     hang_timeout_s = read_duration(hang_timeout, "--hang-timeout", SHORTEST_S)
     lost_after_s = read_duration(lost_after, "--lost-after", SHORTEST_S)
 
-    from search.session import SearchOptions, Session
+    from search.session import Session
 
     _session = Session(
         study,
@@ -104,9 +111,10 @@ def main(
             timeout_s=timeout_s,
             hang_timeout_s=hang_timeout_s,
             lost_after_s=lost_after_s,
-            executor=Executor(
-                kind=executor, workers=workers, gpus_per_worker=gpus_per_worker, ray_address=ray_address
-            ),
+            workers=workers,
+            gpus_per_worker=gpus_per_worker,
+            executor=executor,
+            ray_address=ray_address,
             slots=read_slots(slots),
             strategy=strategy,
             pruner=pruner,
@@ -120,7 +128,7 @@ def main(
     if dry_run:
         from search.terminal.dry_run import show
 
-        show(_session)
+        show(_session.definition, _session.options, _session.n_trials, _session.check())
         return
     raise typer.Exit(_run(_session))
 

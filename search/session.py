@@ -17,17 +17,16 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.errors import DatabaseAway, StudyError, Unavailable
-from search.options import SHORTEST_S
-from search.places import Places
+from search.leaderboard import Result
+from search.options import SearchOptions
 from search.study import Study
 from search.study_file import load
 from search.workers.executor import Executor
-from search.workers.protocol import HANG_S, LOST_AFTER_S, Job, Message, Notice
+from search.workers.protocol import Display, Job, Message, Notice
 from trainer.common.errors import shown
 from trainer.common.imports import without_collection
 
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from search.records import TrialRecord
     from search.report.keeper import LogKeeper
     from search.storage.lifecycle import Unfinished
-    from search.terminal.live import Display
     from search.tracking.delivery import DeliveryThread
     from search.tracking.outbox import Status
     from search.tracking.runs import StudyRuns
@@ -47,75 +45,6 @@ if TYPE_CHECKING:
 
 ENDS: dict[int, Status] = {0: "FINISHED", 130: "KILLED", 143: "KILLED"}
 """MLflow's status of the study's own run by exit code; FAILED for all others."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchOptions:
-    """How a study is run: what the options of `search.run` say, under the same names.
-
-    Raises:
-        StudyError: a value that cannot be meant.
-    """
-
-    trials: int | None = None
-    """Trials in total, those already run included; None for the study's own number."""
-    timeout_s: float | None = None
-    """Seconds after which running trials finish their epoch and wait to be continued."""
-    hang_timeout_s: float = HANG_S
-    """Seconds of silence after which a worker is killed and replaced."""
-    lost_after_s: float = LOST_AFTER_S
-    """Seconds without a heartbeat after which other hosts take over this one's trials."""
-    executor: Executor = field(default_factory=Executor)
-    slots: int | None = None
-    """Trials that a worker trains at once; None for as many as pay and fit."""
-    strategy: str = "joint"
-    pruner: str = "rising"
-    places: Places = field(default_factory=Places.of)
-    fresh: bool = False
-    """Start anew, under a new generation's name."""
-    settings: tuple[str, ...] = ()
-    """`key=value` settings over the study's base; fixed for all trials."""
-    seed: int | None = None
-    """Seed of the sampler; None for the study's own."""
-
-    def __post_init__(self) -> None:
-        for name in ("hang_timeout_s", "lost_after_s"):
-            if getattr(self, name) < SHORTEST_S:
-                raise StudyError(f"{name} must be at least {SHORTEST_S}, but got {getattr(self, name)}")
-        if self.strategy == "staged" and self.slots is None:
-            # A stage begins from what the one before has found, so its trials must have ended.
-            object.__setattr__(self, "slots", 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a search came to."""
-
-    code: int
-    """Exit code: 0 done, 1 a fault, 2 wrong input, 75 the database is away, 130 or 143 interrupted."""
-    study_name: str
-    """Optuna's, which tells generations apart."""
-    trials: tuple[TrialRecord, ...]
-    logs: tuple[Path, ...]
-    """The tuning log's files; empty if it could not be written."""
-    folder: Path
-    """Where the study's files lie."""
-    undelivered: str | None = None
-    """What MLflow has not taken yet, None if it has all."""
-
-    @property
-    def best(self) -> TrialRecord | None:
-        """The completed trial with the lowest validation loss."""
-        from search import leaderboard
-
-        return leaderboard.best(self.trials)
-
-    @property
-    def adapter(self) -> Path | None:
-        """Folder of the best trial's adapter, in PEFT's format."""
-        from search import leaderboard
-
-        return None if self.best is None else leaderboard.adapter(self.folder, self.best)
 
 
 class Session:
@@ -135,7 +64,13 @@ class Session:
         definition = load(study) if isinstance(study, str) else study
         self.definition = definition.with_settings(self.options.settings, self.options.seed)
         self.n_trials = self.options.trials or self.definition.n_trials
-        self.options.executor.check(self.definition)
+        self._executor = Executor(
+            kind=self.options.executor,
+            workers=self.options.workers,
+            gpus_per_worker=self.options.gpus_per_worker,
+            ray_address=self.options.ray_address,
+        )
+        self._executor.check(self.definition)
         self.log_file: Path | None = None
         """Takes all log lines and tracebacks; None until the study is open."""
         self._supervisor: Supervisor | None = None
@@ -207,7 +142,7 @@ class Session:
             UserError: model or data cannot be used, a database cannot be opened, the definition has changed.
         """
         places = self.options.places
-        pool = self.options.executor.pool({"--storage": places.storage_url, "--tracking-uri": places.tracking_uri})
+        pool = self._executor.pool({"--storage": places.storage_url, "--tracking-uri": places.tracking_uri})
         with pool.importing():
             examined = self.check()
             with pool:
@@ -242,7 +177,7 @@ class Session:
         self._open_folder(name)
 
         # MLflow: what an earlier search left is delivered, and the study's own run set to RUNNING.
-        runs = StudyRuns(places.tracking_uri, places.artifacts, name, places.study(name))
+        runs = StudyRuns(places, name)
         delivery = Delivery(runs.outbox, name, runs.connect)
         caught_up = False
         with suppress(Unavailable):
@@ -307,7 +242,7 @@ class Session:
         return study
 
     def _open_folder(self, name: str) -> None:
-        from search.workers.worker import set_up_logging
+        from search.workers.start import set_up_logging
 
         folder = self.options.places.study(name)
         _make_folder(folder)
@@ -319,9 +254,7 @@ class Session:
         return Job(
             study=self.definition,
             study_name=name,
-            storage_url=options.places.storage_url,
-            tracking_uri=options.places.tracking_uri,
-            runs_dir=options.places.runs_dir,
+            places=options.places,
             n_trials=self.n_trials,
             strategy=options.strategy,
             pruner=options.pruner,

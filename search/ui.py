@@ -10,7 +10,6 @@ import importlib.util
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -29,7 +28,8 @@ from search.dashboards.servers import (
     watch,
 )
 from search.errors import StorageError
-from search.options import ARTIFACTS, StorageOption, TrackingOption
+from search.options import RunsOption, StorageOption, TrackingOption
+from search.places import RUNS, Places
 from search.urls import shown
 from trainer.common import cli
 from trainer.common.errors import UserError
@@ -39,7 +39,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    runs_dir: Annotated[Path, typer.Option(help="Folder of the databases, as given to search.run.")] = Path("runs"),
+    runs_dir: RunsOption = RUNS,
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow.")] = 5000,
@@ -52,19 +52,18 @@ def main(
     ] = None,
 ) -> None:
     """Open the dashboards: MLflow for curves and runs, optuna-dashboard for the search. Ctrl-C ends both."""
-    storage = storage or f"sqlite:///{runs_dir / 'optuna.db'}"
-    tracking_uri = tracking_uri or f"sqlite:///{runs_dir / 'mlflow.db'}"
+    places = Places.of(runs_dir, storage, tracking_uri)
+    storage, tracking_uri = places.storage_url, places.tracking_uri
     remote = tracking_uri.startswith(("http://", "https://"))
     ports = {"--optuna-port": optuna_port} if remote else {"--mlflow-port": mlflow_port, "--optuna-port": optuna_port}
     granted = access.check(host, allowed_hosts)
-    check(storage, tracking_uri, ports, granted)
+    check(places, ports, granted)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with contextlib.ExitStack() as stack:
-            artifacts = runs_dir / ARTIFACTS
             print("starting ...", file=sys.stderr, flush=True)
             servers = [] if remote else [stack.enter_context(mlflow_server(tracking_uri, mlflow_port, granted))]
-            servers.append(stack.enter_context(optuna_dashboard(storage, optuna_port, artifacts, granted)))
+            servers.append(stack.enter_context(optuna_dashboard(storage, optuna_port, places.notes, granted)))
             wait_until_ready(servers)
             show(servers, tracking_uri if remote else None, granted)
             watch(servers)
@@ -79,7 +78,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def check(storage: str, tracking_uri: str, ports: dict[str, int], granted: Access | None = None) -> None:
+def check(places: Places, ports: dict[str, int], granted: Access | None = None) -> None:
     """Refuse databases that are not there, ports that are taken, and passwords that nothing would ask for.
 
     Raises:
@@ -96,30 +95,24 @@ def check(storage: str, tracking_uri: str, ports: dict[str, int], granted: Acces
         ]
     if granted and granted.password and "--mlflow-port" in ports and importlib.util.find_spec("flask_wtf") is None:
         problems.append("MLflow asks for a password with Flask-WTF only: pip install 'lora-search[server]'")
-    for option, uri in (("--storage", storage), ("--tracking-uri", tracking_uri)):
-        path = uri.removeprefix("sqlite:///")
-        if path != uri and not Path(path).is_file():
-            problems.append(
-                f"there is no database {shown(path)!r}; run a study first (python -m search.run --study rsicap_mini), "
-                f"or name another place with --runs-dir or {option}"
-            )
+    problems += places.missing()
     if not problems:
-        problems += _unusable(storage, tracking_uri)
+        problems += _unusable(places)
     if problems:
         raise UserError(problems[0] if len(problems) == 1 else "\n  - ".join(["", *problems]))
 
 
-def _unusable(storage: str, tracking_uri: str) -> Iterator[str]:
+def _unusable(places: Places) -> Iterator[str]:
     """What is wrong with databases that seem to be there. Imports SQLAlchemy and Optuna, which takes a second."""
     from search.storage.database import close_storage, open_storage
     from search.tracking import address
 
     try:
-        address.check(tracking_uri)
+        address.check(places.tracking_uri)
     except StorageError as error:
         yield str(error)
     try:
-        close_storage(open_storage(storage))
+        close_storage(open_storage(places.storage_url))
     except StorageError as error:
         yield str(error)
 

@@ -18,7 +18,6 @@ from search import leaderboard
 from search.dashboards import losses_svg
 from search.diagnosis import Finding, leaf, messages
 from search.markdown import code, escape, fenced
-from search.options import ARTIFACTS
 from search.records import EpochRecord, Outcome, TrialRecord, finite, lowest
 from search.storage.optuna_private import set_system_attr
 from trainer.common.imports import without_module
@@ -39,7 +38,7 @@ OWN = "---\n\nYour own notes, below this line, are kept."
 def annotate_trial(
     trial: optuna.Trial,
     *,
-    runs_dir: Path,
+    folder: Path,
     outcome: Outcome,
     findings: Sequence[Finding],
     epochs: Sequence[EpochRecord],
@@ -49,7 +48,7 @@ def annotate_trial(
     """Write a trial's note and keep its plot as an artifact. To be called before the trial is told.
 
     Args:
-        runs_dir: Artifacts go to `ARTIFACTS` below it.
+        folder: Where artifacts are kept (`Places.notes`).
         run: Address of the run's page in MLflow, None if it has none yet.
     """
     # Where optuna-dashboard (0.21) looks for constraints; Optuna 5 keeps them one by one, by name. Optuna still reads
@@ -57,7 +56,7 @@ def annotate_trial(
     set_system_attr(trial.study, trial, "constraints", [1.0 if outcome.violated else 0.0])
     plot = ""
     if any(finite(loss) for e in epochs for loss in (e.train_loss, e.val_loss)):
-        plot = _keep(trial, runs_dir, losses_svg.draw(epochs, trial.number), f"trial-{trial.number:03d}-losses.svg")
+        plot = _keep(trial, folder, losses_svg.draw(epochs, trial.number), f"trial-{trial.number:03d}-losses.svg")
         best = lowest({e.epoch: e.val_loss for e in epochs})
         seen = "" if best is None else f", lowest validation loss {best[0]:.4f}"
         plot = f"![Losses of {len(epochs)} epochs{seen}]({plot})"
@@ -102,9 +101,8 @@ def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page
     save_note(study, "\n".join(lines))
 
 
-def _keep(trial: optuna.Trial, runs_dir: Path, content: bytes, name: str) -> str:
+def _keep(trial: optuna.Trial, folder: Path, content: bytes, name: str) -> str:
     """Keep a file with the trial; its path on optuna-dashboard."""
-    folder = runs_dir / ARTIFACTS
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / name

@@ -27,6 +27,7 @@ from typing import IO, Any
 from search.dashboards import access
 from search.dashboards.access import Access
 from search.options import STORAGE_VARIABLE
+from search.urls import masked_in
 
 START_S = 120
 """Longest wait for a page to answer; MLflow needs about ten seconds."""

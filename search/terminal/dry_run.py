@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from search.session import Session
+    from search.options import SearchOptions
+    from search.study import Study
+    from trainer.data.dataset import Examined
 
 
-def show(session: Session) -> None:
-    """Check model and data, and print what would run.
-
-    Raises:
-        UserError: what a search would be refused for.
-    """
+def show(study: Study, options: SearchOptions, n_trials: int, examined: Examined) -> None:
+    """Print what would run, and the configuration of the first sampled trial."""
     import optuna
 
     from search import leaderboard
@@ -21,12 +19,10 @@ def show(session: Session) -> None:
     from search.sampling.make import make_sampler
     from trainer.model import memory
 
-    study, options = session.definition, session.options
-    examined = session.check()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     print(f"study {study.name}: {study.description}")
     print(
-        f"{session.n_trials} trials, strategy {options.strategy}, sampler {study.sampler}, pruner {options.pruner}, "
+        f"{n_trials} trials, strategy {options.strategy}, sampler {study.sampler}, pruner {options.pruner}, "
         f"seed {study.seed}"
     )
     skipped = f", {len(examined.bad)} bad ones skipped" if examined.bad else ""
@@ -42,7 +38,7 @@ def show(session: Session) -> None:
         print(f"given by hand: {fixed.label}: {dict(fixed.config)}")
 
     # A study in memory samples what the first trial would be.
-    dry = optuna.create_study(sampler=make_sampler(study, options.strategy, session.n_trials))
+    dry = optuna.create_study(sampler=make_sampler(study, options.strategy, n_trials))
     trial = dry.ask()
     params.suggest(trial, study)
     config = study.config(trial.params, staged.stage_overrides(trial))

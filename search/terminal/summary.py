@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import shlex
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from search import leaderboard
-from search.options import ARTIFACTS
+from search.leaderboard import Result
 from search.records import TrialRecord
-from search.urls import shown
+from search.urls import has_secret
 from search.workers.protocol import Job
 
 if TYPE_CHECKING:
     import optuna
 
-
-def undelivered(why: str, job: Job) -> str:
-    """Says that MLflow lacks something, and how to deliver it once MLflow answers."""
-    options = f" --runs-dir {job.runs_dir}" if job.runs_dir != Path("runs") else ""
-    by_hand = f"python -m search.deliver --study {job.study_name}{options}"
-    return (
-        f"\nMLflow did not take everything: {why}\nThe rest is kept in {job.folder / 'spool'}; the same command "
-        f"delivers it, as does `{by_hand}` with the same --tracking-uri"
-    )
+    from search.places import Places
 
 
 def headline(job: Job, study: optuna.Study, done: int, waiting: int) -> str:
@@ -45,13 +37,13 @@ def study_tags(trials: Sequence[TrialRecord]) -> dict[str, str]:
     return tags
 
 
-def sum_up(console: Any, trials: Sequence[TrialRecord], job: Job, code: int, logs: Sequence[Path]) -> None:
+def sum_up(console: Any, result: Result, places: Places) -> None:
     """Print the leaderboard, the best configuration, where everything lies, and how to look at it."""
 
     def say(text: str = "") -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    finished = [t for t in trials if t.state in ("COMPLETE", "PRUNED", "FAIL")]
+    finished = [t for t in result.trials if t.state in ("COMPLETE", "PRUNED", "FAIL")]
     if finished:
         say()
         if console.is_terminal:
@@ -59,21 +51,43 @@ def sum_up(console: Any, trials: Sequence[TrialRecord], job: Job, code: int, log
         else:
             say(leaderboard.as_text(finished))
     say()
-    say(leaderboard.summary(trials))
-    best = leaderboard.best(trials)
+    say(leaderboard.summary(result.trials))
+    best = result.best
     if best is not None:
         say(f"\nBest: trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}")
         say(leaderboard.training_config(best.config))
-        folder = job.folder / best.attrs["folder"] / "checkpoints" / f"epoch-{best.best_epoch:04d}" / "adapter"
-        say(f"\nadapter  {folder}")
-    say(f"files    {job.folder}")
-    options = f" --runs-dir {job.runs_dir}" if job.runs_dir != Path("runs") else ""
-    for path in logs:
+        say(f"\nadapter  {result.adapter}")
+    say(f"files    {result.folder}")
+    for path in result.logs:
         if path.suffix == ".md":
             say(f"log      {path}")
+
     say("\nLook at it:")
-    say(f"  mlflow ui --backend-store-uri {shown(job.tracking_uri)}")
-    say(f"  optuna-dashboard --artifact-dir {job.runs_dir / ARTIFACTS} {shown(job.storage_url)}")
-    say(f"or both at once: python -m search.ui{options}")
-    if code in (130, 143):
-        say("\ninterrupted; the same command continues the study")
+    for line in _pages(places):
+        say(line)
+    if result.code in (130, 143):
+        say("\nInterrupted; the same command continues the study.")
+    if result.undelivered is not None:
+        by_hand = places.command("python", "-m", "search.deliver", "--study", result.study_name)
+        say(
+            f"\nMLflow did not take everything: {result.undelivered}\n"
+            f"The rest is kept in {places.outbox(result.study_name)}; the same command delivers it, as does\n"
+            f"  {by_hand}"
+        )
+
+
+def _pages(places: Places) -> Iterator[str]:
+    """Commands that open the dashboards, quoted for a shell.
+
+    A URL with a password is in none of them: `search.ui` has it from the environment.
+    """
+    words = ("python", "-m", "search.ui")
+    if has_secret(places.tracking_uri) or has_secret(places.storage_url):
+        yield f"  {places.command(*words)}"
+        return
+    if places.tracking_uri.startswith("http"):
+        yield f"  {places.tracking_uri}"
+    else:
+        yield f"  {shlex.join(['mlflow', 'ui', '--backend-store-uri', places.tracking_uri])}"
+    yield f"  {shlex.join(['optuna-dashboard', '--artifact-dir', str(places.notes), places.storage_url])}"
+    yield f"or both at once: {places.command(*words)}"

@@ -20,8 +20,6 @@ from typing import Any, Literal, NamedTuple
 
 from search.errors import StorageError
 
-FOLDER = "spool"
-"""Name of the folder below a study's. Not `outbox`: runs folders of earlier versions are continued."""
 STUDY = "study"
 """Stands for the id of the study's own run."""
 _SUFFIX = ".jsonl"

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from search.errors import Unavailable
+from search.places import Places
 from search.tracking import client as store
 from search.tracking.client import RECORD_ID, Tracking, as_text
 from search.tracking.environment import here, run_tags
 from search.tracking.outbox import (
-    FOLDER,
     STUDY,
     Create,
     End,
@@ -37,18 +37,16 @@ log = logging.getLogger("search.tracking.runs")
 class StudyRuns:
     """The runs of one study in one MLflow store. Each process has its own; they share the outbox."""
 
-    def __init__(self, uri: str, artifact_root: Path, study: str, folder: Path) -> None:
+    def __init__(self, places: Places, study: str) -> None:
         """Opens nothing yet.
 
         Args:
-            uri: As for `search.tracking.client.open_tracking`.
-            artifact_root: The same.
+            places: Where MLflow's store, files of runs and the outbox are.
             study: Name of the study, of its experiment and of its parent run.
-            folder: The study's; the outbox lies in it.
         """
-        self.uri, self.study = uri, study
-        self.outbox = Outbox(folder / FOLDER)
-        self._artifact_root = artifact_root
+        self.uri, self.study = places.tracking_uri, study
+        self.outbox = Outbox(places.outbox(study))
+        self._artifact_root = places.artifacts
         self._tracking: Tracking | None = None
         self._place: tuple[str, str] | None = None
 

@@ -9,7 +9,8 @@ from trainer.events import CheckpointSaved
 if TYPE_CHECKING:
     from search.workers.protocol import Link
     from search.workers.trial import TrialRun
-    from trainer.loop import Happening
+    from trainer.events import Event
+    from trainer.loop import RunError
 
 WORTH_MOVING_S = 2.0
 """A trial with less than this left to train is not handed over: resuming elsewhere takes half a second."""
@@ -23,7 +24,7 @@ class HandingOver:
         """Trials still to be handed over."""
         self._link = link
 
-    def includes(self, run: TrialRun, happening: Happening, running: int) -> bool:
+    def includes(self, run: TrialRun, happening: Event | RunError, running: int) -> bool:
         """Whether this trial is handed over now, from the checkpoint just written.
 
         Args:

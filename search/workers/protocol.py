@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
+from search.options import LOST_AFTER_S
+from search.places import Places
 from search.study import Study
 from trainer.data.dataset import Examined
 from trainer.events import EpochEnded, RunStarted, StepEnded
 
-LOST_AFTER_S = 600.0
-"""A trial of another host is lost after this long without a heartbeat. Beats come from a thread of the worker, not
-from its epochs, so this need not grow with the length of an epoch; a short one kills live trials (optuna#5470)."""
 ALIVE_S = 1.0
 """Least seconds between two `Alive` messages."""
 
@@ -37,10 +36,7 @@ class Job:
     study: Study
     study_name: str
     """The name in Optuna's database, which differs between generations of a study."""
-    storage_url: str = field(repr=False)
-    """URL of Optuna's database. It may hold a password, as may `tracking_uri`."""
-    tracking_uri: str = field(repr=False)
-    runs_dir: Path
+    places: Places
     n_trials: int
     strategy: str
     pruner: str
@@ -59,7 +55,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """The folder of the study's files."""
-        return self.runs_dir / self.study_name
+        return self.places.study(self.study_name)
 
 
 class Order(IntEnum):

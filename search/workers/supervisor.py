@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -128,8 +129,9 @@ class Supervisor:
     def run(self) -> int:
         """Run until the study is done, the time is up or someone interrupts; returns the exit code."""
         before: dict[signal.Signals, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, self._signalled)
+        if threading.current_thread() is threading.main_thread():  # others can set no handlers, and `stop` instead
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, self._signalled)
         try:
             for index in range(self._pool.size):
                 self._start(index)
@@ -141,6 +143,12 @@ class Supervisor:
         if signal.SIGTERM in self._signals:
             return 143
         return 130 if self._signals else code
+
+    def stop(self, *, now: bool = False) -> None:
+        """End after the running epochs, as Ctrl-C does; `now` at the next step, as Ctrl-C again. From any thread."""
+        self._signalled(signal.SIGINT)
+        if now and len(self._signals) < 2:
+            self._signalled(signal.SIGINT)
 
     def _start(self, index: int, one_by_one: int = 0) -> None:
         process, link = self._pool.take(index)
@@ -327,7 +335,7 @@ class Supervisor:
         for slot in self._workers:
             self._send(slot, self._order)
 
-    def _signalled(self, number: int, _frame: FrameType | None) -> None:
+    def _signalled(self, number: int, _frame: FrameType | None = None) -> None:
         self._signals.append(number)
         if number == signal.SIGTERM or len(self._signals) > 1:
             self._order = Order.END_NOW

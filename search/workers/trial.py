@@ -267,7 +267,7 @@ class TrialRun:
         try:
             notes.annotate_trial(
                 self.trial,
-                runs_dir=self._context.job.runs_dir,
+                folder=self._context.job.places.notes,
                 outcome=outcome,
                 findings=self._findings,
                 epochs=epochs,

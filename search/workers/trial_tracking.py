@@ -126,7 +126,7 @@ class TrialTracking:
     def page(self) -> str | None:
         """Address of the run's page in MLflow, None if MLflow was away when it began."""
         assert self._recorder is not None
-        server = pages_of(self._context.job.tracking_uri)
+        server = pages_of(self._context.job.places.tracking_uri)
         return run_page(server, self._context.runs.experiment_id(), self._recorder.run_id)
 
     def _name(self) -> str:

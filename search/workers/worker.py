@@ -61,7 +61,7 @@ class Worker:
         self.job = job
         self.link = link
         self.base = job.study.base_config()
-        self.storage = reopen_storage(job.storage_url, grace_s=round(job.lost_after_s))
+        self.storage = reopen_storage(job.places.storage_url, grace_s=round(job.lost_after_s))
         self.storage.say = lambda text: link.send(Notice(text=text))
         self.study = LongestFirst(
             job.study_name,
@@ -71,7 +71,7 @@ class Worker:
             job.study,
             len(job.examined.rows),
         )
-        self.runs = StudyRuns(job.tracking_uri, job.runs_dir / "artifacts", job.study_name, job.folder)
+        self.runs = StudyRuns(job.places, job.study_name)
         self.bench = Workbench(job.examined, self.base.data)
         identity = {**this_process(), lifecycle.LOST_AFTER: job.lost_after_s}
         self.source = TrialSource(self.study, self.storage, job, identity)

@@ -87,7 +87,8 @@ def new_study(folder: Path, urls: tuple[str, str], n_trials: int) -> Any:
     import optuna
 
     from search import study_file as studies
-    from search.storage import studies as store
+    from search.places import Places
+from search.storage import studies as store
     from search.storage.database import close_storage, open_storage
     from search.tracking.client import open_tracking
     from search.workers.protocol import Job
@@ -104,9 +105,7 @@ def new_study(folder: Path, urls: tuple[str, str], n_trials: int) -> Any:
     return Job(
         study=definition,
         study_name=study.study_name,
-        storage_url=urls[0],
-        tracking_uri=urls[1],
-        runs_dir=folder,
+        places=Places.of(folder, urls[0], urls[1]),
         n_trials=n_trials,
         strategy="joint",
         pruner="rising",
@@ -205,8 +204,8 @@ HEAD = (
 def prefill(job: Any, trials: int) -> None:
     """Bring the study to so many finished trials: REAL are run, the others are copies of them."""
     run_workers(job, 1, REAL, 0.0)
-    _copy_optuna(job.storage_url, trials)
-    _copy_mlflow(job.tracking_uri, trials)
+    _copy_optuna(job.places.storage_url, trials)
+    _copy_mlflow(job.places.tracking_uri, trials)
 
 
 def _copy_optuna(url: str, trials: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import optuna
 
 from search import study_file as studies
+from search.places import Places
 from search.storage import studies as store
 from search.storage.database import open_storage
 from search.tracking.client import open_tracking
@@ -161,9 +162,7 @@ def _worker(folder: Path, trials: int) -> Worker:
     job = Job(
         study=definition,
         study_name=study.study_name,
-        storage_url=storage_url,
-        tracking_uri=tracking_uri,
-        runs_dir=folder,
+        places=Places.of(folder, storage_url, tracking_uri),
         n_trials=trials,
         strategy="joint",
         pruner="rising",

@@ -12,6 +12,7 @@ import sqlalchemy
 from markdown_it import MarkdownIt
 
 from search.errors import StorageError, Unavailable
+from search.places import Places
 from search.space import Int
 from search.storage import database
 from search.study import Study
@@ -195,9 +196,7 @@ def test_a_job_shows_no_url() -> None:
     job = Job(
         study=Study(name="a", description="", space={"lora_r": Int(2, 4)}, n_trials=1),
         study_name="a",
-        storage_url=URLS[0],
-        tracking_uri=URLS[1],
-        runs_dir=Path("runs"),
+        places=Places.of(Path("runs"), URLS[0], URLS[1]),
         n_trials=1,
         strategy="joint",
         pruner="rising",

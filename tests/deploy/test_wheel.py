@@ -9,13 +9,15 @@ from pathlib import Path
 
 from tests.support.search_process import ROOT, environment
 
+PACKAGES = ("search", "trainer", "studies")
+
 
 def test_the_demo_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
     """Built from the tracked files alone, unpacked, and run where there is no checkout."""
     source = tmp_path / "source"
     source.mkdir()
     tracked = subprocess.run(
-        ["git", "-C", str(ROOT), "ls-files", "-z", "pyproject.toml", "README.md", "LICENSE", "search", "trainer", "studies"],
+        ["git", "-C", str(ROOT), "ls-files", "-z", "pyproject.toml", "README.md", "LICENSE", *PACKAGES],
         capture_output=True, text=True, check=True,
     ).stdout.split("\0")  # fmt: skip
     for name in filter(None, tracked):

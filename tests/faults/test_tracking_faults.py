@@ -17,6 +17,7 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.tracking import MlflowClient
 
 from search.errors import StorageError, Unavailable
+from search.places import Places
 from search.tracking import delivery as module
 from search.tracking.client import Tracking, open_tracking
 from search.tracking.delivery import Delivery, DeliveryThread
@@ -70,7 +71,7 @@ class Place:
 
     def runs(self) -> StudyRuns:
         """A process' own. Its store fails as `fail` says at the time."""
-        runs = StudyRuns(self.uri, self.folder / "artifacts", "demo", self.folder / "demo")
+        runs = StudyRuns(Places.of(self.folder, tracking=self.uri), "demo")
         opened: list[Tracking] = []
 
         def connect() -> Tracking:
@@ -255,7 +256,7 @@ def test_a_run_that_is_refused_does_not_hold_up_the_others(place: Place) -> None
 
 def test_a_locked_sqlite_database(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process holds MLflow's file: what is recorded meanwhile comes after."""
-    runs = StudyRuns(place.uri, place.folder / "artifacts", "demo", place.folder / "demo")
+    runs = StudyRuns(Places.of(place.folder, tracking=place.uri), "demo")
     recorder = runs.begin("trial 0", TrainConfig().model_dump(), {})
     assert not is_local(recorder.run_id)
     recorder._close_s = 0.5
@@ -278,7 +279,7 @@ def test_a_locked_sqlite_database(place: Place, monkeypatch: pytest.MonkeyPatch)
 
 def test_an_address_that_nobody_has_is_refused_and_one_that_is_silent_is_not(tmp_path: Path) -> None:
     with pytest.raises(StorageError) as refused:
-        StudyRuns("http://no-such-host.invalid:5000", tmp_path, "demo", tmp_path).start_study({})
+        StudyRuns(Places.of(tmp_path, tracking="http://no-such-host.invalid:5000"), "demo").start_study({})
     assert not isinstance(refused.value, Unavailable)
-    why = StudyRuns("http://127.0.0.1:9", tmp_path, "demo", tmp_path).start_study({})
+    why = StudyRuns(Places.of(tmp_path, tracking="http://127.0.0.1:9"), "demo").start_study({})
     assert why is not None and "no MLflow server answers" in why

@@ -36,7 +36,7 @@ def test_mlflow_still_makes_the_folder_of_a_url_as_it_stands() -> None:
 def test_one_folder_and_no_other(
     name: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Both databases are made and opened below the runs folder, by MLflow's own making of tables and by a kept copy."""
+    """Both databases are made and opened there, whether MLflow makes its tables or they are copied."""
     from search.storage.database import close_storage, open_storage
     from search.tracking.client import open_tracking
 

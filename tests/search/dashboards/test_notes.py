@@ -24,7 +24,6 @@ from optuna_dashboard._serializer import serialize_frozen_trial
 from search import records
 from search.dashboards import notes
 from search.diagnosis import Curve, Finding, curve_from_events, diagnose
-from search.options import ARTIFACTS
 from search.records import EpochRecord, Outcome, TrialRecord
 from search.sampling import params
 from search.storage import lifecycle
@@ -107,7 +106,7 @@ def test_note_and_plot_outlive_the_end_of_the_trial(study: optuna.Study, tmp_pat
     assert f"/artifacts/{study._study_id}/{frozen._trial_id}/{kept[0].artifact_id})" in note
     copy = tmp_path / "copy.svg"
     download_artifact(
-        artifact_store=FileSystemArtifactStore(tmp_path / ARTIFACTS),
+        artifact_store=FileSystemArtifactStore(tmp_path),
         artifact_id=kept[0].artifact_id,
         file_path=str(copy),
     )
@@ -124,7 +123,7 @@ def test_a_trial_whose_losses_overflow_has_its_note(
     note = annotate(trial, tmp_path, curve([*report_data.EXPERIMENT_3, losses]))
     assert "overfitting" in note and "lowest validation loss 1.5700](/artifacts/" in note
     (kept,) = get_all_artifact_meta(trial, storage=study._storage)
-    drawn = (tmp_path / ARTIFACTS / kept.artifact_id).read_text(encoding="utf-8")
+    drawn = (tmp_path / kept.artifact_id).read_text(encoding="utf-8")
     assert "nan" not in drawn and "inf" not in drawn
 
 
@@ -162,7 +161,7 @@ def test_a_fence_in_the_configuration_ends_no_code_block(study: optuna.Study, tm
     trial = study.ask()
     notes.annotate_trial(
         trial,
-        runs_dir=tmp_path,
+        folder=tmp_path,
         outcome=Outcome(state="COMPLETE", reason=records.FINISHED, detail=""),
         findings=diagnose(curve(report_data.EXPERIMENT_3)),
         epochs=(),
@@ -183,7 +182,7 @@ def test_a_trial_that_broke_before_its_first_epoch_has_a_note_without_plot(
     outcome = Outcome(state="PRUNED", reason=records.NON_FINITE, detail="step 2", violated=records.NON_FINITE)
     note = annotate(study.ask(), tmp_path, broken, outcome=outcome)
     assert note.startswith("**PRUNED** (non_finite): step 2") and "(`non_finite`)" in note
-    assert "![" not in note and not (tmp_path / ARTIFACTS).exists()
+    assert "![" not in note and not (tmp_path).exists()
 
 
 def test_optuna_dashboard_sees_which_trials_violated_a_constraint(study: optuna.Study, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from optuna_dashboard import get_note
 
 from search import records
 from search.errors import StorageError
+from search.places import Places
 from search.report import keeper as logkeeper
 from search.report.keeper import LogKeeper
 from search.space import Float
@@ -140,7 +141,7 @@ def test_an_error_at_the_end_is_logged_too(quick: None, caplog: pytest.LogCaptur
 def test_log_note_and_artifacts_of_the_study_s_run(study: optuna.Study, tracking: Tracking, tmp_path: Path) -> None:
     parent = tracking.parent_run("demo", {})
     folder = tmp_path / "demo"
-    book = StudyRuns(tracking.uri, tmp_path / "artifacts", "demo", folder)
+    book = StudyRuns(Places.of(tmp_path, tracking=tracking.uri), "demo")
     keeper = LogKeeper(study, book, folder, ("--runs-dir", "elsewhere"))
     keeper.start()
     trial = study.ask()

@@ -13,6 +13,7 @@ import pytest
 
 from search import pruning, records
 from search.errors import DatabaseAway
+from search.places import Places
 from search.records import Outcome
 from search.sampling import samplers
 from search.space import Float
@@ -47,9 +48,7 @@ class Ground:
         job = Job(
             study=definition,
             study_name=self.study.study_name,
-            storage_url=urls[0],
-            tracking_uri=urls[1],
-            runs_dir=folder,
+            places=Places.of(folder, urls[0], urls[1]),
             n_trials=3,
             strategy="joint",
             pruner="none",
@@ -57,7 +56,7 @@ class Ground:
             threads=1,
         )
         self.tracking = open_tracking(urls[1], folder / "artifacts")
-        runs = StudyRuns(urls[1], folder / "artifacts", job.study_name, job.folder)
+        runs = StudyRuns(job.places, job.study_name)
         runs.start_study({})
         self.supervisor, theirs = Pipe()
         self.link = Link(theirs)

@@ -13,6 +13,7 @@ import torch
 
 from search import records
 from search.errors import DefinitionChanged
+from search.places import Places
 from search.records import TrialRecord
 from search.space import Float, Int
 from search.storage import lifecycle
@@ -109,9 +110,7 @@ def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
         job = Job(
             study=study,
             study_name="work",
-            storage_url=urls[0],
-            tracking_uri=urls[1],
-            runs_dir=runs,
+            places=Places.of(runs, urls[0], urls[1]),
             n_trials=trials,
             strategy="joint",
             pruner="none",
