@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.common import cli, imports
+from trainer import preload
+from trainer.common import cli
 from trainer.common.errors import UserError
 from trainer.config import TrainConfig
 from trainer.data import dataset
@@ -42,7 +43,7 @@ def main(
         print(json.dumps(config.model_dump(mode="json"), indent=1))
         return
     examined = _check(config)
-    imports.import_libraries()
+    preload.import_libraries()
     from trainer import events
     from trainer.checkpoint import folder_of
     from trainer.loop import history_of, train

@@ -28,6 +28,7 @@ from search.dashboards import access
 from search.dashboards.access import Access
 from search.options import STORAGE_VARIABLE
 from search.urls import masked_in
+from trainer.common.imports import own_path
 
 START_S = 120
 """Longest wait for a page to answer; MLflow needs about ten seconds."""
@@ -133,7 +134,7 @@ def _started(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **env},
+            env={**os.environ, **own_path(), **env},
             start_new_session=True,
         )
         server = Server(name, address + path, address + access.HEALTH, process, log)

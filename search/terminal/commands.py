@@ -1,6 +1,6 @@
 """`lora-search COMMAND ...`: the console script, with the commands of `python -m search.*` and `trainer.run`.
 
-Unlike `python -m`, it does not look for modules in the current folder: a `trainer.py` of the user's there does no harm.
+Unlike `python -m`, it does not look for modules in the current folder: a user's `trainer.py` does no harm.
 """
 
 from __future__ import annotations

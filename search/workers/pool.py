@@ -24,6 +24,7 @@ from search import processes
 from search.errors import StudyError
 from search.workers.multiprocessing_private import end_fork_server
 from search.workers.start import environment, main
+from trainer.common.imports import own_path
 
 log = logging.getLogger("search.workers.pool")
 
@@ -134,7 +135,7 @@ def _start_importing(threads: int) -> None:
 @contextmanager
 def _threads_of(threads: int) -> Iterator[None]:
     """Processes started in this block use this many threads; OpenMP reads the setting once, when it is loaded."""
-    wanted = environment(threads)
+    wanted = {**environment(threads), **own_path()}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -19,7 +19,8 @@ from search.workers.multiprocessing_private import run_exit_handlers
 from search.workers.protocol import Job, Link, Order, WorkerFailed
 from trainer.common.disk import no_room, out_of_room
 from trainer.common.errors import UserError
-from trainer.common.imports import import_libraries, without_collection
+from trainer.common.imports import without_collection
+from trainer.preload import import_libraries
 
 log = logging.getLogger("search.workers.start")
 

@@ -103,8 +103,8 @@ def search(arguments: Sequence[str]) -> Outcome:
     """`python -m search.run`, without worker processes: where they would get their job it ends as accepted."""
     from search import run
 
-    run._log_file = None
-    return call(run.app, arguments, lambda: run._log_file)
+    run._session = None
+    return call(run.app, arguments, run.log_file)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from search import options as opening
 from search import replay
 from search.report import __main__ as report
 from tests.bad_input.harness import TEXT, Started, call, examples, folder, search, written
@@ -149,4 +148,3 @@ def test_studies_that_are_not_there(name: str) -> None:
         call(report.app, [f"--study={name}", f"--runs-dir={here}"]).check_refused("--runs-dir")
         call(replay.app, [f"--study={name}", "--trial=0", f"--runs-dir={here}"]).check_refused("--runs-dir")
         assert written(here) == []
-    assert opening.ARTIFACTS

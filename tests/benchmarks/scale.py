@@ -88,7 +88,7 @@ def new_study(folder: Path, urls: tuple[str, str], n_trials: int) -> Any:
 
     from search import study_file as studies
     from search.places import Places
-from search.storage import studies as store
+    from search.storage import studies as store
     from search.storage.database import close_storage, open_storage
     from search.tracking.client import open_tracking
     from search.workers.protocol import Job

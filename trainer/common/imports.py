@@ -1,11 +1,13 @@
-"""The imports of a process that trains, made at once and without looking for garbage among them."""
+"""Imports without what they need not do: garbage collection, and libraries that are not used."""
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -41,13 +43,17 @@ def without_module(name: str) -> Iterator[None]:
         sys.modules.pop(name, None)
 
 
-def import_libraries() -> None:
-    """Import what training needs; a broken installation is reported where it is used."""
-    # Transformers takes an assignment algorithm for object detection from SciPy: 0.2 s.
-    with without_collection(), without_module("scipy"), suppress(ImportError):
-        import peft
-        from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
+def own_path() -> dict[str, str]:
+    """The environment in which a new Python process imports the modules that this one would.
 
-        from trainer import loop
-
-        del peft, InstructBlipForConditionalGeneration, InstructBlipProcessor, loop
+    A process that is started with `-c` or `-m` looks into the current folder first, and so do `multiprocessing`'s fork
+    server and its children: a `trainer.py` of the user's there would be taken for ours (PYTHONSAFEPATH: Python 3.11).
+    """
+    found = {"PYTHONSAFEPATH": "1"}
+    parent = Path(__file__).resolve().parents[2]
+    if not {"site-packages", "dist-packages"} & set(
+        parent.parts
+    ):  # a checkout, perhaps found through the current folder
+        before = os.environ.get("PYTHONPATH")
+        found["PYTHONPATH"] = str(parent) if before is None else os.pathsep.join((str(parent), before))
+    return found
