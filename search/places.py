@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from search.errors import StorageError, StudyError
 from trainer.common.errors import shown
@@ -113,10 +114,10 @@ class Places:
 def sqlite_url(path: Path) -> str:
     """The URL of a SQLite file, for SQLAlchemy, Optuna and MLflow alike.
 
-    SQLAlchemy reads `?` and `%` in a URL as signs of its own, so they are quoted. MLflow takes what follows `sqlite:///`
-    for a path as it stands and makes its folder: with quoted signs, an empty twin of the real one. It does so for that
-    prefix only, so a path with such signs is written with the driver's name (mlflow/store/db/utils.py,
-    `_make_parent_dirs_if_sqlite`; tests/search/test_places.py holds it to both).
+    SQLAlchemy reads `?` and `%` in a URL as signs of its own, so they are quoted; in URLs that it writes itself it
+    quotes most other signs too. MLflow takes what follows `sqlite:///` in either for a path as it stands, and makes its
+    folder: an empty twin of the real one. It does so for that prefix only, so a path with such signs gets the driver's
+    name (mlflow/store/db/utils.py, `_make_parent_dirs_if_sqlite`; tests/search/test_places.py holds it to both).
 
     Raises:
         StudyError: the path is not a text that a database could be opened by.
@@ -126,8 +127,8 @@ def sqlite_url(path: Path) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise StudyError(f"the path {shown(text)} is not UTF-8 text; name another with --runs-dir") from None
-    quoted = text.replace("%", "%25").replace("?", "%3F")
-    return f"sqlite:///{quoted}" if quoted == text else f"sqlite+pysqlite:///{quoted}"
+    driver = "sqlite" if quote(text, safe=" +/") == text else "sqlite+pysqlite"  # as SQLAlchemy 2.1 quotes
+    return f"{driver}:///{text.replace('%', '%25').replace('?', '%3F')}"
 
 
 def sqlite_file(url: str) -> Path | None:

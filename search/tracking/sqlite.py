@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 import sqlalchemy as sa
 
 from search.errors import Unavailable
+from search.places import sqlite_url
 from search.tracking.mlflow_private import EXPERIMENTS, RUNS
 from search.urls import first_line, shown
 from trainer.common.cache import cache_folder
@@ -61,7 +62,7 @@ def fill_in_one_go(uri: str, version: str, make_tables: Callable[[str], object])
             return
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="mlflow-") as folder:
         beside = Path(folder) / "new.db"
-        make_tables(sa.URL.create("sqlite", database=str(beside)).render_as_string())
+        make_tables(sqlite_url(beside))
         with contextlib.closing(sqlite3.connect(beside)) as made:
             made.execute(str(sa.delete(EXPERIMENTS)))  # "Default": its place for files is below the current folder
             made.commit()

@@ -53,5 +53,5 @@ def test_the_demo_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
     out = lora_search("run", "--study", "rsicap_mini", "--trials", "2", "--slots", "2", *small)
     assert "2 trials (2 COMPLETE)" in out
     lora_search("report", "--study", "rsicap_mini", "--format", "html")
-    assert {path.suffix for path in (empty / "runs" / "rsicap_mini").glob("tuning-log*")} == {".md", ".html"}
+    assert {path.suffix for path in (empty / "runs" / "rsicap_mini").glob("tuning-log.*")} == {".md", ".html"}
     assert {path.name for path in empty.iterdir()} == {"runs"}
