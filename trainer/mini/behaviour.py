@@ -1,4 +1,4 @@
-"""Measures that the embedded model behaves like the real one.
+"""Measures whether the embedded model behaves like the real one.
 
 `python -m trainer.mini.behaviour > docs/mini-behaviour.md` writes the report. Every number is measured with the
 project's own trainer on the studies' data; each claim is checked, and the exit code is 1 if one does not hold.
@@ -7,6 +7,7 @@ Takes about five minutes on one core.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -206,6 +207,16 @@ def half_precision(report: Report) -> None:
 
 
 def main() -> int:
+    """Measure everything and print the report.
+
+    Returns:
+        the exit code: 1 if a claim does not hold.
+    """
+    argparse.ArgumentParser(
+        prog="python -m trainer.mini.behaviour",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     torch.set_num_threads(1)
     report = Report(Workbench())
     started = next(iter(report.run({"num_epochs": 1})))

@@ -113,7 +113,7 @@ def test_several_gpus_hold_more_and_are_advised(
     monkeypatch.setattr(runtime, "visible_devices", lambda device: gpus)
     monkeypatch.setattr(runtime, "free_memory", lambda device: 12 * 2**30)
     config = small(model=str(xl), device="cuda")
-    with pytest.raises(ModelError, match="--gpus-per-worker 2 --set device_map=auto"):
+    with pytest.raises(ModelError, match=r"--set device_map=auto \(in a search with --gpus-per-worker 2\)"):
         memory.check(config, torch.device("cuda"))
     memory.check(config.model_copy(update={"device_map": "auto"}), torch.device("cuda"))
     monkeypatch.setattr(runtime, "free_memory", lambda device: 6 * 2**30)
