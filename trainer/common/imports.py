@@ -1,4 +1,4 @@
-"""The imports of a process that trains, made at once and without looking for garbage among them."""
+"""The imports of a process that trains, made all at once and without garbage collection."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """No garbage collection within, nor afterwards of what was made within.
+    """No garbage collection within, and none later of the objects made within.
 
-    Imports make a million objects, all of which stay; going through them time and again is a sixth of what importing
-    PyTorch, Transformers, PEFT and MLflow takes (6.9 s of CPU, 5.8 s without), and half a second each time after.
+    Imports make a million objects, all of which stay. Collecting garbage among them takes a sixth of the time of
+    importing PyTorch, Transformers, PEFT and MLflow (6.9 s of CPU, 5.8 s without), and half a second at each later
+    collection.
     """
     before = gc.isenabled()
     gc.disable()
@@ -29,7 +30,7 @@ def without_collection() -> Iterator[None]:
 def without_module(name: str) -> Iterator[None]:
     """Within, importing this module fails as if it were not installed, unless it has been imported before.
 
-    For libraries that can do without one, and whose use of it is of no use here.
+    For optional imports of libraries that nothing here needs.
     """
     if name in sys.modules:
         yield
@@ -43,7 +44,7 @@ def without_module(name: str) -> Iterator[None]:
 
 def import_libraries() -> None:
     """Import what training needs; a broken installation is reported where it is used."""
-    # Transformers takes an assignment algorithm for object detection from SciPy: 0.2 s.
+    # Transformers imports SciPy, in 0.2 s, for an assignment algorithm of object detection.
     with without_collection(), without_module("scipy"), suppress(ImportError):
         import peft
         from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor

@@ -55,7 +55,7 @@ class Report:
     ok: bool = True
 
     def say(self, text: str = "") -> None:
-        """Print a line at once: the script takes minutes."""
+        """Print a line immediately: the program takes minutes."""
         print(text, flush=True)
 
     def claim(self, holds: bool, text: str) -> None:
@@ -64,7 +64,7 @@ class Report:
         self.say(f"- [{'x' if holds else ' '}] {text}")
 
     def run(self, settings: dict[str, Any]) -> list[Event]:
-        """All events of a run with these settings, its checkpoints thrown away."""
+        """All events of a run with these settings; its checkpoints are deleted."""
         with tempfile.TemporaryDirectory() as folder:
             return list(train(TrainConfig.parse(settings), self.bench, Path(folder)))
 
@@ -80,7 +80,7 @@ def best(epochs: Sequence[EpochEnded]) -> EpochEnded:
 
 
 def curve(values: Sequence[float]) -> str:
-    """Losses with three decimals."""
+    """The losses as text, with three decimals."""
     return " ".join(f"{value:.3f}" for value in values)
 
 
@@ -90,8 +90,9 @@ def validation_loss(
     """The base's mean validation loss by token, without an adapter, with its images changed.
 
     Args:
-        change: of all validation images, (samples, 3, height, width).
-        max_samples: rows used, all by default.
+        bench: has the base and the data.
+        change: function of all validation images, (samples, 3, height, width).
+        max_samples: number of rows used, all by default.
     """
     config = TrainConfig(max_samples=max_samples)
     base = bench.base(config)
@@ -141,7 +142,7 @@ def sight(report: Report) -> None:
 
 
 def sweep(report: Report) -> None:
-    """The learning rate: its optimum lies inside the log's range."""
+    """The best learning rate lies inside the log's range."""
     start = validation_loss(report.bench, lambda pixels: pixels, SWEEP["max_samples"])
     report.say("\n## Learning rate\n")
     report.say(f"`{SWEEP}`, dropout 0.1; without an adapter {start:.4f}.\n")

@@ -1,4 +1,4 @@
-"""What a base needs is told from its files, and refused before it is loaded; a base spread by Accelerate."""
+"""A base's need of memory, read from its files; one that does not fit is refused; one is spread by Accelerate."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_what_is_needed_is_logged(
 
 
 def losses(config: Any, folder: Path) -> list[float]:
-    """Of the steps of a run."""
+    """The losses of a run, by step."""
     return [event.loss for event in train(config, Workbench(), folder) if isinstance(event, StepEnded)]
 
 
@@ -142,7 +142,7 @@ def test_a_spread_base_on_one_device_trains_the_same(small: Callable[..., Any], 
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")  # query_tokens
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_accelerates_hooks_leave_losses_and_gradients_alone(kind: str, small: Callable[..., Any]) -> None:
-    """What moves tensors between devices wraps every layer's forward; here each device is the CPU."""
+    """Accelerate wraps every layer's forward to move tensors between devices; here each device is the CPU."""
     from accelerate import dispatch_model
 
     from trainer.model.lora import Hooks, Segment
