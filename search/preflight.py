@@ -57,6 +57,6 @@ def _configurations(study: Study) -> list[TrainConfig]:
 
 def _problem(what: str, message: str, remedy: str) -> str:
     lines = [f"  - {what}: {message}".replace("\n", "\n    ")]
-    if remedy and ("does not exist" in message or "is no folder" in message):
+    if remedy and ("does not exist" in message or "is not a folder" in message):
         lines.append(f"    to get it: {remedy}")
     return "\n".join(lines)

@@ -6,7 +6,7 @@
         state.json       config, position, history of epochs, hashes of the other files
 
 There is no generator state to save: data order is a function of (seed, epoch), dropout of (seed, step) and the
-learning rate of the step. A checkpoint is written beside its place, flushed to disk and renamed; only the last and the
+learning rate of the step. A checkpoint appears whole or not at all (`trainer.common.files`); only the last and the
 best are kept.
 """
 
@@ -39,13 +39,13 @@ class State:
     epoch: int = 0
     step: int = 0
     micro_batch_size: int | None = None
-    """Smaller than the configuration's if memory ran out."""
+    """Set if memory ran out: smaller than the configuration's."""
     nonfinite_in_a_row: int = 0
     first_bad: NonFinite | None = None
-    """What went bad at the first step of the series."""
+    """The cause at the first of these steps."""
     history: list[EpochEnded] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)
-    """Of `data` and `model`: a run goes on only with what it began with."""
+    """Of `data` and `model`: a run is continued only with those that it began with."""
 
     def best_epoch(self) -> int | None:
         """The epoch with the lowest validation loss, the first of equals; None without a finite one."""
@@ -55,18 +55,17 @@ class State:
 
 @dataclass(frozen=True)
 class Found:
-    """What an output folder holds."""
+    """The newest sound checkpoint of an output folder."""
 
     state: State
-    """Of the newest sound checkpoint; a fresh one without any."""
+    """Its state; a fresh one if there is none."""
     folder: Path | None
-    """Its folder."""
     problems: tuple[str, ...]
-    """Newer checkpoints that are damaged, each with what is wrong: the run goes back behind them."""
+    """Newer checkpoints that are damaged, each with the reason: the run goes back behind them."""
 
 
 def claim(out_dir: Path) -> None:
-    """Make the output folder, before a run spends an epoch on what it could not save.
+    """Make the output folder, before a run spends an epoch on something that it could not save.
 
     Raises:
         CheckpointError: it cannot be made or written.
@@ -93,7 +92,7 @@ def save(
     """Write the checkpoint of `state.epoch` and drop all but the last and the best.
 
     Raises:
-        OSError: the disk is full or gone; the checkpoints before are intact then.
+        OSError: the disk is full or gone; the earlier checkpoints are intact then.
     """
     from safetensors.torch import save_file
 
@@ -123,7 +122,7 @@ def _epochs(out_dir: Path) -> list[tuple[int, Path]]:
 
 
 def load(out_dir: Path, config: TrainConfig) -> Found:
-    """The newest sound checkpoint of an output folder, and what was wrong with the newer ones.
+    """The newest sound checkpoint of an output folder, and the reasons against newer ones.
 
     Raises:
         CheckpointError: the checkpoint belongs to another configuration.
@@ -206,7 +205,7 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 
 def _checksum(data: dict[str, Any]) -> str:
-    """Of the state itself; floats are written so that they read back exactly."""
+    """Checksum of the state itself; JSON keeps floats exactly."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ EMBEDDED = "mini"
 """The name under which the embedded model and data are found: `model="mini"`, `data="mini"`."""
 
 MACHINE_FIELDS = ("device", "device_map", "num_workers", "prefetch_factor")
-"""Fields that say where and how fast a run goes, not what it computes."""
+"""Fields that decide where and how fast a run is computed, not what."""
 
 RETIRED = ("patience", "min_delta")
 """Fields of older versions. They say when a study stops a trial early and are fields of `search.study.Study` now;
@@ -48,16 +48,16 @@ class TrainConfig(BaseModel):
     data: Annotated[str, Field(min_length=1)] = EMBEDDED
     """Data folder: RSICap (`captions.json` and `images/`), an image folder with `metadata.jsonl`, or `mini`."""
     max_samples: Annotated[int, Field(ge=2, le=MOST)] | None = None
-    """Rows used, training and validation together; None for all."""
+    """Number of rows used, training and validation together; None for all."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the rows held out for validation, by whole scenes where scenes are known."""
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the split and of the choice of `max_samples` rows: the same for every trial of a study."""
     skip_bad_rows: bool = False
-    """Go on without rows whose image is missing, broken or unsafe; otherwise they are an error."""
+    """Leave out rows whose image is missing, broken or unsafe; otherwise they are an error."""
     cache_features: bool = True
     """Compute the frozen vision tower's output once per image and keep it on disk for all epochs, trials and studies
-    (1.45 MB an image at the real size in float32). Without effect where an adapter sits in the vision tower."""
+    (1.45 MB an image at the real size in float32). It has no effect where an adapter sits in the vision tower."""
     max_target_length: Annotated[int, Field(ge=1, le=4096)] = 256
     """Longest caption in tokens of the language model, EOS included; longer ones are cut."""
 
@@ -66,14 +66,14 @@ class TrainConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1, le=MOST)] = 4
     """Samples in a batch."""
     group_by_length: bool = False
-    """Put captions of about the same length into a batch, as Hugging Face's Trainer does under this name: less padding
-    where a run trains alone, and batches that are less of a random sample."""
+    """Put captions of similar length into a batch, as Hugging Face's Trainer does under this name: there is less
+    padding where a run trains alone, and batches are less of a random sample."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=MOST)] = 1
     """Batches to an optimizer step."""
     micro_batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None
-    """Most samples in one forward pass, for memory alone: the optimizer step stays the same. None for the batch."""
+    """Most samples in a forward pass, to save memory: the optimizer step stays the same. None for the whole batch."""
     eval_batch_size: Annotated[int, Field(ge=1, le=MOST)] = 16
-    """Samples in a forward pass of the evaluation: the same for every trial, so that their losses compare."""
+    """Samples in a forward pass of the evaluation: the same for every trial, so that their losses are comparable."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-4
     """Peak rate of AdamW, reached after the warmup."""
     lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
@@ -87,7 +87,7 @@ class TrainConfig(BaseModel):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global L2 norm."""
     max_nonfinite_steps: Annotated[int, Field(ge=1, le=MOST)] = 3
-    """Consecutive steps with a loss, query output or gradient that is not finite before the run ends."""
+    """The run ends after this many consecutive steps whose loss, query output or gradient is not finite."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of adapter initialisation, data order and dropout."""
 
@@ -102,14 +102,14 @@ class TrainConfig(BaseModel):
     (`q`, `v` of a T5, `q_proj`, `v_proj` of a Llama) may be named too."""
 
     torch_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Dtype of base and adapters alike, as the hand-run log meant it."""
+    """Dtype of base and adapters alike, as in the hand-run log."""
     matmul_precision: Literal["highest", "high"] = "highest"
     """PyTorch's float32 matmul precision on CUDA; `high` allows TF32."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    """`auto` takes CUDA where there is one."""
+    """`auto` is CUDA where there is a GPU, else the CPU."""
     device_map: Literal["single", "auto"] = "single"
-    """`auto` spreads the base over all CUDA devices that the process sees (Transformers' and Accelerate's device map),
-    for a base that one does not hold; the adapters have to lie on one of them."""
+    """`auto` spreads a base that is too large for one CUDA device over all that the process sees (Transformers' and
+    Accelerate's device map); the adapted modules have to lie on one of them."""
     num_workers: Annotated[int, Field(ge=0, le=128)] = 0
     """DataLoader worker processes; 0 loads in the training process."""
     prefetch_factor: Annotated[int, Field(ge=1, le=MOST)] = 2
@@ -118,7 +118,7 @@ class TrainConfig(BaseModel):
     @field_validator("micro_batch_size")
     @classmethod
     def _micro_batch_fits(cls, size: int | None, info: ValidationInfo) -> int | None:
-        # A validator of the field, not of the model: that one would be silent as long as any field is wrong.
+        # A validator of the field, not of the model, which Pydantic would skip as long as any field is wrong.
         batch_size = info.data.get("batch_size")
         if size is not None and batch_size is not None and size > batch_size:
             raise ValueError(f"must not be larger than batch_size={batch_size}")
@@ -126,7 +126,7 @@ class TrainConfig(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The configuration with these values over the defaults.
+        """The defaults overridden by these values.
 
         Raises:
             ConfigError: everything that is wrong, in one message, unknown names with the nearest valid one.
@@ -138,7 +138,7 @@ class TrainConfig(BaseModel):
 
     @classmethod
     def parse_settings(cls, settings: Iterable[str], base: Mapping[str, Any] | None = None) -> TrainConfig:
-        """The configuration from `key=value` strings over `base` over the defaults.
+        """The defaults overridden by `base`, overridden by `key=value` strings.
 
         Raises:
             ConfigError: everything that is wrong, in one message: with the form of the settings and with the values.
@@ -200,8 +200,8 @@ def read_settings(settings: Iterable[str]) -> dict[str, Any]:
     """`["learning_rate=2e-4", "target_modules=query,value"]` as field values.
 
     Raises:
-        ConfigError: entries without `=` and keys set twice, all in one message. Names and values are for
-            `TrainConfig.parse` to judge.
+        ConfigError: entries without `=` and keys set twice, all in one message. Names and values are
+            checked by `TrainConfig.parse`.
     """
     values, errors = _scan(settings)
     if errors:
@@ -210,7 +210,7 @@ def read_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def _scan(settings: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """(values by key, what is wrong with the form of the settings)."""
+    """(values by key, errors in the form of the settings)."""
     values: dict[str, Any] = {}
     errors = []
     for setting in settings:
@@ -226,7 +226,7 @@ def _scan(settings: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _read_value(key: str, text: str) -> Any:
-    """The text as Pydantic can take it: lists split at commas, `none` as None; numbers are Pydantic's to read."""
+    """The text in a form that Pydantic parses: lists split at commas, `none` as None; numbers stay text."""
     if key == "target_modules":
         return tuple(part.strip() for part in text.split(",") if part.strip())
     field = TrainConfig.model_fields.get(key)

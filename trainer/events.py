@@ -1,11 +1,11 @@
-"""What the trainer reports: facts, in order, as frozen values.
+"""Events: the facts that the trainer reports, in order, as frozen values.
 
 One clock runs through all of them: `step` is the number of optimizer steps attempted so far (a step whose
-gradients were not finite counts as attempted, yet updates nothing); `epoch` counts from 1, as in the hand-run log.
+gradients were not finite counts as attempted, but updates nothing); `epoch` counts from 1, as in the hand-run log.
 
 Timings are facts of the machine rather than of the configuration. They live in `Timing` fields that do not
 take part in comparison, so `==` between two runs' events asks exactly "were the numbers bit-identical?" (a NaN is
-the same as a NaN here).
+equal to a NaN here).
 """
 
 from __future__ import annotations
@@ -68,21 +68,21 @@ class RunStarted:
     resumed_from_epoch: int
     """0 for a fresh run, else the last epoch whose checkpoint was loaded."""
     damaged_checkpoints: tuple[str, ...] = field(default=(), compare=False)
-    """Newer checkpoints that could not be used, each with what is wrong; their epochs are trained again."""
+    """Newer checkpoints that could not be used, each with the reason; their epochs are trained again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NonFinite:
-    """A step that went bad: the first tensor that was not finite, and what can be shown of the cause."""
+    """A step that was not finite: the first tensor that was not, and what is known of the cause."""
 
     tensor: str
     """For example `loss`, `query_output`, `grad: ...query.lora_A.default.weight` or `param: ...`."""
     value: str
     """`nan`, `inf` or `-inf`."""
     after_update: bool
-    """True if an update made the parameter so; False if the forward or backward pass did."""
+    """True if an update made a parameter not finite; False if the forward or backward pass produced it."""
     detail: str
-    """Measured circumstances in words, e.g. dtype, eps as that dtype rounds it, gradient at the step before."""
+    """Measured circumstances in words, e.g. dtype, eps as that dtype rounds it, AdamW's moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class CheckpointSaved:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchReduced:
-    """Memory ran out; the same step was begun again with a smaller micro-batch. The effective batch is unchanged."""
+    """Memory ran out; the same step is repeated with a smaller micro-batch. The effective batch is unchanged."""
 
     step: int
     micro_batch_size: int
@@ -163,7 +163,7 @@ class Diverged:
     first_bad_step: int
     """The first step of the series."""
     cause: NonFinite
-    """What went bad at `first_bad_step`."""
+    """The cause at `first_bad_step`."""
 
 
 Event = RunStarted | StepEnded | EpochEnded | CheckpointSaved | MicroBatchReduced | OutOfMemory | Diverged

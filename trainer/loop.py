@@ -1,6 +1,6 @@
 """The training loop: runs that train together in one forward and backward pass on one frozen base.
 
-`Pack` holds up to K runs and does one optimizer step of each in a round; `train` is a pack of one, as a generator of
+`Pack` holds several runs and makes one optimizer step of each in a round; `train` is a pack of one, as a generator of
 events. They report facts and decide nothing. Each run has its own adapter, data order, dropout, schedule, clipping,
 optimizer and epochs, and behaves as if alone: to the last bit but for the rounding of sums whose order depends on how
 many rows a matrix has (tests/trainer/test_pack.py holds it to 1e-12 in float64, against PEFT and PyTorch's AdamW).
@@ -30,7 +30,7 @@ from trainer.model.lora import Hooks, Segment
 from trainer.workbench import Workbench
 
 CUDA_WINDOW = 8
-"""Rounds on a GPU between two looks at losses and norms: each look makes the host wait for the device."""
+"""Rounds on a GPU after which losses and norms are fetched: each time, the host waits for the device."""
 
 SHARED = ("model", "torch_dtype", "device", "device_map", "matmul_precision")
 """Fields that runs of a pack have in common, besides the form in which they see images."""
@@ -50,7 +50,7 @@ def train(config: TrainConfig, bench: Workbench, out_dir: Path, *, forward: Forw
     """Train one configuration and yield its events; closing the generator stops the run.
 
     A run whose `out_dir` holds a checkpoint of the same configuration continues after its last whole epoch, bit for
-    bit as if it had never stopped; the epochs before it are in `history_of`.
+    bit as if it had never stopped; `history_of` has the epochs before.
 
     Raises:
         UserError: model, data or checkpoint cannot be used.
@@ -65,23 +65,23 @@ def train(config: TrainConfig, bench: Workbench, out_dir: Path, *, forward: Forw
 
 
 def history_of(config: TrainConfig, out_dir: Path) -> list[EpochEnded]:
-    """The whole epochs that a run's checkpoint remembers, so that nothing an epoch measured is lost."""
+    """The whole epochs that a run's newest checkpoint remembers."""
     return checkpoint.load(out_dir, config).state.history
 
 
 class Pack:
-    """Runs on one base. A context: leaving it takes the hooks off the base and lets the runs go."""
+    """Runs on one base. A context manager: on leaving, the base is as it was and the runs are dropped."""
 
     def __init__(self, bench: Workbench, *, forward: ForwardPass = forward) -> None:
         self.bench = bench
         self.forward = forward
         self.members: list[Member] = []
         self.at_once: int | None = None
-        """Runs in one pass, if memory does not hold all of them."""
+        """Most runs in one pass, where memory does not hold all of them; None for no limit."""
         self.alive: Callable[[], None] = lambda: None
         """Called before each forward pass, in training and in evaluation."""
         self.window: int | None = None
-        """Rounds between two looks at the figures; None for what suits the device."""
+        """Rounds after which figures are fetched; None for what suits the device."""
         self._hooks: Hooks | None = None
         self._pending: list[list[tuple[Member, Step]]] = []
         self._passing: Sequence[Member] = ()
@@ -107,7 +107,7 @@ class Pack:
         )
 
     def add(self, config: TrainConfig, out_dir: Path) -> Member:
-        """Take a run in; it begins with the next round, and disturbs none that is under way.
+        """Take in a run, which begins with the next round and disturbs no other.
 
         Raises:
             UserError: model, data or checkpoint cannot be used.
@@ -128,7 +128,7 @@ class Pack:
         return member
 
     def remove(self, member: Member) -> None:
-        """Let a run go, between two rounds or in answer to an event of its own."""
+        """Drop a run, between two rounds or in answer to one of its events."""
         if member in self.members:
             self.members.remove(member)
 
@@ -140,9 +140,11 @@ class Pack:
         Raises:
             Exception: an error of no single run. The pack is unusable; its runs' checkpoints are intact.
         """
+        # New runs start.
         for member in list(self.members):
             if not member.started:
                 yield member, member.start()
+        # One optimizer step of each, and the events of those whose figures are due.
         work: list[Group] = []
         for member in [m for m in self.members if not m.ended]:
             try:
@@ -153,6 +155,7 @@ class Pack:
         yield from self._step([each for each in work if each[0] in self.members])
         if self._pending and (len(self._pending) >= self._window or any(m.epoch_is_trained for m in self.members)):
             yield from self._fetch()
+        # Epochs end, with evaluation and checkpoint; runs that have ended leave.
         finishing = [member for member in self.members if member.epoch_is_trained]
         if finishing:
             yield from self._end_epochs(finishing)
@@ -161,7 +164,8 @@ class Pack:
                 self.remove(member)
 
     def _step(self, work: list[Group]) -> Iterator[tuple[Member, Event]]:
-        """One optimizer step of each run, begun anew with less at once while memory runs out."""
+        """One optimizer step of each run, repeated with fewer runs or samples at once while memory runs out."""
+        # Gradients, with less at once until they fit.
         while work:
             began = time.perf_counter()
             detail = ""
@@ -190,6 +194,7 @@ class Pack:
             yield member, MicroBatchReduced(step=member.next_step, micro_batch_size=size)
         if not work:
             return
+        # Updates; the time of the pass is divided by samples.
         steps = [
             (member, member.update(group, tokens, figures, wait_s))
             for (member, group, wait_s), (tokens, figures) in zip(work, done, strict=True)
@@ -202,7 +207,7 @@ class Pack:
 
     def _pass_fewer(self, size: int) -> None:
         self.at_once = (size + 1) // 2
-        log.warning("out of memory with %d runs in one pass; going on with %d", size, self.at_once)
+        log.warning("out of memory with %d runs in one pass; continuing with %d", size, self.at_once)
 
     def _gradients(self, work: Sequence[Group]) -> list[tuple[int, torch.Tensor]]:
         """(label tokens, (loss, gradient norm, query peak) on the device) of each run's step."""
@@ -213,7 +218,7 @@ class Pack:
         return figures
 
     def _pass(self, work: Sequence[Group]) -> list[tuple[int, torch.Tensor]]:
-        """The same for the runs of one pass, micro-batch by micro-batch."""
+        """The same for the runs of one pass, micro-batch after micro-batch."""
         self._passing = [member for member, _, _ in work]
         pieces = [
             [micro for batch in group for micro in batch.micro(member.micro_batch_size())] for member, group, _ in work
@@ -235,12 +240,12 @@ class Pack:
                 # NaN goes through abs, amax and maximum.
                 peak = out.query_output.detach()[segment.start : segment.stop].abs().amax()
                 peaks[i] = torch.maximum(peaks[i], at_least_float32(peak))
-            # Each with a gradient of one of its own: in a sum, one NaN would be everybody's. A run whose adapters all
-            # sit where nothing is read (the text feed-forward of the Q-Former's last layer) may have none.
+            # Each run's loss is a root of its own: in their sum, one NaN would reach all of them. A run whose adapters
+            # all sit where nothing is read (the text feed-forward of the Q-Former's last layer) may have no gradient.
             live = [share for share in shares if share.requires_grad]
             if live:
                 torch.autograd.backward(live)
-            del out, shares, live  # or the next micro-batch's pass would begin beside this one's graph
+            del out, shares, live  # frees this graph before the next micro-batch's is built
         norms = [at_least_float32(torch.linalg.vector_norm(member.adapter.grads)) for member in self._passing]
         return [(n, torch.stack(each)) for n, each in zip(tokens, zip(losses, norms, peaks, strict=True), strict=True)]
 
@@ -249,7 +254,7 @@ class Pack:
         assert self._hooks is not None
         self.alive()
         batch = merge([part for _, part in parts])
-        if batch.layout is None:  # a run alone keeps its batches of validation rows
+        if batch.layout is None:  # a run alone keeps its validation batches, with their layouts
             batch.layout = layout_of(self._hooks.model.config, batch)
         segments: list[Segment] = []
         for member, part in parts:
@@ -266,7 +271,7 @@ class Pack:
             self._hooks.segments = ()
 
     def _fetch(self) -> Iterator[tuple[Member, Event]]:
-        """The events of the rounds whose figures are still on the device: the one place where the host waits."""
+        """The events of the rounds whose figures are still on the device: here alone the host waits for it."""
         pending, self._pending = self._pending, []
         fetched = torch.stack([step.figures for steps in pending for _, step in steps]).tolist()
         figures = iter(fetched)
@@ -274,12 +279,12 @@ class Pack:
             for member, step in steps:
                 loss, norm, peak = next(figures)
                 if member.ended or member not in self.members:
-                    continue  # it diverged at a step before
+                    continue  # it diverged at an earlier step
                 for event in member.step_ended(step, (loss, norm, peak)):
                     yield member, event
 
     def _end_epochs(self, finishing: Sequence[Member]) -> Iterator[tuple[Member, Event | RunError]]:
-        """Evaluate and save; runs that are judged on the same rows are judged in the same passes."""
+        """Evaluate and save; runs with the same validation rows are evaluated in the same passes."""
         by_rows: dict[tuple[object, ...], list[Member]] = {}
         for member in finishing:
             by_rows.setdefault(member.val_key, []).append(member)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Step:
-    """An optimizer step whose figures are still on the device."""
+    """An optimizer step whose loss and norms are still on the device."""
 
     number: int
     epoch: int
@@ -43,8 +43,8 @@ class Step:
 class Member:
     """A run that trains, alone or beside others.
 
-    `seconds` of a pass that it shares are divided by samples, so that what the runs of a pack report adds up to the
-    machine's time.
+    The seconds of a pass that several runs share are divided among them by samples, so that the times that the runs of
+    a pack report add up to the machine's.
     """
 
     def __init__(self, config: TrainConfig, inputs: Inputs, out_dir: Path) -> None:
@@ -117,7 +117,7 @@ class Member:
         )
 
     def next_group(self) -> tuple[list[Batch], float]:
-        """(batches of the next optimizer step, seconds waited for them)."""
+        """The batches of the next optimizer step, and the seconds waited for them."""
         waiting = time.perf_counter()
         if self._group is None:
             self.sampler.epoch = self.epoch
@@ -130,7 +130,7 @@ class Member:
         """One pass over the validation split, in order."""
         if self.features is None:
             return batches(self.val_loader)
-        if self._val_batches is None:  # token ids and rows: kept, they are small
+        if self._val_batches is None:  # token ids and row numbers are small: kept
             self._val_batches = list(batches(self.val_loader))
         return iter(self._val_batches)
 
@@ -141,14 +141,14 @@ class Member:
     def seed(self) -> None:
         """Seed dropout for the next step, and clear the gradients.
 
-        A generator state that is a function of (seed, step) makes a resumed run, and a step begun anew after memory
-        ran out, draw the same masks as an undisturbed run, with nothing to save.
+        The generator's state is a function of (seed, step): a resumed run, and a step repeated after memory ran out,
+        draw the same masks as an undisturbed run, and nothing has to be saved.
         """
         self.adapter.generator.manual_seed(runtime.step_seed(self.config.seed, self.next_step))
         self.adapter.grads.zero_()
 
     def update(self, group: Sequence[Batch], tokens: int, figures: torch.Tensor, wait_s: float) -> Step:
-        """Apply the gradients if all was finite; the step, its figures not fetched yet."""
+        """Apply the gradients if everything was finite; returns the step, its figures not fetched yet."""
         rate = learning_rate(self.config, self.next_step, self.total_steps)
         self.adapter.update(rate, figures[1], ~torch.isfinite(figures).all())
         samples = sum(len(batch) for batch in group)
@@ -157,7 +157,7 @@ class Member:
         return step
 
     def step_ended(self, step: Step, figures: tuple[float, float, float]) -> Iterator[Event]:
-        """The events of a step, its figures fetched."""
+        """The events of a step whose figures have been fetched."""
         loss, grad_norm, query_peak = figures
         nonfinite = None
         if all(math.isfinite(figure) for figure in figures):
@@ -189,7 +189,7 @@ class Member:
             yield Diverged(step=step.number, epoch=step.epoch, first_bad_step=first_step, cause=self.state.first_bad)
 
     def epoch_ended(self, val_loss: float, eval_s: float) -> tuple[EpochEnded, CheckpointSaved]:
-        """Put the epoch together and make it durable; the checkpoint's history holds the epoch itself."""
+        """Sum up the epoch and save the checkpoint, whose history includes the epoch itself."""
         steps, self._group = self._steps, None
         good = [s for s in steps if s.nonfinite is None]
         tokens = sum(s.num_tokens for s in good)
@@ -219,6 +219,7 @@ class Member:
                 ),
             )
 
+        # How long saving takes is known only afterwards: on disk it is 0 until the next checkpoint.
         self.state.epoch = epoch
         self.state.history.append(facts(0.0))
         saving = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`python -m trainer.run --set learning_rate=2e-4 --set lora_r=16`: train one configuration, as the hand-run did."""
+"""`python -m trainer.run --set learning_rate=2e-4 --set lora_r=16`: train one configuration."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def main(
     from trainer.loop import history_of, train
     from trainer.workbench import Workbench
 
+    # Epochs of an earlier run in this folder come first.
     epochs = history_of(config, out)
     for epoch in epochs:
         print(f"{_line(epoch)}  (from the checkpoint)")
@@ -73,7 +74,7 @@ def _check(config: TrainConfig) -> Examined:
     """Examine model and data before torch is loaded.
 
     Raises:
-        UserError: what is wrong with either, in one message.
+        UserError: everything that is wrong with either, in one message.
     """
     problems: list[UserError] = []
     try:
@@ -91,7 +92,7 @@ def _check(config: TrainConfig) -> Examined:
 
 
 def _line(event: Event) -> str:
-    """What to print of an event; nothing for single steps that went well."""
+    """The line to print for an event; empty for a single step that was finite."""
     from trainer import events
 
     match event:

@@ -41,7 +41,7 @@ def visible_devices(device: torch.device) -> list[torch.device]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had: on a CUDA device, or on the host."""
+    """Free bytes: on a CUDA device, or on the host."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
@@ -50,7 +50,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def prepare(config: TrainConfig) -> torch.device:
-    """Make the process deterministic and set its precision; returns the device."""
+    """Make the process deterministic, set its precision, and return the device of the configuration."""
     # cuBLAS is deterministic only with a fixed workspace, to be set before its first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = resolve_device(config.device)
@@ -58,7 +58,7 @@ def prepare(config: TrainConfig) -> torch.device:
     torch.backends.cudnn.allow_tf32 = config.matmul_precision == "high"  # the vision tower's patch convolution
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Filling new memory finds reads of it before a write; there are none here, and it costs some percent of a step.
+    # Filling new memory reveals reads before a write; there are none here, and it costs some percent of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         # The memory-efficient kernel's backward is not deterministic; flash attention does not take float32.
@@ -90,7 +90,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give cached blocks back after memory ran out."""
+    """Return cached blocks to the device after memory ran out."""
     import gc
 
     gc.collect()

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step, so that resuming needs nothing but the step."""
+"""Learning-rate schedules as pure functions of the step: a resumed run needs to know nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.config import TrainConfig
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """The rate of optimizer step `step` (from 1) of `total_steps`.
 
-    The same as `transformers.get_scheduler` gives for that step, warmup from 0 included: the first step of a warmup
+    Equal to that of `transformers.get_scheduler` for that step, warmup from 0 included: the first step of a warmup
     has rate 0 (tests/trainer/test_schedule.py compares them).
     """
     return config.learning_rate * _factor(config.lr_scheduler_type, step - 1, config.warmup_steps, total_steps)

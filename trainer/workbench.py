@@ -1,4 +1,4 @@
-"""The workbench: what a worker loads once and uses for all its trials."""
+"""The workbench: base model and data, loaded once by a process and used for all its runs."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Inputs:
 class Workbench:
     """Base model and data, loaded on first use and kept.
 
-    One base and one data folder are held at a time: a trial in another dtype or on other data replaces them.
+    One base and one data folder are held at a time: a run in another dtype or on other data replaces them.
     """
 
     def __init__(self, examined: Examined | None = None, data: str | None = None) -> None:
-        """Take over a data folder that was examined already (`data` is the configuration's name for it)."""
+        """Start empty, or with a data folder that was examined already (`data` is the configuration's name for it)."""
         self.progress: Callable[[int, int], None] | None = None
         """Called with (done, total) while vision outputs are computed."""
         self._examined = (data, examined) if data is not None and examined is not None else None
@@ -88,7 +88,7 @@ class Workbench:
                 self._pixels = None
             self._base = None
             self._features.clear()
-            runtime.release_memory(device)  # the old base goes before the new one comes: two would not fit on a GPU
+            runtime.release_memory(device)  # first: two bases would not fit on a GPU
             memory.check(config, device)
             dtype = runtime.DTYPES[config.torch_dtype]
             spread = config.device_map == "auto"
@@ -96,7 +96,7 @@ class Workbench:
         return self._base[1]
 
     def examined(self, config: TrainConfig) -> Examined:
-        """The data folder, checked once."""
+        """The data folder of this configuration, checked once."""
         if self._examined is None or self._examined[0] != config.data:
             self._datasets.clear()
             self._features.clear()
@@ -155,5 +155,5 @@ class Workbench:
 
 
 def _rows_key(config: TrainConfig) -> tuple[object, ...]:
-    """What decides which rows are used."""
+    """The fields that decide which rows are used."""
     return (config.data, config.max_samples, config.val_fraction, config.split_seed)

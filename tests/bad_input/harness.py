@@ -51,7 +51,7 @@ class Outcome:
         """Exit code 2, one message without a traceback, which holds these texts."""
         assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
         assert not self.started
-        assert "Traceback" not in self.err and "a fault of this program" not in self.err, self.err
+        assert "Traceback" not in self.err and "Internal error" not in self.err, self.err
         assert self.err.strip(), "no message"
         assert len(self.err) < MOST_CHARACTERS, f"a message of {len(self.err)} characters"
         said = " ".join(self.err.split())

@@ -72,6 +72,7 @@ def test_a_damaged_feature_store_is_mended(
     flip(rows)
     second = Place(tmp_path / "two")
     assert run(second.command(file)).returncode == 0
-    assert "1 damaged rows; their vision features are computed anew" in (second.runs / NAME / "search.log").read_text()
+    log = (second.runs / NAME / "search.log").read_text()
+    assert "1 damaged rows; their vision features are computed again" in log
     assert second.reports == Place(tmp_path / "one").reports
     check_records(second, bench, num_trials=1, num_epochs=3)

@@ -53,7 +53,7 @@ def losses(events: list[Event]) -> list[float]:
 
 
 def hooks(bench: Workbench, config: TrainConfig) -> int:
-    """What is put on the base's linear modules: something for each adapted one, while a run lasts."""
+    """The number of linear modules of the base whose forward is replaced or hooked: the adapted ones, during a run."""
     modules = [m for m in bench.base(config).model.modules() if isinstance(m, torch.nn.Linear)]
     return sum(("forward" in vars(m)) + len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
@@ -216,7 +216,7 @@ def test_modules_of_the_language_model_can_be_trained(bench: Workbench, small: S
 
 
 class Faulty:
-    """The own forward, with a fault in chosen passes that train (counted from 1)."""
+    """Our forward, with a fault in chosen passes that train (counted from 1)."""
 
     def __init__(self, fault: Callable[[Forward], Forward], passes: set[int]) -> None:
         self.fault, self.passes, self.count = fault, passes, 0
@@ -342,7 +342,7 @@ def test_experiment_1_float16_gives_one_good_batch_then_nan(bench: Workbench, sm
 
 
 class Hungry:
-    """The own forward, out of memory above a number of samples in a pass that trains."""
+    """Our forward, out of memory above a number of samples in a pass that trains."""
 
     def __init__(self, most: int, error: type[Exception] = torch.OutOfMemoryError, evaluation: bool = False) -> None:
         self.most, self.error, self.evaluation = most, error, evaluation

@@ -216,7 +216,7 @@ def spoil(which: int) -> Callable[[Any, Batch], Forward]:
 
 
 class Hungry:
-    """The own forward, out of memory above a number of samples."""
+    """Our forward, out of memory above a number of samples."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -253,7 +253,7 @@ def test_only_where_one_run_alone_does_not_fit_its_batch_is_cut(
 
 
 def test_figures_fetched_later_are_the_same(bench: Workbench, small: Small, tmp_path: Path) -> None:
-    """As on a GPU, where losses are looked at once in some rounds: what diverges is found later, yet all the same."""
+    """As on a GPU, where losses are fetched once in several rounds: a divergence is found later, but is the same."""
 
     def windowed(window: int, out: Path) -> list[list[Event]]:
         with Pack(bench, forward=spoil(2)) as pack:

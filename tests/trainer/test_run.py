@@ -1,4 +1,4 @@
-"""`python -m trainer.run`: what it prints, its exit codes, and that wrong input writes nothing."""
+"""`python -m trainer.run`: its output and exit codes; wrong input writes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPOCH = r"Epoch {}: Train=\d+\.\d{{4}}, Val=\d+\.\d{{4}}  \(rate \d\.\d\de-\d\d,
 
 @dataclass
 class Ended:
-    """What a call of the command left behind."""
+    """The results of a call of the command."""
 
     code: int
     out: str

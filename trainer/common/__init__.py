@@ -1,1 +1,1 @@
-"""What every room of the trainer uses: errors, files, the command line's frame, imports."""
+"""Shared by all of the trainer: errors, whole files, the cache folder, the command line's frame, imports."""

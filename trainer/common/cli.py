@@ -1,4 +1,4 @@
-"""What all command lines share: a user's mistake ends with exit code 2, a fault of ours with 1 and a traceback."""
+"""The frame of all command lines: a user's mistake ends with exit code 2, an internal error with 1 and a traceback."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def run(app: Callable[[], object], log_file: Callable[[], Path | None] = lambda:
 
     Args:
         app: the app; Typer itself ends with exit code 2 on wrong options.
-        log_file: where the traceback of a fault goes; None for standard error.
+        log_file: the file where the traceback of an internal error goes; None for standard error.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to end
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal's encoding lacks must not end it
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -30,7 +30,7 @@ def run(app: Callable[[], object], log_file: Callable[[], Path | None] = lambda:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:  # the outermost place; it is told and logged
+    except Exception as error:  # the outermost place: reported and logged
         path = log_file()
         if out_of_room(error):
             print(f"error: {no_room(error, path.parent if path else 'it')}", file=sys.stderr)
@@ -38,6 +38,6 @@ def run(app: Callable[[], object], log_file: Callable[[], Path | None] = lambda:
         if path is None:
             traceback.print_exc()
         else:
-            logging.getLogger("search").exception("ended by a fault")
-            print(f"a fault of this program: {type(error).__name__}: {error}\ntraceback in {path}", file=sys.stderr)
+            logging.getLogger("search").exception("ended by an internal error")
+            print(f"Internal error: {type(error).__name__}: {error}\ntraceback in {path}", file=sys.stderr)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Telling a full disk from other faults, whichever library reports it."""
+"""Recognising a full disk, whichever library reports it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trainer.common.errors import UserError
 
 _NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SIGNS = ("No space left on device", "Disk quota exceeded", "database or disk is full", "File too large")
-"""safetensors (not an OSError) and SQLite say it in words only."""
+"""safetensors (which raises no OSError) and SQLite report it in words only."""
 
 
 class NoRoom(UserError):
@@ -16,7 +16,7 @@ class NoRoom(UserError):
 
 
 def out_of_room(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is that of a full disk."""
+    """Whether an error, or one that led to it, reports a full disk."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -32,8 +32,8 @@ def no_room(error: BaseException, where: object) -> NoRoom:
     """The message for a full disk."""
     if isinstance(error, NoRoom):
         return error
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return NoRoom(
-        f"the disk is full ({said}); make room for {where} and run the same command again: the trials go on from "
-        "their last checkpoints"
+        f"the disk is full ({reason}); make room for {where} and run the same command again: it goes on from the last "
+        "checkpoint"
     )

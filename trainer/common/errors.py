@@ -1,13 +1,13 @@
-"""What can go wrong because of the user's input.
+"""Errors that the user's input causes, and how values and names appear in their messages.
 
     UserError (ValueError)      one clear message, exit code 2
     ├── ConfigError             a configuration that names unknown fields or impossible values
     ├── DataError               a data folder that is missing, broken or unsafe
-    ├── ModelError              a checkpoint that is missing, is no InstructBLIP, or lacks the target modules
+    ├── ModelError              a checkpoint that is missing, is not an InstructBLIP, or lacks the target modules
     ├── CheckpointError         a training checkpoint that is damaged or belongs to another configuration
     └── NoRoom (trainer.common.disk)   a disk that is full
 
-Everything else is a bug of ours and shows its traceback.
+Everything else is a bug of this program and shows its traceback.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 MOST_SHOWN = 100
-"""Characters of a value that a message repeats."""
+"""Most characters of a value that a message repeats."""
 
 
 def shown(value: object, most: int = MOST_SHOWN) -> str:
@@ -34,10 +34,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message says what is wrong, where, and what to do."""
+    """An error that the user can correct: the message says what is wrong, where, and what to do."""
 
     exit_code: ClassVar[int] = 2
-    """Of the command that ends with it."""
+    """Exit code of a command that ends with this error."""
 
 
 class ConfigError(UserError):
@@ -49,7 +49,7 @@ class DataError(UserError):
 
 
 class ModelError(UserError):
-    """A model checkpoint is missing, is no InstructBLIP, or lacks the target modules."""
+    """A model checkpoint is missing, is not an InstructBLIP, or lacks the target modules."""
 
 
 class CheckpointError(UserError):

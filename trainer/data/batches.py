@@ -1,4 +1,4 @@
-"""Rows as model inputs: token ids, pixels, padded batches, and a loader whose order seed and epoch alone decide."""
+"""Rows as model inputs: token ids, pixels, batches, and a loader whose order depends on seed and epoch alone."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from trainer.data.images import open_image
 from trainer.model.batch import IGNORE, Batch
 
 PIXEL_CACHE_BYTES = 1 << 30
-"""Decoded and resized images are kept in memory up to this, by all DataLoader workers of a loader together; a data
-set that fits is decoded once, not every epoch."""
+"""Most memory for decoded and resized images, of all DataLoader workers of a loader together; a data set that fits is
+decoded once, not every epoch."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ def preprocessed(image_processor: Any, image: Image, path: Path) -> torch.Tensor
     """(3, height, width), float: the image as the model takes it.
 
     Raises:
-        DataError: a pixel is not finite. It would make every loss NaN that the image has a part in, and blame the
-            learning rate.
+        DataError: a pixel is not finite. Every loss with this image would be NaN, and the learning rate be blamed.
     """
     pixels: torch.Tensor = image_processor(images=image, return_tensors="pt")["pixel_values"][0]
     if not bool(torch.isfinite(pixels).all()):
@@ -108,7 +107,7 @@ class Pixels:
 
 
 Sample = tuple[torch.Tensor, Tokens]
-"""Pixels (3, height, width) or a row of a feature store (), and tokens."""
+"""Pixels (3, height, width), or a row number of a feature store (), and tokens."""
 Images = Callable[[Path], torch.Tensor]
 """An image's file -> the tensor of its sample."""
 
@@ -116,8 +115,8 @@ Images = Callable[[Path], torch.Tensor]
 class CaptionDataset(Dataset["Sample | DataError"]):
     """Rows with their tokens and pixels.
 
-    An image that went bad gives its error as a value: raised in a DataLoader worker, it would come back with the
-    worker's traceback in its message. `batches` raises it.
+    The error of an image that went bad is returned as a value: raised in a DataLoader worker, it would come back with
+    the worker's traceback in its message. `batches` raises it.
     """
 
     def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, images: Images) -> None:
@@ -142,13 +141,15 @@ class CaptionDataset(Dataset["Sample | DataError"]):
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation that depends on (seed, epoch) alone: any epoch can be begun anew after an interruption."""
+    """A permutation that depends on (seed, epoch) alone: any epoch can be repeated after an interruption."""
 
     def __init__(self, size: int, seed: int, group: tuple[Sequence[int], int] | None = None) -> None:
-        """An order for so many samples.
+        """An order for `size` samples.
 
         Args:
-            group: (length of each sample, batch size): samples of about the same length come one after the other.
+            size: number of samples.
+            seed: of the run.
+            group: (length of each sample, batch size), to put samples of similar length into a batch.
         """
         self.size = size
         self.seed = seed
@@ -168,7 +169,7 @@ class EpochSampler(Sampler[int]):
 
 
 class Collator:
-    """Pads samples to a Batch; the first error among them goes on in its place."""
+    """Pads samples to a Batch; if there are errors among them, the first is returned instead."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         pad = tokenizer.text.pad_token_id
@@ -213,7 +214,7 @@ def _pad(sequences: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, 
 
 
 def _padded(sequences: Sequence[Sequence[int]], value: int) -> np.ndarray:
-    """(len(sequences), longest); NumPy, for so few numbers an operation of PyTorch's takes five times as long."""
+    """(len(sequences), longest); NumPy: for so few numbers, PyTorch takes five times as long."""
     padded = np.full((len(sequences), max(len(s) for s in sequences)), value, dtype=np.int64)
     for row, sequence in zip(padded, sequences, strict=True):
         row[: len(sequence)] = sequence

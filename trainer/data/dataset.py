@@ -1,11 +1,12 @@
-"""Captioned images on disk: reading, checking, splitting. Needs Pillow alone, so a supervisor can check data early.
+"""Captioned images on disk: reading, checking, splitting. Needs Pillow alone: data can be checked before
+torch is loaded.
 
 Two formats:
 
 - RSICap as released: `captions.json` with `{"annotations": [{"filename", "text_input", "text_output"}, ...]}` and
-  the images in `images/`. The folder also holds images without captions and `.DS_Store` files, so the JSON is what is
-  iterated. The file name `P0378_0001.png` begins with its source scene; tiles of one scene look alike and may
-  overlap, so they never part between training and validation.
+  the images in `images/`. The folder also holds images without captions and `.DS_Store` files, so the JSON decides
+  which are used. The file name `P0378_0001.png` begins with its source scene; tiles of one scene look alike and may
+  overlap, so all of them are on one side of the split.
 - An image folder with `metadata.jsonl` (Hugging Face's ImageFolder): `file_name` and `text` (or `caption`), and
   optionally `prompt` and `scene`.
 """
@@ -41,7 +42,7 @@ class Row:
     scene: str
     """Rows of one scene stay on one side of the split."""
     where: str
-    """The row's place in its file, for messages."""
+    """The row's place in its caption file, for messages."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ def resolve_folder(data: str) -> Path:
 
         try:
             return ensure_data()
-        except (OSError, RuntimeError) as error:  # no such place, or no room in it
+        except (OSError, RuntimeError) as error:  # the folder cannot be made, or there is no room
             raise DataError(
                 f"the embedded data cannot be written to the cache: {error}; name a folder in LORA_SEARCH_CACHE"
             ) from None
     try:
         return Path(data).expanduser()
-    except RuntimeError as error:  # ~nobody
+    except RuntimeError as error:  # a home folder of an unknown user
         raise DataError(f"the data folder {shown(data)} cannot be found: {error}") from None
 
 
@@ -91,7 +92,7 @@ def examine(data: str) -> Examined:
     rows: list[Row] = []
     digests: list[str] = []
     with ThreadPoolExecutor(max_workers=4) as pool, warnings.catch_warnings():  # decoding releases the GIL
-        warnings.simplefilter("ignore")  # of files that are odd, yet give their pixels
+        warnings.simplefilter("ignore")  # about files that are odd but readable
         checked = pool.map(lambda row: _check_image(row, images), entries)
         for row, (digest, problem) in zip(entries, checked, strict=True):
             if problem:
@@ -106,7 +107,7 @@ def examine(data: str) -> Examined:
 
 
 def usable(examined: Examined, config: TrainConfig) -> Examined:
-    """The folder as this configuration may use it.
+    """The same folder, if this configuration accepts it.
 
     Raises:
         DataError: bad rows without `skip_bad_rows`, all in one message, or fewer than two good ones.
@@ -117,7 +118,7 @@ def usable(examined: Examined, config: TrainConfig) -> Examined:
         raise DataError(
             f"{examined.folder}: {len(examined.bad)} of {total} rows cannot be used:\n"
             + "\n".join(listed)
-            + "\nMend them, or go on without them: --set skip_bad_rows=true"
+            + "\nCorrect them, or leave them out: --set skip_bad_rows=true"
         )
     if len(examined.rows) < 2:
         raise DataError(f"{examined.folder}: a run needs at least 2 good rows, but there are {len(examined.rows)}")
@@ -125,13 +126,14 @@ def usable(examined: Examined, config: TrainConfig) -> Examined:
 
 
 def split(examined: Examined, config: TrainConfig) -> Split:
-    """Training and validation rows: `max_samples` chosen and split by scene, both by `split_seed` alone.
+    """Training and validation rows: `max_samples` rows chosen, then split by scene, both by `split_seed` alone.
 
     Validation gets whole scenes, as many as come nearest to `val_fraction` of the rows.
 
     Raises:
         DataError: all rows are of one scene, so that no whole scene can be held out.
     """
+    # Choose the rows.
     rows = list(usable(examined, config).rows)
     rng = random.Random(config.split_seed)
     rng.shuffle(rows)
@@ -144,6 +146,7 @@ def split(examined: Examined, config: TrainConfig) -> Split:
             f"{examined.folder}: all {len(chosen)} rows used are of one scene ({chosen[0].scene!r}), "
             "so none can be held out for validation; raise max_samples or add scenes"
         )
+    # Take whole scenes, in random order, as long as each brings validation nearer to its share.
     names = sorted(scenes)
     rng.shuffle(names)
     val: set[str] = set()
@@ -153,7 +156,7 @@ def split(examined: Examined, config: TrainConfig) -> Split:
         if abs(count + size - wanted) < abs(count - wanted):
             val.add(name)
             count += size
-    # What no pass from the front finds: one scene alone that comes nearer, whichever its place.
+    # A single scene that comes nearer than all of these, whatever its place in the order.
     single = min(names, key=lambda name: abs(len(scenes[name]) - wanted))
     if not val or abs(len(scenes[single]) - wanted) < abs(count - wanted):
         val = {single}
@@ -164,7 +167,7 @@ def split(examined: Examined, config: TrainConfig) -> Split:
 
 
 def _check_image(row: Row, images: Path) -> tuple[str, str | None]:
-    """(hash of the image's bytes, None) or ("", what is wrong with it)."""
+    """(hash of the image's bytes, None) or ("", the problem with it)."""
     try:
         if not row.image.resolve().is_relative_to(images):
             return "", f"the file name {shown(str(row.image.relative_to(images)))} leads out of the images folder"
@@ -235,7 +238,7 @@ def _read_image_folder(path: Path, images: Path, problems: list[str]) -> list[Ro
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
-            problems.append(f"{where}: is no JSON ({error})")
+            problems.append(f"{where}: is not JSON ({error})")
             continue
         row = _row(entry, where, images, "file_name", ("text", "caption"), ("prompt",), problems)
         if row is not None:
@@ -252,7 +255,7 @@ def _row(
     prompt_keys: Sequence[str],
     problems: list[str],
 ) -> Row | None:
-    """The entry as a Row, or None with its problem noted."""
+    """The entry as a Row, or None with its problem added to `problems`."""
     if not isinstance(entry, dict):
         problems.append(f"{where}: must be an object, but is {type(entry).__name__}")
         return None
@@ -264,7 +267,7 @@ def _row(
             problems.append(f"{where}: {key!r} must be a text, but is {reprlib.repr(value)}")
             return None
         if any("\ud800" <= character <= "\udfff" for character in value):
-            problems.append(f"{where}: {key!r} holds half a surrogate pair, which is no text")
+            problems.append(f"{where}: {key!r} holds half a surrogate pair, which is not text")
             return None
     assert isinstance(name, str) and isinstance(caption, str) and isinstance(prompt, str)
     if "\0" in name:

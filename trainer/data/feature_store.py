@@ -1,14 +1,15 @@
 """Feature segments on disk: written once, mapped into memory, checked by checksum, free of pickle.
 
     <folder>/
-        key.json             what the features depend on, for people; the folder's name is its hash
+        key.json             what the features depend on, for people to read; its hash names the folder
         segment-000001.bin   rows one after the other, in the machine's byte order
         segment-000001.json  shape, dtype, and for each row the image's sha256 and the row's crc32
-        lock                 held by the one process that repairs and adds
+        lock                 held by the process that repairs and adds
 
-A segment never changes: more images make more segments, and a row that turns out damaged is written anew into a later
-one, which counts before the earlier. A reader therefore needs no lock, and its mapping stays whole whatever others do.
-The index is renamed into place after its rows are on disk, so rows without an index are those of a killed process.
+A segment never changes: more images make more segments, and a row that turns out damaged is written again to a later
+segment, which counts before earlier ones. A reader therefore needs no lock, and its mapping stays intact whatever
+others do. The index is renamed into place after its rows are on disk, so rows without an index are those of a process
+that was killed.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ log = logging.getLogger("trainer.data.features")
 SEGMENT_BYTES = 256 << 20
 """A segment is closed at this size: a process that is killed loses this much work, not the whole pass."""
 SPARE_BYTES = 256 << 20
-"""Left free on the disk, which databases and checkpoints write to as well."""
-WAYS_OUT = "set LORA_SEARCH_CACHE to a folder elsewhere, or go on without a store: --set cache_features=false"
+"""Space to leave free on the disk, for databases and checkpoints."""
+WAYS_OUT = "set LORA_SEARCH_CACHE to a folder elsewhere, or do without a store: --set cache_features=false"
 _TEMPORARY = "writing-"
 
 
 class Index(BaseModel):
-    """A segment's JSON file."""
+    """The contents of a segment's JSON file."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     format: Literal[1] = 1
     shape: tuple[int, int]
-    """Of a row: (patches + 1, vision hidden size)."""
+    """Shape of a row: (patches + 1, vision hidden size)."""
     dtype: str
     images: Annotated[list[tuple[str, int]], Field(min_length=1)]
     """For each row the sha256 of the image file and the crc32 of the row's bytes."""
@@ -64,12 +65,12 @@ class Stored:
     checksum: int
 
     def sound(self) -> bool:
-        """Whether the bytes are those that were written. Reads all of them."""
+        """Whether the bytes are those that were written; reads all of them."""
         return zlib.crc32(bytes_of(self.data)) == self.checksum
 
 
 class _DamagedError(Exception):
-    """A segment that cannot be used; the message says why."""
+    """A segment cannot be used; the message says why."""
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -87,9 +88,9 @@ class Store:
         self.row_bytes = shape[0] * shape[1] * dtype.itemsize
 
     def find(self, digests: Collection[str]) -> dict[str, Stored]:
-        """What the store holds of these images, by sha256. Rows are not checked yet: see `Stored.sound`.
+        """The rows that the store holds of these images, by sha256. They are not checked yet: see `Stored.sound`.
 
-        Segments that cannot be used are passed over; `repair` removes them.
+        Unusable segments are skipped; `repair` removes them.
         """
         wanted = set(digests)
         found: dict[str, Stored] = {}
@@ -105,9 +106,9 @@ class Store:
 
     @contextmanager
     def locked(self, waiting: Callable[[], None]) -> Iterator[None]:
-        """Hold the store for writing; another holder is waited for, `waiting` called every second meanwhile.
+        """Hold the store for writing; while another process holds it, `waiting` is called every second.
 
-        The operating system gives the lock back when its holder dies.
+        The operating system frees the lock when its holder dies.
 
         Raises:
             DataError: the folder cannot be made or written.
@@ -132,9 +133,9 @@ class Store:
         return True
 
     def repair(self) -> None:
-        """Remove what cannot be used: damaged segments, rows without an index, files of killed processes.
+        """Remove damaged segments, rows without an index, and files of processes that were killed.
 
-        To be called with the lock held: whatever is unfinished then has no writer any more.
+        To be called with the lock held: an unfinished file then has no writer any more.
 
         Raises:
             DataError: the folder cannot be written.
@@ -149,18 +150,18 @@ class Store:
             try:
                 self._open(index_file)
             except _DamagedError as problem:
-                log.warning("%s: %s; its vision features are computed anew", index_file, problem)
+                log.warning("%s: %s; its vision features are computed again", index_file, problem)
                 index_file.unlink()
         for rows in self.folder.glob("segment-*.bin"):
             if not rows.with_suffix(".json").exists():
-                log.warning("%s has no index; its vision features are computed anew", rows)
+                log.warning("%s has no index; its vision features are computed again", rows)
                 rows.unlink()
 
     def reserve(self, images: int) -> None:
-        """State what these images will take on the disk, and make sure that it is there.
+        """Log the space that these images will take on the disk, and make sure that it is free.
 
         Raises:
-            DataError: it is not.
+            DataError: it is not free.
         """
         needed, free = images * self.row_bytes, shutil.disk_usage(self.folder).free
         log.info("vision features of %d images: %s in %s, %s free", images, gb(needed), self.folder, gb(free))
@@ -178,19 +179,19 @@ class Store:
                 write_whole(self.folder / "key.json", text)
 
     def writer(self) -> Writer:
-        """For adding rows, with the lock held."""
+        """A writer that adds rows; to be used with the lock held."""
         numbers = [int(file.stem.removeprefix("segment-")) for file in self._index_files()]
         return Writer(self, max(numbers, default=0) + 1)
 
     def _index_files(self) -> list[Path]:
-        """From the oldest to the newest."""
+        """All index files, from the oldest to the newest."""
         return sorted(self.folder.glob("segment-[0-9][0-9][0-9][0-9][0-9][0-9].json"))
 
     def _open(self, index_file: Path) -> tuple[Index, torch.Tensor]:
         """A segment's index and its rows, (N, *shape), mapped into memory.
 
         Raises:
-            _DamagedError: it is not whole.
+            _DamagedError: it is not intact.
         """
         rows_file = index_file.with_suffix(".bin")
         try:
@@ -206,17 +207,17 @@ class Store:
         if size != expected:
             raise _DamagedError(f"{rows_file} has {size} bytes, not {expected}")
         try:
-            # Private: a write to the tensor by mistake would stay in this process.
+            # Not shared: a write to the tensor by mistake would not reach the file.
             flat = torch.from_file(
                 str(rows_file), shared=False, size=expected // self.dtype.itemsize, dtype=self.dtype
             )
-        except RuntimeError as error:  # it went away or became shorter just now
+        except RuntimeError as error:  # it was removed or cut just now
             raise _DamagedError(f"{rows_file} cannot be mapped ({str(error).splitlines()[0]})") from None
         return index, flat.view(-1, *self.shape)
 
 
 class Writer:
-    """Adds rows to a store, segment by segment; what is not finished when the block is left by an error goes."""
+    """Adds rows to a store, segment after segment; an error within the block drops the unfinished one."""
 
     def __init__(self, store: Store, number: int) -> None:
         self._store = store
@@ -249,7 +250,7 @@ class Writer:
         """Append rows, (N, *shape) contiguous on CPU, with the sha256 of their images.
 
         Raises:
-            DataError: the disk is full, or the like.
+            DataError: the file cannot be written; the disk is full, for example.
         """
         assert rows.shape == (len(digests), *self._store.shape) and rows.dtype == self._store.dtype
         with said(self._store.folder):
@@ -266,7 +267,7 @@ class Writer:
             self._finish()
 
     def _finish(self) -> None:
-        """Make the open segment count: rows flushed to disk and named, then the index."""
+        """Make the open segment count: flush and name its rows, then write its index."""
         assert self._stream is not None
         self._stream.flush()
         os.fsync(self._stream.fileno())
@@ -280,13 +281,13 @@ class Writer:
 
 
 def gb(size: int) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in GB or MB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 @contextmanager
 def said(folder: Path) -> Iterator[None]:
-    """What the file system refuses within the block, as one message."""
+    """Turn an error of the file system within the block into one message."""
     try:
         yield
     except OSError as error:

@@ -1,10 +1,10 @@
 """Vision features, once per image: the frozen tower's output, shared by all trials, workers and later studies.
 
-The tower has no adapter, so its output for an image never changes. One pass up front computes what the store lacks
-(computing lazily, step by step, scatters the work over small batches and every worker); training then reads rows. The
+The tower has no adapter, so its output for an image never changes. One pass before training computes what the store
+lacks (computing step by step would scatter the work over small batches and all workers); training then reads rows. The
 Q-Former sees the instruction, so nothing after the vision tower can be kept.
 
-A row depends on the image's bytes and on what `key_of` lists, on nothing else: see `FORWARD_BATCH`.
+A row depends on the image's bytes and on what `key_of` lists, and on nothing else: see `FORWARD_BATCH`.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from trainer.model.library_private import attention_kernels
 log = logging.getLogger("trainer.data.features")
 
 FORWARD_BATCH = 16
-"""Images in a forward pass of the tower, always: the last batch is filled up with repetitions. A matrix product of
+"""Number of images in every forward pass of the tower: the last one is filled up with repetitions. A matrix product of
 another height may be summed in another order, and an image's bits would depend on what it was computed with."""
 RESIDENT_FRACTION = 0.3
 """Features stay in the GPU's memory if they take at most this share of what is free when they are opened."""
 THREADS = 4
-"""For reading, hashing and decoding, which release the GIL."""
+"""Threads that read, hash and decode, which releases the GIL."""
 NOISE = ("_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map")
-"""Entries of a configuration that say where it came from; the dtype is in the key by itself."""
+"""Entries of a configuration that say where it came from; the dtype has an entry of its own in the key."""
 
 Progress = Callable[[int, int], None]
 
 
 def default_folder() -> Path:
-    """Where features are kept: `features` in the folder of LORA_SEARCH_CACHE, or in `~/.cache/lora-search`."""
+    """The folder for features: `features` in `cache_folder()`."""
     return cache_folder() / "features"
 
 
@@ -55,7 +55,7 @@ class Features:
     def __init__(
         self, rows: Sequence[torch.Tensor], index: dict[Path, int], device: torch.device, *, computed: int
     ) -> None:
-        """Rows are (P, D) on CPU, mapped from the store; `index` gives the row of each path."""
+        """Keep the rows, (P, D) on the CPU, mapped from the store; `index` has the row number of each path."""
         self._rows = rows
         self._index = index
         self._device = device
@@ -70,7 +70,7 @@ class Features:
         self._table = _upload(rows, device) if _fits(self.nbytes, device) else None
 
     def index(self, image: Path) -> int:
-        """The image's row for `take`; two paths to the same bytes share one.
+        """The image's row number, for `take`; two paths to the same bytes share one.
 
         Raises:
             KeyError: an image that was not asked for when the features were opened.
@@ -94,25 +94,26 @@ def compute_or_open(
 ) -> Features:
     """The vision features of these images: read from the store in `folder`, those it lacks computed and added first.
 
-    Several processes may call this at once: one computes, the others wait and read. Call it after `runtime.prepare`,
-    whose settings decide the bits, and without an adapter in the vision tower.
+    Several processes may call this at once: one computes, the others wait and read. To be called after
+    `runtime.prepare`, whose settings affect the bits, and without an adapter in the vision tower.
 
-    Every row that is needed is checked here, once a process, by crc32: 3 s for 10 GB on one core, and it brings the
-    file into the page cache, from where training reads it. A check at first use would find the damage in the middle of
-    a trial, where no lock is held and nobody waits.
+    Every row that is needed is checked here by crc32, once in a process: 3 s for 10 GB on one core, and the file is in
+    the page cache afterwards, from where training reads it. A check at first use would find damage in the middle of a
+    run, which could neither lock the store nor wait.
 
     Args:
         folder: shared by all models and studies; see `default_folder`.
         base: its vision tower is used in evaluation mode.
         images: at least one; may repeat.
-        pixels: gives the preprocessing. Images are read from their files, not from what it keeps: the bits that are
-            hashed are the ones that are decoded.
+        pixels: has the preprocessing. Images are read from their files, not from those it keeps: the bytes that are
+            hashed are those that are decoded.
         progress: called with (images done, all) if any must be computed, and every second while another process does.
 
     Raises:
-        DataError: an image cannot be read, the disk lacks room, or the folder cannot be written. What had been
-            finished stays in the store.
+        DataError: an image cannot be read, the disk lacks room, or the folder cannot be written. Finished
+            segments stay in the store.
     """
+    # What the features depend on, and which images there are.
     assert images
     assert not any(p.requires_grad for p in base.model.vision_model.parameters()), "the vision tower is being trained"
     key = key_of(base, pixels.image_processor)
@@ -120,6 +121,7 @@ def compute_or_open(
     with ThreadPoolExecutor(THREADS) as pool:
         digests = dict(zip(images, pool.map(_digest_of, images), strict=True))
         paths = {digest: path for path, digest in digests.items()}
+        # What the store has; the rest is computed.
         found = store.find(paths)
         computed = 0
         if len(found) < len(paths) or _unsound(found, pool):
@@ -139,10 +141,10 @@ def compute_or_open(
 
 
 def key_of(base: Base, image_processor: Any) -> dict[str, Any]:
-    """All that an image's features depend on besides its bytes, as JSON values.
+    """Everything that an image's features depend on besides its bytes, as JSON values.
 
     The weights are hashed whole: a sample would miss a tower in which single rows were changed. sha256 takes 0.6 to
-    0.8 s a GB on two cores, some 3 s for ViT-g's 4 GB in float32: little beside loading them, and once a process.
+    0.8 s a GB on two cores, some 3 s for ViT-g's 4 GB in float32: little beside loading them, and once in a process.
     """
     vision = base.model.vision_model
     on_gpu = base.device.type == "cuda"
@@ -153,7 +155,7 @@ def key_of(base: Base, image_processor: Any) -> dict[str, Any]:
         "preprocessing": _without_noise(image_processor.to_dict()),
         "dtype": str(base.dtype),
         "device": base.device.type,
-        # Each generation of processors sums in an order of its own, and so does each precision setting.
+        # Generations of processors sum in different orders, and so do precision settings.
         "processor": torch.cuda.get_device_name(base.device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "convolution_tf32": on_gpu and torch.backends.cudnn.allow_tf32,
@@ -178,7 +180,7 @@ def _complete(
         found = store.find(paths)
         damaged = _unsound(found, pool)
         if damaged:
-            log.warning("%s: %d damaged rows; their vision features are computed anew", store.folder, len(damaged))
+            log.warning("%s: %d damaged rows; their vision features are computed again", store.folder, len(damaged))
         missing = [digest for digest in paths if digest not in found or digest in damaged]
         if not missing:  # another process has computed them
             return found, 0
@@ -213,7 +215,7 @@ def _encode(base: Base, pixel_values: torch.Tensor, shape: tuple[int, int]) -> t
 
 
 def _refuse_not_finite(rows: torch.Tensor, paths: Sequence[Path]) -> None:
-    """In float32 the tower overflows for no image; in half precision it may, and the trial's health shows that."""
+    """In float32 no image makes a sound tower overflow; in half precision one may, which the run reports itself."""
     if rows.dtype != torch.float32:
         return
     finite = torch.isfinite(rows).flatten(1).all(dim=1).tolist()
@@ -228,7 +230,7 @@ def _refuse_not_finite(rows: torch.Tensor, paths: Sequence[Path]) -> None:
 def _decoded(
     digests: Sequence[str], paths: dict[str, Path], image_processor: Any, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Sequence[str], torch.Tensor]]:
-    """(digests, pixels (N, 3, height, width)) in batches, the next one decoded while the last is in use."""
+    """Batches of (digests, pixels (N, 3, height, width)), each decoded while the one before is in use."""
 
     def load(digest: str) -> torch.Tensor:
         return _pixels_of(paths[digest], digest, image_processor)

@@ -1,4 +1,4 @@
-"""Image files: safe to open, decoded whole, as RGB. Needs Pillow alone."""
+"""Image files, opened safely, decoded whole, as RGB. Needs Pillow alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from trainer.common.errors import DataError
 
 MAX_PIXELS = 89_478_485
-"""Pillow's own limit against decompression bombs; Pillow warns above it, here the row is refused."""
+"""Pillow's own limit against decompression bombs. Pillow warns above it; here such an image is an error."""
 MAX_FILE_BYTES = 1 << 30
-"""No image of `MAX_PIXELS` needs a larger file; one that is larger is not read into memory."""
+"""No image of `MAX_PIXELS` needs a larger file; a larger one is not read into memory."""
 
 
 def open_image(path: Path) -> Image.Image:
@@ -33,27 +33,27 @@ def open_image(path: Path) -> Image.Image:
 
 
 class _Unusable(ValueError):
-    """An image that Pillow would read, but not to any good; the message ends a sentence."""
+    """An image that must not be read although Pillow would; the message continues 'the image ...'."""
 
 
 IMAGE_ERRORS = (
     *(OSError, EOFError, ValueError, SyntaxError, MemoryError, RuntimeError, struct.error, IndexError, TypeError),
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
-"""What a broken file can raise, in the file system or in Pillow's format plugins (found by mutating files)."""
+"""Errors that a broken file can raise, in the file system or in Pillow's format plugins (found by mutating files)."""
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "JPEG2000")
-"""Named, since Pillow knows formats that start other programs (EPS: Ghostscript)."""
+"""Formats read here. They are named since Pillow has others that start programs (EPS: Ghostscript)."""
 _FILTERS = threading.Lock()
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs of a broken file it raises as well
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it raises whatever it logs about a broken file
 
 
 def content_of(path: Path) -> bytes:
-    """The file's bytes, if it is a regular file of sane size: a pipe would block for ever, a device never end."""
+    """The file's bytes, if it is a regular file of sane size: reading a pipe would block, a device never end."""
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError
     if not stat.S_ISREG(status.st_mode):
-        raise _Unusable("is no regular file")
+        raise _Unusable("is not a regular file")
     if status.st_size > MAX_FILE_BYTES:
         raise _Unusable(f"has {status.st_size} bytes (limit {MAX_FILE_BYTES})")
     return path.read_bytes()
@@ -79,7 +79,7 @@ def decode(content: bytes) -> Image.Image:
 
 
 def problem_of(error: BaseException) -> str:
-    """One of IMAGE_ERRORS in words: what is wrong with the image."""
+    """One of IMAGE_ERRORS as a sentence about the image."""
     match error:
         case FileNotFoundError():
             return "the image is missing"
@@ -94,7 +94,7 @@ def problem_of(error: BaseException) -> str:
         case Image.DecompressionBombError():
             return f"the image is too large and might be a decompression bomb (limit {MAX_PIXELS} pixels)"
         case UnidentifiedImageError():
-            return f"the file is no image in a format read here ({', '.join(FORMATS)})"
+            return f"the file is not an image in one of the formats read here ({', '.join(FORMATS)})"
     text = str(error)
     if "truncated" in text or "Truncated" in text:
         return "the image is truncated"

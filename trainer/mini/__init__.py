@@ -4,12 +4,13 @@ scenes.py       the generator: scenes, tiles, RSICap's format
 vocabulary.py   what a scene can hold, and the words for it
 drawing.py      facts -> picture
 captions.py     facts -> sentences
-build.py        the recipe that made checkpoint/: tiles, tokenizers, vision, captions
-recipe.py       its sizes, batches and optimizer
-architecture.py its model and tokenizers before training
-vision.py       its pretraining of the vision tower
-behaviour.py    measures that the mini behaves like the real thing
 checkpoint/     the pretrained InstructBLIP: float16 on disk, to be used in float32
+behaviour.py    a program that measures whether the embedded model behaves like the real one
+recipe/         the program that made checkpoint/; nothing that trains imports it
+    build.py        tiles, tokenizers, vision, captions
+    sizes.py        its sizes, batches and optimizer
+    architecture.py the model and its tokenizers before training
+    vision.py       pretraining of the vision tower
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 STUDY_SCENES = 160
 STUDY_TILES_PER_SCENE = 4
 STUDY_SEED = 20260101
+"""Size and seed of the data set that the studies of the embedded model use."""
 
 
 def ensure_data() -> Path:
     """The study's data folder, generated on first use (about a second).
 
-    The name holds a hash of all that determines the content, so a changed generator never meets old data.
-    The folder appears complete or not at all: it is written beside its place and renamed.
+    Its name holds a hash of everything that determines the content, so a changed generator never meets old data.
+    It appears complete or not at all.
     """
     recipe = (scenes.GENERATOR_VERSION, STUDY_SCENES, STUDY_TILES_PER_SCENE, STUDY_SEED, scenes.STUDY)
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]

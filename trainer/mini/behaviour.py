@@ -1,4 +1,4 @@
-"""Measures that the embedded model behaves like the real one.
+"""Measures whether the embedded model behaves like the real one.
 
 `python -m trainer.mini.behaviour > docs/mini-behaviour.md` writes the report. Every number is measured with the
 project's own trainer on the studies' data; each claim is checked, and the exit code is 1 if one does not hold.
@@ -7,6 +7,7 @@ Takes about five minutes on one core.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -54,7 +55,7 @@ class Report:
     ok: bool = True
 
     def say(self, text: str = "") -> None:
-        """Print a line at once: the script takes minutes."""
+        """Print a line immediately: the program takes minutes."""
         print(text, flush=True)
 
     def claim(self, holds: bool, text: str) -> None:
@@ -63,7 +64,7 @@ class Report:
         self.say(f"- [{'x' if holds else ' '}] {text}")
 
     def run(self, settings: dict[str, Any]) -> list[Event]:
-        """All events of a run with these settings, its checkpoints thrown away."""
+        """All events of a run with these settings; its checkpoints are deleted."""
         with tempfile.TemporaryDirectory() as folder:
             return list(train(TrainConfig.parse(settings), self.bench, Path(folder)))
 
@@ -79,7 +80,7 @@ def best(epochs: Sequence[EpochEnded]) -> EpochEnded:
 
 
 def curve(values: Sequence[float]) -> str:
-    """Losses with three decimals."""
+    """The losses as text, with three decimals."""
     return " ".join(f"{value:.3f}" for value in values)
 
 
@@ -89,8 +90,9 @@ def validation_loss(
     """The base's mean validation loss by token, without an adapter, with its images changed.
 
     Args:
-        change: of all validation images, (samples, 3, height, width).
-        max_samples: rows used, all by default.
+        bench: has the base and the data.
+        change: function of all validation images, (samples, 3, height, width).
+        max_samples: number of rows used, all by default.
     """
     config = TrainConfig(max_samples=max_samples)
     base = bench.base(config)
@@ -140,7 +142,7 @@ def sight(report: Report) -> None:
 
 
 def sweep(report: Report) -> None:
-    """The learning rate: its optimum lies inside the log's range."""
+    """The best learning rate lies inside the log's range."""
     start = validation_loss(report.bench, lambda pixels: pixels, SWEEP["max_samples"])
     report.say("\n## Learning rate\n")
     report.say(f"`{SWEEP}`, dropout 0.1; without an adapter {start:.4f}.\n")
@@ -206,6 +208,16 @@ def half_precision(report: Report) -> None:
 
 
 def main() -> int:
+    """Measure everything and print the report.
+
+    Returns:
+        the exit code: 1 if a claim does not hold.
+    """
+    argparse.ArgumentParser(
+        prog="python -m trainer.mini.behaviour",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     torch.set_num_threads(1)
     report = Report(Workbench())
     started = next(iter(report.run({"num_epochs": 1})))

@@ -1,7 +1,7 @@
-"""Captions in the manner of RSICap: several plain sentences that tell a tile's facts in one of several wordings.
+"""Captions in the manner of RSICap: several plain sentences that state a tile's facts in one of several wordings.
 
 A wording is a choice for each slot of the caption. An archive of tiles keeps to its own wording most of the
-time, which is what a fine-tuning can learn about it; what remains is chance, which it can only learn by heart.
+time, which a fine-tuning can learn; the rest is chance, which it can only memorise.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _EXTRAS = {
 
 @dataclass(frozen=True)
 class Voice:
-    """How an archive words its captions: a preferred wording for each slot, kept to with probability `loyalty`."""
+    """The wording of an archive's captions: a preferred one for each slot, used with probability `loyalty`."""
 
     preferred: tuple[int, ...]
     """One index for each of SLOTS, in its order."""
@@ -94,7 +94,7 @@ class Voice:
 
 
 def _count(count: int, wording: int) -> str:
-    """As a word, as a vague quantity, or in digits."""
+    """The count as a word, as a vague quantity, or in digits."""
     vague = {1: "a single", 2: "a couple of", 3: "a few", 4: "a few"}
     return (_WORDS[count], vague.get(count, "many"), str(count))[wording]
 

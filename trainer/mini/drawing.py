@@ -16,7 +16,7 @@ from trainer.mini.vocabulary import COLOURS, GROUNDS, RGB, Extra, Facts, Region
 TILE_PIXELS = 64
 """Side of a tile, which is the embedded model's `image_size`: its processor's resize changes nothing."""
 CANVAS_PIXELS = 2 * TILE_PIXELS
-"""Side of the drawing before it is halved, which is what smooths the edges."""
+"""Side of the drawing before it is halved, which smooths the edges."""
 
 ASPHALT: RGB = (92, 94, 98)
 WATER: RGB = (54, 92, 122)
@@ -29,7 +29,7 @@ class Look:
     """How an archive's sensor and season change the picture."""
 
     gain: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Factor of each of red, green and blue."""
+    """Factors of red, green and blue."""
     bias: tuple[int, int, int] = (0, 0, 0)
     """Added to each channel after the gain, out of 255: haze or a dark exposure."""
     saturation: float = 1.0
@@ -78,16 +78,15 @@ def shade(colour: RGB, factor: float) -> RGB:
     return red, green, blue
 
 
-# --- grounds: what a kind looks like without its objects -----------------------------------------------------
+# --- grounds: each kind of scene without its objects -----------------------------------------------------
 
 
 def _speckle(c: Canvas, colour: RGB) -> None:
     """Patches and tufts, so that no ground is flat."""
     for _ in range(14):
         x, y = c.rng.random(), c.rng.random()
-        c.ellipse(
-            x, y, 0.05 + 0.2 * c.rng.random(), 0.05 + 0.15 * c.rng.random(), shade(colour, c.rng.uniform(0.93, 1.07))
-        )
+        width, height = 0.05 + 0.2 * c.rng.random(), 0.05 + 0.15 * c.rng.random()
+        c.ellipse(x, y, width, height, shade(colour, c.rng.uniform(0.93, 1.07)))
 
 
 def _woods(c: Canvas, colour: RGB) -> None:
@@ -171,9 +170,8 @@ def _industry(c: Canvas, _: RGB) -> None:
 
 
 def _park(c: Canvas, _: RGB) -> None:
-    s = CANVAS_PIXELS
     for size in (0.8, 0.34):
-        edge = (0.5 - size / 2) * s, (0.5 + size / 2) * s
+        edge = (0.5 - size / 2) * CANVAS_PIXELS, (0.5 + size / 2) * CANVAS_PIXELS
         c.draw.ellipse((edge[0], edge[0], edge[1], edge[1]), outline=(206, 190, 158), width=4)
     c.line(0.1, 0.1, 0.9, 0.9, 0.025, (206, 190, 158))
 
@@ -185,7 +183,7 @@ _SCENERY: dict[str, Callable[[Canvas, RGB], None]] = {
 }  # fmt: skip
 
 
-# --- objects: what is counted ---------------------------------------------------------------------------------
+# --- objects, which are counted ---------------------------------------------------------------------------------
 
 
 def _plane(c: Canvas, x: float, y: float, k: float, fill: RGB) -> None:
@@ -265,7 +263,7 @@ _OBJECTS: dict[str, Callable[[Canvas, float, float, float, RGB], None]] = {
     "beach": _parasol, "industry": _warehouse, "park": _pond,
 }  # fmt: skip
 
-# What the objects stand on: apron, basin, lot, yard, ...
+# The ground below the objects: apron, basin, lot, yard, ...
 _YARDS: dict[str, RGB] = {
     "airport": (152, 154, 158), "harbor": (74, 122, 150), "parking": (120, 116, 112), "tanks": (186, 176, 158),
     "tennis": (150, 160, 136), "farmland": (168, 148, 110), "residential": (164, 160, 136),

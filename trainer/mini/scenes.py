@@ -1,8 +1,8 @@
 """A seeded generator of overhead scenes with captions, in RSICap's format. Needs Pillow alone.
 
-A scene is a place: its tiles share kind, ground, colour of the objects and sensor, and differ in what stands
-where. A style is an archive of scenes: how its pictures look and how its captions are worded. The embedded
-model is pretrained on ARCHIVES; the studies use STUDY, whose look and wording are none of theirs.
+A scene is a place: its tiles share kind, ground, colour of the objects and sensor, and differ in which objects stand
+where. A style is an archive of scenes: how its pictures look and how its captions are worded. The embedded model is
+pretrained on ARCHIVES; the studies use STUDY, whose look and wording differ from all of theirs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.mini.drawing import Look, draw, place
 from trainer.mini.vocabulary import EDGES, EXTRAS, KINDS, MAX_COUNT, REGIONS, Extra, Facts
 
 GENERATOR_VERSION = 1
-"""Raised with every change that alters the tiles or captions of a seed: cached data is then made anew."""
+"""Raised with every change that alters the tiles or captions of a seed: cached data is then generated again."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture with what it shows and a caption that tells it."""
+    """A picture with the facts that it shows and a caption that states them."""
 
     image: Image.Image
     facts: Facts
@@ -59,8 +59,8 @@ def _voice(*preferred: int, loyalty: float = 0.8) -> Voice:
     return Voice(preferred, loyalty)
 
 
-# Eight archives, each recognisable by its look, whose wordings cross: what one slot says tells little of the next,
-# so the language model learns to be told each slot by the query outputs.
+# Eight archives, each recognisable by its look, whose wordings cross: the wording of one slot says little about that
+# of the next, so the language model learns to read each slot from the query outputs.
 ARCHIVES = (
     Style(Look(), _voice(0, 0, 0, 0, 0, 0, 0, 0, 0), 0.15),
     Style(Look(gain=(1.1, 1.0, 0.75), noise=5), _voice(1, 1, 1, 1, 1, 1, 1, 1, 1), 0.15),
@@ -72,7 +72,7 @@ ARCHIVES = (
     Style(Look(saturation=0.4, contrast=0.8, scale=0.85), _voice(1, 0, 1, 0, 0, 2, 2, 0, 1), 0.15),
 )
 
-# A dry, hazy late summer seen from closer by, told in a wording that mixes those of the archives.
+# A dry, hazy late summer seen from closer by, worded in a mixture of the archives' ways.
 STUDY = Style(
     Look(gain=(0.98, 0.8, 0.58), bias=(34, 22, 10), saturation=0.8, contrast=1.1, noise=10, scale=1.15),
     _voice(2, 1, 1, 0, 0, 2, 1, 1, 2, loyalty=0.75),

@@ -1,4 +1,4 @@
-"""What an overhead scene can hold, and the words for it: the facts shared by the drawing and the captions."""
+"""The vocabulary of overhead scenes: the facts that drawing and captions share, and the words for them."""
 
 from __future__ import annotations
 
@@ -131,12 +131,12 @@ class Extra:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a tile shows and its caption tells."""
+    """The facts that a tile shows and its caption states."""
 
     kind: str
     ground: str
     colour: str
-    """Of the objects; not told of a panchromatic tile."""
+    """Colour of the objects; the caption of a panchromatic tile leaves it out."""
     count: int
     region: Region
     """Where in the tile the objects stand."""

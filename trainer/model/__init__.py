@@ -1,1 +1,1 @@
-"""The frozen InstructBLIP and the adapters on it: loading, forward pass, LoRA, memory."""
+"""The frozen InstructBLIP and the adapters on it: loading, forward pass, LoRA, memory. Knows nothing of data files."""

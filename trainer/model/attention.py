@@ -1,7 +1,7 @@
 """Scaled dot-product attention between rows without padding (`trainer.model.ragged`).
 
-PyTorch's fused kernel on padded sequences; where these are short on a CPU, batched products of matrices instead. The
-kernel works head by head there, and for some dozens of tokens its own overhead is more than its arithmetic.
+It is PyTorch's fused kernel on padded sequences, or, for short ones on a CPU, batched products of matrices: the kernel
+works head by head there, and for some dozens of tokens its overhead is more than its arithmetic.
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762.
 """
 
@@ -16,9 +16,9 @@ from trainer.model.library_private import softmax_backward
 from trainer.model.ragged import Ragged
 
 DENSE = 10_000
-"""Scores of a head, up to which writing attention out is faster on a CPU: forward and backward of 70 x 70 takes
-2.95 ms instead of 4.08 (4 samples, 9 heads of 64), of 47 x 47 4.0 instead of 5.2 (32, 4 of 32), of 128 x 128 as
-long."""
+"""Scores of a head up to which attention written out is faster on a CPU: forward and backward of 70 x 70 take 2.95 ms
+instead of 4.08 (4 samples, 9 heads of 64), of 47 x 47 4.0 instead of 5.2 (32 samples, 4 heads of 32), of 128 x 128 the
+same time."""
 
 
 def attend(
@@ -32,22 +32,24 @@ def attend(
     scale: float,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What each query takes from the keys of its own sample: (N, heads x size).
+    """Attention of each query to the keys of its own sample: (N, heads x size).
 
     Args:
-        query: (N, heads x size), as `rows` lie.
-        key: (M, key heads x size), as `keys` lie; each of fewer heads serves as many of the queries'.
-        value: likewise.
+        query: (N, heads x size), laid out as `rows`.
+        key: (M, key heads x size), laid out as `keys`; with fewer heads than the queries, each serves several of them.
+        value: as `key`.
         size: of a head.
-        rows: of the queries.
-        keys: of keys and values.
-        scale: of the products of queries and keys.
-        bias: added to them, broadcast to (B, heads, L, keys): `hidden` where there must be no attention, padding
-            among it.
+        rows: layout of the queries.
+        keys: layout of keys and values.
+        scale: factor of the products of queries and keys.
+        bias: added to the products, broadcast to (B, heads, L, keys): from `hidden`, where there must be no attention,
+            for example to padding.
     """
+    # Short sequences on a CPU.
     few = rows.length * keys.length <= DENSE
     if few and query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
         return _Dense.apply(query, key, value, bias, size, rows, keys, scale)  # type: ignore[no-any-return,no-untyped-call]
+    # Everything else: padded, through the fused kernel.
     padded = rows.pad(query), keys.pad(key), keys.pad(value)
     q, k, v = (each.unflatten(2, (-1, size)).transpose(1, 2) for each in padded)
     if k.shape[1] != q.shape[1]:
@@ -58,14 +60,14 @@ def attend(
 
 
 def hidden(seen: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """The bias that leaves what is true in `seen`: 0, and elsewhere the lowest number, as Transformers has it."""
+    """The bias for a mask: 0 where `seen` is true, elsewhere the lowest number, as in Transformers."""
     if seen is None:
         return None
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 class _Dense(torch.autograd.Function):
-    """Everything in one node: rows to heads, scores, softmax, and back."""
+    """Attention as one autograd node: rows to heads, scores, softmax, and back."""
 
     @staticmethod
     def forward(
@@ -81,7 +83,7 @@ class _Dense(torch.autograd.Function):
     ) -> torch.Tensor:
         heads, groups = query.shape[1] // size, key.shape[1] // size
         k, v = keys.apart(key, groups), keys.apart(value, groups)
-        # The queries of heads that share keys lie one after the other: they are more queries of one head.
+        # Queries of heads that share keys lie one after the other: for the product, they are queries of one head.
         q = rows.apart(query, heads).view(k.shape[0], -1, size)
         if scale != 1.0:
             q = q * scale

@@ -1,8 +1,8 @@
-"""The frozen base: loading an InstructBLIP, and its forward as a chain of our own.
+"""The frozen base: loading an InstructBLIP, and its forward pass, written out.
 
-The chain is vision_model -> qformer (which sees the instruction) -> language_projection -> language_model. Writing it
-out lets a run stop at a query output that is not finite, keep the vision output, and compute logits at label
-positions only. It equals the library's forward on the same batch (tests/trainer/model/test_base.py, for T5 and Llama).
+The pass is vision_model -> qformer (which sees the instruction) -> language_projection -> language_model. Written out,
+it lets a run look at the query output, keep the vision output, and compute logits at label positions only. It equals
+the library's forward on the same batch (tests/trainer/model/test_base.py, for T5 and Llama).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SAMPLE_BLOCKS, SAMPLE_BYTES = 64, 65_536
 
 @dataclass
 class Base:
-    """A frozen InstructBLIP with its processor, loaded once and shared by all trials of a worker."""
+    """A frozen InstructBLIP with its processor, loaded once and shared by all runs of a process."""
 
     model: Any
     """InstructBlipForConditionalGeneration, without gradients."""
@@ -44,18 +44,18 @@ class Base:
     name: str
     dtype: torch.dtype
     device: torch.device
-    """Of inputs and adapters; of the whole base, unless it is spread over several."""
+    """Where inputs and adapters are, and the whole base, unless it is spread over several devices."""
     fingerprint: str
 
     @property
     def num_query_tokens(self) -> int:
-        """Query tokens, which is also the number of image positions before the text."""
+        """Number of query tokens, which is also that of image positions before the text."""
         return int(self.model.config.num_query_tokens)
 
 
 @dataclass
 class Forward:
-    """What one forward pass gives, all still on the device."""
+    """The results of one forward pass, still on the device."""
 
     token_losses: torch.Tensor
     """(N,), cross entropy of the N label tokens, float32, sample by sample."""
@@ -64,15 +64,15 @@ class Forward:
 
     @property
     def loss_sum(self) -> torch.Tensor:
-        """Over all label tokens, scalar."""
+        """The sum of the losses of all label tokens, scalar."""
         return self.token_losses.sum()
 
 
 def load_base(name: str, *, dtype: torch.dtype, device: torch.device, spread: bool = False) -> Base:
     """Load an InstructBLIP checkpoint (folder, hub id or `mini`) frozen onto the device.
 
-    With `spread`, Accelerate spreads it over all CUDA devices that the process sees, and moves what flows from one
-    layer to the next; on a CPU or a single GPU it is the whole base on that.
+    With `spread`, Accelerate spreads it over all CUDA devices that the process sees, and moves tensors from layer
+    to layer; on a CPU or a single GPU, the whole base is there.
 
     Only safetensors are read, never pickle, and no code that comes with the checkpoint is run.
 
@@ -82,6 +82,7 @@ def load_base(name: str, *, dtype: torch.dtype, device: torch.device, spread: bo
     from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
     from transformers.utils import logging as transformers_logging
 
+    # Load processor and model.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     path = locate(name)
@@ -106,6 +107,7 @@ def load_base(name: str, *, dtype: torch.dtype, device: torch.device, spread: bo
             f"the model {name!r} has {model.config.num_query_tokens} query tokens, "
             f"but its processor writes {processor.num_query_tokens} image tokens"
         )
+    # Freeze it, and put it on its device.
     model.requires_grad_(False)
     fuse(model)
     if spread:
@@ -117,12 +119,13 @@ def load_base(name: str, *, dtype: torch.dtype, device: torch.device, spread: bo
 
 
 def _refuse_offloaded(name: str, model: Any, device: torch.device) -> None:
-    """Layers for which the GPUs had no room were put elsewhere, from where each would be fetched at every step."""
+    """Refuse a base of which Accelerate put layers on the host or on disk: each would be fetched at every step."""
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if device.type == "cuda" and places & {"cpu", "disk"}:
         raise ModelError(
             f"the model {name!r} does not fit on the {torch.cuda.device_count()} GPUs that this process sees: parts "
-            "of it would lie on the host; give a worker more GPUs (--gpus-per-worker), or --set torch_dtype=bfloat16"
+            "of it would lie on the host; give it more GPUs (in a search: --gpus-per-worker), or "
+            "--set torch_dtype=bfloat16"
         )
 
 
@@ -161,8 +164,8 @@ def forward(model: Any, batch: Batch) -> Forward:
 
     Args:
         model: the InstructBLIP, with adapters injected or without.
-        batch: on the base's device, with pixels or vision outputs. Of a base that is spread over several devices,
-            layers may lie elsewhere; what flows between them is moved, and the losses come back here.
+        batch: on the base's device, with pixels or vision outputs. If the base is spread over several devices, tensors
+            are moved to each layer's, and the losses come back to the batch's.
     """
     layout = batch.layout or layout_of(model.config, batch)
     image_embeds = batch.image_embeds
@@ -182,7 +185,7 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def runs_on_rows(config: Any) -> bool:
-    """Whether an InstructBLIP of this config has a language model that `trainer.model.forward` knows."""
+    """Whether `trainer.model.forward` has the language model of an InstructBLIP of this config."""
     return config.text_config.model_type in FORWARDS
 
 
@@ -207,7 +210,7 @@ def label_logits(model: Any, queries: torch.Tensor, layout: Layout) -> torch.Ten
 
 
 def _library_logits(model: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The same through the library's forward, padded, of a language model that forward.py doesn't know."""
+    """Logits at the label tokens through the library's own forward, padded, for a language model not in `FORWARDS`."""
     rows, labels = layout.text.rows, layout.labels
     seen = rows.seen()
     mask = None if seen is None else seen[:, 0, 0].long().to(embeds.device)
@@ -225,7 +228,7 @@ def _library_logits(model: Any, embeds: torch.Tensor, layout: Layout) -> torch.T
 def _only_labels(head: nn.Module, layout: Layout) -> Iterator[None]:
     """Within, the language-model head sees the states of label tokens only: (B, L, hidden) becomes (N, hidden).
 
-    A hook, so that everything before the head (T5's output scaling among it) stays the library's own code.
+    By a hook, so that everything before the head (T5's output scaling, for one) stays the library's own code.
     """
 
     def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

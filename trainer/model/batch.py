@@ -1,4 +1,4 @@
-"""`Batch`: what a model is given, padded; several of them merged to one; where its samples' rows lie."""
+"""`Batch`, the padded inputs of a forward pass: merging several to one, finding the layout of its rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IGNORE = -100
 class Batch:
     """A padded batch. B samples, Q query tokens, lengths padded to the longest in the batch.
 
-    Its images are there in one of three forms: pixels, rows of a feature store, or the vision outputs themselves.
+    It has its images in one of three forms: pixels, rows of a feature store, or the vision outputs themselves.
     """
 
     pixel_values: torch.Tensor | None
@@ -37,20 +37,20 @@ class Batch:
     image_embeds: torch.Tensor | None = None
     """(B, patches + 1, vision hidden size)."""
     layout: Layout | None = None
-    """Where its rows are, if that has been found already."""
+    """The layout of its rows, if it has been found already."""
 
     def __len__(self) -> int:
         return self.labels.shape[0]
 
     def num_tokens(self) -> int:
-        """Label tokens."""
+        """Number of label tokens."""
         return int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device) -> Batch:
         """The batch on the device."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
         layout = None if self.layout is None else self.layout.to(device)
-        return replace(moved, layout=layout, image_rows=self.image_rows)  # the store takes rows from the host
+        return replace(moved, layout=layout, image_rows=self.image_rows)  # the store looks rows up on the host
 
     def micro(self, size: int) -> Iterator[Batch]:
         """Slices of at most `size` samples, padded as the whole batch is."""
@@ -58,7 +58,7 @@ class Batch:
             yield self._each(lambda tensor, start=start: tensor[start : start + size])  # type: ignore[misc]
 
     def pin_memory(self) -> Batch:
-        """Called by the DataLoader where the device is a GPU."""
+        """The batch in pinned memory; the DataLoader calls this where the device is a GPU."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -68,7 +68,7 @@ class Batch:
 
 
 def merge(batches: Sequence[Batch]) -> Batch:
-    """Several batches, on the host and all of one kind of model, as one, each padded to the longest of all."""
+    """Several batches, on the host and for the same model, as one, padded to the longest of all."""
     if len(batches) == 1:
         return batches[0]
 
@@ -89,7 +89,7 @@ def merge(batches: Sequence[Batch]) -> Batch:
         pixel_values=images("pixel_values"),
         image_rows=images("image_rows"),
         image_embeds=images("image_embeds"),
-        # Padded positions are masked; their ids need only be ones that the vocabulary has.
+        # Padded positions are masked: any id of the vocabulary will do.
         qformer_ids=joined("qformer_ids", 0),
         qformer_mask=joined("qformer_mask", 0),
         text_ids=joined("text_ids", 0),
@@ -99,10 +99,10 @@ def merge(batches: Sequence[Batch]) -> Batch:
 
 
 def layout_of(config: Any, batch: Batch) -> Layout:
-    """Where the batch's rows are, for an InstructBLIP of this config.
+    """The layout of the batch's rows, for an InstructBLIP of this config.
 
-    Found on the host: a GPU would be asked for each length. NumPy, since of arrays this small PyTorch takes five times
-    as long for each operation.
+    Found on the host, which would otherwise wait for a GPU at each length; by NumPy, since PyTorch takes five times as
+    long for each operation on arrays this small.
     """
     device = batch.labels.device
     padded = (batch.qformer_ids, batch.qformer_mask, batch.text_ids, batch.text_mask, batch.labels)

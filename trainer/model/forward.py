@@ -1,9 +1,9 @@
 """Q-Former, T5 and Llama on rows without padding (`trainer.model.ragged`): the library's modules, in its order.
 
-What differs from the library's own forward is where attention finds its rows, and what is left out because nobody
-reads it: the text positions of the Q-Former's last layer, and those positions of Llama's last layer that predict no
-label. Modules are called, never their weights used, so that adapters and PEFT's replacements act. Of a base that is
-spread over several devices (Accelerate splits no layer), what flows is moved at each layer.
+It differs from the library's own forward in where attention finds its rows, and in two parts that are left out because
+nothing reads them: the text positions of the Q-Former's last layer, and those positions of Llama's last layer that
+predict no label. Modules are called, never their weights used, so that adapters and PEFT's replacements act. If the
+base is spread over several devices (Accelerate splits no layer), tensors are moved at each layer.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ BIAS_STEP = 64
 
 
 def _on(weight: torch.Tensor, *tensors: Any) -> Any:
-    """The tensors on the device of a module's weight."""
+    """The tensors, moved to the device of a module's weight where they are elsewhere."""
     device = weight.device
     return [each if each is None or each.device == device else each.to(device) for each in tensors]
 
 
 def query_images(model: Any, image_embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The Q-Former's output at the query tokens, (B x Q, hidden), of (B, patches + 1, vision hidden size) images."""
+    # Embeddings of query tokens and instruction.
     embeddings, layers = model.qformer.embeddings, model.qformer.encoder.layer
     text = embeddings.word_embeddings(layout.instruction_ids)
     text = text + embeddings.position_embeddings(layout.instruction_positions)
     queries = model.query_tokens.to(text).expand(layout.queries.samples, -1, -1).flatten(0, 1)
     dtype = embeddings.layernorm.weight.dtype
     queries, text = (embeddings.layernorm(each.to(dtype)) for each in (queries, text))
+    # Layers: self-attention of both together, cross-attention of the queries to the image.
     joined, images = layout.instructions, Ragged.of([image_embeds.shape[1]] * layout.queries.samples, text.device)
     bias = hidden(joined.rows.seen(), dtype)
     for layer in layers:
@@ -56,7 +58,7 @@ def query_images(model: Any, image_embeds: torch.Tensor, layout: Layout) -> torc
 def _block(
     module: Any, states: torch.Tensor, rows: Ragged, memory: torch.Tensor, keys: Ragged, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """An attention block of the Q-Former: states that attend to a memory, rows or (B, patches + 1, hidden) images."""
+    """An attention block of the Q-Former: the states attend to a memory, rows or (B, patches + 1, hidden) images."""
     inner = module.attention
     with input_rows(keys):
         key, value = (part(memory).view(keys.starts[-1], -1) for part in (inner.key, inner.value))
@@ -72,7 +74,7 @@ def t5(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
 
     Args:
         language: T5ForConditionalGeneration.
-        embeds: what the encoder sees, as `layout.text` lies.
+        embeds: inputs of the encoder, laid out as `layout.text`.
         layout: of the pass.
     """
     encoder, decoder = language.encoder, language.decoder
@@ -85,7 +87,7 @@ def t5(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def _shifted(layout: Layout, start: int) -> torch.Tensor:
-    """What T5's decoder is given to predict the labels: each sample's, moved on by one."""
+    """The inputs from which T5's decoder predicts the labels: each sample's labels, moved on by one."""
     ids = layout.label_ids.roll(1)
     firsts = torch.tensor(layout.labels.starts[:-1]).to(ids.device, non_blocking=True)
     return ids.index_fill_(0, firsts, start)
@@ -95,7 +97,7 @@ def _t5_stack(
     stack: Any, states: torch.Tensor, rows: Ragged, encoded: tuple[torch.Tensor, Ragged] | None = None
 ) -> torch.Tensor:
     bias = _position_bias(stack, rows.length)
-    # Of padding, a decoder sees nothing anyway: it comes after what is read.
+    # A decoder needs no mask for padding: it comes after everything that is read.
     seen = rows.seen() if encoded is None else None
     if seen is not None:
         bias = torch.where(seen.to(bias.device), bias, torch.finfo(bias.dtype).min)
@@ -119,7 +121,7 @@ _position_biases: WeakKeyDictionary[torch.nn.Module, torch.Tensor] = WeakKeyDict
 
 @torch.no_grad()
 def _position_bias(stack: Any, length: int) -> torch.Tensor:
-    """(1, heads, length, length), of a decoder causal. Only distances matter: the longest so far has all in it."""
+    """(1, heads, length, length), causal in a decoder. Only distances count: a longer one has the shorter in it."""
     kept = _position_biases.get(stack)
     first = stack.block[0].layer[0].SelfAttention
     weight = first.relative_attention_bias.weight
@@ -142,7 +144,7 @@ def _t5_block(
     keys: Ragged,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """An attention block of T5: of the states to a memory, or to themselves."""
+    """An attention block of T5: the states attend to a memory, or to themselves."""
     normed = layer.layer_norm(states)
     with input_rows(keys):
         seen = normed if memory is None else memory
@@ -155,11 +157,11 @@ def _t5_block(
 
 
 def _clamped(states: torch.Tensor) -> torch.Tensor:
-    """As T5 has it in float16, whose overflow it would otherwise carry on."""
+    """The states clamped as T5 does it in float16, where they may overflow."""
     if states.dtype != torch.float16:
         return states
     most = torch.finfo(states.dtype).max
-    # Row by row, where the library asks whether anything of the batch is infinite: runs have to be independent.
+    # Row by row, not for the whole batch as in the library: runs have to be independent.
     limit = torch.where(torch.isinf(states).any(-1, keepdim=True), most - 1000, most).to(states.dtype)
     return torch.clamp(states, min=-limit, max=limit)
 
@@ -169,12 +171,12 @@ def llama(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
 
     Args:
         language: LlamaForCausalLM.
-        embeds: as `layout.text` lies.
+        embeds: laid out as `layout.text`.
         layout: of the pass.
     """
     model, rows = language.model, layout.text.rows
     assert layout.predicts is not None
-    # Positions of a sample count from 0, as its padded places do.
+    # Each sample's positions count from 0.
     order = torch.arange(rows.length, device=embeds.device)
     positions = rows.unpad(order.repeat(rows.samples).view(rows.samples, -1, 1))
     rotary = tuple(each[0, :, None] for each in model.rotary_emb(embeds, position_ids=positions.view(1, -1)))
@@ -197,7 +199,7 @@ def _llama_layer(
     bias: torch.Tensor | None,
     read: tuple[Selection, Ragged] | None = None,
 ) -> torch.Tensor:
-    """A layer of Llama: at all rows, or at those that are read."""
+    """A layer of Llama, at all rows or only at those that are read."""
     states, cos, sin, bias = _on(layer.input_layernorm.weight, states, *rotary, bias)
     inner = layer.self_attn
     with input_rows(rows):

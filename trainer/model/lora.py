@@ -1,12 +1,12 @@
 """LoRA for several runs at once on one frozen base: each run's weights in one flat tensor, applied in adapted modules.
 
-A pass holds the samples of several runs one after the other. What stands in for the forward of an adapted module
-adds to every run's rows what its own adapter gives, with its own rank, scaling and dropout (Hu et al. 2021):
-y_k += s_k drop(x_k) A_k' B_k'. The rows of different runs never meet: what is not finite in one leaves the bits of the
-others alone.
+A pass holds the samples of several runs one after the other. The forward of an adapted module is replaced by one that
+adds each run's own adapter to that run's rows, with its own rank, scaling and dropout (Hu et al. 2021):
+y_k += s_k drop(x_k) A_k' B_k'. The rows of different runs never meet: a value that is not finite in one changes no bit
+of the others.
 
-One autograd node for a module does the base's and all runs' arithmetic, and writes their gradients where AdamW finds
-them. PEFT decides initial values and file format, and is what tests compare with (tests/trainer/test_pack.py).
+One autograd node for a module does the arithmetic of the base and of all runs, and writes the runs' gradients where
+AdamW finds them. Initial values and file format are PEFT's, which tests compare with (tests/trainer/test_pack.py).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ STATE = ("exp_avg", "exp_avg_sq")
 class Pair:
     """One module's A and B with their gradients: views of the adapter's flat tensors, made once, not at every use.
 
-    B lies there transposed. A product of many rows with a matrix of a few columns takes a BLAS on a CPU two to four
-    times as long if the few are what is contiguous: with B as PEFT has it, one for B's gradient and one for x's.
+    B lies there transposed. On a CPU, BLAS takes two to four times as long for a product of many rows with a matrix of
+    a few columns if these are contiguous, as two products, for the gradients of B and x, would be with PEFT's B.
     """
 
     a: torch.Tensor
@@ -51,7 +51,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Named:
-    """One weight of an adapter with what belongs to it, for looking at."""
+    """One weight of an adapter with its gradient and moments, for inspection."""
 
     weight: torch.Tensor
     grad: torch.Tensor
@@ -62,12 +62,12 @@ class Named:
 class Adapter:
     """One run's LoRA weights, gradients and optimizer.
 
-    All weights are one flat parameter, so that norm, clipping and update are a few operations for a run, not for a
+    All weights are one flat parameter, so that norm, clipping and update are a few operations for a run, not for every
     tensor. The optimizer is PyTorch's AdamW.
     """
 
     def __init__(self, model: Any, config: TrainConfig) -> None:
-        """A fresh adapter, with the initial values that PEFT gives for this seed.
+        """A fresh adapter, with PEFT's initial values for this seed.
 
         Raises:
             ModelError: a target module that the model lacks.
@@ -75,6 +75,7 @@ class Adapter:
         self.config = config
         self.scale = config.lora_alpha / config.lora_r
         self.dropout = config.lora_dropout
+        # Initial values, copied to one flat tensor.
         initial, self.modules = peft_format.initial_values(model, config)
         first = next(iter(initial.values()))
         _refuse_scattered(model, self.modules)
@@ -84,10 +85,12 @@ class Adapter:
         weights, grads = self._split(self.weights), self._split(self.grads)
         for name, p in initial.items():
             weights[name].copy_(p)
+        # Its views by module.
         self.pairs: dict[str, Pair] = {}
         for module in self.modules:
             a, b = (f"base_model.model.{module}.lora_{x}.default.weight" for x in "AB")
             self.pairs[module] = Pair(weights[a], weights[a].t(), weights[b], weights[b].t(), grads[a], grads[b].t())
+        # The optimizer on it.
         self.parameter = nn.Parameter(self.weights)
         self.parameter.grad = self.grads
         # The fused kernel computes in float32 whatever the dtype, and float16 has to fail as it did in the hand-run.
@@ -114,7 +117,7 @@ class Adapter:
         }
 
     def named(self) -> dict[str, Named]:
-        """Every weight by PEFT's name for it, in a fixed order."""
+        """All weights by PEFT's names, in a fixed order."""
         state = self.optimizer.state.get(self.parameter, {})
         moments: dict[str, dict[str, torch.Tensor]] = {k: self._split(state[k]) for k in STATE if k in state}
         weights, grads = self._split(self.weights), self._split(self.grads)
@@ -124,7 +127,7 @@ class Adapter:
         }
 
     def updates(self) -> int:
-        """Updates that AdamW has made."""
+        """Number of updates that AdamW has made."""
         state = self.optimizer.state.get(self.parameter, {})
         return int(state["step"]) if "step" in state else 0
 
@@ -136,9 +139,9 @@ class Adapter:
             norm: scalar, of the gradients, before clipping.
             bad: scalar bool; true leaves weights and moments as they are.
         """
-        # As torch.nn.utils.clip_grad_norm_ has it.
+        # As in torch.nn.utils.clip_grad_norm_.
         keep = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        keep = keep.masked_fill(bad, 1.0)  # the gradients of a bad step are looked at afterwards
+        keep = keep.masked_fill(bad, 1.0)  # the gradients of a bad step are inspected afterwards
         self.optimizer.param_groups[0]["lr"] = rate
         self.grads.mul_(keep)
         if self.fused:
@@ -173,13 +176,13 @@ class Adapter:
             weight.copy_(stored[name])
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """AdamW's state by name: its moments as flat tensors, B as PEFT has it, and the number of its updates."""
+        """AdamW's state by name: its moments as flat tensors, B in PEFT's order, and the number of its updates."""
         state = self.optimizer.state.get(self.parameter, {})
         moments = {key: torch.cat([v.reshape(-1) for v in self._split(state[key]).values()]) for key in STATE if state}
         return {key: moments.get(key, value).detach() for key, value in state.items()}
 
     def restore_optimizer(self, stored: Mapping[str, torch.Tensor]) -> None:
-        """Set AdamW's state from what `optimizer_tensors` gave, bit for bit."""
+        """Set AdamW's state from a result of `optimizer_tensors`, bit for bit."""
         if stored:
             device = self.weights.device
             # Where AdamW itself keeps them: the count beside the weights if fused, else on the host.
@@ -194,13 +197,13 @@ class Adapter:
 
 
 def _refuse_scattered(model: Any, modules: Sequence[str]) -> None:
-    """An adapter is one flat tensor, beside the Q-Former; a base that is spread may have modules elsewhere."""
+    """Refuse modules on other devices than the Q-Former's, in a base that is spread: an adapter is one flat tensor."""
     here = next(model.qformer.parameters()).device
     elsewhere = [name for name in modules if model.get_submodule(name).weight.device != here]
     if elsewhere:
         raise ModelError(
             f"device_map=auto has put {len(elsewhere)} of the {len(modules)} adapted modules on other devices than "
-            f"the Q-Former's ({here}), {elsewhere[0]!r} among them; adapt Q-Former modules only (the default "
+            f"the Q-Former's ({here}), for example {elsewhere[0]!r}; adapt Q-Former modules only (the default "
             "target_modules), or use a device that holds the whole base"
         )
 
@@ -219,7 +222,7 @@ class Segment:
 
 
 class Hooks:
-    """What stands in for the forward of adapted modules; it acts on the samples of the plan that is set."""
+    """Replaces the forward of adapted modules by one that adds the adapters of `segments`, the runs of the pass."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -229,7 +232,7 @@ class Hooks:
         self._anchor: torch.Tensor | None = None
 
     def cover(self, modules: Iterable[str]) -> None:
-        """Stand in for those of the modules for which nothing does yet."""
+        """Replace the forward of those modules where it has not been replaced yet."""
         for name in modules:
             if name not in self._covered:
                 module = self.model.get_submodule(name)
@@ -238,15 +241,15 @@ class Hooks:
                 self._covered[name] = (module, attribute, original)
                 setattr(module, attribute, partial(self._apply, name, module, original))
                 if self._anchor is None:
-                    # The weights are no inputs of the graph (their gradients are written straight to their place),
-                    # so something else has to say that there is a gradient at all.
+                    # The weights are not inputs of the graph (their gradients are written straight to their place), so
+                    # another input has to require a gradient.
                     self._anchor = torch.zeros((), device=module.weight.device, requires_grad=True)
 
     def remove(self) -> None:
         """Leave the base as it was."""
         for module, attribute, original in self._covered.values():
             if attribute == "forward":
-                delattr(module, attribute)  # and the class's own shows again
+                delattr(module, attribute)  # uncovers the class's own
             else:
                 setattr(module, attribute, original)
         self._covered.clear()
@@ -261,8 +264,8 @@ class Hooks:
 class _Lora(torch.autograd.Function):
     """x W' + bias, and s drop(x) A' B' added to the rows of each segment.
 
-    The operations are few and small, so that it is their number that costs: rows are split once for all segments, and
-    products are added where their sums are wanted, the base's gradient for x among them.
+    The operations are small, so that their number decides the time: rows are split once for all segments, and products
+    are added in place to the sums that they belong to, such as the base's gradient for x.
     """
 
     @staticmethod
@@ -292,8 +295,8 @@ class _Lora(torch.autograd.Function):
                 out.addmm_(low, pair.b_t, alpha=adapter.scale)
             lows.append(low)
             masks.append(mask)
-        # Masks are as large as x, and let go with the backward pass of this node; what else is made here is small, and
-        # nobody can change it: there is no version of it to be checked, for each of the segments.
+        # Masks are as large as x, and freed after this node's backward pass. `lows` are small and never changed: kept
+        # without autograd's check of versions, which would cost time for each segment.
         ctx.save_for_backward(weight, rows, *(masks if any(mask is not None for mask in masks) else ()))
         ctx.name, ctx.segments, ctx.sizes, ctx.shape, ctx.lows = name, segments, sizes, x.shape, lows
         return y.view(*x.shape[:-1], -1)
@@ -324,7 +327,7 @@ class _Lora(torch.autograd.Function):
 
 
 def _sizes(segments: Sequence[Segment], x: torch.Tensor) -> list[int]:
-    """Rows that each segment has of an input: (samples, ..., features), or rows as they are laid out at the moment."""
+    """Number of rows of each segment in an input: (samples, ..., features), or (N, features), see `input_rows`."""
     if x.dim() == 2:
         starts = current_input_rows().starts
         return [starts[segment.stop] - starts[segment.start] for segment in segments]
@@ -333,11 +336,11 @@ def _sizes(segments: Sequence[Segment], x: torch.Tensor) -> list[int]:
 
 
 def _split(rows: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
-    """The rows of each segment: views. Tensor.split is this behind 10 us of Python."""
+    """The rows of each segment, as views. Tensor.split does the same after 10 us of Python."""
     return rows.split_with_sizes(sizes) if len(sizes) > 1 else (rows,)
 
 
 def _dropout_mask(adapter: Adapter, rows: torch.Tensor) -> torch.Tensor:
-    """What a run's rows are multiplied by, (rows, features): 0, or 1 / (1 - p)."""
+    """The factors of a run's rows, (rows, features): 0, or 1 / (1 - p)."""
     keep = 1.0 - adapter.dropout
     return torch.empty_like(rows).bernoulli_(keep, generator=adapter.generator).div_(keep)

@@ -1,4 +1,4 @@
-"""How much memory a base needs, told from its files before anything is loaded. Needs no torch."""
+"""How much memory a base needs, read from its files before anything is loaded. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""Of an element, by `TrainConfig.torch_dtype`."""
+"""Bytes of an element, by `TrainConfig.torch_dtype`."""
 TOKENS = 32
-"""Text tokens of the sample whose activations are told: about a prompt and the shortest of captions."""
+"""Text tokens of the sample whose activations are estimated: about a prompt and the shortest of captions."""
 
 log = logging.getLogger("trainer.model.memory")
 
@@ -33,11 +33,11 @@ class Need:
     """Bytes, exactly: all tensors of the checkpoint in the run's dtype."""
     activations: int
     """Bytes that a training step of one sample of TOKENS tokens keeps for its backward pass, at the least: 0 where the
-    configuration does not tell."""
+    model's config.json lacks the sizes."""
 
     @property
     def total(self) -> int:
-        """Bytes without which not one step is possible."""
+        """Bytes that a single step takes at the least."""
         return self.weights + self.activations
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Need:
 
 
 def needed(model: str, torch_dtype: str) -> Need | None:
-    """What a model takes, None if its files are not on this machine yet.
+    """What a model takes; None if its files are not on this machine yet.
 
     Raises:
         ModelError: the files cannot be read.
@@ -56,7 +56,7 @@ def needed(model: str, torch_dtype: str) -> Need | None:
         return None
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        return None  # loading it says what is missing
+        return None  # the loader says what is missing
     size = BYTES[torch_dtype]
     try:
         elements = sum(_elements(file) for file in files)
@@ -67,10 +67,10 @@ def needed(model: str, torch_dtype: str) -> Need | None:
 
 
 def check(config: TrainConfig, device: torch.device) -> None:
-    """Make sure that the base of this configuration fits on its device, or devices; what it needs is logged.
+    """Make sure that the base of this configuration fits on its device, or devices, and log what it needs.
 
     Raises:
-        ModelError: it does not; the message says what it needs, what there is and what helps.
+        ModelError: it does not fit; the message says what it needs, what is free and what helps.
     """
     from trainer import runtime
 
@@ -89,7 +89,7 @@ def check(config: TrainConfig, device: torch.device) -> None:
 
 
 def shown(number: int) -> str:
-    """Bytes as people read them."""
+    """Bytes in the unit that suits them, GiB, MiB or KiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if number >= size:
             return f"{number / size:.1f} {unit}"
@@ -102,12 +102,12 @@ def _remedies(config: TrainConfig, need: Need, device: torch.device) -> str:
         lines.append(f"--set torch_dtype=bfloat16, which takes {shown(need.total // 2)}")
     if device.type == "cuda":
         if config.device_map == "single":
-            lines.append("several GPUs for a worker: --gpus-per-worker 2 --set device_map=auto")
+            lines.append("several GPUs: --set device_map=auto (in a search with --gpus-per-worker 2)")
         else:
-            lines.append("more GPUs for a worker: a higher --gpus-per-worker")
-        lines.append("ending what else uses the GPU (nvidia-smi lists it), another worker of this search included")
+            lines.append("more GPUs for this process (in a search: a higher --gpus-per-worker)")
+        lines.append("ending other processes on the GPU (nvidia-smi lists them)")
     else:
-        lines.append("ending what else uses memory, fewer --workers among it")
+        lines.append("ending other processes that use memory (in a search: fewer --workers)")
     return "".join(f"\n  - {line}" for line in lines)
 
 

@@ -17,7 +17,7 @@ def resolve_targets(model: nn.Module, target_modules: Sequence[str]) -> tuple[st
     """Full names of the linear modules whose name ends in one of `target_modules`, sorted.
 
     Raises:
-        ModelError: a name that no module has; PEFT would pass over it silently if another name matched.
+        ModelError: a name that no module has; PEFT would ignore it silently if another name matched.
     """
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found: set[str] = set()
@@ -53,7 +53,7 @@ def lora_config(config: TrainConfig, modules: Sequence[str], base_name: str | No
 
 
 def initial_values(model: Any, config: TrainConfig) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """What PEFT gives a fresh adapter for this seed, by its names for the weights, and the adapted modules' names.
+    """PEFT's initial values of an adapter for this seed, by its names for the weights, and the adapted modules' names.
 
     The same random numbers in the same order as `peft.get_peft_model`, to the last bit
     (tests/trainer/model/test_ragged.py), without wrapping 40 modules and unwrapping them again at once, which took
@@ -63,10 +63,10 @@ def initial_values(model: Any, config: TrainConfig) -> tuple[dict[str, torch.Ten
     wanted = set(modules)
     found: dict[str, torch.Tensor] = {}
     torch.manual_seed(config.seed)
-    for name, module in model.named_modules():  # in this order initial values are drawn
+    for name, module in model.named_modules():  # the order in which initial values are drawn
         if name not in wanted:
             continue
-        # PEFT makes two linear layers, which draw values of their own, and then draws A's anew (Hu et al. 2021).
+        # PEFT makes two linear layers, which draw values of their own, and then draws A again (Hu et al. 2021).
         down = nn.Linear(module.in_features, config.lora_r, bias=False)
         up = nn.Linear(config.lora_r, module.out_features, bias=False)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))

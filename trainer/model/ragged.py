@@ -1,8 +1,8 @@
 """Sequences of different lengths as rows, without padding between them.
 
-A batch's hidden states are one matrix, sample after sample: linear layers, norms and activations, which is nearly all
-of the arithmetic, compute nothing for padding. Attention alone takes them apart, `Ragged.pad`, and gives them back.
-Krell et al. 2021, https://arxiv.org/abs/2107.02027, have what padding costs.
+A batch's hidden states are one matrix, sample after sample: linear layers, norms and activations, which are nearly all
+of the arithmetic, compute nothing for padding. Attention alone takes the samples apart and joins them again.
+On the cost of padding: Krell et al. 2021, https://arxiv.org/abs/2107.02027.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ Padded = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Ragged:
-    """Where the rows of each sample are: N rows of B samples, the longest of which has L."""
+    """The layout of N rows of B samples, the longest of which has L rows."""
 
     starts: tuple[int, ...]
     """(B + 1): the first row of each sample, and N."""
     length: int
     """L."""
     places: torch.Tensor | None
-    """(N,): the place of each row in (B x L) padded ones. None if all samples have L rows."""
+    """(N,): the place of each row among the (B x L) padded ones. None if all samples have L rows."""
     sources: torch.Tensor | None
-    """(B x L,): the row of each place; of padding, the last one of its own sample, so that what is not finite stays
-    in its sample."""
+    """(B x L,): the row of each place; for padding, the last row of its own sample, so that values that are not finite
+    stay in their sample."""
     gradients: torch.Tensor | None
-    """(B x L,): the same, of padding N: the row of zeros that is put behind the gradient of what was `unpad`ded."""
+    """(B x L,): the same, but N for padding: the row of zeros that is put behind the gradient of `unpad`."""
     _heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, compare=False)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Ragged:
-        """For samples of these lengths."""
+        """The layout of samples of these lengths."""
         starts = tuple(accumulate(lengths, initial=0))
         longest = max(lengths)
         if min(lengths) == longest:
@@ -57,7 +57,7 @@ class Ragged:
         return len(self.starts) - 1
 
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
-        """(N, features) to (B, L, features); what padding holds is finite if its sample is, and means nothing."""
+        """(N, features) to (B, L, features); padding is finite if its sample is, and means nothing."""
         if self.sources is not None and self.places is not None:
             rows = _gather(rows, self.sources, self.places, holes=False)
         return rows.view(self.samples, self.length, -1)
@@ -70,7 +70,7 @@ class Ragged:
         return _gather(places, self.places, self.gradients, holes=True)
 
     def seen(self) -> torch.Tensor | None:
-        """(B, 1, 1, L), true at places that are no padding; None if none is."""
+        """(B, 1, 1, L), false at padding; None if there is none."""
         if self.places is None:
             return None
         mask = torch.zeros(self.samples * self.length, dtype=torch.bool, device=self.places.device)
@@ -80,9 +80,9 @@ class Ragged:
         """(N, heads x size) to (B x heads, L, size); no autograd.
 
         Args:
-            rows: one for each of these.
-            heads: that a row holds side by side.
-            zeros: padding is 0, not something finite.
+            rows: laid out like this.
+            heads: number of heads that lie side by side in a row.
+            zeros: padding is 0, not just finite.
         """
         if self.places is None:
             return (
@@ -99,7 +99,7 @@ class Ragged:
         return out.view(self.samples * heads, self.length, -1)
 
     def together(self, heads_apart: torch.Tensor, heads: int) -> torch.Tensor:
-        """What `apart` takes apart: (B x heads, L, size) to (N, heads x size); no autograd."""
+        """The inverse of `apart`: (B x heads, L, size) to (N, heads x size); no autograd."""
         size = heads_apart.shape[-1]
         if self.places is None:
             whole = heads_apart.view(self.samples, heads, self.length, size).transpose(1, 2)
@@ -108,7 +108,7 @@ class Ragged:
         return heads_apart.view(-1, size).index_select(0, slots).view(-1, heads * size)
 
     def _by_head(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slots, sources) of (N x heads) parts of rows in (B, heads, L) places, found once."""
+        """(places, sources) of the (N x heads) parts of rows among (B, heads, L) places, found once."""
         if heads not in self._heads:
             assert self.places is not None and self.sources is not None
             head = torch.arange(heads, device=self.places.device)
@@ -121,19 +121,19 @@ class Ragged:
 
 @dataclass(frozen=True)
 class QueriesWithText:
-    """Rows that each begin with the Q queries of their sample, its text after them."""
+    """The layout of samples that consist of Q queries and then text."""
 
     rows: Ragged
     queries: torch.Tensor
-    """(B x Q,): which rows are queries."""
+    """(B x Q,): the rows that are queries."""
     text: torch.Tensor
-    """(T,): which are text."""
+    """(T,): the rows that are text."""
     order: torch.Tensor
-    """(N,): where each row is in all queries with all text behind them."""
+    """(N,): where each row is among all queries followed by all text."""
 
     @classmethod
     def of(cls, text: Ragged, lengths: Sequence[int], queries: int, device: torch.device) -> QueriesWithText:
-        """For texts of these lengths."""
+        """The layout for texts of these lengths."""
         rows = Ragged.of([queries + length for length in lengths], device)
         own = (np.array(rows.starts[:-1], dtype=np.int64)[:, None] + np.arange(queries)).ravel()
         # The text's rows, each moved on by the queries of its own sample and of those before.
@@ -146,7 +146,7 @@ class QueriesWithText:
         return _Join.apply(queries, text, *self._on(queries.device))  # type: ignore[no-any-return,no-untyped-call]
 
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `join` joins: (N, features) to (B x Q, features) and (T, features)."""
+        """The inverse of `join`: (N, features) to (B x Q, features) and (T, features)."""
         return _Split.apply(rows, *self._on(rows.device))  # type: ignore[no-any-return,no-untyped-call]
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -158,13 +158,13 @@ class Selection:
     """Some of N rows."""
 
     index: torch.Tensor
-    """(n,): which, each at most once."""
+    """(n,): which rows, each at most once."""
     back: torch.Tensor
-    """(N,): where each is among the chosen; of the others n, as `Ragged.gradients` has it."""
+    """(N,): where each row is among the selected; n for the others, as in `Ragged.gradients`."""
 
     @classmethod
     def of(cls, index: np.ndarray, total: int, device: torch.device) -> Selection:
-        """These of `total` rows."""
+        """The selection of these of `total` rows."""
         back = np.full(total, len(index), dtype=np.int64)
         back[index] = np.arange(len(index))
         return cls(_tensor(index, device), _tensor(back, device))
@@ -176,16 +176,16 @@ class Selection:
 
 @dataclass(frozen=True)
 class Layout:
-    """All that a pass has to know of the lengths of its samples, and the ids of their rows."""
+    """All that a pass needs to know about the lengths of its samples, and the ids of their rows."""
 
     queries: Ragged
     instructions: QueriesWithText
-    """What the Q-Former sees."""
+    """Inputs of the Q-Former."""
     instruction_ids: torch.Tensor
     instruction_positions: torch.Tensor
     instruction_rows: Ragged
     text: QueriesWithText
-    """What the language model sees, or its encoder."""
+    """Inputs of the language model, or of its encoder."""
     text_ids: torch.Tensor
     labels: Ragged
     """Label tokens."""
@@ -253,9 +253,9 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 _input_rows: ContextVar[Ragged] = ContextVar("rows of the inputs of adapted modules")
 """A context, not an argument: between the forward pass, which knows the rows, and the adapted linear modules, which
-need them, lies code of the library's (`feed_forward_chunk` of the Q-Former, T5's and Llama's feed-forwards, the output
-of an attention block), which calls them with one tensor. Their number of rows alone does not say which rows they are:
-queries and text may be equally many. Of each thread its own."""
+need them, is code of the library (`feed_forward_chunk` of the Q-Former, T5's and Llama's feed-forwards, the output
+of an attention block), which calls them with one tensor. Its number of rows does not identify them: queries and text
+may be equally many. Each thread has its own."""
 
 
 @contextmanager
@@ -275,9 +275,9 @@ def current_input_rows() -> Ragged:
     return rows
 
 
-# PyTorch's index_select adds its gradient up row by row, since an index may name a row twice. These name none twice,
-# or only where a gradient means nothing. Both ways are gathers: where algorithms have to be deterministic, CUDA sorts
-# the indices of whatever scatters.
+# PyTorch's index_select sums its gradient up row by row, since an index may name a row twice. The indices here name no
+# row twice, or only where a gradient means nothing, so that forward and backward can both be gathers: where algorithms
+# have to be deterministic, CUDA sorts the indices of a scatter.
 
 
 class _Gather(torch.autograd.Function):
@@ -292,7 +292,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         (back,) = ctx.saved_tensors
-        if ctx.holes:  # rows that the index doesn't name: `back` names a row of zeros for them, behind all others
+        if ctx.holes:  # for rows that the index does not name, `back` names a row of zeros behind all others
             grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1])])
         return grad.index_select(0, back), None, None, None
 

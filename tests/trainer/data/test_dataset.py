@@ -95,7 +95,7 @@ def test_image_folder(tmp_path: Path) -> None:
 
 
 def bad_folder(folder: Path) -> tuple[Path, dict[str, str]]:
-    """A folder with two good rows and one of each kind of bad row; what is said of the bad ones, by annotation."""
+    """A folder with two good rows and one of each kind of bad row, and the messages on the bad ones, by annotation."""
     images = good_folder(folder, scenes=2, tiles=1) / "images"
     entries: list[Any] = json.loads((folder / "captions.json").read_text())["annotations"]
     said = {}
@@ -106,9 +106,9 @@ def bad_folder(folder: Path) -> tuple[Path, dict[str, str]]:
 
     add(row("nowhere.png"), "nowhere.png: the image is missing")
     (images / "text.png").write_text("no image")
-    add(row("text.png"), "no image in a format read here")
+    add(row("text.png"), "not an image in one of the formats read here")
     (images / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    add(row("script.png"), "no image in a format read here")
+    add(row("script.png"), "not an image in one of the formats read here")
     whole = png(images / "cut.png").read_bytes()
     Image.effect_noise((200, 200), 90).save(images / "cut.png")
     whole = (images / "cut.png").read_bytes()
@@ -123,7 +123,7 @@ def bad_folder(folder: Path) -> tuple[Path, dict[str, str]]:
     (images / "folder.png").mkdir()
     add(row("folder.png"), "the image is a folder")
     os.mkfifo(images / "pipe.png")
-    add(row("pipe.png"), "the image is no regular file")
+    add(row("pipe.png"), "the image is not a regular file")
     with (images / "large.png").open("wb") as stream:
         stream.truncate(MAX_FILE_BYTES + 1)  # sparse
     add(row("large.png"), "has 1073741825 bytes")

@@ -246,3 +246,18 @@ def test_a_small_recipe_runs_and_repeats_itself(tmp_path: Path) -> None:
     assert torch.get_num_threads() == threads
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+def test_help_measures_nothing() -> None:
+    command = [sys.executable, "-m", "trainer.mini.behaviour", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "behaves like the real one" in done.stdout and "## " not in done.stdout
+
+
+def test_nothing_that_trains_imports_the_recipe() -> None:
+    script = (
+        "import sys; from trainer.common.imports import import_libraries; import_libraries(); import trainer.run; "
+        "print([name for name in sys.modules if name.startswith(('trainer.mini.recipe', 'trainer.mini.behaviour'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""The own forward equals the library's; adapters have the size of the closed formula; PEFT loads what we save."""
+"""Our forward equals the library's; adapters have the size of the closed formula; PEFT loads what we save."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_gradients_equal_the_library(kind: str) -> None:
 
 
 def query_output(model: Any, embeds: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The library's."""
+    """The library's query output."""
     size = len(batch)
     mask = torch.cat([torch.ones(size, QUERIES, dtype=torch.long), batch.qformer_mask], dim=1)
     return model.qformer(
@@ -298,7 +298,7 @@ def test_an_adapted_module_with_dropout_in_company_and_not(hooked_by_accelerate:
 
 
 def test_moments_are_kept_in_pefts_order() -> None:
-    """However B lies in memory: what a checkpoint holds must not depend on it."""
+    """A checkpoint must not depend on how B lies in memory."""
     adapter = Adapter(tiny_model("t5"), TrainConfig(lora_r=3))
     adapter.grads.normal_()
     adapter.update(1e-2, torch.tensor(1.0), torch.tensor(False))

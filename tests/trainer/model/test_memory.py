@@ -1,4 +1,4 @@
-"""What a base needs is told from its files, and refused before it is loaded; a base spread by Accelerate."""
+"""A base's need of memory, read from its files; one that does not fit is refused; one is spread by Accelerate."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_several_gpus_hold_more_and_are_advised(
     monkeypatch.setattr(runtime, "visible_devices", lambda device: gpus)
     monkeypatch.setattr(runtime, "free_memory", lambda device: 12 * 2**30)
     config = small(model=str(xl), device="cuda")
-    with pytest.raises(ModelError, match="--gpus-per-worker 2 --set device_map=auto"):
+    with pytest.raises(ModelError, match=r"--set device_map=auto \(in a search with --gpus-per-worker 2\)"):
         memory.check(config, torch.device("cuda"))
     memory.check(config.model_copy(update={"device_map": "auto"}), torch.device("cuda"))
     monkeypatch.setattr(runtime, "free_memory", lambda device: 6 * 2**30)
@@ -130,7 +130,7 @@ def test_what_is_needed_is_logged(
 
 
 def losses(config: Any, folder: Path) -> list[float]:
-    """Of the steps of a run."""
+    """The losses of a run, by step."""
     return [event.loss for event in train(config, Workbench(), folder) if isinstance(event, StepEnded)]
 
 
@@ -142,7 +142,7 @@ def test_a_spread_base_on_one_device_trains_the_same(small: Callable[..., Any], 
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")  # query_tokens
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_accelerates_hooks_leave_losses_and_gradients_alone(kind: str, small: Callable[..., Any]) -> None:
-    """What moves tensors between devices wraps every layer's forward; here each device is the CPU."""
+    """Accelerate wraps every layer's forward to move tensors between devices; here each device is the CPU."""
     from accelerate import dispatch_model
 
     from trainer.model.lora import Hooks, Segment

@@ -1,4 +1,4 @@
-"""Rows without padding: where they are, attention between them, and what the library's forward does instead."""
+"""Rows without padding: their layout, attention between them, and the library's forward in their place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.trainer.model.test_base import KINDS, library_forward
 from trainer.config import TrainConfig
 from trainer.loop import Pack
 from trainer.model import attention, base
-from trainer.model import forward as chain
+from trainer.model import forward as forwards
 from trainer.model.attention import attend, hidden
 from trainer.model.base import forward
 from trainer.model.batch import IGNORE, layout_of
@@ -71,7 +71,7 @@ def test_queries_come_before_their_samples_text(lengths: list[int], queries: int
 
 
 def test_derivatives() -> None:
-    """Of what gathers and scatters, with padding that is used for something and must have no part in it."""
+    """Gathers and scatters have the right derivatives, in which padding has no part."""
     rows = Ragged.of([2, 4, 1], CPU)
     joined = QueriesWithText.of(rows, [2, 4, 1], 2, CPU)
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
@@ -165,8 +165,8 @@ def test_float16_is_kept_from_overflow_as_t5_does_it() -> None:
     """As in T5Block: what overflows becomes 1,000 less than the largest number, to float16's precision."""
     inf = float("inf")
     half = torch.tensor([[inf, -inf, 65_504, 5.0], [65_504, 0.0, 0.0, 0.0]], dtype=torch.float16)
-    assert chain._clamped(half).tolist() == [[64_512, -64_512, 64_512, 5.0], [65_504, 0.0, 0.0, 0.0]]
-    assert chain._clamped(half.float()).tolist()[0] == [inf, -inf, 65_504, 5.0]
+    assert forwards._clamped(half).tolist() == [[64_512, -64_512, 64_512, 5.0], [65_504, 0.0, 0.0, 0.0]]
+    assert forwards._clamped(half.float()).tolist()[0] == [inf, -inf, 65_504, 5.0]
     model_, batch = tiny_model("t5", torch.float16), tiny_batch("t5")
     assert batch.pixel_values is not None
     batch.pixel_values = batch.pixel_values.half()

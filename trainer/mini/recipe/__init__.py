@@ -1,1 +1,1 @@
-"""What made the embedded checkpoint; nothing that trains imports it."""
+"""The recipe that made the embedded checkpoint; nothing that trains imports it."""

@@ -1,4 +1,4 @@
-"""The embedded model before its pretraining: its two tokenizers, its processor, its architecture."""
+"""The embedded model before its pretraining: two tokenizers, processor, architecture."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_t5_tokenizer(texts: Sequence[str]) -> T5Tokenizer:
 def make_qformer_tokenizer(texts: Sequence[str]) -> BertTokenizerFast:
     """A lower-casing WordPiece tokenizer with a piece for every word of the texts and every printable ASCII character.
 
-    Written out rather than trained: the trainer breaks ties at random, and the recipe is to give the same each time.
+    Written out, not trained: the tokenizers library breaks ties at random, and the recipe must be reproducible.
     """
     words = sorted({word.strip(".,?").lower() for text in texts for word in text.split()})
     letters = [character for character in ASCII if not character.isupper()]
@@ -102,6 +102,6 @@ def make_model(processor: InstructBlipProcessor) -> InstructBlipForConditionalGe
     )
     model = InstructBlipForConditionalGeneration(config)
     nn.init.normal_(model.query_tokens, std=0.1)
-    # As large as the patches' own embeddings: positions are half of what the captions tell.
+    # As large as the patches' own embeddings: half of the facts in the captions are positions.
     nn.init.normal_(model.vision_model.embeddings.position_embedding, std=0.4)
     return model

@@ -6,7 +6,7 @@
     4. captions   Q-Former, projection and T5 learn captions and short answers over the frozen vision features
 
 Step 3 stands for InstructBLIP's pretrained vision tower, which is frozen in training as well. Without it a tower
-this small stays blind for most of step 4. Seeded: the same machine writes the same checkpoint.
+this small stays blind for most of step 4. Everything is seeded: a machine writes the same checkpoint each time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SEED = 0
 
 
 def make_tiles(count: int, rng: random.Random) -> list[tuple[int, Tile]]:
-    """Tiles with the index of their archive, one a scene."""
+    """Tiles, each of another scene, with the index of their archive."""
     tiles = []
     for _ in range(count):
         archive = rng.randrange(len(ARCHIVES))
@@ -65,7 +65,7 @@ class Samples:
 
 
 def tokenise(processor: InstructBlipProcessor, tiles: Sequence[Tile], features: Tensor) -> Samples:
-    """Everything the caption training needs, as token ids."""
+    """Everything that the caption training needs, as token ids."""
     blank = tiles[0].image
     prompts = []
     for text in (*INSTRUCTIONS, *QUESTIONS.values()):
@@ -121,13 +121,13 @@ def caption_loss(model: InstructBlipForConditionalGeneration, features: Tensor, 
 def train_captions(
     model: InstructBlipForConditionalGeneration, samples: Samples, recipe: Recipe, rng: random.Random
 ) -> None:
-    """Train everything but the vision tower. Prints the loss as it goes."""
+    """Train everything but the vision tower, and print the loss every 100 steps."""
     model.vision_model.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = optimizer_for(parameters, recipe.caption_rate, recipe.caption_steps)
     started, recent = time.perf_counter(), []
     for step, index in enumerate(batches(len(samples.features), recipe.batch_size, recipe.caption_steps), start=1):
-        # Evaluation mode does nothing but switch dropout off: there are no running statistics.
+        # Evaluation mode only switches dropout off: there are no running statistics.
         model.train(step > recipe.dropout_from * recipe.caption_steps)
         inputs = collate(samples, index.tolist(), recipe.question_share, rng)
         loss = caption_loss(model, samples.features[index], inputs)
@@ -149,10 +149,10 @@ def train_captions(
 
 @torch.no_grad()
 def rescale(model: InstructBlipForConditionalGeneration, gain: float) -> None:
-    """Multiply the Q-Former's states by `gain` and divide what reads them by it: every output stays as it was.
+    """Multiply the Q-Former's states by `gain` and divide the weights that read them by it: outputs stay the same.
 
-    What changes is how far an update of a given size moves the outputs. Adam moves each weight by about the learning
-    rate whatever its gradient, so in a Q-Former of width 128 the same rate does less than in the real one of width
+    An update of a given size moves the outputs further then. Adam moves each weight by about the learning rate
+    whatever its gradient, so in a Q-Former of width 128 the same rate does less than in the real one of width
     768. With a gain of 16 the learning rates of the hand-run log mean here what they mean there: 5e-6 hardly moves,
     2e-4 to 5e-4 are best, 1e-3 is too much and with a large rank and alpha diverges (docs/mini-behaviour.md).
     A power of two, so that no weight is rounded.

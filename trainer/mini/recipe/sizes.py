@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of the pretraining."""
+    """Sizes and rates of the pretraining."""
 
     tiles: int = 16_000
     vision_steps: int = 800
@@ -21,9 +21,9 @@ class Recipe:
     caption_rate: float = 1.5e-3
     batch_size: int = 32
     question_share: float = 0.3
-    """Of the samples of step 4; the others are captions."""
+    """Share of questions among the samples of step 4; the others are captions."""
     dropout_from: float = 0.5
-    """Share of step 4 that goes without dropout: it learns to see in half the steps. The rest has it, as the
+    """Share of step 4 without dropout, where it learns to see in half the steps. The rest has dropout, as the
     fine-tuning will."""
     gain: float = 16.0
     """Scale of the Q-Former's states, see `build.rescale`."""

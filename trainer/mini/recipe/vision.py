@@ -1,4 +1,4 @@
-"""Pretraining of the embedded model's vision tower: it learns to tell a tile's facts.
+"""Pretraining of the embedded model's vision tower: it learns to recognise a tile's facts.
 
 It stands for InstructBLIP's pretrained tower, which is frozen in fine-tuning as this one is. Without it a model this
 small stays blind for most of its caption training.
@@ -30,7 +30,7 @@ TARGETS = {
     "panchromatic": 2,
     "archive": len(ARCHIVES),
 }
-"""The facts the vision tower learns to tell, each with its number of classes."""
+"""The facts that the vision tower learns to recognise, each with its number of classes."""
 
 
 PATCHES = TILE_PIXELS // PATCH_PIXELS
@@ -38,7 +38,7 @@ PATCHES = TILE_PIXELS // PATCH_PIXELS
 
 
 def spot_map(tile: Tile) -> Tensor:
-    """Which patches hold the centre of an object, (patches * patches): what makes positions and counts learnable."""
+    """The patches that hold the centre of an object, (patches * patches): they make positions and counts learnable."""
     grid = torch.zeros(PATCHES, PATCHES)
     for x, y in tile.spots:
         grid[int(y * PATCHES), int(x * PATCHES)] = 1.0
@@ -80,7 +80,7 @@ class Readout(nn.Module):
 def train_vision(
     vision: InstructBlipVisionModel, pixels: Tensor, labels: Tensor, spots: Tensor, recipe: Recipe
 ) -> None:
-    """Train the tower with a readout that is thrown away. Prints the accuracy as it goes.
+    """Train the tower with a readout that is thrown away, and print the accuracy every 100 steps.
 
     Args:
         vision: InstructBLIP's vision model.
