@@ -382,7 +382,7 @@ class Worker:
             with exclusive(self.storage):
                 if tries > 1:  # the database went away meanwhile, and may have given a trial before it did
                     lifecycle.put_back(self.study, self.identity, began)
-                if not lifecycle.wants_another(self.study, self.job.n_trials):
+                if not lifecycle.needs_another(self.study, self.job.n_trials):
                     return None
                 if not self._has_asked:  # from here on the study has a trial, and keeps its definition
                     check_definition(self.study, self.job.study)
