@@ -1,11 +1,11 @@
-"""What can go wrong on the search's side because of the user's input or surroundings.
+"""Errors of the search that come from the user's input or the surroundings.
 
 trainer.common.errors.UserError
-├── StudyError        a study file or search space that cannot be meant
+├── StudyError        a study file, study name or search space that is wrong
 ├── DefinitionChanged a study that exists under this name with another definition
 └── StorageError      a database or tracking server that cannot be opened or reached
-    ├── Unavailable   MLflow's store does not answer now
-    └── DatabaseAway  Optuna's database has not answered for as long as a search waits
+    ├── Unavailable   a store that does not answer now, or that another process holds
+    └── DatabaseAway  Optuna's database, which has not answered for as long as a search waits
 """
 
 from typing import ClassVar
@@ -26,10 +26,10 @@ class StorageError(UserError):
 
 
 class Unavailable(StorageError):
-    """The store does not answer now; the same call may succeed later."""
+    """The store does not answer now, or another process holds it; the same call may succeed later."""
 
 
 class DatabaseAway(StorageError):
-    """Optuna's database has not answered for long; the same command goes on once it does."""
+    """Optuna's database has not answered for too long; the same command continues once it does."""
 
     exit_code: ClassVar[int] = 75  # EX_TEMPFAIL of sysexits.h: try again later

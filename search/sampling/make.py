@@ -15,19 +15,19 @@ STRATEGIES = ("joint", "staged")
 
 
 def make_sampler(study: Study, strategy: str = "joint", n_trials: int | None = None) -> BaseSampler:
-    """The sampler of a study.
+    """Make the sampler of a study.
 
     Args:
         study: Its space, kind of sampler and seed.
         strategy: `joint` samples all params from the first trial on, `staged` stage by stage.
-        n_trials: Budget that the stages share; None for the study's own.
+        n_trials: The budget that the stages divide among themselves; None for the study's own.
 
     Raises:
-        StudyError: an unknown strategy, or one that the kind of sampler or the space cannot follow.
+        StudyError: the strategy is unknown, or the study's sampler or space does not allow it.
     """
     if strategy not in STRATEGIES:
         raise StudyError(
-            f"there is no strategy {strategy!r}{nearest(strategy, STRATEGIES)}; known: {', '.join(STRATEGIES)}"
+            f"{strategy!r} is not a strategy{nearest(strategy, STRATEGIES)}; known: {', '.join(STRATEGIES)}"
         )
     if study.sampler == "grid":
         if strategy != "joint":

@@ -1,4 +1,4 @@
-"""A trial's params: what Optuna is asked for, in which range, and which constraint a trial violated."""
+"""A trial's params, from the study's space to Optuna's distributions, and the constraints that a trial can violate."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def distribution(param: Param) -> BaseDistribution:
 
 
 def suggest(trial: optuna.Trial, study: Study) -> dict[str, Any]:
-    """The trial's params by Optuna's names, in the order of the space.
+    """Ask Optuna for the trial's params: values by Optuna's names, in the order of the space.
 
-    Params that the trial has already (queued, parked, requeued) are returned as they are.
+    Params that the trial already has (queued, parked, requeued) keep their values.
     """
     params: dict[str, Any] = {}
     for field, param in study.space.items():
@@ -49,15 +49,15 @@ def suggest(trial: optuna.Trial, study: Study) -> dict[str, Any]:
 
 
 def mark_constraints(trial: optuna.Trial, violated: str | None) -> None:
-    """Record which constraint the trial violated, if any; to be called once, before it is told as PRUNED or COMPLETE.
+    """Record which constraint a trial violated, if any; to be called once, before the trial is told to Optuna.
 
-    TPE ranks a trial by the sum of its positive constraint values, whatever its state among COMPLETE and PRUNED, and
-    a trial without any as feasible. The others are set to 0 all the same, so that dashboards show them as held.
-    FAIL would be invisible to it: with the optimum beside a cliff of NaN, 45 of 50 trials fell off told as FAIL, 20
-    told as PRUNED (mean of 8 seeds, tests/search/sampling/test_samplers.py).
+    TPE ranks a COMPLETE or PRUNED trial by the sum of its positive constraint values; one without any is feasible. The
+    other constraints are set to 0 all the same, so that dashboards show them as met. A FAIL would be invisible to TPE:
+    with the optimum beside a cliff of NaN, 45 of 50 trials fell off it when these were told as FAIL, 20 when they were
+    told as PRUNED (mean of 8 seeds, tests/search/sampling/test_params.py).
 
     Raises:
-        ValueError: there is no such constraint.
+        ValueError: `violated` is not in `CONSTRAINTS`.
     """
     if violated is not None and violated not in CONSTRAINTS:
         raise ValueError(f"constraints are {', '.join(CONSTRAINTS)}, but got {violated=}.")

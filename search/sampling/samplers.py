@@ -30,25 +30,25 @@ N_STARTUP_TRIALS = 5
 
 A study here has a dozen trials: with 10 all but two of them would be random. Measured on a smooth surface with a cliff
 over rsicap_mini's space, noise 0.003, 100 seeds of 12 trials: mean best 1.3114 with 3, 1.3120 with 5, 1.3130 with 10,
-each +-0.0007. So fewer is no worse, and perhaps better; 5 keeps some spread in six dimensions. A constant and not a
+each +-0.0007. So fewer are not worse, and perhaps better; 5 keep some spread in six dimensions. A constant and not a
 share of the budget, so that a study continued with more trials samples what a longer one would have.
 """
 
 
 def base_sampler(study: Study, seed: int) -> BaseSampler:
-    """A new TPE or random sampler of this seed."""
+    """Make a TPE or random sampler, as the study has it, with this seed."""
     if study.sampler == "random":
         return RandomSampler(seed=seed)
     return KnownSpaceTPE(study, seed)
 
 
 class SeededByTrial(BaseSampler):
-    """Hands each trial to a sampler of its own, seeded by the study's seed and the trial's place.
+    """Delegates each trial to a sampler of its own, seeded by the study's seed and the trial's place.
 
-    A sampler made once and seeded once would, after a restart, draw its first samples again. This one samples for a
-    trial what it would have sampled in a study never interrupted: with one worker, the same seed gives the same study
-    however often it is stopped. The place is the trial's number but for trials that take up another's work, which
-    have the place of the first of them and take none away.
+    A sampler that is seeded once would draw its first samples again after a restart. Here a trial is sampled as if the
+    study had never been interrupted: with one worker, the same seed yields the same study however often it is stopped.
+    The place is the trial's number, except that trials which take up another's work share the place of the first of
+    them and do not count in the places of later ones.
 
     Args:
         make: Makes the sampler of one trial from a seed.
@@ -61,7 +61,7 @@ class SeededByTrial(BaseSampler):
         self._latest: tuple[int, BaseSampler] | None = None
 
     def build(self, study: optuna.Study, trial: FrozenTrial, seed: int) -> BaseSampler:
-        """The sampler of this trial."""
+        """Make the sampler of a trial from its seed; overridden where trials differ in more than that."""
         return self._make(seed)
 
     def _of(self, study: optuna.Study, trial: FrozenTrial) -> BaseSampler:
@@ -71,15 +71,15 @@ class SeededByTrial(BaseSampler):
         return self._latest[1]
 
     def reseed_rng(self) -> None:
-        """Nothing: seeds are the trials'. Optuna calls this in threads it starts, whose trials differ anyway."""
+        """Do nothing: seeds belong to trials. Optuna calls this in threads it starts, whose trials differ anyway."""
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Begin a trial, new or taken up again."""
+        """Make the trial's sampler, whether the trial is new or taken up again."""
         self._latest = None
         self._of(study, trial).before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """The params that are sampled together."""
+        """Distributions of the params that are sampled together."""
         return self._of(study, trial).infer_relative_search_space(study, trial)
 
     def sample_relative(
@@ -97,44 +97,44 @@ class SeededByTrial(BaseSampler):
     def after_trial(
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
-        """Nothing: what TPE and random sampling know, they read from the study."""
+        """Do nothing: TPE and random sampling read what they know from the study."""
 
 
 class KnownSpaceTPE(TPESampler):
-    """Optuna's TPE, told which params are sampled together.
+    """Optuna's TPE with a known search space: which params are sampled together.
 
-    Optuna finds out by comparing the distributions of all finished trials: afresh for each trial, as each has a
-    sampler of its own, and for 0.2 s where there are 10,000 (docs/scaling.md). A study here has one
-    definition, which every trial's params follow, so the answer is known: its whole space.
+    Optuna derives it from the distributions of all finished trials. Here it would do so for each trial, since each has
+    a sampler of its own, which takes 0.2 s with 10,000 trials (docs/scaling.md). All trials of a study follow its one
+    definition, so the answer is the whole space.
 
     Args:
-        study: The space.
-        seed: The seed of one trial.
+        study: The study, for its space.
+        seed: The trial's seed.
     """
 
     def __init__(self, study: Study, seed: int) -> None:
         super().__init__(n_startup_trials=N_STARTUP_TRIALS, seed=seed)
         found = {param_name(field, param): distribution(param) for field, param in study.space.items()}
-        # In Optuna's order, which decides what each of the generator's numbers is drawn for.
+        # Optuna's order: it decides which param each number of the generator is drawn for.
         self._space = {name: found[name] for name in sorted(found) if not found[name].single()}
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """The study's space. While too few trials have finished, TPE samples none of it together."""
+        """The study's space. Until `N_STARTUP_TRIALS` have finished, TPE samples its params independently."""
         return dict(self._space)
 
 
 class GridInOrder(GridPoints):
     """Optuna's grid sampler, walking through the shuffled grid by the trials' places.
 
-    Optuna's own takes points by trial number, at random once numbers and points got out of step (trials given by
-    hand, requeued ones), and calls `Study.stop`, which only `Study.optimize` allows. Here each point comes once,
-    in an order that only the seed decides, with any number of workers. Past the last point it begins again.
+    Optuna's own takes points by trial number, at random once numbers and points are out of step (trials given by hand,
+    requeued ones), and calls `Study.stop`, which only `Study.optimize` allows. Here each point is visited once, in an
+    order that only the seed decides, with any number of workers. After the last point it begins again.
 
     Args:
         study: A study whose params are all a Choice or a Multiple.
 
     Raises:
-        StudyError: params of it are ranges.
+        StudyError: some of its params are ranges.
     """
 
     def __init__(self, study: Study) -> None:
@@ -142,7 +142,7 @@ class GridInOrder(GridPoints):
         self._random = SeededByTrial(lambda seed: RandomSampler(seed=seed), study.seed)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Give a sampled trial its point of the grid."""
+        """Give a new trial its point of the grid; one given by hand has none."""
         if "grid_id" in trial.system_attrs or "fixed_params" in trial.system_attrs:
             return
         trials = {t.number: t for t in study.get_trials(deepcopy=False)}
@@ -153,7 +153,7 @@ class GridInOrder(GridPoints):
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """The point's value, or one at random where a trial given by hand names none."""
+        """The param's value at the trial's point; a random one where a trial given by hand leaves it open."""
         if "grid_id" not in trial.system_attrs:
             return self._random.sample_independent(study, trial, param_name, param_distribution)
         return super().sample_independent(study, trial, param_name, param_distribution)
@@ -161,19 +161,19 @@ class GridInOrder(GridPoints):
     def after_trial(
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
-        """Nothing: who asks for trials knows how many there are to be."""
+        """Do nothing: the worker that asks for trials knows when to stop."""
 
 
 def place(study: optuna.Study, trial: FrozenTrial) -> int:
-    """The trial's place in the study had none been lost: its number, or its first predecessor's, less the
-    trials before it that took up another's work."""
+    """The number that a trial would have if none had been lost: that of the first trial whose work it continues, less
+    the trials before that one that took up another's work."""
     trials = {t.number: t for t in study.get_trials(deepcopy=False)}
     first = root(trials, trial)
     return first - sum(not _is_first(t) for number, t in trials.items() if number < first)
 
 
 def root(trials: dict[int, FrozenTrial], trial: FrozenTrial) -> int:
-    """Number of the trial that first had the work this one does."""
+    """Number of the first trial in the chain of those whose work this one continues."""
     first = trial
     while not _is_first(first):
         first = trials[first.user_attrs[records.RESUMES]]
@@ -185,7 +185,11 @@ def _is_first(trial: FrozenTrial) -> bool:
 
 
 def _grid(study: Study) -> dict[str, list[Any]]:
-    """Values by param name."""
+    """Values of a grid by param name.
+
+    Raises:
+        StudyError: params are ranges; all of them are named.
+    """
     grid: dict[str, list[Any]] = {}
     ranges = []
     for field, param in study.space.items():
@@ -198,6 +202,7 @@ def _grid(study: Study) -> dict[str, list[Any]]:
                 ranges.append(f"{field}={param}")
     if ranges:
         raise StudyError(
-            f"the study {study.name!r} is a grid, which takes Choice and Multiple alone, but has {'; '.join(ranges)}"
+            f"the study {study.name!r} is a grid, so its params must be Choice or Multiple, "
+            f"but it has {'; '.join(ranges)}"
         )
     return grid

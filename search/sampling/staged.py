@@ -1,16 +1,17 @@
 """`--strategy staged`: the hand-run log's order of work, "stability first, then convergence, then capacity".
 
     stability   short probes of the highest learning rates, falling until one is stable; none above it afterwards
-    rate        learning rate, warmup, batch size and the like, at rank 8, alpha 16 and the base's dropout
+    rate        learning rate, warmup, batch size and others, at rank 8, alpha 16 and the base's dropout
     capacity    rank, alpha and dropout, at the best of what `rate` found
     together    everything, near the best
 
-Which stage a trial belongs to follows from its place, the budget and the trials before it, and is stored with the
-trial (`records.STAGE`), so a study that is continued goes on where it was. Stages whose params a study does not search
-are left out. A trial given by hand belongs to none.
+A trial's stage follows from its place, the budget and the trials before it, and is stored with the trial
+(`records.STAGE`), so a study that is continued goes on where it was. Stages whose params a study does not search are
+left out. A trial given by hand has no stage.
 
-The means are Optuna's: `PartialFixedSampler` for what a stage holds fixed, a narrower relative search space for what
-it confines. Trials keep the study's full distributions, so all of them stay comparable and TPE learns from all.
+The stages are built from Optuna's own parts: `PartialFixedSampler` for params that a stage fixes, and a narrower
+relative search space for those it confines. Trials keep the study's full distributions, so all of them stay comparable
+and TPE learns from all.
 """
 
 from __future__ import annotations
@@ -37,29 +38,30 @@ STABILITY, RATE, CAPACITY, TOGETHER = STAGES = ("stability", "rate", "capacity",
 """Values of `records.STAGE`, in their order."""
 
 SHARES = {RATE: 2, CAPACITY: 1, TOGETHER: 1}
-"""Shares of the trials after the probes. One at a time, PLoRA (arXiv 2508.02932) measures swings of 5 to 14 points for
-the rate and 3 to 11 for the batch size; once the rate is tuned, LoRA variants lie within 1 to 2 % (2602.04998)."""
+"""Shares of the trials after the probes. Varying one param at a time, PLoRA (arXiv 2508.02932) measures swings of 5 to
+14 points for the rate and 3 to 11 for the batch size; once the rate is tuned, LoRA variants lie within 1 to 2 %
+(2602.04998)."""
 
 PROBE_SHARE = 4
-"""At most one trial in four is a probe."""
+"""At most one trial in this many is a probe."""
 MAX_PROBES = 6
 FALL = 2.0
 """Each probe's rate is that of the one before divided by this; the hand-run log went from 1e-3 to 5e-4 to 2e-4."""
 
 CAPACITY_FIELDS = ("lora_r", "lora_alpha", "lora_dropout")
 START = {"lora_r": 8, "lora_alpha": 16}
-"""Capacity while the rate is looked for: the log's recommended start."""
+"""Capacity while the rate is searched: the log's recommended start."""
 WINDOW = 0.25
 """`together` searches this share of a range to either side of the best, on the range's own scale."""
 
 
 def stage_overrides(trial: optuna.Trial | FrozenTrial) -> dict[str, Any]:
-    """Fields outside the search space that this trial wants: a probe's short training, or what was given by hand."""
+    """Fields that the trial sets outside the search space: a probe's short training, or values given by hand."""
     return dict(trial.user_attrs.get(records.OVERRIDES, {}))
 
 
 def is_probe(trial: optuna.Trial | FrozenTrial) -> bool:
-    """Whether the trial is a probe of stability: told as PRUNED with `records.PROBE` unless it proves unstable."""
+    """Whether the trial is a probe of stability, which ends as PRUNED with `records.PROBE` unless it is unstable."""
     return trial.user_attrs.get(records.STAGE) == STABILITY
 
 
@@ -68,8 +70,8 @@ class StagedSampler(SeededByTrial):
 
     Args:
         study: Its space, base, seed and kind of sampler.
-        n_trials: Trials in total, those given by hand included. A study that is continued with more trials gives
-            the additional ones to the stages still to come; it never goes back to an earlier one.
+        n_trials: Trials in total, those given by hand included. When a study is continued with more trials, the
+            additional ones go to the stages still to come, never to an earlier one.
     """
 
     def __init__(self, study: Study, n_trials: int) -> None:
@@ -86,12 +88,12 @@ class StagedSampler(SeededByTrial):
             stage = self._stage(_before(study, trial))
             attrs: dict[str, Any] = {records.STAGE: stage}
             if stage == STABILITY:
-                # A probe is to reach its rate within its one epoch.
+                # A probe has one epoch, in which it must reach its rate.
                 warmup = {} if "warmup_steps" in self._params else {"warmup_steps": 0}
                 attrs[records.OVERRIDES] = {"num_epochs": 1, **warmup}
             for key, value in attrs.items():
                 set_user_attr(study, trial, key, value)
-                trial.set_user_attr(key, value)  # what `Trial.user_attrs` shows from now on
+                trial.set_user_attr(key, value)  # for `Trial.user_attrs`, which reads this copy
         super().before_trial(study, trial)
 
     def build(self, study: optuna.Study, trial: FrozenTrial, seed: int) -> BaseSampler:
@@ -110,7 +112,7 @@ class StagedSampler(SeededByTrial):
             return PartialFixedSampler(fixed, Narrowed(base, ranges))
 
     def _count_probes(self) -> int:
-        """How many probes there may be: none for a study without a range of learning rates."""
+        """The largest number of probes: none for a study without a range of learning rates."""
         _, rate = self._params.get("learning_rate", (None, None))
         if not isinstance(rate, Float) or rate.low <= 0 or rate.low == rate.high:
             return 0
@@ -118,7 +120,7 @@ class StagedSampler(SeededByTrial):
         return max(0, min(self._budget // PROBE_SHARE, MAX_PROBES, possible))
 
     def _stage(self, before: Sequence[FrozenTrial]) -> str:
-        """The stage of the trial that comes after these."""
+        """The stage of the trial after these."""
         staged = [t for t in before if records.STAGE in t.user_attrs and records.RESUMES not in t.user_attrs]
         probes = [t for t in staged if is_probe(t)]
         done = len(staged) - len(probes)
@@ -138,7 +140,7 @@ class StagedSampler(SeededByTrial):
         return max([stage, *reached], key=STAGES.index)
 
     def _fixed(self, stage: str, before: Sequence[FrozenTrial]) -> dict[str, Any]:
-        """Values by param name that the stage holds fixed."""
+        """Values of the params that the stage holds fixed, by name."""
         start = {name: self._start(field, param) for name, (field, param) in self._params.items()}
         if stage == STABILITY:
             probes = sum(is_probe(t) and records.RESUMES not in t.user_attrs for t in before)
@@ -156,7 +158,7 @@ class StagedSampler(SeededByTrial):
         return {}
 
     def _ranges(self, stage: str, before: Sequence[FrozenTrial]) -> dict[str, FloatDistribution | IntDistribution]:
-        """Distributions of the params that the stage confines: near the best, and below rates that proved unstable."""
+        """Distributions of the params that the stage confines, by name: near the best, and below unstable rates."""
         best = self._best(before) if stage == TOGETHER else None
         cap = self._cap(before)
         ranges: dict[str, FloatDistribution | IntDistribution] = {}
@@ -181,7 +183,7 @@ class StagedSampler(SeededByTrial):
         return max(rate.low, rate.high / FALL**index)
 
     def _cap(self, before: Sequence[FrozenTrial]) -> float | None:
-        """The highest rate that may be sampled: the highest stable probe's, or below all unstable ones."""
+        """The highest rate that may be sampled: the highest stable probe's, else one below all unstable probes."""
         probes = [t for t in before if is_probe(t)]
         stable = [t.params["learning_rate"] for t in probes if _is_stable(t)]
         unstable = [t.params["learning_rate"] for t in probes if _is_unstable(t)]
@@ -198,7 +200,7 @@ class StagedSampler(SeededByTrial):
         return {**values, "learning_rate": max(lowest, min(values["learning_rate"], cap))}
 
     def _best(self, before: Sequence[FrozenTrial]) -> FrozenTrial | None:
-        """The best finished trial with the study's own configuration, probes and violations left out."""
+        """The best finished trial without overrides; probes and trials that violated a constraint are left out."""
         candidates = []
         for trial in before:
             finished = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
@@ -209,7 +211,7 @@ class StagedSampler(SeededByTrial):
         return min(candidates)[2] if candidates else None
 
     def _start(self, field: str, param: Param) -> Any:
-        """The value a param has before it is searched: the log's start, else the base's, moved into its range."""
+        """A param's value before it is searched: the log's start, else the base's, moved into its range."""
         values = {**self._base, **{name: value for name, value in START.items() if name == field}}
         match param:
             case Float():
@@ -224,7 +226,7 @@ class StagedSampler(SeededByTrial):
 
 
 class Narrowed(BaseSampler):
-    """Another sampler, confined to narrower ranges of some params.
+    """Confines another sampler to narrower ranges of some params.
 
     Args:
         base: The sampler that samples.
@@ -265,19 +267,19 @@ class Narrowed(BaseSampler):
 
 
 def _before(study: optuna.Study, trial: FrozenTrial) -> list[FrozenTrial]:
-    """The trials that were there before this one, or before the one whose work it takes up."""
+    """The trials created before this one, or before the first of those whose work it continues."""
     trials = {t.number: t for t in study.get_trials(deepcopy=False)}
     first = root(trials, trial)
     return [t for number, t in sorted(trials.items()) if number < first]
 
 
 def _is_unstable(probe: FrozenTrial) -> bool:
-    shown = (records.NON_FINITE, records.DIVERGED)
-    return probe.constraints.get(records.NON_FINITE, 0) > 0 or probe.user_attrs.get(records.REASON) in shown
+    signs = (records.NON_FINITE, records.DIVERGED)
+    return probe.constraints.get(records.NON_FINITE, 0) > 0 or probe.user_attrs.get(records.REASON) in signs
 
 
 def _is_stable(probe: FrozenTrial) -> bool:
-    """Whether it finished and showed no instability; out of memory says nothing about its rate."""
+    """Whether a probe finished without instability. One that ran out of memory says nothing about its rate."""
     finished = probe.state in (TrialState.COMPLETE, TrialState.PRUNED)
     violated = any(value > 0 for value in probe.constraints.values())
     return finished and not violated and not _is_unstable(probe) and best_value(probe) is not None

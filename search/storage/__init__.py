@@ -1,1 +1,1 @@
-"""Optuna's database: opened, locked, retried; a study's definition and the lives of its trials."""
+"""Optuna's database: opening it, retrying calls, a study's definition, and the lives of its trials."""

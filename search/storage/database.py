@@ -1,13 +1,13 @@
-"""Opening the database of a study: URLs, connections, the schema created once, and clear words when it fails.
+"""Opening Optuna's database: the URL, connections, the schema, and a clear message for each failure.
 
-SQLite and PostgreSQL behave alike behind it:
+SQLite and PostgreSQL then behave alike:
 
     schema        created by one process while the others wait (sixteen workers on a fresh SQLite file would
                   otherwise crash in Optuna's schema creation)
     transactions  on SQLite they take the write lock when they begin, as SELECT ... FOR UPDATE does on PostgreSQL,
                   so that no two workers can take the same waiting trial
     clock         heartbeats are written and judged by the database's clock, never by a host's
-    absence       calls are done again while the database is away or locked, see `search.storage.retry`
+    absence       calls are retried while the database is away or locked, see `search.storage.retry`
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ log = logging.getLogger("search.storage.database")
 WAIT_S = 60
 """Longest wait for another process's lock."""
 BUSY_S = 10
-"""Longest wait of one call for another process's lock on a SQLite file; calls are done again."""
+"""Longest wait of one call for another process's lock on a SQLite file; calls are retried."""
 
 _EXAMPLES = "sqlite:///runs/optuna.db or postgresql+psycopg://user:password@host/database"
 _SQLITE_HEADER = b"SQLite format 3\x00"
-_PG_LOCK = 7_305_515_412  # any number, the same for all of this program's processes
+_PG_LOCK = 7_305_515_412
+"""Number of the advisory lock on PostgreSQL: arbitrary, but the same for all processes and versions."""
 
 
 def open_storage(url: str, *, grace_s: int | None = None) -> RetryingStorage:
@@ -56,15 +57,17 @@ def open_storage(url: str, *, grace_s: int | None = None) -> RetryingStorage:
             stated a limit of its own; None for never, which suits whoever only reads.
 
     Raises:
-        StorageError: the URL cannot be meant, or the database cannot be opened, reached or shared.
+        StorageError: the URL makes no sense, or the database cannot be opened, reached or shared.
     """
+    # What can be refused without connecting.
     parsed = _parse(url)
     if parsed.get_backend_name() == "sqlite":
         _check_file(parsed)
+    # Connect, and create the schema or check it, one process at a time.
     with contextlib.ExitStack() as undo:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", SAWarning)  # it would go on without an option that it does not know
+                warnings.simplefilter("error", SAWarning)  # an unknown option would only be warned of
                 engine = sqlalchemy.create_engine(parsed, **_engine_options(parsed))
             undo.callback(engine.dispose)  # a constructor that fails would leave its connections open
             with locked(parsed, _PG_LOCK, wait_s=WAIT_S):
@@ -76,8 +79,10 @@ def open_storage(url: str, *, grace_s: int | None = None) -> RetryingStorage:
                     grace_period=grace_s,
                     skip_compatibility_check=True,  # done here, in our words
                 )
-                undo.callback(storage.remove_session)  # gives its connection back, before the engine lets all go
+                undo.callback(storage.remove_session)  # returns its connection, before the engine closes all of them
                 _check_schema(parsed, storage)
+        except StorageError:  # which is a ValueError too
+            raise
         except SQLAlchemyError as error:
             raise _explained(parsed, error) from None
         except (TypeError, ValueError, SAWarning) as error:  # the driver's, of an option in the URL's query
@@ -89,17 +94,18 @@ def open_storage(url: str, *, grace_s: int | None = None) -> RetryingStorage:
                 f"{shown(parsed)} needs the driver {error.name!r}, which is not installed; known to work: {_EXAMPLES}"
             ) from None
         undo.pop_all()
+    # From here on, transactions exclude each other.
     if parsed.get_backend_name() == "sqlite":
         _lock_at_begin(storage.engine)
     return storage
 
 
 def reopen_storage(url: str, *, grace_s: int | None = None) -> RetryingStorage:
-    """As `open_storage`, of a database that was there a moment ago: waits for it as calls do.
+    """Open a database that was there a moment ago: as `open_storage`, but retried as calls are.
 
     Raises:
         StorageError: as `open_storage`.
-        DatabaseAway: it does not come back.
+        DatabaseAway: the database does not come back.
     """
 
     def open_or_raise() -> RetryingStorage:
@@ -122,9 +128,9 @@ def close_storage(storage: RDBStorage) -> None:
 
 @contextmanager
 def exclusive(storage: RetryingStorage) -> Iterator[None]:
-    """Hold the database's lock among this program's processes; not reentrant. A process that dies gives it up.
+    """Hold the lock of the database, see `search.lock`: several of Optuna's transactions become one step.
 
-    Optuna's transactions are not held up by it: it makes several of them one step.
+    It is not reentrant, and Optuna's own transactions in other processes do not wait for it.
 
     Raises:
         StorageError: another process held it for `WAIT_S` seconds.
@@ -135,7 +141,7 @@ def exclusive(storage: RetryingStorage) -> Iterator[None]:
         try:
             storage.retrying(lambda: held.enter_context(locked(url, _PG_LOCK, wait_s=WAIT_S)))
         except SQLAlchemyError as error:
-            if is_away(error):  # within a larger step that is done again as a whole
+            if is_away(error):  # within a larger step, which is retried as a whole
                 raise
             raise _explained(url, error) from None
         yield
@@ -148,7 +154,7 @@ def _cut(url: URL) -> str:
 def _parse(url: str) -> URL:
     scheme = url.partition(":")[0]
     if any("\ud800" <= character <= "\udfff" for character in url):
-        raise StorageError(f"{shown_text(shown(url))}: the URL is no UTF-8 text; use {_EXAMPLES}")
+        raise StorageError(f"{shown_text(shown(url))}: the URL is not UTF-8 text; use {_EXAMPLES}")
     if scheme.startswith(("journal", "redis")) or url.endswith((".log", ".journal")):
         raise StorageError(
             f"{shown_text(shown(url))}: Optuna's journal storages keep no heartbeats, so lost trials could not be "
@@ -161,22 +167,24 @@ def _parse(url: str) -> URL:
         parsed.get_dialect()
     except NoSuchModuleError:
         raise StorageError(
-            f"{shown_text(shown(url))}: there is no database dialect {shown_text(scheme)}; use {_EXAMPLES}"
+            f"{shown_text(shown(url))}: {shown_text(scheme)} is not a known database dialect; use {_EXAMPLES}"
         ) from None
-    except (ArgumentError, ValueError):  # ValueError: a port that is no number
+    except (ArgumentError, ValueError):  # ValueError: a port that is not a number
         hint = (
             f"; for a file, sqlite:///{url}"
             if 0 < len(url) < MOST_SHOWN and "://" not in url and "@" not in url
             else ""
         )
-        raise StorageError(f"{shown_text(shown(url))} is no database URL such as {_EXAMPLES}{hint}") from None
+        raise StorageError(
+            f"{shown_text(shown(url))} is not a database URL; expected e.g. {_EXAMPLES}{hint}"
+        ) from None
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise StorageError(f"{shown(parsed)}: a database in memory cannot be shared by workers; use {_EXAMPLES}")
     return parsed
 
 
 def _check_file(url: URL) -> None:
-    """Say what is wrong with the file of a SQLite database, where that can be seen from outside."""
+    """Refuse the file of a SQLite database for what can be seen without opening it as one."""
     path = _file(url)
     try:
         path.exists()
@@ -186,7 +194,7 @@ def _check_file(url: URL) -> None:
     if str(path).startswith("file:"):
         raise StorageError(f"{shown(url)}: give the file as a plain path, sqlite:///FOLDER/FILE")
     if not path.parent.is_dir():
-        raise StorageError(f"{shown(url)}: there is no folder {str(path.parent)!r}; create it, or name another file")
+        raise StorageError(f"{shown(url)}: the folder {str(path.parent)!r} does not exist; create it, or name another")
     if path.is_dir():
         raise StorageError(f"{shown(url)}: {str(path)!r} is a folder; name a file in it")
     if not path.exists():
@@ -197,7 +205,7 @@ def _check_file(url: URL) -> None:
     except OSError as error:
         raise StorageError(f"{shown(url)}: the file cannot be read: {error.strerror}") from None
     if header and header != _SQLITE_HEADER:
-        raise StorageError(f"{shown(url)}: {str(path)!r} is no SQLite database; name another file")
+        raise StorageError(f"{shown(url)}: {str(path)!r} is not a SQLite database; name another file")
 
 
 def _file(url: URL) -> Path:
@@ -213,7 +221,7 @@ def _engine_options(url: URL) -> dict[str, Any]:
 
 
 def _refuse_foreign(url: URL, engine: Engine) -> None:
-    """Optuna and MLflow both keep their schema's version in a table `alembic_version`: one would break the other."""
+    """Refuse MLflow's database: both keep their schema's version in `alembic_version`, and would break each other."""
     with engine.connect() as connection:
         tables = set(sqlalchemy.inspect(connection).get_table_names())
         if "alembic_version" in tables and "version_info" not in tables:
@@ -222,8 +230,8 @@ def _refuse_foreign(url: URL, engine: Engine) -> None:
                 "Optuna needs its own, apart from MLflow's"
             )
         if url.get_backend_name() == "sqlite":
-            # Readers then do not block the writer. Kept in the file; where shared memory is not to be had, as on
-            # network file systems, SQLite keeps its rollback journal instead.
+            # Readers then do not block the writer. The file keeps this; without shared memory, as on network file
+            # systems, SQLite stays with its rollback journal.
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 
 
@@ -238,9 +246,9 @@ def _check_schema(url: URL, storage: RDBStorage) -> None:
 
 
 def _lock_at_begin(engine: Engine) -> None:
-    """Let each transaction on SQLite begin with the write lock.
+    """Make each transaction on SQLite take the write lock when it begins.
 
-    Python's sqlite3 begins a transaction at its first write only. Two workers could then both read that a trial
+    Python's sqlite3 begins a transaction only at its first write. Two workers could then both read that a trial
     waits before either marks it as running. https://docs.sqlalchemy.org/20/dialects/sqlite.html describes the remedy.
     """
 
@@ -255,11 +263,11 @@ def _lock_at_begin(engine: Engine) -> None:
 
     sqlalchemy.event.listen(engine, "connect", connected)
     sqlalchemy.event.listen(engine, "begin", begun)
-    engine.dispose()  # connections made before lack both
+    engine.dispose()  # earlier connections have neither
 
 
 def _explained(url: URL, error: SQLAlchemyError) -> StorageError:
-    """What a driver's error means to the user."""
+    """A driver's error in the user's terms."""
     text = str(error.orig if isinstance(error, DBAPIError) else error).strip() or type(error).__name__
     text = without_secrets(text, url)
     lines = text.splitlines()
@@ -267,13 +275,13 @@ def _explained(url: URL, error: SQLAlchemyError) -> StorageError:
     meanings = {
         "database is locked": f"another process has locked the database for {WAIT_S} s; end it and try again",
         "lock timeout": "another process holds a lock in the database; end it and try again",
-        "file is not a database": "the file is no SQLite database; name another file",
+        "file is not a database": "the file is not a SQLite database; name another file",
         "malformed": "the database file is damaged; restore a copy, or name another file",
         "readonly": "the database cannot be written; check the permissions of the file and its folder",
         "unable to open": "the file cannot be opened; check the permissions of the file and its folder",
         "password authentication failed": f"the server refuses the password of user {url.username!r}",
-        "no password supplied": f"the server wants a password for user {url.username!r}: user:password@host",
-        "role": f"the server does not let user {url.username!r} in ({said})",
+        "no password supplied": f"the server requires a password for user {url.username!r}: user:password@host",
+        "role": f"the server does not admit user {url.username!r} ({said})",
         "does not exist": f"the server has no database {url.database!r}; create it first",
         "permission denied": f"user {url.username!r} may not create tables in it ({said})",
     }

@@ -1,4 +1,4 @@
-"""The lives of trials in Optuna's storage: who runs them, what becomes of them when that ends, and reading them back.
+"""The lives of trials in Optuna's storage: heartbeats, interruptions, losses, and reading them back.
 
     WAITING -> RUNNING -> COMPLETE / PRUNED / FAIL
         park           RUNNING -> WAITING, so that the same trial goes on later (Ctrl-C)
@@ -30,15 +30,13 @@ from trainer.config import without_retired
 
 _CARRIED_OVER = (records.LABEL, records.NOTE, records.OVERRIDES, records.STAGE, records.TRAIN_LOSSES)
 """Attributes that a trial hands to the one that takes up its work."""
-
-
 LOST_AFTER = "lost_after_s"
-"""In `records.WORKER`: seconds without a heartbeat after which the worker wants its trials to be taken over."""
+"""Key of `records.WORKER`: seconds without a heartbeat after which the worker's trials are to be taken over."""
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """How many trials are not in a final state."""
+    """Numbers of trials that are not in a final state."""
 
     waiting: int
     running: int
@@ -51,7 +49,7 @@ class Lost:
     number: int
     detail: str
     successor: int | None
-    """Number of the waiting trial that takes up its work; None once it has been tried often enough."""
+    """Number of the waiting trial that takes up its work; None once its attempts are used up."""
     run_id: str | None = None
     """Its MLflow run."""
 
@@ -64,7 +62,7 @@ def heartbeat(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> bool:
 
 
 def unfinished(study: optuna.Study) -> Unfinished:
-    """How many trials wait and run, on whatever host."""
+    """Count the trials that wait and run, on all hosts."""
     states = (TrialState.WAITING, TrialState.RUNNING)
     found = [trial.state for trial in study.get_trials(deepcopy=False, states=states)]
     return Unfinished(found.count(TrialState.WAITING), found.count(TrialState.RUNNING))
@@ -77,17 +75,17 @@ def park(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> None:
         optuna.exceptions.UpdateFinishedTrialError: the trial is finished.
     """
     set_user_attr(study, trial, records.REASON, records.INTERRUPTED)
-    # Whoever takes it up has not said who it is at first, and must not be taken for this process.
+    # A worker that takes it up has not named itself yet, and must not be mistaken for this process.
     set_user_attr(study, trial, records.WORKER, None)
     set_state(study, trial, TrialState.WAITING)
 
 
 def put_back(study: optuna.Study, worker: Mapping[str, Any], since: datetime) -> None:
-    """Set trials back to WAITING that this worker asked for without being answered.
+    """Set back to WAITING the trials that this worker asked for without getting an answer.
 
     Args:
         study: The study; its lock is held.
-        worker: The worker's `records.WORKER`. A trial may have been given to it before it could say who it is.
+        worker: The worker's `records.WORKER`. A trial may be its own before it could name itself there.
         since: When it began to ask.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -104,17 +102,18 @@ def requeue_lost(
 ) -> tuple[Lost, ...]:
     """Fail the RUNNING trials whose worker is gone, and queue a successor that takes up the work of each.
 
-    A worker is gone if `is_alive` says so. If it cannot tell (another host, or a trial that has not named its worker
-    yet), the trial is lost once neither its last heartbeat nor its start lies within the storage's grace period.
-    A live process is never taken for lost, however late its heartbeats are: a laptop may have slept.
+    A worker is gone if `is_alive` says so. Where that is unknown (another host, or a trial whose worker has not named
+    itself yet), the trial is lost once neither its last heartbeat nor its start lies within the worker's own limit, or
+    the storage's grace period. A live process never counts as lost, however late its heartbeats: a laptop may have
+    slept.
 
-    The successor has the params, reports, label, overrides and stage of the lost trial; `records.RESUMES` names
-    it and `records.ATTEMPT` counts the times that it was taken up again since it last got an epoch further: on hosts
-    that come and go a long trial is lost often, and one that kills its worker never gets anywhere. A process that dies
-    between the two steps leaves nothing undone: the next call queues what is missing.
+    The successor has the params, reports, label, overrides and stage of the lost trial. Its `records.RESUMES` names
+    the lost one, its `records.ATTEMPT` counts the attempts since the last epoch that was completed: on hosts that come
+    and go a long trial is lost often, while one that kills its worker never completes an epoch. If this process dies
+    between the two steps, the next call queues the missing successor.
 
     Returns:
-        What this call found, by trial number.
+        The trials found by this call, by number.
     """
     return _backend(study).retrying(lambda: _requeue_lost(study, is_alive, max_retries))
 
@@ -139,15 +138,15 @@ def _requeue_lost(
 
 
 def counted(study: optuna.Study) -> int:
-    """How many trials count towards the study's total.
+    """Count the trials towards the study's total.
 
-    Every trial does, whatever its state, unless another has taken up its work: the two are one. Waiting trials
-    count as they are going to run, a lost trial that was tried too often as it has used its turn.
+    Every trial counts, whatever its state, unless another has taken up its work: the two are one. Waiting trials
+    count since they are going to run, a lost trial without a successor since it has used its turn.
     """
     return _counted(study.get_trials(deepcopy=False))
 
 
-def wants_another(study: optuna.Study, n_trials: int) -> bool:
+def needs_another(study: optuna.Study, n_trials: int) -> bool:
     """Whether a trial waits, or fewer than `n_trials` count so far. Reads the trials once."""
     trials = study.get_trials(deepcopy=False)
     return any(t.state == TrialState.WAITING for t in trials) or _counted(trials) < n_trials
@@ -167,7 +166,7 @@ def lineage(study: optuna.Study, number: int) -> tuple[int, ...]:
 
 
 def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
-    """All trials by number, as far as Optuna's storage knows them."""
+    """All trials by number, with what Optuna's storage knows of them."""
     return tuple(_record(trial) for trial in study.get_trials(deepcopy=False))
 
 
@@ -179,7 +178,7 @@ def _backend(study: optuna.Study) -> RetryingStorage:
 
 
 def _gone(study: optuna.Study, is_alive: Callable[[dict[str, Any]], bool | None]) -> list[tuple[FrozenTrial, str]]:
-    """RUNNING trials whose worker is gone, each with what shows it."""
+    """RUNNING trials whose worker is gone, each with the evidence."""
     found = []
     silent_s: dict[int, float] | None = None
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -196,15 +195,15 @@ def _gone(study: optuna.Study, is_alive: Callable[[dict[str, Any]], bool | None]
         silence = silent_s.get(trial.number, 0.0)
         grace = (worker or {}).get(LOST_AFTER) or _backend(study).grace_period
         if grace is not None and silence > grace:
-            found.append((trial, f"{where} has not been heard of for {silence:.0f} s, more than {grace:.0f} s"))
+            found.append((trial, f"{where} has been silent for {silence:.0f} s, more than {grace:.0f} s"))
     return found
 
 
 def _silences(study: optuna.Study) -> dict[int, float]:
     """Seconds since each RUNNING trial was last heard of: its heartbeat or, if later, its start.
 
-    A trial that was parked and taken up again has a heartbeat from before for a moment, hence the start. That one is
-    by its worker's clock: a start that lies ahead says that the clocks differ, and nothing else.
+    The start counts because a trial that was parked and taken up again has an old heartbeat for a moment. It is by its
+    worker's clock: a start in the future only says that the clocks differ.
     """
     beats = running_heartbeats(study, _backend(study).engine)
     starts = {t.number: t.datetime_start for t in study.get_trials(deepcopy=False)}
@@ -221,7 +220,7 @@ def _silences(study: optuna.Study) -> dict[int, float]:
 
 
 def _fail_as_lost(study: optuna.Study, trial: FrozenTrial, detail: str) -> None:
-    """Attributes first: a finished trial takes none."""
+    """Tell a trial as FAIL, lost. The attributes come first: a finished trial takes none."""
     attempt = trial.user_attrs.get(records.ATTEMPT, 0)
     try:
         set_user_attr(study, trial, records.REASON, records.LOST)
@@ -232,7 +231,7 @@ def _fail_as_lost(study: optuna.Study, trial: FrozenTrial, detail: str) -> None:
 
 
 def _without_successor(study: optuna.Study, max_retries: int) -> list[FrozenTrial]:
-    """Lost trials whose work nobody has taken up, though it may be tried again."""
+    """Lost trials with attempts left whose work no other trial has taken up."""
     trials = study.get_trials(deepcopy=False)
     resumed = {t.user_attrs.get(records.RESUMES) for t in trials}
     return [
@@ -246,7 +245,7 @@ def _without_successor(study: optuna.Study, max_retries: int) -> list[FrozenTria
 
 
 def _attempt(study: optuna.Study, lost: FrozenTrial) -> int:
-    """`records.ATTEMPT` of the trial that is to take up the work of a lost one."""
+    """`records.ATTEMPT` of the successor of a lost trial."""
     before = lost.user_attrs.get(records.RESUMES)
     began_with = 0 if before is None else len(study.get_trials(deepcopy=False)[before].intermediate_values)
     further = len(lost.intermediate_values) > began_with
@@ -256,8 +255,8 @@ def _attempt(study: optuna.Study, lost: FrozenTrial) -> int:
 def _successor(lost: FrozenTrial, attempt: int) -> FrozenTrial:
     """A waiting trial that takes up the work of a lost one.
 
-    System attributes are kept as RetryHeartbeatStaleTrialCallback does (queued params, grid point, rungs), but for
-    constraints, which Optuna lets be set only once.
+    System attributes are kept (queued params, grid point, rungs), as in Optuna's RetryHeartbeatStaleTrialCallback, all
+    but the constraints, which Optuna allows to be set only once.
     """
     attrs = {key: lost.user_attrs[key] for key in _CARRIED_OVER if key in lost.user_attrs}
     distributions: dict[str, BaseDistribution] = lost.distributions

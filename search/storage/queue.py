@@ -1,10 +1,10 @@
-"""Which of the trials that wait is taken next: the longest, where trials train side by side.
+"""The order in which waiting trials are taken: the longest first, where trials train side by side.
 
-Trials given by hand, handed over or interrupted are known before they begin, and so is how many optimizer steps each
-has left. Steps of a trial come one after the other: one of batches of 2 that begins last trains on long after all
-others, in passes that leave the machine idle. The longest first is the rule that keeps the end short (Graham 1969,
-"Bounds on multiprocessing timing anomalies"); PLoRA (arXiv 2508.02932) plans its packs likewise. Numbers, seeds and
-params are what they would be in any other order.
+The optimizer steps that a waiting trial has left are known: it was given by hand, handed over or interrupted. Steps of
+a trial come one after the other, so one with batches of 2 that begins last trains on long after all others, in passes
+that leave the machine idle. Taking the longest first keeps the end short (Graham 1969, "Bounds on multiprocessing
+timing anomalies"); PLoRA (arXiv 2508.02932) plans its packs likewise. Numbers, seeds and params are the same in any
+order.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from trainer.common.errors import ConfigError
 
 
 class LongestFirst(OrderedStudy):
-    """A study whose `ask` takes the waiting trial with the most steps left; of equals the first.
+    """A study whose `ask` takes the waiting trial with the most steps left; among equals the first.
 
     Args:
-        name: Optuna's.
-        storage: As `optuna.load_study` has it, and so the next two.
-        sampler: Of new trials.
-        pruner: Of running ones.
-        definition: What decides how long its trials are.
-        rows: Of the data folder, of which a trial takes `max_samples` at most.
+        name: Optuna's name of the study.
+        storage: See `optuna.load_study`, also for the next two.
+        sampler: Samples the params of new trials.
+        pruner: Stops running ones.
+        definition: Decides how long its trials are.
+        rows: Rows in the data folder; a trial uses at most `max_samples` of them.
     """
 
     def __init__(self, name: str, storage: Any, sampler: Any, pruner: Any, definition: Study, rows: int) -> None:
@@ -38,21 +38,21 @@ class LongestFirst(OrderedStudy):
         self._definition = definition
         self._rows = rows
         self.longest_first = False
-        """Whether trials train side by side; one after the other, they keep the order of their numbers."""
+        """Whether trials train side by side; if not, they are taken in the order of their numbers."""
 
     def in_order(self, waiting: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
-        """The longest in front, or as they are."""
+        """The longest first if `longest_first`, else unchanged."""
         if not self.longest_first:
             return waiting
         return sorted(waiting, key=lambda trial: (-self.steps_left(trial), trial.number))
 
     def steps_left(self, trial: FrozenTrial) -> int:
-        """Optimizer steps until the trial's last epoch; what is still to be sampled counts as the base has it."""
+        """Optimizer steps until the trial's last epoch; params still to be sampled count with the base's values."""
         given = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         try:
             config = self._definition.config(given, trial.user_attrs.get(records.OVERRIDES, {}))
         except (ConfigError, TypeError, ValueError):
-            return 0  # somebody queued what cannot be run; who takes it will be told
+            return 0  # the queued params cannot be run; the worker that takes the trial reports it
         samples = min(config.max_samples or self._rows, self._rows)
         steps = math.ceil(samples / (config.batch_size * config.gradient_accumulation_steps))
         return steps * (config.num_epochs - len(trial.intermediate_values))

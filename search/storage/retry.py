@@ -1,4 +1,4 @@
-"""Optuna's storage where the database may be away for a while: what was not answered is done again, then given up."""
+"""Optuna's storage with retries: calls are repeated while the database is away, then given up."""
 
 from __future__ import annotations
 
@@ -30,38 +30,39 @@ def _wait_s(text: str) -> float:
     """Seconds of the environment variable.
 
     Raises:
-        StorageError: it is no time.
+        StorageError: it is not a number of seconds.
     """
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise StorageError(f"{WAIT_VARIABLE} must be a number of seconds such as 120, but is {text!r}")
+        raise StorageError(f"{WAIT_VARIABLE} must be a number of seconds such as 120, but got {text!r}")
     return seconds
 
 
 RETRY_S = _wait_s(os.environ.get(WAIT_VARIABLE, "120"))
-"""How long a search waits for its database to come back. A server's restart takes seconds, a failover a minute."""
+"""Longest wait for the database to come back. A server's restart takes seconds, a failover a minute."""
 MAX_PAUSE_S = 5.0
+"""Longest pause between two tries; it doubles from 0.1 s."""
 SAY_AFTER_S = 3.0
-"""Shorter absences are only logged."""
+"""Shorter absences are logged and not shown."""
 
-_NO_USE = (
+_LASTING = (
     *("no such", "does not exist", "readonly", "read-only", "malformed", "not a database", "lock timeout"),
-    "database or disk is full",  # told at once, as where a checkpoint finds no room
+    "database or disk is full",  # reported at once, as for a checkpoint that finds no room
 )
-"""What drivers call operational too, and trying again does not mend."""
+"""Signs of errors that drivers call operational but a retry does not cure."""
 
 T = TypeVar("T")
 
 
 class CreationUnanswered(Exception):
-    """A trial may have been created, or not."""
+    """It is unknown whether a trial was created."""
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether an error of Optuna's or SQLAlchemy's says that the database did not answer, or was locked."""
+    """Whether an error of Optuna's or SQLAlchemy's means that the database did not answer, or was locked."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     # PendingRollbackError: a connection broke within a transaction, which Optuna has rolled back by now.
     if isinstance(cause, CreationUnanswered | sqlalchemy.exc.PendingRollbackError):
@@ -69,18 +70,23 @@ def is_away(error: BaseException) -> bool:
     if isinstance(cause, sqlalchemy.exc.DBAPIError):
         kinds = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
         return cause.connection_invalidated or (
-            isinstance(cause, kinds) and not any(sign in str(cause.orig) for sign in _NO_USE)
+            isinstance(cause, kinds) and not any(sign in str(cause.orig) for sign in _LASTING)
         )
     return isinstance(cause, sqlalchemy.exc.TimeoutError)  # of the pool: all its connections hang
 
 
 def retrying(url: URL, do: Callable[[], T], say: Callable[[str], None]) -> T:
-    """What `do` returns, done again while the database is away.
+    """Call `do`, again and again while the database is away, and return its result.
+
+    Args:
+        url: The database, named in messages.
+        do: May be called several times, the earlier ones done or not.
+        say: Tells the user that the database is away for longer than `SAY_AFTER_S`, and that it is back.
 
     Raises:
-        DatabaseAway: it has been for `RETRY_S` seconds.
+        DatabaseAway: it has been away for `RETRY_S` seconds.
     """
-    began, pause, told = time.monotonic(), 0.1, False
+    began, pause, announced = time.monotonic(), 0.1, False
     while True:
         try:
             result = do()
@@ -88,42 +94,43 @@ def retrying(url: URL, do: Callable[[], T], say: Callable[[str], None]) -> T:
             if not is_away(error):
                 raise
             waited_s = time.monotonic() - began
-            said = _said(url, error)
-            log.warning("the database is away since %.1f s: %s", waited_s, said)
+            message = _driver_message(url, error)
+            log.warning("the database has been away for %.1f s: %s", waited_s, message)
             if waited_s + pause > RETRY_S:
                 raise DatabaseAway(
-                    f"{shown(url)}: the database has not answered for {waited_s:.0f} s: {said}; nothing that was "
+                    f"{shown(url)}: the database has not answered for {waited_s:.0f} s: {message}; nothing that was "
                     "reported is lost: once it answers, the same command goes on from the last checkpoints"
                 ) from error
-            if not told and waited_s >= SAY_AFTER_S:
-                told = True
-                say(f"the database does not answer ({said}); waiting for it, up to {RETRY_S:.0f} s")
+            if not announced and waited_s >= SAY_AFTER_S:
+                announced = True
+                say(f"the database does not answer ({message}); waiting for it, up to {RETRY_S:.0f} s")
             time.sleep(pause * random.uniform(0.7, 1.0))
             pause = min(MAX_PAUSE_S, 2 * pause)
         else:
-            if told:
+            if announced:
                 say(f"the database answers again after {time.monotonic() - began:.0f} s")
             return result
 
 
 class RetryingStorage(CreationHooks):
-    """RDBStorage that does each call again while the database is away, for `RETRY_S` seconds.
+    """RDBStorage that retries each call while the database is away, for `RETRY_S` seconds.
 
-    A call that was not answered may have been done: all that are done again here may be done twice, and a trial that
-    is told twice the same is told once. `create_new_trial` is none of them, see `retrying`.
+    A call that was not answered may have been done, so only calls that may be done twice are retried; setting a
+    trial's state twice is made harmless here. `create_new_trial` is not retried by itself: whoever asks for a trial
+    retries the whole step with `retrying`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.say: Callable[[str], None] = log.warning
-        """Tells the user that the database is away, and that it is back."""
+        """Tells the user that the database is away, and that it is back; the log by default."""
         self._inside = threading.local()
 
     def retrying(self, do: Callable[[], T]) -> T:
-        """What `do` returns, done again while the database is away. Calls within it are not done again by themselves.
+        """Retry several calls as one step: see the function `retrying`. Calls within are not retried by themselves.
 
         Raises:
-            DatabaseAway: it has been for `RETRY_S` seconds.
+            DatabaseAway: the database has been away for `RETRY_S` seconds.
         """
         if getattr(self._inside, "yes", False):
             return do()
@@ -138,17 +145,17 @@ class RetryingStorage(CreationHooks):
         self._inside.creations = 0
 
     def before_creation_try(self) -> None:
-        """Refuse a second try by Optuna within a step that is done again as a whole: the first may have succeeded.
+        """Refuse a second try by Optuna within a step that is retried as a whole: the first may have succeeded.
 
         Raises:
-            CreationUnanswered: which `retrying` takes for an absent database.
+            CreationUnanswered: `retrying` treats it as an absent database.
         """
         self._inside.creations += 1
         if self._inside.creations > 1 and getattr(self._inside, "yes", False):
             raise CreationUnanswered("the creation of a trial was not answered")
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """As Optuna's; that it was done by a call that was not answered is no error."""
+        """Store a state as Optuna does; that an unanswered earlier call has already stored it is not an error."""
         tries = 0
 
         def do() -> bool:
@@ -185,8 +192,8 @@ for _name in (
     setattr(RetryingStorage, _name, _retried(_name))
 
 
-def _said(url: URL, error: BaseException) -> str:
-    """The driver's own words, in one line, without a password."""
+def _driver_message(url: URL, error: BaseException) -> str:
+    """The driver's own message, its first line, passwords masked."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     text = str(getattr(cause, "orig", None) or cause).strip()
     line = text.splitlines()[0] if text else type(cause).__name__

@@ -1,7 +1,4 @@
-"""A study in Optuna's storage: created, continued, refused when its definition changed.
-
-What opens the database lies in `search.storage.database`, what happens to trials in `search.storage.lifecycle`.
-"""
+"""Studies in Optuna's storage: created, continued, and refused when their definition has changed."""
 
 from __future__ import annotations
 
@@ -44,12 +41,12 @@ def open_study(
     sampler: BaseSampler | None = None,
     pruner: BasePruner | None = None,
 ) -> optuna.Study:
-    """The Optuna study of this definition: continued if there is one, else created with its trials given by hand.
+    """Open the Optuna study of a definition: continue it if it exists, else create it.
 
-    `fresh` starts a new generation: `<name>`, then `<name>-2`, `<name>-3`, ... Without it the latest generation goes
-    on; one that has no trial takes the definition, so that a typo that was refused is in nobody's way. Trials given by
-    hand that the study does not have yet (a new one in the study file, or a process that died while it created the
-    study) are added; those it has are never added twice.
+    `fresh` starts a new generation: `<name>`, then `<name>-2`, `<name>-3`, ... Without it the latest generation is
+    continued. One without a trial takes the new definition, so a typo that no trial was made with does no harm. Trials
+    given by hand that the study lacks (new in the study file, or left out by a process that died while it created the
+    study) are queued, each once.
 
     Raises:
         DefinitionChanged: the latest generation has trials of another definition; every difference is named.
@@ -89,10 +86,10 @@ def find_study(storage: RetryingStorage, name: str) -> optuna.Study:
 
 
 def check_definition(opened: optuna.Study, study: Study) -> None:
-    """Make sure, holding the database's lock, that a study's first trial is one of this definition.
+    """Check, with the database's lock held, that the study's first trial will be one of this definition.
 
     Raises:
-        DefinitionChanged: another search has given the study another one while it had no trial.
+        DefinitionChanged: while it had no trial, another search replaced the definition.
     """
     _refuse_changed(opened, study, 1 + opened.user_attrs[GENERATION])
 
@@ -116,7 +113,7 @@ def check_strategy(study: optuna.Study, strategy: str) -> None:
 
 
 def _generations(storage: RetryingStorage, name: str) -> dict[int, str]:
-    """Optuna's names of a study's generations."""
+    """Optuna's names of a study's generations, by number."""
     attrs = {found.study_name: found.user_attrs for found in storage.get_all_studies()}
     return {a[GENERATION]: optuna_name for optuna_name, a in attrs.items() if a.get(NAME) == name}
 
@@ -130,7 +127,7 @@ def _create(
 ) -> optuna.Study:
     """Create the study. Its NAME is set last: without it the study is not yet one of ours."""
     name = _generation_name(study.name, generation)
-    # A duplicate was left by a process that died right here, or is another program's: told apart below.
+    # A duplicate comes from a process that died right here, or from another program: distinguished below.
     with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
         storage.create_new_study([StudyDirection.MINIMIZE], name)
     created = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
@@ -172,7 +169,8 @@ def _refuse_changed(opened: optuna.Study, study: Study, next_generation: int) ->
         raise DefinitionChanged(
             f"the study {opened.study_name!r} exists with another definition, so its {count} trials cannot be "
             f"compared with new ones:\n{listed}\n"
-            f"take the change back, or start anew with --fresh (as {_generation_name(study.name, next_generation)!r})"
+            "undo the change, or start a new study with --fresh "
+            f"(as {_generation_name(study.name, next_generation)!r})"
         )
 
 
@@ -220,6 +218,6 @@ def _hold(study: optuna.Study, key: str, values: dict[str, str]) -> None:
     if lines:
         what = "fingerprints of its data or model" if key == FINGERPRINTS else key
         raise DefinitionChanged(
-            f"the study {study.study_name!r} was begun with another {what}, so its trials cannot be compared with "
-            "new ones:\n" + "\n".join(lines) + "\ngo on with what it was begun with, or start anew with --fresh"
+            f"the study {study.study_name!r} was started with another {what}, so its trials cannot be compared with "
+            "new ones:\n" + "\n".join(lines) + "\nuse the same again, or start a new study with --fresh"
         )

@@ -67,7 +67,7 @@ class TrialSource:
             with exclusive(self._storage):
                 if tries > 1:  # the database went away meanwhile, and may have handed out a trial before it did
                     lifecycle.put_back(self._study, self._identity, began)
-                if not lifecycle.wants_another(self._study, self._job.n_trials):
+                if not lifecycle.needs_another(self._study, self._job.n_trials):
                     return None
                 if not self._definition_is_kept:
                     check_definition(self._study, self._job.study)

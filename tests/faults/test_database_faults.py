@@ -221,7 +221,7 @@ def test_what_trying_again_does_not_mend_is_not_tried_again(
     with pytest.raises((optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError)):
         study.ask().set_user_attr("x", 1)
     assert time.monotonic() - began < 15
-    with pytest.raises(StorageError, match="is no SQLite database"):
+    with pytest.raises(StorageError, match="is not a SQLite database"):
         (tmp_path / "notes.txt").write_text("not a database, but long enough for a header")
         reopen_storage(f"sqlite:///{tmp_path}/notes.txt")
 

@@ -342,7 +342,7 @@ BAD = [
     (["--study", "rsicap_mini", "--hang-timeout", "5s"], "--hang-timeout must be at least 10s, but got '5s'"),
     (["--study", "rsicap_mini", "--lost-after", "soon"], "--lost-after must be a time such as 2h"),
     (["--study", "rsicap_mini", "--pruner", "hyperbnd"], "did you mean 'hyperband'?"),
-    (["--study", "rsicap_mini", "--storage", "nonsense"], "is no database URL"),
+    (["--study", "rsicap_mini", "--storage", "nonsense"], "is not a database URL"),
     (["--study", "rsicap_mini", "--storage", "postgresql://u:secret@127.0.0.1:1/x"], "cannot reach the database"),
     (["--study", "rsicap_mini", "--tracking-uri", "http://no-such-host.invalid:1"], "no-such-host.invalid:1"),
     (["--study", "rsicap_mini", "--strategy", "stagd"], "'stagd' is not one of"),

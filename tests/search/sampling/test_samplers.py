@@ -149,5 +149,5 @@ def test_workers_at_once_take_different_points():
 
 
 def test_a_grid_with_ranges_is_refused():
-    with pytest.raises(StudyError, match="takes Choice and Multiple alone, but has learning_rate=Float"):
+    with pytest.raises(StudyError, match="must be Choice or Multiple, but it has learning_rate=Float"):
         make_sampler(replace(MINI, sampler="grid"))

@@ -146,7 +146,7 @@ def test_a_trial_on_another_host_is_lost_once_it_is_silent(storage):
     # SQLite's clock is UTC: ten thousand seconds and more of local time are past the grace period anywhere.
     make_silent(storage, study, trial, seconds=200_000)
     (lost,) = requeue_lost(study)
-    assert lost.detail.startswith("process 7 on far has not been heard of for ")
+    assert lost.detail.startswith("process 7 on far has been silent for ")
     assert lost.detail.endswith(" s, more than 600 s")
 
 

@@ -47,7 +47,7 @@ def test_a_changed_definition_is_refused_with_every_difference(storage):
         "  - base.num_epochs: 10 -> 6 (as before with --set num_epochs=10)",
         "  - sampler: tpe -> random",
         "  - seed: 0 -> 3 (as before with --seed 0)",
-        "take the change back, or start anew with --fresh (as 'rsicap-2')",
+        "undo the change, or start a new study with --fresh (as 'rsicap-2')",
     ]
 
 
