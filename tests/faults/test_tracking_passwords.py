@@ -30,7 +30,7 @@ def with_password(url: str) -> str:
     """The same database, user and password in the query. The server lets everyone in, so that any password will do."""
     parsed = sa.make_url(url)
     query = {**parsed.query, "user": parsed.username or "postgres", "password": SECRET}
-    return parsed.set(username=None, password=None, query=query).render_as_string(hide_password=False)
+    return sa.URL.create(parsed.drivername, database=parsed.database, query=query).render_as_string()
 
 
 def arguments_of(pid: int) -> Iterator[str]:

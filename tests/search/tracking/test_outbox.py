@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -14,6 +15,7 @@ import pytest
 
 from search.errors import StorageError
 from search.tracking.outbox import (
+    FOLDER,
     STUDY,
     Create,
     Damaged,
@@ -58,6 +60,16 @@ def test_entries_come_back_as_they_were(tmp_path: Path) -> None:
     assert [entry for entry, _ in kept] == EVERY
     assert outbox.read("run", kept[1].end) == kept[2:]
     assert outbox.holds("run")
+
+
+def test_lines_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """The folder and the names of entries on disk have stayed."""
+    outbox = Outbox(tmp_path / FOLDER)
+    outbox.append("run", EVERY)
+    lines = (tmp_path / "spool" / "run.jsonl").read_text().splitlines()
+    assert [json.loads(line)["do"] for line in lines] == ["study", "create", "write", "text", "resume", "file", "end"]
+    (tmp_path / "spool" / "study.jsonl").write_text('{"do": "study", "tags": {"a": "b"}}\n')
+    assert [entry for entry, _ in outbox.read(STUDY)] == [StudyBegun(tags={"a": "b"})]
 
 
 def test_the_study_first_then_the_oldest(tmp_path: Path) -> None:

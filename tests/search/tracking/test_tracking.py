@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from mlflow.tracking import MlflowClient
 
 from search import records
@@ -157,6 +158,17 @@ def test_a_short_run_keeps_every_step_and_all_metrics_of_an_epoch() -> None:
     assert store.tags["data_fingerprint"] == "d" * 16
     assert store.tags["step_window"] == "1"
     assert store.texts["adapted_modules.txt"] == "qformer.a\nqformer.b\n"
+
+
+def test_every_field_of_an_epochs_record_is_a_metric() -> None:
+    """A metric that is added to `EpochRecord` and `epoch_record` is recorded without further code."""
+    made = records.epoch_record(epoch(1, 40))
+    assert None not in vars(made).values()
+    store = record([epoch(1, 40)])
+    assert {p.key: p.value for p in store.points} == {k: v for k, v in vars(made).items() if k != "epoch"}
+    columns = {f.name: f.metadata for f in fields(records.EpochRecord) if f.metadata}
+    assert columns.keys() == {"train_loss", "val_loss"}, "the table of epochs in docs/example"
+    assert all(m["heading"].keys() == {"en", "zh"} and format(1.0, m["format"]) for m in columns.values())
 
 
 def test_a_long_run_is_windowed_below_2000_points_and_no_spike_is_lost() -> None:
@@ -555,6 +567,17 @@ def test_killed_while_the_tables_are_made_the_next_one_makes_them(
         assert kept.read_bytes() != content, "it was not made anew"
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+@pytest.mark.parametrize("name", ["y?b=8", "z%20q", "a b", "lr=1e-4", "ü#1"])
+def test_a_folder_may_have_any_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs that mean something in a URL too, while MLflow makes the tables and when they are copied."""
+    for cache in ("fresh", "warm"):
+        monkeypatch.setenv("LORA_SEARCH_CACHE", str(tmp_path / "cache"))
+        folder = tmp_path / cache / name
+        url = sqlalchemy.URL.create("sqlite", database=str(folder / "mlflow.db")).render_as_string()
+        assert new_run(open_tracking(url, folder / "artifacts"))
+        assert (folder / "mlflow.db").is_file()
 
 
 def test_an_empty_database_that_is_held_is_not_there_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
