@@ -18,7 +18,7 @@ class Executor:
 
     kind: Literal["local", "ray"] = "local"
     workers: int | None = None
-    """None for one worker for each `gpus_per_worker` GPUs."""
+    """None for one worker for each `gpus_per_worker` GPUs; without GPUs one, or on Ray one for each node."""
     gpus_per_worker: int = 1
     ray_address: str | None = None
 

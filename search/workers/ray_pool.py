@@ -34,6 +34,7 @@ PENDING_S, AGAIN_S = 10, 600
 """Seconds without a node for a worker after which the user is notified, and seconds until the next notice."""
 KILL_S = 10
 """Seconds that an actor has to kill its worker; after that it is killed itself."""
+
 log = logging.getLogger("search.workers.ray_pool")
 
 

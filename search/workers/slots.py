@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from trainer.workbench import Workbench
 
 MOST = 16
+"""Slots that `auto` chooses at most."""
 BUSY_CPU = 2.2e7
-"""For each thread, of two at most (with more, nothing was measured).
+"""Token positions in a pass, times the square of the model's width, from which a thread is busy. Two threads count at
+most: with more, nothing was measured.
 
 On a CPU core, dispatch costs some 10 microseconds an operation; a product of T rows with a matrix of d x d takes as
 long at T d^2 = 3e5. The embedded model (d = 128) gains 52 % from 4 samples in a pass to 16, and one of d = 768 nothing
@@ -37,7 +39,9 @@ long at T d^2 = 3e5. The embedded model (d = 128) gains 52 % from 4 samples in a
 two that share a cache nothing: a study of 32 trials takes 75.6 s with passes of 16, 76.8 with 24 or 33, and 84.0 with
 11. And the fewer trials at once, the sooner each is judged: with successive halving 31.9 s, 37.0 and 37.8."""
 BUSY_CUDA = {"highest": 160, "high": 1200}
-"""On a GPU, weights must be read for however few rows. An H100 (67 TFLOPS in float32, 495 in TF32, 3.35 TB/s) computes
+"""Token positions in a pass from which a GPU is busy, by `matmul_precision`.
+
+Weights must be read for however few rows. An H100 (67 TFLOPS in float32, 495 in TF32, 3.35 TB/s) computes
 as long as it reads at 40 and 295 rows; four times that leaves reading a fifth. From the data sheet, not measured."""
 MEMORY_SHARE = 0.8
 """Share of the free memory that trials may take."""
@@ -47,12 +51,12 @@ log = logging.getLogger("search.workers.slots")
 
 @dataclass(frozen=True)
 class Slots:
-    """When a worker takes another trial into its pack."""
+    """The limits up to which a worker takes trials into its pack."""
 
     most: int
     """Trials at once, at most."""
     samples: float = math.inf
-    """No further one where a pass has this many samples."""
+    """Samples in a pass from which no further trial is taken in."""
 
     def room(self, batch_sizes: Sequence[int]) -> bool:
         """Whether there is room beside trials of these batch sizes."""
@@ -77,7 +81,7 @@ class Room:
 
 
 def resolve(wanted: int | None, study: Study, bench: Workbench) -> Slots:
-    """As many slots as wanted, or for None as many as pay and fit, 1 to 16."""
+    """The number of slots asked for, or for None as many as pay and fit, 1 to `MOST`."""
     if wanted is not None:
         return Slots(wanted)
     config = study.base_config()
@@ -91,7 +95,7 @@ def resolve(wanted: int | None, study: Study, bench: Workbench) -> Slots:
 
 
 def _edges(param: Param | None) -> list[int]:
-    """The values at the edges of a parameter's range that are whole numbers."""
+    """The edges of a parameter's range, as far as they are whole numbers."""
     if param is None or isinstance(param, Multiple):
         return []
     return [edge for edge in param.edges() if isinstance(edge, int)]
@@ -120,7 +124,7 @@ def _rows(config: TrainConfig, bench: Workbench) -> float:
 
 
 def that_fit(study: Study, bench: Workbench) -> int:
-    """Trials for which there is memory, by what a step of the largest batch and rank takes on this device."""
+    """How many trials memory suffices for, by what a step of the largest batch and rank takes on this device."""
     from trainer import runtime
 
     config = study.base_config()

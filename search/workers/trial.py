@@ -1,7 +1,8 @@
 """One trial, from its params to its final state: report, judge, record, tell. The worker's pack trains it.
 
-    begin -> take, once an event -> end        Optuna, MLflow and the supervisor are told how it ended
-                                 -> abandon    only MLflow is: Optuna's database is away, or has another's word for it
+    begin -> take, for each event -> end        tells Optuna, MLflow and the supervisor how it ended
+                                  -> abandon    tells MLflow alone: Optuna's database is away, or another process
+                                                has taken the trial over
 
 `begin` and `take` return the outcome once there is one; the worker then calls `end`.
 """
@@ -62,7 +63,7 @@ class TrialRun:
         self.config = context.job.study.config(trial.params, overrides)
         self.folder = Path()
         self.over = False
-        """Whether nothing more is to be done about it here. A trial whose end could not be told is not over."""
+        """Whether nothing more is to be done for it here. A trial whose end could not be recorded is not over."""
         self.taken_over = False
         """Whether the storage says that another process has ended it: this host was taken for lost."""
         self._context = context
@@ -133,7 +134,7 @@ class TrialRun:
         trial counts as over however much of that succeeds.
 
         Raises:
-            DatabaseAway: Optuna's database could not be told; MLflow's run is ended as interrupted.
+            DatabaseAway: it does not answer; the MLflow run has been ended as interrupted.
         """
         if outcome.state == "FAIL":
             self.over = True

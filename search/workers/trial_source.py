@@ -57,7 +57,7 @@ class TrialSource:
 
         Raises:
             DefinitionChanged: another search has changed the study before its first trial.
-            DatabaseAway: it does not answer.
+            DatabaseAway: the database does not answer.
         """
         began, tries = datetime.now(), 0
 

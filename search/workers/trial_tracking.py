@@ -101,7 +101,7 @@ class TrialTracking:
             self._report(error)
 
     def end_by_fault(self) -> None:
-        """End the run, if there is one, because of an exception that is still on its way: `fail` gives the detail."""
+        """End the run, if there is one, because of an exception; `fail` adds the detail later."""
         try:
             if self._recorder is not None:
                 self._recorder.finish(run_status("FAIL"), state="FAIL", reason=records.ERROR)

@@ -114,7 +114,7 @@ class Worker:
             try:
                 while self._train() or self._more_may_come():
                     pass
-            except DatabaseAway:  # Optuna cannot be told; the trials resume from their checkpoints another time
+            except DatabaseAway:  # the trials resume from their checkpoints another time
                 self._held = None
                 for run in self._running.values():
                     run.abandon(records.INTERRUPTED)

@@ -1,4 +1,4 @@
-"""A small real study to break things in, and what must hold of its records however it was broken."""
+"""A small real study to break things in, and what must hold for its records however it was broken."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def write_study(folder: Path, model: Path, trials: int, **base: Any) -> Path:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study's records lie."""
+    """Where a study's records are."""
 
     runs: Path
     storage: str | None = None
@@ -82,7 +82,7 @@ class Place:
 
     @property
     def reports(self) -> dict[int, dict[int, float]]:
-        """Validation losses by trial and epoch, to the last bit. PostgreSQL gives them in any order."""
+        """Validation losses by trial and epoch, to the last bit. PostgreSQL returns them in any order."""
         return self._read(
             lambda s: {t.number: dict(sorted(t.intermediate_values.items())) for t in s.get_trials(deepcopy=False)}
         )
@@ -111,9 +111,10 @@ def workers_of(search: Search) -> list[psutil.Process]:
 def storm(start: Callable[[], Search], kills: Sequence[str], rng: random.Random, *, longest_s: float) -> Counter[str]:
     """Kill -9 a `worker`, the `supervisor`, `both`, or the `importer` that workers are forked from, at random moments.
 
-    The search is started again where it ended.
+    A search that this ends is started again.
 
-    Returns how often each was killed.
+    Returns:
+        How often each was killed.
     """
     done: Counter[str] = Counter()
     search = start()
@@ -122,7 +123,7 @@ def storm(start: Callable[[], Search], kills: Sequence[str], rng: random.Random,
         workers = workers_of(search)
         while search.process.poll() is not None or (what != "supervisor" and not workers):
             if search.process.poll() is not None:
-                assert search.process.poll() != 0, f"the study was done after {done.total()} kills: too short for all"
+                assert search.process.poll() != 0, f"the study was done after {done.total()} kills: too short"
                 search.kill()
                 search = start()
             time.sleep(0.05)
@@ -130,7 +131,7 @@ def storm(start: Callable[[], Search], kills: Sequence[str], rng: random.Random,
         if what in ("supervisor", "both"):
             search.process.kill()
         if what == "importer":
-            with suppress(ValueError, psutil.NoSuchProcess):  # it is being started anew
+            with suppress(ValueError, psutil.NoSuchProcess):  # it is just being started again
                 search_process.importer_of(search.process.pid).kill()
         if what in ("worker", "both"):
             for process in workers if what == "both" else [rng.choice(workers)]:
@@ -146,12 +147,12 @@ def storm(start: Callable[[], Search], kills: Sequence[str], rng: random.Random,
 
 
 def check_records(place: Place, bench: Any, *, num_trials: int, num_epochs: int) -> None:
-    """Whatever happened: final states, one run and lineage each, all epochs, and the bits of an undisturbed run."""
+    """Check, whatever happened: final states, one run and lineage each, all epochs, the bits of an undisturbed run."""
     trials, reports = place.trials, place.reports
     assert {t.state for t in trials} <= {"COMPLETE", "FAIL"}, Counter(t.state for t in trials)
     assert [t.number for t in trials] == list(range(len(trials)))
     resumed = [t.attrs[records.RESUMES] for t in trials if records.RESUMES in t.attrs]
-    assert len(set(resumed)) == len(resumed), "two trials took up the same work"
+    assert len(set(resumed)) == len(resumed), "two trials resume the same work"
     for trial in trials:
         if trial.state == "FAIL":
             assert trial.reason == records.LOST
@@ -171,8 +172,8 @@ def check_records(place: Place, bench: Any, *, num_trials: int, num_epochs: int)
         if trial.number in runs:  # a trial that was lost at its very start may have none
             status, losses = runs[trial.number]
             assert status == expected, f"the run of trial {trial.number} is {status}"
-            told = list(reports[trial.number].values())
-            assert losses == told[: len(losses)], f"trial {trial.number}: MLflow has {losses}, Optuna {told}"
+            reported = list(reports[trial.number].values())
+            assert losses == reported[: len(losses)], f"trial {trial.number}: MLflow has {losses}, Optuna {reported}"
         curve = undisturbed(trial) if reports[trial.number] else []
         assert list(reports[trial.number].values()) == [e.val_loss for e in curve][: len(reports[trial.number])]
         if trial.state == "COMPLETE":
@@ -186,7 +187,7 @@ def check_records(place: Place, bench: Any, *, num_trials: int, num_epochs: int)
 
 
 class _Undisturbed:
-    """The curve of a trial's configuration, trained alone in this process."""
+    """Curves of trials' configurations, each trained alone in this process."""
 
     def __init__(self, bench: Any, place: Place) -> None:
         self._bench, self._folder = bench, place.runs / "again"

@@ -38,7 +38,7 @@ def test_a_stopped_worker_is_replaced(tiny_checkpoint: Path, tmp_path: Path, sta
     lost, resumed = place.trials
     assert (lost.state, lost.reason) == ("FAIL", records.LOST)
     assert resumed.attrs[records.RESUMES] == 0
-    assert "after epoch" in search.wait_for("trial 1: learning_rate"), "it began anew"
+    assert "after epoch" in search.wait_for("trial 1: learning_rate"), "it started over"
     check_records(place, bench, num_trials=1, num_epochs=30)
 
 

@@ -1,4 +1,4 @@
-"""kill -9 at random moments: of a worker, of the supervisor, of both, of what workers are forked from."""
+"""kill -9 at random moments: of a worker, the supervisor, both, and the process that workers are forked from."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_supervisor_and_worker_are_killed_at_once(
     again = start(command)
     assert again.end() == 0, again.output()
     again.wait_for("trial 0 was lost: process")
-    assert "after epoch" in again.wait_for("trial 1: learning_rate"), "it began anew"
+    assert "after epoch" in again.wait_for("trial 1: learning_rate"), "it started over"
     check_records(place, bench, num_trials=1, num_epochs=20)
 
 

@@ -24,9 +24,8 @@ from search.tracking.client import open_tracking
 from search.tracking.runs import StudyRuns
 from search.workers.protocol import HandOver, Job, Link, Message, Order, Progress, TrialEnded, TrialStarted
 from search.workers.trial import TrialContext, TrialRun
-from trainer.events import EpochEnded, EpochTiming, RunStarted, StepEnded, StepTiming
-
-EPOCHS = 2
+from tests.support.made_up_events import epoch, started, step
+from trainer.events import RunStarted, StepEnded
 
 
 class Ground:
@@ -36,7 +35,7 @@ class Ground:
         definition = Study(
             name="made_up",
             description="no training",
-            base={"data": "mini", "num_epochs": EPOCHS, "warmup_steps": 0},
+            base={"data": "mini", "num_epochs": 2, "warmup_steps": 0},
             space={"learning_rate": Float(1e-4, 1e-2, log=True)},
             n_trials=3,
         )
@@ -101,44 +100,6 @@ def mini_examined() -> Any:
     return dataset.examine("mini")
 
 
-def started(modules: int = 2) -> RunStarted:
-    return RunStarted(
-        num_train_samples=8,
-        num_val_samples=2,
-        steps_per_epoch=4,
-        total_steps=4 * EPOCHS,
-        warmup_steps=0,
-        trainable_parameters=10,
-        adapted_modules=tuple(f"qformer.layer.{i}.query" for i in range(modules)),
-        skipped_rows=tuple(f"row {i}: no caption" for i in range(modules)),
-        data_fingerprint="d",
-        model_fingerprint="m",
-        device="cpu",
-        num_threads=1,
-        resumed_from_epoch=0,
-    )
-
-
-def step(number: int) -> StepEnded:
-    timing = StepTiming(step_s=0.1, data_wait_s=0.0)
-    figures = {"loss": 0.5, "grad_norm": 0.1, "learning_rate": 1e-3}
-    return StepEnded(step=number, epoch=1, num_samples=2, num_tokens=9, timing=timing, **figures)
-
-
-def epoch(number: int, val_loss: float = 0.4) -> EpochEnded:
-    timing = EpochTiming(
-        epoch_s=3.0,
-        train_s=2.0,
-        data_wait_s=0.0,
-        eval_s=0.5,
-        checkpoint_s=0.1,
-        samples_per_s=4.0,
-        peak_memory_gib=0.1,
-    )
-    losses = {"train_loss": 0.5, "val_loss": val_loss, "grad_norm_mean": 0.1, "grad_norm_max": 0.2}
-    return EpochEnded(epoch=number, step=4 * number, learning_rate=1e-3, nonfinite_steps=0, timing=timing, **losses)
-
-
 def test_a_trial_needs_no_worker(ground: Ground) -> None:
     run = ground.trial()
     assert run.take(started()) is None and run.take(epoch(1)) is None
@@ -147,8 +108,8 @@ def test_a_trial_needs_no_worker(ground: Ground) -> None:
     assert not run.over
     run.end(outcome)
     assert run.over
-    told = ground.optuna()
-    assert (told.state.name, told.value, told.user_attrs[records.SLOTS]) == ("COMPLETE", 0.3, 2)
+    stored = ground.optuna()
+    assert (stored.state.name, stored.value, stored.user_attrs[records.SLOTS]) == ("COMPLETE", 0.3, 2)
     status, tags = ground.mlflow(run)
     assert (status, tags["state"], tags["best_epoch"]) == ("FINISHED", "COMPLETE", "2")
     heard = ground.heard()
@@ -181,20 +142,20 @@ def test_an_order_to_end_makes_a_trial_wait(ground: Ground) -> None:
     assert run.interrupted("handed over ").detail == "handed over after epoch 1"
 
 
-def test_a_fault_is_told_to_optuna_and_mlflow(ground: Ground) -> None:
+def test_a_fault_is_recorded_in_optuna_and_mlflow(ground: Ground) -> None:
     run = ground.trial()
     run.take(epoch(1))
     run.end(Outcome(state="FAIL", reason=records.ERROR, detail="the image is truncated"))
     assert run.over
-    told = ground.optuna()
-    assert (told.state.name, told.user_attrs[records.DETAIL]) == ("FAIL", "the image is truncated")
+    stored = ground.optuna()
+    assert (stored.state.name, stored.user_attrs[records.DETAIL]) == ("FAIL", "the image is truncated")
     status, tags = ground.mlflow(run)
     assert (status, tags["reason"], tags["detail"]) == ("FAILED", records.ERROR, "the image is truncated")
     assert not any(isinstance(message, TrialEnded) for message in ground.heard())
 
 
 @pytest.mark.parametrize(("reason", "over"), [(records.INTERRUPTED, False), (records.LOST, True)])
-def test_an_abandoned_trial_is_told_to_mlflow_alone(ground: Ground, reason: str, over: bool) -> None:
+def test_an_abandoned_trial_ends_in_mlflow_alone(ground: Ground, reason: str, over: bool) -> None:
     run = ground.trial()
     run.take(epoch(1))
     run.abandon(reason)
@@ -205,7 +166,7 @@ def test_an_abandoned_trial_is_told_to_mlflow_alone(ground: Ground, reason: str,
 
 
 @pytest.mark.parametrize(("fault", "status"), [(DatabaseAway("gone"), "KILLED"), (OSError(28, "full"), "FAILED")])
-def test_a_trial_whose_end_cannot_be_told_is_not_over(
+def test_a_trial_whose_end_cannot_be_recorded_is_not_over(
     ground: Ground, monkeypatch: pytest.MonkeyPatch, fault: Exception, status: str
 ) -> None:
     run = ground.trial()
