@@ -28,7 +28,7 @@ def main(
     format_: Annotated[
         Literal["md", "html"], typer.Option("--format", help="Markdown with plots beside it, or one HTML file.")
     ] = "md",
-    out: Annotated[Path | None, typer.Option(help="The file; RUNS_DIR/STUDY/tuning-log.md by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file; RUNS_DIR/STUDY/tuning-log.md by default.")] = None,
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
     runs_dir: Annotated[Path, typer.Option(help="Folder of the studies and of both databases.")] = Path("runs"),
@@ -50,7 +50,7 @@ def main(
     try:
         record = reading.read_study(found, open_tracking(uri, runs_dir / "artifacts"), spool)
     except Unavailable as error:
-        print(f"{error}; the log is written from what Optuna has", file=sys.stderr)
+        print(f"{error}; writing the log from Optuna's records alone", file=sys.stderr)
         record = reading.read_study(found, None, spool, away=True)
     facts = gather(record, options=_options(storage, tracking_uri, runs_dir))
     path = out or runs_dir / record.name / write.default_name(lang, format_)
@@ -64,7 +64,7 @@ def main(
 
 
 def _find(database: RetryingStorage, study: str) -> optuna.Study:
-    """The study of this name, hyphen or underscore as on the search's command line."""
+    """The study of this name; hyphens stand for underscores, as on the search's command line."""
     from search.storage import studies as store
 
     names = {found.study_name for found in database.get_all_studies()}
@@ -73,14 +73,14 @@ def _find(database: RetryingStorage, study: str) -> optuna.Study:
 
 
 def _existing(url: str | None, default: Path, what: str) -> str:
-    """The URL of a database that is there: a report creates none."""
+    """The URL of an existing database; a report does not create one."""
     import sqlalchemy
 
     if url is not None:
         try:
             parsed = sqlalchemy.make_url(url)
         except (sqlalchemy.exc.ArgumentError, ValueError):
-            return url  # whoever opens it says what is wrong
+            return url  # opening it says what is wrong
         if parsed.get_backend_name() != "sqlite" or not parsed.database:
             return url
         default = Path(parsed.database)
@@ -93,7 +93,7 @@ def _existing(url: str | None, default: Path, what: str) -> str:
 
 
 def _options(storage: str | None, tracking_uri: str | None, runs_dir: Path) -> list[str]:
-    """What the search's command line needs beside the study's name, passwords masked."""
+    """The options that the search's command line needs besides the study's name, passwords masked."""
     from search.tracking.address import masked
 
     options = []
