@@ -43,6 +43,7 @@ class Line:
 
 def draw(epochs: Sequence[EpochRecord], number: int) -> bytes:
     """Training and validation loss by epoch, the best epoch marked. At least one loss must be finite."""
+    # Values that have a place, and the ranges of both axes.
     train = [(e.epoch, e.train_loss) for e in epochs if finite(e.train_loss)]
     val = [(e.epoch, e.val_loss) for e in epochs if finite(e.val_loss)]
     losses = [loss for _, loss in train + val]
@@ -56,6 +57,7 @@ def draw(epochs: Sequence[EpochRecord], number: int) -> bytes:
         up = (loss - y_low) / (y_high - y_low)
         return round(LEFT + across * (RIGHT - LEFT), 1), round(BOTTOM - up * (BOTTOM - TOP), 1)
 
+    # Curves, and a legend that names the best loss.
     lines = [
         Line(name, colour, dashed, tuple(place(*each) for each in curve))
         for name, colour, dashed, curve in (

@@ -61,12 +61,16 @@ def annotate_trial(
     # Where optuna-dashboard (0.21) looks for constraints; Optuna 5 keeps them one by one, by name. Optuna still reads
     # this form too, as a constraint named "0".
     trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [1.0 if outcome.violated else 0.0])
+
+    # The plot, where there is something to draw.
     plot = ""
     if any(finite(loss) for e in epochs for loss in (e.train_loss, e.val_loss)):
         plot = _keep(trial, runs_dir, losses_svg.draw(epochs, trial.number), f"trial-{trial.number:03d}-losses.svg")
         best = lowest({e.epoch: e.val_loss for e in epochs})
         seen = "" if best is None else f", lowest validation loss {best[0]:.4f}"
         plot = f"![Losses of {len(epochs)} epochs{seen}]({plot})"
+
+    # How it ended, what was found, where its curves are, what was trained.
     lines = [_text(outcome.detail, f"**{outcome.state}** ({outcome.reason}): "), ""]
     for finding in findings:
         head = f"**{messages.title(finding.id)}** (`{finding.id}`): "

@@ -93,7 +93,7 @@ def _existing(url: str | None, default: Path, what: str) -> str:
 
 
 def _options(storage: str | None, tracking_uri: str | None, runs_dir: Path) -> list[str]:
-    """The options that the search's command line needs besides the study's name, passwords masked."""
+    """What the search's command line needs beside the study's name, passwords masked."""
     from search.tracking.address import masked
 
     options = []

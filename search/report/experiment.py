@@ -186,10 +186,12 @@ def _experiment(
     varied: frozenset[str],
     noise: Noise,
 ) -> Experiment:
+    # What it is, compared with what came before.
     findings = _findings(trial)
     reference = best or previous
     rows = epoch_rows(trial, findings)
     lines = _config_lines(trial, reference, varied, findings)
+    # Its own epochs and their time, without those of the trial that it resumes.
     times = [row.record.epoch_seconds for row in rows if row.record.epoch_seconds is not None]
     lasted = trial.end_s - trial.start_s if trial.start_s is not None and trial.end_s is not None else None
     inherited = len(continued.epochs) if continued is not None else 0

@@ -225,7 +225,7 @@ def _search(
 
 
 def _not_default(record: StudyRecord, experiments: Sequence[Experiment]) -> dict[str, Any]:
-    """Base values that differ from TrainConfig's defaults: repeating them changes nothing, leaving them out might."""
+    """Base values that are not TrainConfig's own: said again they change nothing, left out they might."""
     defaults = TrainConfig().model_dump(mode="json")
     base = record.definition.get("base", {})
     space = record.definition.get("space", {})
