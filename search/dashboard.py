@@ -1,6 +1,7 @@
-"""`python -m search.dashboard`: optuna-dashboard behind a check of names, origins and a password.
+"""`python -m search.dashboard`: optuna-dashboard behind a check of host names, origins and a password.
 
-Its own program has none of them. The database's URL comes from the environment, so that no password is shown by `ps`.
+optuna-dashboard's own command has none of these. The database's URL comes from the environment, so that `ps` shows no
+password.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
 
 class _Quiet(WSGIRequestHandler):
-    """No line on the terminal for each request, and no look-up of the client's name, which may take seconds."""
+    """A handler that prints no line for a request and does not look up the client's name, which may take seconds."""
 
     def log_message(self, *_: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
     def address_string(self) -> str:
-        """The address as it is."""
+        """The client's IP address."""
         return str(self.client_address[0])
 
 
@@ -42,15 +43,15 @@ def main(
     storage: Annotated[
         str, typer.Option(envvar=STORAGE_VARIABLE, show_envvar=True, help="Optuna's database URL.")
     ] = "sqlite:///runs/optuna.db",
-    artifact_dir: Annotated[Path | None, typer.Option(help="Folder of the files that notes show.")] = None,
+    artifact_dir: Annotated[Path | None, typer.Option(help="Folder of the files shown in notes.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = access.LOOPBACK,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
     allowed_hosts: Annotated[
         str | None,
-        typer.Option(envvar=access.HOSTS_VARIABLE, help="Further names it may be asked for, by commas."),
+        typer.Option(envvar=access.HOSTS_VARIABLE, help="Further host names to answer to, separated by commas."),
     ] = None,
 ) -> None:
-    """Serve optuna-dashboard. Beyond this machine a password is needed: LORA_SEARCH_UI_PASSWORD."""
+    """Serve optuna-dashboard. Beyond this machine it needs a password: LORA_SEARCH_UI_PASSWORD."""
     granted = access.check(host, allowed_hosts)
     from optuna.artifacts import FileSystemArtifactStore
     from optuna_dashboard import wsgi

@@ -1,6 +1,6 @@
 """`python -m search.ui`: MLflow's pages and optuna-dashboard together, on this machine's loopback address.
 
-Told to listen elsewhere (`--host`), both want a password and answer to the given names only.
+On another address (`--host`) both require a password and answer only to the allowed host names.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(
         str, typer.Option(help="Address to listen on; beyond this machine, set LORA_SEARCH_UI_PASSWORD too.")
     ] = access.LOOPBACK,
     allowed_hosts: Annotated[
-        str | None, typer.Option(help="Further names that browsers may ask for, by commas; needed with --host.")
+        str | None, typer.Option(help="Host names to answer to, separated by commas; required with --host.")
     ] = None,
 ) -> None:
     """Open the dashboards: MLflow for curves and runs, optuna-dashboard for the search. Ctrl-C ends both."""
@@ -79,7 +79,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def check(places: Places, ports: dict[str, int], granted: Access | None = None) -> None:
-    """Refuse databases that are not there, ports that are taken, and passwords that nothing would ask for.
+    """Refuse missing databases, ports in use, and a password that MLflow could not ask for.
 
     Raises:
         UserError: everything that is wrong, in one message.
@@ -94,7 +94,7 @@ def check(places: Places, ports: dict[str, int], granted: Access | None = None) 
             if not is_free(port, (granted or Access()).host)
         ]
     if granted and granted.password and "--mlflow-port" in ports and importlib.util.find_spec("flask_wtf") is None:
-        problems.append("MLflow asks for a password with Flask-WTF only: pip install 'lora-search[server]'")
+        problems.append("MLflow needs Flask-WTF to ask for a password: pip install 'lora-search[server]'")
     problems += places.missing()
     if not problems:
         problems += _unusable(places)
@@ -103,7 +103,7 @@ def check(places: Places, ports: dict[str, int], granted: Access | None = None) 
 
 
 def _unusable(places: Places) -> Iterator[str]:
-    """What is wrong with databases that seem to be there. Imports SQLAlchemy and Optuna, which takes a second."""
+    """Databases that exist but cannot be opened. Imports SQLAlchemy and Optuna, which takes a second."""
     from search.storage.database import close_storage, open_storage
     from search.tracking import address
 

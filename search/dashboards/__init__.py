@@ -1,1 +1,1 @@
-"""What MLflow's pages and optuna-dashboard show of a study, and who may open them."""
+"""Notes and plots on optuna-dashboard, the two dashboards' servers, and access to them."""

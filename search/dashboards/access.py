@@ -1,7 +1,7 @@
-"""Who may open the dashboards: an address, the names under which they are asked for, and a password.
+"""Access to the dashboards: an address, the host names they answer to, and a password.
 
-On the loopback address no password is needed. Anywhere else there must be one, and the names must be given: without
-them a page that a user visits could make the browser send requests here (DNS rebinding).
+The loopback address needs no password. Any other address needs one, and the host names too: without them a page that a
+user visits could make the browser send requests here (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import Any
 from trainer.common.errors import UserError
 
 LOOPBACK = "127.0.0.1"
-EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
+EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - for comparison, not for listening
 USER_VARIABLE = "LORA_SEARCH_UI_USER"
 PASSWORD_VARIABLE = "LORA_SEARCH_UI_PASSWORD"
 HOSTS_VARIABLE = "LORA_SEARCH_ALLOWED_HOSTS"
 MIN_PASSWORD = 12
 """Characters; MLflow refuses shorter ones."""
 HEALTH = "/health"
-"""Answered without a password and under any name, as MLflow's is: it tells nothing but that the server runs."""
+"""Answered without a password and under any host name, as MLflow's is: it reveals only that the server runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """How a dashboard is reached. `check` makes one from options and environment."""
+    """How a dashboard may be reached. `check` makes one from options and environment."""
 
     host: str = LOOPBACK
     names: tuple[str, ...] = ()
-    """Further names, with or without a port, that browsers may ask for."""
+    """Further host names, with or without a port, that it answers to."""
     user: str = "admin"
     password: str | None = field(default=None, repr=False)
-    """None for no authentication, on the loopback address only."""
+    """None for no authentication, which only the loopback address allows."""
 
     def address(self, port: int) -> str:
         """The URL of a server on this port, as this machine reaches it."""
@@ -44,28 +44,28 @@ class Access:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def allowed_hosts(self, port: int) -> tuple[str, ...]:
-        """Values of the Host header that are answered, by a server on this port."""
-        own = self.address(port).removeprefix("http://")  # an address is no name that could be rebound
+        """Values of the Host header that a server on this port answers."""
+        own = self.address(port).removeprefix("http://")  # an IP address cannot be rebound
         always = dict.fromkeys((own, f"{LOOPBACK}:{port}", f"localhost:{port}"))
         given = (host for name in self.names for host in ((name,) if ":" in name else (name, f"{name}:{port}")))
         return (*always, *given)
 
     def allowed_origins(self, port: int) -> tuple[str, ...]:
-        """Values of the Origin header from which requests may change something."""
+        """Values of the Origin header whose requests may change something."""
         return tuple(f"{scheme}://{host}" for host in self.allowed_hosts(port) for scheme in ("http", "https"))
 
     def authorization(self) -> str | None:
-        """The header of HTTP Basic authentication; None where none is needed."""
+        """The header of HTTP Basic authentication; None without a password."""
         if self.password is None:
             return None
         return "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode("ascii")
 
 
 def check(host: str, allowed_hosts: str | None, environ: Mapping[str, str] = os.environ) -> Access:
-    """The access that the options ask for; user and password come from the environment, which `ps` does not show.
+    """The access requested by the options; user and password come from the environment, which `ps` does not show.
 
     Raises:
-        UserError: an address beyond this machine without a password or without names; a password too short.
+        UserError: an address beyond this machine without a password or without host names; a short password.
     """
     names = tuple(name.strip() for name in (allowed_hosts or "").split(",") if name.strip())
     password = environ.get(PASSWORD_VARIABLE) or None
@@ -88,7 +88,7 @@ def check(host: str, allowed_hosts: str | None, environ: Mapping[str, str] = os.
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens there."""
+    """Whether only this machine can reach a server on this address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -115,7 +115,7 @@ class Gate:
             return _answer(start_response, "200 OK", "ok")
         if environ.get("HTTP_HOST", "").lower() not in self._hosts:
             return _answer(start_response, "403 Forbidden", "this name is not among the allowed hosts")
-        # A browser says which page a request comes from, unless it only reads.
+        # A browser names the page that a request comes from, unless the request only reads.
         origin = environ.get("HTTP_ORIGIN")
         if origin is not None and origin.lower() not in self._origins:
             return _answer(start_response, "403 Forbidden", "requests from other pages are refused")
@@ -124,7 +124,7 @@ class Gate:
             given.encode("utf-8", "replace"), self._authorization.encode()
         ):
             challenge = ("WWW-Authenticate", 'Basic realm="lora-search", charset="UTF-8"')
-            return _answer(start_response, "401 Unauthorized", "user and password, please", challenge)
+            return _answer(start_response, "401 Unauthorized", "user name and password required", challenge)
         return self._application(environ, start_response)
 
 

@@ -1,7 +1,7 @@
 """A trial's losses by epoch as an SVG, for its note on optuna-dashboard.
 
-Workers draw it while other trials wait for the next pass: Matplotlib takes half a second to import and 0.1 s for each
-plot, this template a millisecond.
+Why not Matplotlib: a worker draws it while other trials wait for the next pass. Matplotlib takes half a second to
+import and 0.1 s for each plot, this template a millisecond.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ WIDTH, HEIGHT = 600, 320
 LEFT, RIGHT, TOP, BOTTOM = 72, 588, 32, 272
 """Edges of the plot itself."""
 MARKED = 200
-"""Most epochs that are marked one by one."""
+"""Most epochs drawn with a marker each."""
 TICKS = 6
-"""Most ticks of an axis, about."""
+"""Approximate number of ticks on an axis."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve, told apart by dash and marker as well as by colour."""
+    """A curve, distinguished by dash and marker as well as by colour."""
 
     name: str
     colour: str
@@ -42,7 +42,8 @@ class Line:
 
 
 def draw(epochs: Sequence[EpochRecord], number: int) -> bytes:
-    """Training and validation loss by epoch, the best epoch marked. At least one loss is to be finite."""
+    """Training and validation loss by epoch, the best epoch marked. At least one loss must be finite."""
+    # Values that have a place, and the ranges of both axes.
     train = [(e.epoch, e.train_loss) for e in epochs if finite(e.train_loss)]
     val = [(e.epoch, e.val_loss) for e in epochs if finite(e.val_loss)]
     losses = [loss for _, loss in train + val]
@@ -56,6 +57,7 @@ def draw(epochs: Sequence[EpochRecord], number: int) -> bytes:
         up = (loss - y_low) / (y_high - y_low)
         return round(LEFT + across * (RIGHT - LEFT), 1), round(BOTTOM - up * (BOTTOM - TOP), 1)
 
+    # Curves, and a legend that names the best loss.
     lines = [
         Line(name, colour, dashed, tuple(place(*each) for each in curve))
         for name, colour, dashed, curve in (
@@ -88,7 +90,7 @@ def draw(epochs: Sequence[EpochRecord], number: int) -> bytes:
 
 
 def _step(low: float, high: float) -> float:
-    """A round distance of ticks: 1, 2 or 5 times a power of ten."""
+    """A round distance between ticks: 1, 2 or 5 times a power of ten."""
     rough = (high - low) / TICKS or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= rough * 0.999)

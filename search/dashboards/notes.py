@@ -1,6 +1,6 @@
-"""What optuna-dashboard shows beside its charts: a note with findings, plot and link for each trial, a summary.
+"""Notes on optuna-dashboard: findings, plot and link for each trial, and a summary of the study.
 
-optuna-dashboard renders notes as Markdown; whatever comes from data or study files is escaped.
+optuna-dashboard renders notes as Markdown; text from data or study files is escaped.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from search.storage.optuna_private import set_system_attr
 from trainer.common.imports import without_module
 
 with without_module("sklearn"):
-    # For importances, which only its server computes, optuna-dashboard imports scikit-learn, SciPy and pandas: a
-    # second of each worker's start.
+    # optuna-dashboard imports scikit-learn, SciPy and pandas for importances, which only its server computes. That
+    # would add a second to each worker's start.
     from optuna_dashboard import get_note, save_note
     from optuna_dashboard.artifact import get_artifact_path
 
 WIDTH = 104
 """Characters in a line of a trial's note. optuna-dashboard makes its page as wide as the longest user attribute,
-thousands of pixels, and what it does not break itself would run out of a window of 1,280 pixels."""
+thousands of pixels, and a line that it does not break would run out of a window of 1,280 pixels."""
 OWN = "---\n\nYour own notes, below this line, are kept."
-"""What is below it in a study's note was written by hand. One without it is all theirs."""
+"""Text below this marker in a study's note is the user's. A note without it is entirely theirs."""
 
 
 def annotate_trial(
@@ -45,7 +45,7 @@ def annotate_trial(
     config: dict[str, Any],
     run: str | None,
 ) -> None:
-    """Write a trial's note and keep its plot as an artifact. To be called before the trial is told.
+    """Write a trial's note and keep its plot as an artifact. Call it before `study.tell`.
 
     Args:
         folder: Where artifacts are kept (`Places.notes`).
@@ -54,12 +54,16 @@ def annotate_trial(
     # Where optuna-dashboard (0.21) looks for constraints; Optuna 5 keeps them one by one, by name. Optuna still reads
     # this form too, as a constraint named "0".
     set_system_attr(trial.study, trial, "constraints", [1.0 if outcome.violated else 0.0])
+
+    # The plot, where there is something to draw.
     plot = ""
     if any(finite(loss) for e in epochs for loss in (e.train_loss, e.val_loss)):
         plot = _keep(trial, folder, losses_svg.draw(epochs, trial.number), f"trial-{trial.number:03d}-losses.svg")
         best = lowest({e.epoch: e.val_loss for e in epochs})
         seen = "" if best is None else f", lowest validation loss {best[0]:.4f}"
         plot = f"![Losses of {len(epochs)} epochs{seen}]({plot})"
+
+    # How it ended, what was found, where its curves are, what was trained.
     lines = [_text(outcome.detail, f"**{outcome.state}** ({outcome.reason}): "), ""]
     for finding in findings:
         head = f"**{messages.title(finding.id)}** (`{finding.id}`): "
@@ -68,13 +72,13 @@ def annotate_trial(
         lines += [_text(cause, "  - cause: ", "    ")] if cause else []
         lines += [_text(text, "  - advice: ", "    ") for text in messages.advices(finding.advice)]
     lines += ["", _text(messages.leaf_text(leaf(findings)), "Decision tree: "), ""]
-    lines += [plot, "", f"[Curves in MLflow]({run})" if run else "MLflow was away when this trial began.", ""]
+    lines += [plot, "", f"[Curves in MLflow]({run})" if run else "MLflow was unavailable when this trial began.", ""]
     lines.append(fenced(leaderboard.training_config(config), "python"))
     save_note(trial, "\n".join(lines))
 
 
 def _text(text: str, before: str = "", indent: str = "") -> str:
-    """Text from data as Markdown after what we say before it, in lines of `WIDTH`; further lines are indented."""
+    """Text from data as Markdown behind a prefix of ours, in lines of `WIDTH`; further lines are indented."""
     room = "." * len(before)
     lines = textwrap.wrap(text, WIDTH, initial_indent=room, break_long_words=False, break_on_hyphens=False) or [room]
     first, *rest = (escape(line) for line in [lines[0][len(room) :], *lines[1:]])
@@ -82,7 +86,7 @@ def _text(text: str, before: str = "", indent: str = "") -> str:
 
 
 def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page: str, log: Path) -> None:
-    """Write the study's note: where it stands, its best configuration, where its log lies. Keeps what others wrote."""
+    """Write the study's note: its progress, its best configuration, the place of its log. Keeps the user's text."""
     theirs = get_note(study).rpartition(OWN)[2].strip()
     lines = [escape(leaderboard.summary(trials)), ""]
     best = leaderboard.best(trials)
@@ -102,7 +106,7 @@ def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page
 
 
 def _keep(trial: optuna.Trial, folder: Path, content: bytes, name: str) -> str:
-    """Keep a file with the trial; its path on optuna-dashboard."""
+    """Keep a file with the trial, and return its path on optuna-dashboard."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / name

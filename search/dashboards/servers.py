@@ -56,7 +56,7 @@ class Server:
             return False
 
     def check_alive(self) -> None:
-        """Raise if the process has ended, with the end of what it printed."""
+        """Raise `ServerEnded` with the last lines of output if the process has ended."""
         code = self.process.poll()
         if code is None:
             return
@@ -162,7 +162,7 @@ def wait_until_ready(servers: Sequence[Server]) -> None:
 
 
 def watch(servers: Sequence[Server]) -> None:
-    """Never return as long as all of them run.
+    """Return only by raising: wait until one of the servers ends.
 
     Raises:
         ServerEnded: a server ended.

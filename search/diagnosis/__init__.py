@@ -1,13 +1,16 @@
 """The diagnosis: a run's curves and configuration in, findings out. Pure; knows no storage and no clock.
 
 curve      Curve, and how it is made from events or from a trial's records
+recorded   curves of runs recorded elsewhere, from a JSON file
 noise      how much a loss moves by chance, and all thresholds that follow from it
+signals    what is seen on a curve: excursions, rises, first and last losses
 faults     numbers that broke (non_finite, exploding_gradient), plans that cannot work (warmup, slow epochs)
-verdict    what the loss curves say
+unstable   losses that fall apart (diverged, oscillating, overfitting)
+pace       how fast stable losses fall (not_learning, too_slow, healthy, inconclusive)
 advise     what to try next, with values
 finding    Finding and Advice, the plain values that come out
-messages   the sentences, in English and Chinese
-tree       the hand-run log's decision tree, in one leaf of which every run ends
+messages   the sentences, in English and Chinese; texts: their words
+tree       the hand-run log's decision tree; every run ends in one of its leaves
 """
 
 from __future__ import annotations
@@ -51,5 +54,5 @@ def diagnose(curve: Curve) -> tuple[Finding, ...]:
 
 
 def primary(findings: Iterable[Finding]) -> Finding:
-    """The one that names the run: what comes first in the log's order of work (see `IDS`)."""
+    """The main finding: the first in the log's order of work (see `IDS`)."""
     return min(findings, key=lambda f: IDS.index(f.id))

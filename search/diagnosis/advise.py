@@ -8,13 +8,13 @@ from search.diagnosis.curve import Curve
 from search.diagnosis.finding import Advice
 
 START_RATE = 2e-4
-"""The log's recommended start; it went there from 5e-6 and from 1e-3 alike."""
+"""The log's recommended start, reached from 5e-6 and from 1e-3 alike."""
 LOW_RATE = 1e-4
-"""Below it a rate counts as low. The log calls 5e-6 too conservative; 1e-4 is the lowest at which a recorded run
+"""A rate below this counts as low. The log calls 5e-6 too conservative; 1e-4 is the lowest at which a recorded run
 trained well."""
 HIGH_RATE = 5e-4
-"""From here on a rate counts as high: "fast, but may be unstable" in the log's table. Recorded runs at 5e-4 were
-stable, the one at 8e-4 ended with both losses rising, the log's at 1e-3 diverged."""
+"""A rate from this one upwards counts as high: "fast, but may be unstable" in the log's table. Recorded runs at 5e-4
+were stable, the one at 8e-4 ended with both losses rising, the log's at 1e-3 diverged."""
 LEAST_RANK = 4
 MOST_DROPOUT = 0.2
 """Edges of the log's ranges."""
@@ -24,7 +24,7 @@ FLOAT16_EPSILON = 1e-4
 
 
 def lower_rate(curve: Curve) -> tuple[Advice, ...]:
-    """To the log's start from twice that and above, else to half."""
+    """Lower the rate: to the log's start from twice that and above, else to half."""
     rate = curve.number("learning_rate")
     if rate is None or rate <= 0:
         return (Advice(action="lower", parameter="learning_rate"),)
@@ -33,7 +33,7 @@ def lower_rate(curve: Curve) -> tuple[Advice, ...]:
 
 
 def raise_rate(curve: Curve, factor: float = 2.0) -> tuple[Advice, ...]:
-    """A low rate to the log's start, else times the factor; never into the high rates, and not at all from there."""
+    """Raise the rate: a low one to the log's start, else times the factor; never into or within the high rates."""
     rate = curve.number("learning_rate")
     if rate is None or rate <= 0:
         return (Advice(action="raise", parameter="learning_rate"),)
@@ -44,8 +44,8 @@ def raise_rate(curve: Curve, factor: float = 2.0) -> tuple[Advice, ...]:
 
 
 def change_rank(curve: Curve, factor: float) -> tuple[Advice, ...]:
-    """Rank times the factor, and alpha with it: updates are scaled by alpha / r, so that rank alone would change their
-    size."""
+    """Multiply the rank by the factor, and alpha with it: updates are scaled by alpha / r, so the rank alone would
+    change their size."""
     rank = curve.number("lora_r")
     if rank is None or not 1 <= rank <= 1024:
         return (Advice(action="lower" if factor < 1 else "raise", parameter="lora_r"),)
@@ -62,7 +62,7 @@ def change_rank(curve: Curve, factor: float) -> tuple[Advice, ...]:
 
 
 def more_dropout(curve: Curve) -> tuple[Advice, ...]:
-    """To 0.1, the log's recommendation, and from there in steps of 0.05 to the edge of its range."""
+    """Raise dropout to 0.1, the log's recommendation, and from there in steps of 0.05 to the edge of its range."""
     dropout = curve.number("lora_dropout")
     if dropout is None or not 0 <= dropout < 1:
         return (Advice(action="raise", parameter="lora_dropout"),)
@@ -73,12 +73,12 @@ def more_dropout(curve: Curve) -> tuple[Advice, ...]:
 
 
 def regularise(curve: Curve) -> tuple[Advice, ...]:
-    """Against oscillation and overfitting, in the log's order: lower rate, smaller rank, more dropout."""
+    """Moves against oscillation and overfitting, in the log's order: lower rate, smaller rank, more dropout."""
     return (*lower_rate(curve), *change_rank(curve, 0.5), *more_dropout(curve))
 
 
 def more_epochs(curve: Curve, wanted: float) -> tuple[Advice, ...]:
-    """At most twice as many: the law behind `wanted` was checked for half as many again, further on it is a guess."""
+    """Train longer, at most twice as long: the law behind `wanted` was checked up to half as many epochs again."""
     epochs = curve.number("num_epochs") or curve.last_epoch
     if epochs < 1:
         return ()

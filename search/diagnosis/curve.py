@@ -1,4 +1,4 @@
-"""`Curve`: what the diagnosis reads, and how it is made from a run's events or a trial's records."""
+"""`Curve`, what the diagnosis reads, made from a run's events or a trial's records."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from trainer.config import TrainConfig
 from trainer.events import Diverged, EpochEnded, Event, NonFinite, OutOfMemory, RunStarted, StepEnded
 
 SLOW_EPOCH_S = 600.0
-"""An epoch longer than this is slow. The hand-run log found 20 minutes too slow and was content with the 10 it aimed
-at."""
+"""An epoch longer than this is slow. The hand-run log found 20 minutes too slow and was content with its target of
+10."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NonFiniteFacts:
-    """The first thing of a run that was not finite, with its surroundings."""
+    """The first tensor of a run that was not finite, and the steps around it."""
 
     step: int
     epoch: int | None
@@ -31,16 +31,16 @@ class NonFiniteFacts:
     measured: str
     """The trainer's own words for what it measured (`trainer.events.NonFinite.detail`)."""
     bad_steps: int
-    """Steps that were not finite, in all."""
+    """Total number of steps that were not finite."""
     ended: bool
-    """Whether the run ended of it."""
+    """Whether it ended the run."""
     last_finite_step: int | None
     last_finite_loss: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One run as far as it is known; whatever is not known is None or empty."""
+    """One run as far as it is known; unknown values are None or empty."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
     """Values of TrainConfig."""
@@ -56,13 +56,13 @@ class Curve:
     num_samples: int | None = None
     """Training and validation samples together."""
     total_steps: int | None = None
-    """Optimizer steps of the whole plan, whether the run got that far or not."""
+    """Planned optimizer steps, whether the run got that far or not."""
     peer_seconds_per_sample: float | None = None
-    """What comparable runs took: the same model on the same machine."""
+    """Seconds per sample of comparable runs: the same model on the same machine."""
     slow_epoch_s: float = SLOW_EPOCH_S
 
     def number(self, name: str) -> float | None:
-        """A configuration value, if it is a usable number."""
+        """A configuration value if it is a usable number, else None."""
         value = self.config.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
@@ -70,7 +70,7 @@ class Curve:
 
     @property
     def train_noise(self) -> float:
-        """Standard deviation of an epoch's training loss by chance, as a share of it."""
+        """Standard deviation of an epoch's training loss, a share of the loss."""
         return train_noise(self.num_samples or self.number("max_samples"))
 
     @property
@@ -92,7 +92,7 @@ class Curve:
 
     @property
     def planned_steps(self) -> tuple[int, str] | None:
-        """(optimizer steps of the whole plan, where that is known from: run, steps or configuration)."""
+        """(planned optimizer steps, their source: run, steps or configuration)."""
         if self.total_steps is not None:
             return self.total_steps, "run"
         epochs = self.number("num_epochs")
@@ -105,7 +105,7 @@ class Curve:
         return None if per_epoch is None else (per_epoch * int(epochs), "configuration")
 
     def _configured_steps(self) -> int | None:
-        """Optimizer steps to an epoch as the configuration has it, for a run that left no facts."""
+        """Optimizer steps per epoch by the configuration, for a run that left no facts."""
         samples, batch = self.number("max_samples"), self.number("batch_size")
         if samples is None or batch is None or samples < 2 or batch < 1:
             return None
@@ -116,7 +116,7 @@ class Curve:
 
 
 def curve_from_events(config: TrainConfig, events: Iterable[Event], *, reason: str | None = None) -> Curve:
-    """The curve of a run from its events, in the order in which they came."""
+    """The curve of a run from its events in order."""
     curve = Curve(config=config.model_dump(mode="json"), reason=reason)
     epochs: list[EpochRecord] = []
     steps: list[StepEnded] = []
@@ -148,7 +148,7 @@ def _epoch_record(event: EpochEnded) -> EpochRecord:
 
 
 def _nonfinite(steps: list[StepEnded], ended: Diverged | None) -> NonFiniteFacts | None:
-    """The first bad step; of a run that ended of a series of them, the first of that series."""
+    """The first bad step; if a series of bad steps ended the run, the first of that series."""
     bad = [step for step in steps if step.nonfinite is not None]
     first: tuple[int, int, NonFinite] | None = None
     if ended is not None:
@@ -175,10 +175,9 @@ def _nonfinite(steps: list[StepEnded], ended: Diverged | None) -> NonFiniteFacts
 
 
 def curve_from_record(trial: TrialRecord) -> Curve:
-    """The curve of a trial as it is read back.
+    """The curve of a trial from its records.
 
-    What only the events knew (which tensor went bad) is taken from the findings recorded with the trial, if there are
-    any.
+    What only the events knew (which tensor went bad) comes from the findings recorded with the trial, if any.
     """
     return Curve(
         config=trial.config,
@@ -202,5 +201,5 @@ _FACTS = tuple(NonFiniteFacts.__dataclass_fields__)
 
 
 def facts_as_evidence(facts: NonFiniteFacts) -> dict[str, Any]:
-    """The facts under the names by which `curve_from_record` finds them again."""
+    """The facts under the names that `curve_from_record` reads."""
     return asdict(facts)

@@ -1,4 +1,4 @@
-"""Findings that do not need a judgement of the loss curve: numbers that broke, and plans that cannot work."""
+"""Findings that need no judgement of the loss curve: numbers that broke, and plans that cannot work."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from search.diagnosis.noise import usable
 
 GROWTH = 10.0
 """The gradient norm explodes when its median grows by an order of magnitude. Medians over a tenth of the run: a single
-spike, which clipping takes care of, does not count. No recorded run has gradient norms, so this is the word's meaning,
+spike, which clipping handles, does not count. No recorded run has gradient norms, so this is the meaning of the word,
 not a measurement."""
 WINDOWS = 10
 FEWEST_STEPS = 20
 """Steps needed for windows of at least two."""
 WAIT_SHARE = 1 / 3
-"""Waiting for data counts from a third of the training time on: without it an epoch would be half as fast again."""
+"""Waiting for data counts from a third of the training time: without it an epoch would be half as fast again."""
 EVAL_SHARE = 1 / 2
-"""Evaluation counts when it takes longer than all else. With a fifth of the rows and no backward pass it is normally a
-tenth."""
+"""Evaluation counts if it takes longer than all else. With a fifth of the rows and no backward pass it normally takes
+a tenth."""
 PEER_RATIO = 3.0
 """Times the seconds per sample of comparable runs. Recorded runs of full size lie within a factor of 1.4 of each
 other."""
 LEAST_EXCESS_S = 30.0
-"""Seconds an epoch must lose against comparable runs to be worth a word: starting up makes every tiny run slow."""
+"""Seconds that an epoch must lose against comparable runs to be mentioned: starting up makes every tiny run slow."""
 
 
 def clipped_fraction(curve: Curve) -> float | None:
     """Share of the steps whose gradient was clipped.
 
-    Not a fault: AdamW divides the gradient by its own size, so clipping every step by about the same factor changes
-    little.
+    This is not a fault: AdamW divides the gradient by its own size, so clipping every step by about the same factor
+    changes little.
     """
     bound = curve.number("max_grad_norm")
     norms = [s.grad_norm for s in curve.steps if s.grad_norm is not None and usable(s.grad_norm)]
@@ -98,7 +98,7 @@ def non_finite(curve: Curve, exploding: bool) -> Finding | None:
 
 
 def _plain(value: Any) -> Scalar:
-    """A number that JSON can carry: NaN and infinities as words."""
+    """The value as JSON can hold it: NaN and infinities as words."""
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
@@ -125,8 +125,7 @@ def _dtype_cause(curve: Curve) -> str | None:
 
 
 def _cause(curve: Curve, exploding: bool) -> str | None:
-    """The mechanism, where the run itself shows it: which tensor, after what, and what the trainer found in AdamW's
-    state."""
+    """The mechanism, if the run shows it: which tensor, after what, and what the trainer found in AdamW's state."""
     facts, eps = curve.nonfinite, curve.number("adam_epsilon")
     assert facts is not None
     half = curve.config.get("torch_dtype") == "float16"
@@ -212,7 +211,7 @@ def _growth(curve: Curve) -> tuple[float, float, int | None, int | None] | None:
 
 
 def warmup_exceeds_training(curve: Curve) -> Finding | None:
-    """The warmup is as long as all the training: the configured rate is never reached."""
+    """The warmup is as long as the whole training: the configured rate is never reached."""
     warmup, planned, rate = curve.number("warmup_steps"), curve.planned_steps, curve.number("learning_rate")
     if warmup is None or planned is None or warmup <= 0 or warmup < planned[0]:
         return None
@@ -242,7 +241,7 @@ def slow_epoch(curve: Curve) -> Finding | None:
     samples = curve.num_samples or curve.number("max_samples")
     if samples and curve.peer_seconds_per_sample:
         expected = curve.peer_seconds_per_sample * samples
-        # A ratio beyond all numbers is one to something that no clock has measured.
+        # An infinite ratio comes from an expectation that no clock has measured.
         ratio = seconds / expected if expected > 0 else math.inf
         if PEER_RATIO < ratio < math.inf and seconds - expected > LEAST_EXCESS_S:
             kind = "peers"
@@ -267,7 +266,7 @@ def slow_epoch(curve: Curve) -> Finding | None:
 
 
 def _shares(curve: Curve, seconds: float, evidence: dict[str, Scalar]) -> tuple[float | None, float | None]:
-    """(waiting share of the training time, evaluation share of the epoch), put into the evidence with what is left."""
+    """(waiting share of the training time, evaluation share of the epoch); adds them and the rest to the evidence."""
     wait = _median([r.data_wait_fraction for r in curve.epochs])
     evaluation = _median([r.eval_seconds for r in curve.epochs])
     eval_share = None if evaluation is None else min(max(evaluation / seconds, 0.0), 1.0)
@@ -290,8 +289,7 @@ def _where_time_went(wait: float | None, evaluation: float | None) -> str | None
 
 
 def _faster(curve: Curve, cause: str | None) -> tuple[Advice, ...]:
-    """Experiment 5b's two moves, a larger batch and loading in parallel, the one first that the measured shares ask
-    for."""
+    """Experiment 5b's two moves, a larger batch and parallel loading, in the order suggested by measured shares."""
     workers, batch, share = curve.number("num_workers"), curve.number("batch_size"), curve.number("val_fraction")
     load = Advice(action="raise", parameter="num_workers", before=workers, after=4) if not workers else None
     fewer = None
@@ -307,6 +305,6 @@ def _faster(curve: Curve, cause: str | None) -> tuple[Advice, ...]:
 
 
 def _median(values: Sequence[float | None]) -> float | None:
-    """Over the epochs: the first one often carries the start of workers and kernels."""
+    """Median over the epochs: the first one often includes the start of workers and kernels."""
     known = [value for value in values if value is not None and usable(value)]
     return median(known) if known else None

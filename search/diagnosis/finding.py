@@ -1,7 +1,7 @@
-"""`Finding` and `Advice`: what the diagnosis says of a run, as plain values.
+"""`Finding` and `Advice`: what the diagnosis says about a run, as plain values.
 
-A finding holds facts only; its sentences are put together from them in `search.diagnosis.messages`, in English or
-in Chinese, so that both say the same.
+A finding holds facts only. `search.diagnosis.messages` builds its sentences from them, in English or in Chinese, so
+that both say the same.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ IDS = (
     WARMUP_EXCEEDS_TRAINING,
     SLOW_EPOCH,
 )
-"""Every id, in the order in which findings are given: the log's order of work, stability first. The first eight and
-`healthy` judge the curve, the last two the plan; a curve is `healthy` or has one of the others, never both."""
+"""Every id, in the order of findings: the log's order of work, stability first. The first eight and `healthy` judge
+the curve, the last two the plan; a curve is `healthy` or has one of the others, never both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Advice:
     before: Scalar = None
     """The value now; None where the configuration does not say."""
     after: Scalar = None
-    """The value to try; None where no value can be argued for."""
+    """The value to try; None where no particular value can be justified."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"action": self.action, "parameter": self.parameter, "from": self.before, "to": self.after}
@@ -65,7 +65,7 @@ class Advice:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One statement about a run, with what shows it.
+    """One statement about a run, with its evidence.
 
     Raises:
         ValueError: an id or severity that does not exist.
@@ -74,15 +74,15 @@ class Finding:
     id: str
     """One of `IDS`."""
     kind: str
-    """Which of the id's forms it has; picks the sentence."""
+    """Which of the id's forms it has; selects the sentence."""
     severity: Severity
     epoch: int | None = None
-    """Where it begins, if it has a place in time."""
+    """Where it begins, if it begins somewhere."""
     step: int | None = None
     evidence: Mapping[str, Scalar] = field(default_factory=dict)
-    """Named values the sentence is built from. All numbers are finite."""
+    """Named values from which the sentence is built. All numbers are finite."""
     cause: str | None = None
-    """A key of `texts.CAUSES`, where the cause can be shown from the run."""
+    """A key of `texts.CAUSES`, if the run shows the cause."""
     advice: tuple[Advice, ...] = ()
     """In the order in which to try them."""
 

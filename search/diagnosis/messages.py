@@ -1,7 +1,7 @@
 """Every sentence of the diagnosis, in English and in Chinese, from the same facts.
 
-The words are in `search.diagnosis.texts`. Its templates know these specs: `loss` five digits, `times` two, `rate` the
-way the log writes rates, `pct` a share in percent, `time` seconds or minutes.
+The words are in `search.diagnosis.texts`. Its templates have these specs: `loss` five digits, `times` two, `rate` as
+the log writes rates, `pct` a share in percent, `time` seconds or minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LANGS: Final[tuple[Lang, ...]] = ("en", "zh")
 
 
 class _Values(string.Formatter):
-    """`str.format` with the specs of this module; it knows named values only."""
+    """`str.format` with the specs of this module, for named values only."""
 
     def __init__(self, lang: Lang) -> None:
         self._lang = lang
@@ -43,7 +43,7 @@ class _Values(string.Formatter):
 
 
 def rate(value: float) -> str:
-    """A learning rate the way the hand-run log writes it: `2e-4`, `5.5e-5`, `0.01`."""
+    """A learning rate as the hand-run log writes it: `2e-4`, `5.5e-5`, `0.01`."""
     if value == 0 or abs(value) >= 0.01:
         return f"{value:.3g}"
     digits, exponent = f"{value:.2e}".split("e")
@@ -74,7 +74,7 @@ def sentence(finding: Finding, lang: Lang = "en") -> str:
 
 
 def cause(finding: Finding, lang: Lang = "en") -> str | None:
-    """Why, where that could be shown."""
+    """The cause, if it could be shown."""
     return None if finding.cause is None else _pick(CAUSES[finding.cause], lang)
 
 
@@ -94,15 +94,15 @@ def _value(parameter: str, value: Any) -> str:
 
 
 def advices(items: Iterable[Advice], lang: Lang = "en") -> tuple[str, ...]:
-    """All advice of a finding, in the order in which to try it."""
+    """All advice of a finding, in the order to try it."""
     return tuple(advice(item, lang) for item in items)
 
 
 def question(node: str, lang: Lang = "en") -> str:
-    """A node of the decision tree."""
+    """The question of a node of the decision tree."""
     return _pick(QUESTIONS[node], lang)
 
 
 def leaf_text(leaf: Leaf | str, lang: Lang = "en") -> str:
-    """What a leaf of the decision tree says to do."""
+    """What a leaf of the decision tree recommends."""
     return _pick(LEAVES[leaf if isinstance(leaf, str) else leaf.name], lang)

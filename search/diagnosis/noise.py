@@ -1,9 +1,9 @@
-"""How much a loss moves by chance, and the questions that are asked of a curve with that in mind.
+"""How much a loss moves by chance, and the questions about a curve that depend on it.
 
 All thresholds follow from two numbers measured on the recorded real runs of InstructBLIP-FlanT5-XL on RSICap (nine
 runs of four epochs and more, `python -m search.diagnose` reads their file; docs/diagnosis.md has the table). Noise is
-what is left of a curve after its trend: the root mean square of second differences, over sqrt(6), the first epochs
-left out where the curve bends by itself, as a share of the loss.
+what remains of a curve after its trend: the root mean square of second differences over sqrt(6), without the first
+epochs, where the curve itself bends, as a share of the loss.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ VAL_NOISE = 0.004
 """Standard deviation of one epoch's validation loss. Measured 0.37 % over all runs (61 differences), 0.2 % to 0.7 % by
 run."""
 TRAIN_NOISE = 0.002
-"""The same of the training loss, a mean over the whole epoch. Measured 0.07 % to 0.22 % on the runs of eight epochs
-and more; shorter runs are still bending, which second differences take for noise."""
+"""Standard deviation of one epoch's training loss, a mean over the whole epoch. Measured 0.07 % to 0.22 % on the runs
+of eight epochs and more; shorter runs are still bending, which second differences take for noise."""
 TRAIN_NOISE_SAMPLES = 2068
 """Samples of the runs that TRAIN_NOISE was measured on, training and validation together."""
 SIGNIFICANT = 3.0
-"""Standard deviations that count as seen. A search reads thousands of epochs: at 2 one in 44 would raise an alarm by
-chance, at 3 one in 740 does (one-sided, normal)."""
+"""Standard deviations that count as significant. A search reads thousands of epochs: at 2 one in 44 would raise an
+alarm by chance, at 3 one in 740 does (one-sided, normal)."""
 
 Loss = tuple[int, float]
 """(epoch, loss)"""
@@ -35,12 +35,12 @@ _SMALLEST = 1e-6
 
 
 def train_noise(samples: float | None) -> float:
-    """Standard deviation of an epoch's training loss on so many samples, as a share of the loss.
+    """Standard deviation of an epoch's training loss on this many samples, as a share of the loss.
 
-    The training loss is a mean over samples that each saw another dropout mask and other weights, so fewer of them
-    make it noisier, with the square root; the validation loss is over the same samples without dropout each time, and
-    moves with the weights alone. Measured on the embedded model (240 training samples, a settled run): 0.6 %, where
-    this gives 0.5 %.
+    The training loss is a mean over samples that each saw a different dropout mask and different weights, so with
+    fewer of them it is noisier, by the square root; the validation loss is over the same samples without dropout each
+    time, and moves with the weights alone. Measured on the embedded model (240 training samples, a settled run):
+    0.6 %, where this gives 0.5 %.
     """
     if samples is None or samples < 1:
         return TRAIN_NOISE
@@ -48,22 +48,22 @@ def train_noise(samples: float | None) -> float:
 
 
 def usable(value: float | None) -> bool:
-    """Whether there is a value one can calculate with: neither missing nor NaN, infinite or about to overflow."""
+    """Whether the value can be calculated with: neither missing nor NaN, infinite or about to overflow."""
     return value is not None and -_LARGEST < value < _LARGEST  # NaN is not; a whole number may be beyond floats
 
 
 def series(points: Iterable[tuple[int, float | None]]) -> Series:
-    """The usable losses by epoch, in order; of an epoch given twice the last counts."""
+    """The usable losses by epoch, in order; if an epoch comes twice, the last one counts."""
     return tuple(sorted({epoch: value for epoch, value in points if value is not None and usable(value)}.items()))
 
 
 def relative(value: float, reference: float) -> float:
-    """By what share of the reference the value lies above it."""
+    """How far the value lies above the reference, as a share of the reference."""
     return (value - reference) / max(abs(reference), _SMALLEST)
 
 
 def limit(noise: float, n: int = 1) -> float:
-    """The least rise of a mean of n epochs over one single epoch that counts as seen.
+    """The smallest significant rise of a mean of n epochs over a single epoch.
 
     The difference of a mean of n and a single value has the deviation noise * sqrt(1 + 1/n). For validation loss:
     1.7 % for one epoch, 1.4 % for three. The largest rise that a recorded run came back from was 0.5 %.
@@ -78,7 +78,7 @@ def best(points: Series) -> Loss:
 
 @dataclass(frozen=True)
 class Excursion:
-    """The loss left its best so far by more than noise, and came back or did not."""
+    """A rise of the loss above its best so far by more than noise, ended or not."""
 
     best: Loss
     start: Loss
@@ -110,7 +110,7 @@ def excursions(points: Series, noise: float) -> tuple[Excursion, ...]:
 
 @dataclass(frozen=True)
 class Rise:
-    """The loss ends above its best by more than noise."""
+    """A loss that ends above its best by more than noise."""
 
     best: Loss
     onset: Loss
@@ -121,10 +121,10 @@ class Rise:
 
 
 def rise(points: Series, noise: float) -> Rise | None:
-    """Whether the loss has left its best for good, judged on the epochs since the best.
+    """The rise of a loss that has left its best for good, judged on the epochs since the best; else None.
 
-    It has if the mean of the last n epochs lies above `limit(noise, n)`, for some n: one epoch far above, or several
-    less so. A rise of 0.3 % an epoch, hardly more than the noise, is seen after six epochs.
+    It has left if the mean of the last n epochs lies above `limit(noise, n)`, for some n: one epoch far above, or
+    several less so. A rise of 0.3 % an epoch, hardly more than the noise, is seen after six epochs.
     """
     if not points:
         return None
@@ -145,9 +145,9 @@ def rise(points: Series, noise: float) -> Rise | None:
 def log_gain(points: Series) -> float:
     """b of loss = a - b * ln(epoch) over the second half of the run (three epochs or more), a share of the last loss.
 
-    Why this law: over 36 prefixes of the recorded runs it foretold 1.8 % of gain by half as many epochs again where
-    1.6 % came; a straight line foretold 3.0 %, 1/epoch 1.1 % (docs/diagnosis.md). The slope is the median of those
-    between all pairs of epochs (Theil and Sen), which one noisy epoch does not turn.
+    Why this law: over 36 prefixes of the recorded runs it predicted a gain of 1.8 % from half as many epochs again,
+    and 1.6 % came; a straight line predicted 3.0 %, 1/epoch 1.1 % (docs/diagnosis.md). The slope is the median of
+    those between all pairs of epochs (Theil and Sen), which one noisy epoch does not change.
     """
     tail = points[-max(3, (len(points) + 1) // 2) :]
     logs = [(math.log(max(epoch, 1)), value) for epoch, value in tail]
@@ -156,7 +156,7 @@ def log_gain(points: Series) -> float:
 
 
 def calm(points: Series, noise: float) -> Series:
-    """The curve without the epochs of excursions that came back: they say nothing of the pace."""
+    """The curve without the epochs of excursions that came back, which say nothing about the pace."""
     left = [(move.start[0], move.end[0]) for move in excursions(points, noise) if move.end is not None]
     return tuple(p for p in points if not any(start <= p[0] < end for start, end in left))
 
@@ -165,7 +165,7 @@ def steady(points: Series) -> bool:
     """Whether a loss fell at every single epoch, of six at least, however little.
 
     By chance alone n values come in falling order once in n! times: for six once in 720, as rare as SIGNIFICANT
-    standard deviations. A rate that is far too low shows just this: a line that falls by less than any noise.
+    standard deviations. A rate that is far too low looks like this: a line that falls by less than any noise.
     """
     return len(points) >= 6 and all(b[1] < a[1] for a, b in pairwise(points))
 

@@ -24,16 +24,16 @@ from search.diagnosis.noise import (
 from search.diagnosis.signals import FEWEST_EPOCHS, Signals, ends, losses, rate_evidence
 
 STRAIGHT = 0.75
-"""The second half gains as much per epoch as the whole: the run has not begun to converge. A straight line has 1, the
-recorded runs and experiment 2 at most 0.56."""
+"""Straightness above which the run has not begun to converge: its second half gains nearly as much per epoch as the
+whole. A straight line has 1, the recorded runs and experiment 2 at most 0.56."""
 FURTHER = 1.5
-"""How far ahead a curve is extrapolated: half as many epochs again, as far as the law was checked."""
+"""Factor by which a curve is extrapolated: half as many epochs again, as far as the law was checked."""
 LONG_WARMUP = 1 / 3
-"""Share of the steps spent in warmup that is worth a word about a run that is slow."""
+"""Share of warmup steps above which a slow run's warmup is mentioned."""
 
 
 def finding(seen: Signals) -> Finding:
-    """The one statement about a run whose losses do not fall apart."""
+    """The one finding about a run whose losses do not fall apart."""
     if max(len(seen.train), len(seen.val)) < FEWEST_EPOCHS:
         return inconclusive(seen)
     return not_learning(seen) or too_slow(seen) or healthy(seen)
@@ -71,7 +71,7 @@ def not_learning(seen: Signals) -> Finding | None:
 
 
 def _fell_within_first_epoch(seen: Signals) -> bool:
-    """All may have been learned within the first epoch, whose mean hides it: asked of the steps, where they are known.
+    """Whether the loss fell within the first epoch, whose mean hides it; judged on the steps, where they are known.
 
     Only a loss well below the first steps', against the steps' own spread, counts.
     """
@@ -86,7 +86,7 @@ def _fell_within_first_epoch(seen: Signals) -> bool:
 
 
 def too_slow(seen: Signals) -> Finding | None:
-    """Still improving at the last epoch, by so much that going on would show."""
+    """Still improving at the last epoch, so much that more epochs would make a visible difference."""
     by_val = len(seen.val) >= FEWEST_EPOCHS
     points = calm(seen.val, VAL_NOISE) if by_val else calm(seen.train, seen.curve.train_noise)
     # A gain is worth waiting for if the validation loss can show it, whichever curve it is read from.
@@ -134,7 +134,7 @@ def too_slow(seen: Signals) -> Finding | None:
 
 
 def _cut_short(seen: Signals) -> bool:
-    """Whether the run was ended before its last epoch: then it had no chance to converge, and is not called slow."""
+    """Whether the run ended before its last epoch: it had no chance to converge, and is not called slow."""
     planned = seen.curve.number("num_epochs")
     return planned is not None and ends(seen)[1] < planned
 
@@ -158,7 +158,7 @@ def inconclusive(seen: Signals) -> Finding:
 
 
 def healthy(seen: Signals) -> Finding:
-    """Nothing above: the losses fall or have converged."""
+    """None of the above: the losses fall or have converged."""
     evidence = losses(seen)
     kind = "falls"
     points = seen.val or seen.train

@@ -16,21 +16,21 @@ from search.records import EpochRecord
 from trainer.common.errors import UserError, shown
 
 FEWEST_PEERS = 3
-"""Other runs of the same model needed before one is called slow against them: a median of fewer is an extreme."""
+"""Fewest other runs of the same model for one to be called slow against them: a median of fewer is an extreme."""
 MOST_PROBLEMS = 20
-"""Problems of a file that are listed; a wrong kind of file has thousands."""
+"""Most problems of a file that are listed; a wrong kind of file has thousands."""
 MOST = 10**18
-"""Largest whole number of a configuration; one beyond floats cannot be calculated with."""
+"""Largest whole number in a configuration; one beyond the range of floats cannot be calculated with."""
 
 
 class RecordedEpoch(BaseModel):
-    """One epoch. Other keys are allowed and ignored: people record more than is asked here."""
+    """One epoch. Other keys are allowed and ignored: people record more than is needed here."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
     epoch: Annotated[int, Field(ge=1)]
     train_loss: float | None = None
-    """null for not recorded; NaN or Infinity for what they say."""
+    """null if it was not recorded; NaN and Infinity mean just that."""
     val_loss: float | None = None
     learning_rate: float | None = None
     elapsed_s: Annotated[float, Field(ge=0)] | None = None
@@ -39,7 +39,7 @@ class RecordedEpoch(BaseModel):
 
 
 class RecordedRun(BaseModel):
-    """One run: its name, what is known of its configuration (TrainConfig's names), its epochs in order."""
+    """One run: its name, its configuration as far as known (TrainConfig's names), its epochs in order."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -75,7 +75,8 @@ def read_runs(path: Path) -> RecordedRuns:
     """The recorded runs of a file.
 
     Raises:
-        UserError: the file cannot be read, is no JSON or has another form; everything that is wrong in one message.
+        UserError: the file cannot be read, is not JSON or has another form; one message lists everything that is
+        wrong.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -95,7 +96,7 @@ def read_runs(path: Path) -> RecordedRuns:
 
 
 def _problem(problem: Any, text: str) -> str:
-    """One line: the run by name and number, the field, the rule and the value."""
+    """One line about a problem: the run by name and number, the field, the rule and the value."""
     where = [str(part) for part in problem["loc"]]
     if len(where) > 1 and where[0] == "runs":
         place = f"run {int(where[1]) + 1}{_name(text, int(where[1]))}"
@@ -120,7 +121,7 @@ def _name(text: str, index: int) -> str:
 
 
 def curves(recorded: RecordedRuns) -> list[tuple[str, Curve]]:
-    """(name, curve) of every run; those of the same model are each other's comparison for speed."""
+    """(name, curve) of every run; runs of the same model are compared with each other for speed."""
     found = []
     for index, run in enumerate(recorded.runs):
         model = run.config.get("model_name")
@@ -151,7 +152,7 @@ def _records(epochs: Sequence[RecordedEpoch]) -> tuple[EpochRecord, ...]:
 
 
 def _seconds_per_sample(run: RecordedRun) -> float | None:
-    """Of an epoch, the run's training and validation samples together."""
+    """Median seconds of an epoch for each training or validation sample."""
     samples = run.config.get("max_samples")
     seconds = [e.elapsed_s for e in run.epochs if e.elapsed_s is not None]
     if isinstance(samples, bool) or not isinstance(samples, int | float) or samples <= 0 or not seconds:

@@ -1,4 +1,4 @@
-"""A curve together with what was seen on it."""
+"""A curve together with what is seen on it: excursions, rises, first and last losses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from search.diagnosis.finding import Scalar
 from search.diagnosis.noise import VAL_NOISE, Excursion, Rise, Series, best, excursions, rise, series
 
 FEWEST_EPOCHS = 3
-"""Two epochs give a direction but no trend: of the recorded runs all fall from the first to the second, whatever came
-of them."""
+"""Two epochs give a direction but no trend: all recorded runs fall from the first to the second, however they end."""
 
 
 @dataclass(frozen=True)
 class Signals:
-    """A curve with what was seen on it."""
+    """A curve and what is seen on it."""
 
     curve: Curve
     train: Series
@@ -45,7 +44,7 @@ def read(curve: Curve) -> Signals:
 
 
 def losses(seen: Signals) -> dict[str, Scalar]:
-    """First, best and last of both curves, as far as they were recorded."""
+    """First, best and last loss of both curves, as far as they were recorded."""
     found: dict[str, Scalar] = {}
     for name, points in (("train", seen.train), ("val", seen.val)):
         if points:

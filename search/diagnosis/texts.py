@@ -1,7 +1,7 @@
 """The words of the diagnosis, in English and in Chinese side by side; `search.diagnosis.messages` fills them in.
 
-`{name:spec}` takes a named value of the evidence; the specs `loss`, `rate`, `pct`, `time` and `times` are explained there. A
-clause of `EXTRAS` is added when all values it names are there.
+`{name:spec}` is a named value of the evidence; `messages` explains the specs `loss`, `rate`, `pct`, `time` and `times`.
+A clause of `EXTRAS` is added if all values that it names are known.
 """
 
 # ruff: noqa: E501
@@ -28,7 +28,7 @@ TITLES: Final = {
 
 SENTENCES: Final = {
     "non_finite.update": (
-        "{tensor} was {value} at step {step}: the update before had made it so",
+        "{tensor} was {value} at step {step}, caused by the update before it",
         "第 {step} 步时 {tensor} 已是 {value}，由前一次参数更新造成",
     ),
     "non_finite.pass": ("{tensor} was {value} at step {step}", "第 {step} 步 {tensor} 出现 {value}"),
@@ -113,7 +113,7 @@ SENTENCES: Final = {
         "epoch {first_epoch} 到 {last_epoch}，loss 没有超出噪声的下降（{fall:pct}）",
     ),
     "not_learning.high_rate": (
-        "no loss fell by more than noise from epoch {first_epoch} to {last_epoch} ({fall:pct}), at a high rate",
+        "no loss fell by more than noise from epoch {first_epoch} to {last_epoch} ({fall:pct}), at a high learning rate",
         "学习率偏高，epoch {first_epoch} 到 {last_epoch} loss 没有超出噪声的下降（{fall:pct}）",
     ),
     "not_learning.flat": (
@@ -122,27 +122,27 @@ SENTENCES: Final = {
     ),
     "too_slow.val": (
         "stable, but the validation loss still falls at the last epoch, {last_epoch}: {val_first:loss} to {val_last:loss}, "
-        "now {per_epoch:pct} an epoch; half as many epochs again would bring about {gain_ahead:pct}, and it wants about "
+        "now {per_epoch:pct} an epoch; half as many epochs again would gain about {gain_ahead:pct}, and it needs about "
         "{more_epochs} more",
         "训练稳定，但到最后的 epoch {last_epoch} 验证 loss 仍在下降：{val_first:loss} → {val_last:loss}，目前每个 epoch 约 {per_epoch:pct}；"
         "再训练一半的 epoch 预计还能降约 {gain_ahead:pct}，估计还需约 {more_epochs} 个 epoch",
     ),
     "too_slow.train": (
         "stable, but the training loss still falls at the last epoch, {last_epoch}: {train_first:loss} to {train_last:loss}, "
-        "now {per_epoch:pct} an epoch; half as many epochs again would bring about {gain_ahead:pct}, and it wants about "
+        "now {per_epoch:pct} an epoch; half as many epochs again would gain about {gain_ahead:pct}, and it needs about "
         "{more_epochs} more",
         "训练稳定，但到最后的 epoch {last_epoch} 训练 loss 仍在下降：{train_first:loss} → {train_last:loss}，目前每个 epoch 约 {per_epoch:pct}；"
         "再训练一半的 epoch 预计还能降约 {gain_ahead:pct}，估计还需约 {more_epochs} 个 epoch",
     ),
     "inconclusive.none": ("no epoch has a loss: nothing to judge", "没有任何 epoch 的 loss 记录，无法判断"),
     "inconclusive.few": (
-        "{epochs} epoch(s) are not enough to tell, at least {needed} are: training {train_first:loss} to "
+        "{epochs} epoch(s) are not enough to tell, at least {needed} are needed: training {train_first:loss} to "
         "{train_last:loss}, validation {val_first:loss} to {val_last:loss}",
         "只有 {epochs} 个 epoch，不足以判断（至少需要 {needed} 个）：训练 {train_first:loss} → {train_last:loss}，"
         "验证 {val_first:loss} → {val_last:loss}",
     ),
     "inconclusive.few_partial": (
-        "{epochs} epoch(s) are not enough to tell, at least {needed} are",
+        "{epochs} epoch(s) are not enough to tell, at least {needed} are needed",
         "只有 {epochs} 个 epoch，不足以判断（至少需要 {needed} 个）",
     ),
     "healthy.falls_val": (
@@ -261,7 +261,7 @@ EXTRAS: Final[dict[str, tuple[tuple[tuple[str, ...], str, str], ...]]] = {
         ),
         (
             ("jump_epoch", "jump_from", "jump_to", "back_epoch"),
-            "; a jump from {jump_from:loss} to {jump_to:loss} at epoch {jump_epoch} was made good by epoch {back_epoch}",
+            "; a jump from {jump_from:loss} to {jump_to:loss} at epoch {jump_epoch} was undone by epoch {back_epoch}",
             "；epoch {jump_epoch} 曾从 {jump_from:loss} 跳到 {jump_to:loss}，到 epoch {back_epoch} 已恢复",
         ),
         (
@@ -303,7 +303,7 @@ CAUSES: Final = {
         "float16 下梯度的平方下溢为 0，AdamW 的 eps 也舍入为 0：更新时除以 0",
     ),
     "float16_range": (
-        "float16 holds nothing above 65504 and little below 6e-8; where it broke is not recorded closely enough to say more",
+        "float16 holds nothing above 65504 and little below 6e-8; the records are not detailed enough to say more",
         "float16 的表示范围有限（上限 65504，下限约 6e-8）；现有记录不足以进一步定位",
     ),
     "exploding_gradient": ("the gradient norm exploded", "梯度范数爆炸"),
@@ -323,7 +323,7 @@ ACTIONS: Final = {
     "adapters_float32": ("or keep only the adapters in float32", "或仅将 LoRA 参数保持为 float32"),
     "stop_at_best": ("stop early, at epoch {after}", "早停：取 epoch {after} 的模型"),
     "finish": ("let it run all {after} epochs", "跑完全部 {after} 个 epoch"),
-    "check": ("check that {parameter} names the modules meant", "检查 {parameter} 是否选对了模块"),
+    "check": ("check that {parameter} names the intended modules", "检查 {parameter} 是否选对了模块"),
 }
 
 QUESTIONS: Final = {

@@ -1,7 +1,7 @@
 """The hand-run log's decision tree as data. Every run ends in exactly one leaf.
 
-The log asks three things: NaN? falling? oscillating or overfitting? Two are added so that no answer has to be guessed:
-whether there are enough epochs to tell, and which way the rate has to go if the loss does not fall.
+The log asks three questions: NaN? falling? oscillating or overfitting? Two are added so that no answer is a guess:
+whether there are enough epochs to tell, and in which direction to change the rate if the loss does not fall.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from search.diagnosis.finding import (
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One question. It is answered yes by a finding with one of these ids (and kinds, if any are given)."""
+    """One question, decided by whether there is a finding with one of these ids (and kinds, if any are given)."""
 
     name: str
     """Key of `texts.QUESTIONS`."""
     ids: tuple[str, ...]
     kinds: tuple[str, ...] = ()
     answer: bool = True
-    """What such a finding answers: "is it falling?" is answered no by `not_learning`."""
+    """The answer that such a finding gives: `not_learning` answers no to "is it falling?"."""
     yes: str
     """The next node, or a leaf."""
     no: str
@@ -56,18 +56,18 @@ LEAVES = ("non_finite", "undecided", "rate_too_high", "not_falling", "unstable",
 
 @dataclass(frozen=True, kw_only=True)
 class Leaf:
-    """Where a run ended, and the answers that led there."""
+    """The leaf where a run ended, and the answers that led there."""
 
     name: str
     """One of `LEAVES`; key of `texts.LEAVES`."""
     path: tuple[tuple[str, bool], ...]
     """(node, answer) from the root on."""
     findings: tuple[str, ...]
-    """Ids of the findings that decided; empty where nothing was found wrong."""
+    """Ids of the deciding findings; empty if nothing is wrong."""
 
 
 def leaf(findings: Iterable[Finding]) -> Leaf:
-    """The leaf of a run with these findings. A run without any has shown nothing: it is undecided."""
+    """The leaf of a run with these findings; without any the run is undecided."""
     found = tuple(findings)
     if not found:
         return Leaf(name="undecided", path=(("nan", False), ("enough", False)), findings=())

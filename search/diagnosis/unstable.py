@@ -12,11 +12,11 @@ from search.diagnosis.noise import VAL_NOISE, Excursion, best, limit, relative
 from search.diagnosis.signals import FEWEST_EPOCHS, Signals, high_rate, rate_evidence
 
 GIVEN_BACK = 0.5
-"""A run has diverged when it gave back half of what it had learned. Experiment 3 gave back 90 % in one epoch; the
+"""A run has diverged if it gave back half of what it had gained. Experiment 3 gave back 90 % in one epoch, the
 recorded run whose losses rose at the end 11 %."""
 JUMP = 0.05
-"""And when it lies at least this share above its best. It is also the pruner's bound: there both losses must rise by
-more than this at one epoch.
+"""A diverged run also ends at least this share above its best. It is the pruner's bound too: there both losses must
+rise by more than this at one epoch.
 
 Recorded runs (tests/data/recorded-runs.json): over 96 epochs of healthy training the only one at which both losses
 rise is grid_v1's epoch 6, training +1.6 %, validation +1.3 % over its best; alone, validation rises by at most 0.6 %
@@ -26,7 +26,7 @@ rise and half of the one that was a real divergence.
 
 
 def findings(seen: Signals) -> tuple[Finding, ...]:
-    """What is wrong with the losses' course; empty if nothing is."""
+    """What is wrong with the course of the losses; empty if nothing is."""
     return tuple(f for f in (diverged(seen), oscillating(seen), overfitting(seen)) if f is not None)
 
 
@@ -69,13 +69,13 @@ def diverged(seen: Signals) -> Finding | None:
 
 
 def _stays_up(seen: Signals, move: Excursion) -> bool:
-    """Whether the validation loss too ends above what it was before, by more than noise."""
+    """Whether the validation loss, too, ends above its earlier best by more than noise."""
     before = [value for epoch, value in seen.val if epoch < move.start[0]]
     return not before or relative(seen.val[-1][1], min(before)) > limit(VAL_NOISE)
 
 
 def _stopped_as_diverged(seen: Signals) -> Finding | None:
-    """The run was stopped as diverged (by the pruner's one-epoch rule); the last epoch is its evidence."""
+    """The finding of a run stopped as diverged by the pruner's one-epoch rule; its last epoch is the evidence."""
     train, val = seen.train, seen.val
     if seen.curve.reason != records.DIVERGED or len(train) < 2:
         return None
@@ -137,7 +137,7 @@ def overfitting(seen: Signals) -> Finding | None:
         return None
     move = seen.train_open
     if move is not None and move.start[0] <= up.onset[0]:
-        return None  # both rise together: that is no overfitting
+        return None  # both rise together: that is not overfitting
     until = [p for p in seen.train if move is None or p[0] < move.start[0]]
     at_best = [value for epoch, value in until if epoch <= up.best[0]]
     evidence: dict[str, Scalar] = {
@@ -167,5 +167,5 @@ def overfitting(seen: Signals) -> Finding | None:
 
 
 def with_cause(findings: Iterable[Finding], cause: str) -> tuple[Finding, ...]:
-    """The findings with this as the cause of a divergence: what was measured comes before what the rate suggests."""
+    """The findings with this cause for a divergence: a measurement counts more than what the rate suggests."""
     return tuple(replace(f, cause=cause) if f.id == DIVERGED else f for f in findings)

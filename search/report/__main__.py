@@ -23,7 +23,7 @@ def main(
     format_: Annotated[
         Literal["md", "html"], typer.Option("--format", help="Markdown with plots beside it, or one HTML file.")
     ] = "md",
-    out: Annotated[Path | None, typer.Option(help="The file; RUNS_DIR/STUDY/tuning-log.md by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file; RUNS_DIR/STUDY/tuning-log.md by default.")] = None,
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
     runs_dir: Annotated[Path, typer.Option(help="Folder of the studies and of both databases.")] = RUNS,
@@ -46,7 +46,7 @@ def main(
     try:
         record = reading.read_study(found, open_tracking(places.tracking_uri, places.artifacts), outbox)
     except Unavailable as error:
-        print(f"{error}; the log is written from what Optuna has", file=sys.stderr)
+        print(f"{error}; writing the log from Optuna's records alone", file=sys.stderr)
         record = reading.read_study(found, None, outbox, away=True)
     facts = gather(record, options=places.options())
     path = out or places.study(record.name) / write.default_name(lang, format_)

@@ -15,10 +15,10 @@ from search.records import EpochRecord, TrialRecord, finite
 Mark = Literal["good", "warning", "bad", "unknown"]
 
 UNSTABLE = (ids.NON_FINITE, ids.EXPLODING_GRADIENT, ids.DIVERGED, ids.OSCILLATING, ids.OVERFITTING)
-"""Findings of runs that went wrong, rather than not far enough."""
+"""Findings of runs that went wrong, as opposed to runs that did not get far enough."""
 
 LOSSES = ("train_loss", "val_loss")
-"""Columns that are there even where no epoch has a value: the marks are about them."""
+"""Columns shown even where no epoch has a value: the marks are about them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +50,20 @@ class EpochRow:
 
     bad: a loss is not finite, or the training loss lies above its lowest by more than noise, in a run that the
     diagnosis finds unstable; warning: the same in any other run, or the validation loss lies above its best so far by
-    more than one standard deviation of noise; good: none of these; unknown: a loss was not recorded. It is the
-    hand-run log's use of the marks: in its experiment 3 a rise of validation alone is a warning, one of training bad.
+    more than one standard deviation of noise; good: none of these; unknown: a loss was not recorded. The hand-run log
+    uses the marks in this way: in its experiment 3 a rise of the validation loss alone is a warning, a rise of the
+    training loss is bad.
 
-    Why the diagnosis is asked: the noise is that of the recorded runs, of 320 training samples and more. With a few
-    dozen the training loss goes up and down by more than that, and a run that stays calm is not a broken one.
+    Why the diagnosis is asked: the noise was measured on the recorded runs, with 320 training samples and more. With
+    a few dozen samples the training loss moves by more than that in a run that is not broken.
     """
 
     record: EpochRecord
-    """Losses that cannot be calculated with are None."""
+    """The epoch's metrics, with None for a loss that cannot be calculated with."""
     mark: Mark
     is_best: bool
     val_rise: float | None
-    """Share above the best so far, where it earned the mark."""
+    """Share above the best so far; None where it is too small to count."""
     train_rise: float | None
 
     @property
@@ -79,7 +80,7 @@ class EpochRow:
 
 
 def epoch_rows(trial: TrialRecord, findings: Sequence[Finding] = ()) -> tuple[EpochRow, ...]:
-    """The trial's epochs with their marks."""
+    """The trial's epochs with their marks, given its findings."""
     rows = []
     unstable = any(finding.id in UNSTABLE for finding in findings)
     broke = trial.reason == records.NON_FINITE or any(tag.startswith("nonfinite.") for tag in trial.tags)

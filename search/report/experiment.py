@@ -1,4 +1,4 @@
-"""One trial as the log tells it: what was changed, what came of it epoch by epoch, what was learnt. Facts only."""
+"""One trial as the log describes it: what was changed, how each epoch went, what was learnt. Facts only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from search.report.measured_noise import Noise
 from trainer.config import MACHINE_FIELDS
 
 SAMPLE_FIELDS = ("data", "max_samples", "val_fraction", "split_seed", "max_target_length", "skip_bad_rows")
-"""Trials that differ in one of these are validated on other samples: their losses cannot be compared."""
+"""Trials that differ in one of these are validated on different samples: their losses cannot be compared."""
 UNFINISHED = ("RUNNING", "WAITING")
 
 
@@ -36,7 +36,7 @@ class ConfigLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Learnt:
-    """One thing learnt; `kind` picks the sentence, `values` fill it."""
+    """One thing learnt; `kind` selects the sentence, `values` fill it."""
 
     kind: str
     values: Mapping[str, Any]
@@ -44,7 +44,7 @@ class Learnt:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One trial, ready to be told."""
+    """One trial with all that the log says about it."""
 
     record: TrialRecord
     label: str | None
@@ -58,11 +58,11 @@ class Experiment:
     leaf: Leaf | None
     learnt: tuple[Learnt, ...]
     seconds: float | None
-    """Time its epochs took; of a trial without any, from its start to its end."""
+    """Time that its epochs took; for a trial without any, the time from its start to its end."""
     epoch_seconds: float | None
     """Median."""
     own_epochs: int
-    """Epochs run by this trial itself, without those of a trial that it continues."""
+    """Epochs run by this trial itself, without those of the trial that it resumes."""
     resumed_by: int | None
 
     @property
@@ -75,17 +75,17 @@ class Experiment:
 
     @property
     def stage(self) -> str | None:
-        """Of the staged strategy."""
+        """Its stage in the staged strategy; None in any other."""
         return self.record.attrs.get(records.STAGE)
 
     @property
     def resumes(self) -> int | None:
-        """Number of the trial whose work this one takes up."""
+        """Number of the trial that this one resumes."""
         return self.record.attrs.get(records.RESUMES)
 
     @property
     def detail(self) -> str | None:
-        """The reason in the worker's own words; None where the state or the findings say the same."""
+        """The reason in the worker's own words; None where the findings say the same."""
         judged = self.record.reason in (records.FINISHED, records.RISING, records.DIVERGED, records.NON_FINITE)
         return None if judged and self.findings else self.record.detail
 
@@ -99,7 +99,7 @@ class Experiment:
 
     @property
     def mark(self) -> Mark:
-        """Of the whole trial: by the severity of its findings, `bad` where it came to nothing."""
+        """The whole trial's mark: by the severity of its findings; `bad` where it failed or broke a constraint."""
         if self.record.state in UNFINISHED:
             return "unknown"
         if self.record.state == "FAIL" or self.record.violated:
@@ -109,19 +109,19 @@ class Experiment:
 
     @property
     def judged(self) -> bool:
-        """Whether its lowest validation loss says something of its configuration: a trial that a comparing pruner or a
-        person stopped might have come lower."""
+        """Whether its lowest validation loss says something about its configuration: a trial that was stopped by a
+        pruner that compares trials, or by a person, might have come lower."""
         ran = self.record.state == "COMPLETE" or self.record.reason in (records.RISING, records.DIVERGED)
         return ran and self.value is not None and not self.record.violated
 
     @property
     def samples(self) -> tuple[Any, ...]:
-        """What it was validated on."""
+        """What decides the samples that it was validated on."""
         return sample_key(self.record.config)
 
     @property
     def analysis(self) -> tuple[tuple[Finding, tuple[Advice, ...]], ...]:
-        """Findings, each with the advice that none before it gave."""
+        """The findings, each with the advice that no earlier finding gave."""
         given: list[Advice] = []
         found = []
         for finding in self.findings:
@@ -131,7 +131,7 @@ class Experiment:
         return tuple(found)
 
     def tag(self, name: str) -> int | None:
-        """A count among the run's tags."""
+        """A count from the run's tags; None where it is missing."""
         text = self.record.tags.get(name, "")
         return int(text) if text.isdecimal() else None
 
@@ -149,7 +149,7 @@ def sample_key(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def experiments_of(trials: Sequence[TrialRecord], noise: Noise) -> tuple[Experiment, ...]:
-    """All trials in order, each against the best before it."""
+    """All trials in order, each compared with the best one before it."""
     resumed = {t.attrs[records.RESUMES]: t.number for t in trials if records.RESUMES in t.attrs}
     by_number = {t.number: t for t in trials}
     varied = _varied(trials)
@@ -162,9 +162,9 @@ def experiments_of(trials: Sequence[TrialRecord], noise: Noise) -> tuple[Experim
 
 
 def _reference(trial: TrialRecord, before: Sequence[Experiment]) -> tuple[Experiment | None, Experiment | None]:
-    """(the best that was known when the trial began, the one before it).
+    """(the best trial known when this one began, the one before it).
 
-    The best is looked for among trials validated on the same samples first: only those compare.
+    Trials validated on the same samples come first, since only their losses compare.
     """
     earlier = [
         e
@@ -186,10 +186,12 @@ def _experiment(
     varied: frozenset[str],
     noise: Noise,
 ) -> Experiment:
+    # What it is, compared with what came before.
     findings = _findings(trial)
     reference = best or previous
     rows = epoch_rows(trial, findings)
     lines = _config_lines(trial, reference, varied, findings)
+    # Its own epochs and their time, without those of the trial that it resumes.
     times = [row.record.epoch_seconds for row in rows if row.record.epoch_seconds is not None]
     lasted = trial.end_s - trial.start_s if trial.start_s is not None and trial.end_s is not None else None
     inherited = len(continued.epochs) if continued is not None else 0
@@ -215,7 +217,7 @@ def _experiment(
 
 
 def _findings(trial: TrialRecord) -> tuple[Finding, ...]:
-    """As they were recorded, else as the curves give them. A trial that has not ended, or failed, has none yet."""
+    """The recorded findings, else those of the curves. A trial that has not ended, or failed, has none."""
     recorded = trial.attrs.get(records.FINDINGS)
     if recorded:
         return tuple(Finding.from_dict(data) for data in recorded)

@@ -1,4 +1,4 @@
-"""All facts of the tuning log, each computed once; templates in any language only word them.
+"""All facts of the tuning log, each computed once; the templates of both languages only put them into words.
 
 records -> experiments -> what they say together -> Facts
 """
@@ -27,7 +27,7 @@ from search.report.summary import Budget, Lessons, Recommended, Sign, Stage
 
 @dataclass(frozen=True, kw_only=True)
 class Clipping:
-    """How often gradients were clipped, over the steps that are recorded one by one."""
+    """How often gradients were clipped, over the steps recorded one by one."""
 
     steps: int
     clipped: int
@@ -36,7 +36,7 @@ class Clipping:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Everything the log says, without a word of any language."""
+    """Everything that the log says, in no language."""
 
     record: StudyRecord
     experiments: tuple[Experiment, ...]
@@ -44,21 +44,21 @@ class Facts:
     """Metrics in the tables of epochs."""
     noise: Noise
     states: tuple[tuple[str, int], ...]
-    """(state and reason, trials), in the order of the words."""
+    """(state and reason, number of trials), in alphabetical order."""
     running: tuple[int, ...]
     models: tuple[str, ...]
     datasets: tuple[str, ...]
     devices: tuple[str, ...]
     samples: tuple[tuple[int, int], ...]
-    """(training samples, validation samples) as the runs had them, most trials first."""
+    """(training samples, validation samples) of the runs, the most frequent first."""
     main_samples: tuple[Any, ...] | None
-    """What most trials were validated on, see `experiment.SAMPLE_FIELDS`."""
+    """The samples on which most trials were validated, see `experiment.SAMPLE_FIELDS`."""
     comparable: int
     """Trials whose losses are compared with one another in the tables."""
     median_loss: float | None
-    """Of the trials that are compared."""
+    """Median of the lowest losses of the trials that are compared."""
     incomparable: tuple[int, ...]
-    """Trials with a loss that were validated on other samples than most."""
+    """Trials with a loss that were validated on different samples than most."""
     budget: Budget
     tables: dict[str, Table]
     importances: tuple[Importance, ...]
@@ -86,7 +86,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         record: The study, see `search.reading.read_study`.
         options: Further options of the search's command line, such as `--runs-dir`, that its continuation needs.
     """
-    # A trial that another program added to the study has no configuration of ours, and nothing can be said of it.
+    # A trial that another program added to the study has no configuration of ours: nothing can be said about it.
     ours = tuple(t for t in record.trials if t.config or t.state != "COMPLETE")
     record = replace(record, trials=ours)
     noise = measure(record.trials)
@@ -130,7 +130,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
 
 
 def _distinct(values: Any) -> tuple[str, ...]:
-    """Values in the order in which they first come."""
+    """Distinct values in order of first appearance."""
     return tuple(dict.fromkeys(str(value) for value in values if value))
 
 

@@ -1,4 +1,4 @@
-"""Which parameters decided the validation loss: Optuna's PED-ANOVA, with the uncertainty of few trials."""
+"""Which parameters matter for the validation loss: Optuna's PED-ANOVA, with the uncertainty of few trials."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 FEWEST = 10
-"""COMPLETE trials from which on importances are given: PED-ANOVA compares the best of them with all, and the best
-quarter of fewer would be one or two trials."""
+"""Fewest COMPLETE trials for importances: PED-ANOVA compares the best of them with all, and the best quarter of fewer
+would be one or two trials."""
 BEST_SHARE = 0.25
 """Optuna's default of a tenth is a single trial in a study of a dozen."""
 RESAMPLES = 20
@@ -28,22 +28,22 @@ RESAMPLES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Importance:
-    """One parameter's share of what decides the loss."""
+    """One parameter's importance, a share of 1."""
 
     name: str
     share: float
     """Median over the resamples of the trials."""
     low: float
     high: float
-    """Between these lie nine of ten resamples."""
+    """Nine of ten resamples lie between `low` and `high`."""
     first: float
     """Share of the resamples in which it comes first."""
 
 
 def importances(record: StudyRecord, experiments: Sequence[Experiment]) -> tuple[Importance, ...]:
-    """Importances, highest first; empty with too few trials, or where all that is searched is one parameter.
+    """Importances, highest first; empty with too few trials, or where only one parameter is searched.
 
-    Trials validated on other samples than most are left out: their losses do not compare.
+    Trials validated on different samples than most are left out: their losses do not compare.
     """
     import optuna
 
@@ -87,14 +87,14 @@ def _evaluate(trials: list[FrozenTrial]) -> dict[str, float]:
     import optuna
 
     verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it announces every study, in memory or not
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # create_study announces every study, in memory or not
     try:
         study = optuna.create_study()
         study.add_trials(trials)
     finally:
         optuna.logging.set_verbosity(verbosity)
     with warnings.catch_warnings():
-        # A resample may draw nothing but equals: its shares are equal then, which is right.
+        # A resample may consist of equal trials: its shares are then equal, which is right.
         warnings.simplefilter("ignore")
         evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=BEST_SHARE)
         return dict(optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=True))

@@ -1,4 +1,4 @@
-"""Keeps the tuning log up to date while a study runs: from a thread of the supervisor, after trials that end."""
+"""Keeps the tuning log up to date while a study runs, in a thread of the supervisor."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("search.report.keeper")
 
 PAUSE_S = 10.0
-"""Trials that end within so many seconds are told of together."""
+"""Trials ending within this many seconds share one update."""
 SHARE = 0.02
-"""Most of the time that writing may take: the cores are the workers'. Drawing takes a second, so that trials of
-minutes are told of as they end, and those of seconds about once a minute."""
+"""Largest share of the time that writing may take: the cores belong to the workers. Drawing takes a second, so trials
+of minutes are written about as they end, and trials of seconds about once a minute."""
 
 
 class LogKeeper(threading.Thread):
-    """Writes the tuning log, its plots, their copies with the study's MLflow run, and the study's note after trials.
+    """Writes the tuning log, its plots, their copies in the study's MLflow run, and the study's note after trials.
 
-    It only reads what is recorded, so whatever goes wrong here costs nothing of it: it is logged, and the next trial's
-    end, or `python -m search.report`, writes the log again. While MLflow is away the log is written from what Optuna
-    and the spool have, and says so.
+    It only reads the records, so a failure here cannot damage them: it is logged, and the end of the next trial, or
+    `python -m search.report`, writes the log again. While MLflow is away the log is written from what Optuna and the
+    outbox have, and says so.
     """
 
     def __init__(self, study: optuna.Study, book: StudyRuns, folder: Path, options: tuple[str, ...]) -> None:
@@ -38,13 +38,13 @@ class LogKeeper(threading.Thread):
         self._closing = False
 
     def due(self) -> None:
-        """A trial has ended."""
+        """Note that a trial has ended: the log is due."""
         with self._changed:
             self._due = True
             self._changed.notify()
 
     def close(self) -> list[Path]:
-        """Write once more, and end; returns the files, none if they could not be written."""
+        """Write a last time and end the thread; returns the files, none if they could not be written."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -68,7 +68,7 @@ class LogKeeper(threading.Thread):
     def _try_to_write(self) -> list[Path]:
         try:
             return self._write()
-        except Exception:  # the records are whole; the log can be written again from them
+        except Exception:  # the records are intact; the log can be written again from them
             log.exception("the tuning log could not be written")
             return []
 

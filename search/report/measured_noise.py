@@ -14,8 +14,8 @@ from search.records import TrialRecord
 from trainer.config import MACHINE_FIELDS
 
 FEWEST_FREEDOMS = 3
-"""Degrees of freedom from which on a deviation measured on repeats is used: one from two runs is off by a factor of
-two and more in one case of two."""
+"""Fewest degrees of freedom for which a deviation measured on repeats is used: with two runs it is off by a factor of
+two or more in half of the cases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class Noise:
 
     deviation: float
     measured: float | None
-    """What the study's own repeats say; None where nothing was repeated."""
+    """The deviation of the study's own repeats; None where nothing was repeated."""
     trials: tuple[int, ...]
-    """The repeats."""
+    """Numbers of the repeats."""
     freedoms: int
 
     @property
@@ -36,12 +36,12 @@ class Noise:
 
     @property
     def difference(self) -> float:
-        """The least difference of two trials that counts as seen, a share."""
+        """The smallest difference between two trials that counts as real, a share of the loss."""
         return SIGNIFICANT * self.deviation * math.sqrt(2)
 
 
 def measure(trials: Sequence[TrialRecord]) -> Noise:
-    """Noise from trials that differ in nothing but the seed; without enough of them the diagnosis' own figure.
+    """Noise from trials that differ only in the seed; without enough of them the diagnosis' own figure.
 
     The diagnosis' figure (search.diagnosis.noise.VAL_NOISE) is that of one epoch's validation loss on the recorded
     real runs; seeds may well move a result by more.
@@ -51,7 +51,7 @@ def measure(trials: Sequence[TrialRecord]) -> Noise:
         if trial.state != "COMPLETE" or trial.value is None or "seed" not in trial.config:
             continue
         same = {k: v for k, v in trial.config.items() if k != "seed" and k not in MACHINE_FIELDS}
-        # The same seed twice gives the same loss twice: that says nothing of noise.
+        # The same seed twice gives the same loss twice, which says nothing about noise.
         groups[json.dumps(same, sort_keys=True)].setdefault(trial.config["seed"], (trial.number, trial.value))
     squares, freedoms, repeats = 0.0, 0, []
     for group in groups.values():

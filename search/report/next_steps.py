@@ -1,4 +1,4 @@
-"""What to run next, as facts and commands: untested regions, parameters at the edge of their range, open doubts."""
+"""What to run next, as facts and commands: untested regions, parameters at the edge of their range, open questions."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from trainer.config import EMBEDDED, MACHINE_FIELDS, TrainConfig
 NEAR_EDGE = 0.05
 """Share of a range, on its own scale, within which a value lies at the edge."""
 WIDE_GAP = 0.35
-"""Share of a range without any trial that is called untested. A batch size tried at 2, 4, 8 and 16 leaves thirds."""
+"""Share of a range without a trial from which it is called untested. A batch size tried at 2, 4, 8 and 16 leaves gaps
+of a third."""
 SETTINGS = "settings"
-"""Study attribute, where the search recorded it: its `--set` settings, as given."""
+"""Study attribute with the `--set` settings as given, where the search recorded them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,25 +51,25 @@ class Gap:
 
 @dataclass(frozen=True, kw_only=True)
 class NextSteps:
-    """What is open, and the commands that would settle it."""
+    """Open questions, and the commands that would answer them."""
 
     waiting: tuple[int, ...]
     edges: tuple[Edge, ...]
     gaps: tuple[Gap, ...]
     long_warmups: tuple[int, ...]
-    """Trials whose warmup was longer than their training, where they are half of all and more."""
+    """Trials whose warmup was longer than their training, if they are at least half of all trials."""
     warmup_limit: int | None
-    """A tenth of the steps of such a trial, the hand-run log's own share."""
+    """A tenth of the steps of such a trial, the share in the hand-run log."""
     untried: tuple[tuple[str, tuple[Any, ...]], ...]
-    """(parameter, values of it that no trial had), for parameters of few values."""
+    """(parameter, its values that no trial had), for parameters with a few values."""
     more: str
     """Command that continues the study."""
     more_trials: int
     longer: str | None
-    """Command that searches anew with more epochs, where the best trial had not finished falling."""
+    """Command that starts over with more epochs, where the best trial's loss was still falling."""
     longer_epochs: int | None
     repeats: tuple[str, ...]
-    """Commands that train the best configuration, and the runner-up if it is as good, with another seed."""
+    """Commands that train the best configuration with another seed, and the runner-up's if it is as good."""
 
 
 def next_steps(
@@ -104,7 +105,7 @@ def next_steps(
 
 
 def _more_trials(experiments: Sequence[Experiment]) -> int:
-    """Half as many again, but at least six: TPE has then something to build on."""
+    """The trials so far and half as many again, at least six: enough for TPE to build on."""
     done = sum(1 for e in experiments if records.RESUMES not in e.record.attrs)
     return done + max(6, math.ceil(done / 2))
 
@@ -186,7 +187,7 @@ def _untried(space: Space, finished: Sequence[Experiment]) -> list[tuple[str, tu
 
 
 def setting(name: str, value: Any) -> str:
-    """`name=value` as `--set` reads it back, quoted for a shell."""
+    """`name=value` as `--set` reads it, quoted for a shell."""
     if isinstance(value, list | tuple):
         text = ",".join(map(str, value))
     elif value is None:
@@ -204,7 +205,7 @@ def _search(
     options: Sequence[str],
     changes: Mapping[str, str] | None = None,
 ) -> str:
-    """A command line of the search with the settings this study was made with."""
+    """A command line of the search with this study's settings."""
     given = record.attrs.get(SETTINGS)
     settings: dict[str, str] = {}
     if isinstance(given, list):
@@ -246,7 +247,7 @@ def _repeats(best: Recommended | None) -> list[str]:
 
 
 def _train(experiment: Experiment) -> str:
-    """The trial's configuration, as `python -m trainer.run` takes it, with the next seed."""
+    """The command that trains the trial's configuration with the next seed."""
     defaults = TrainConfig().model_dump(mode="json")
     config = experiment.record.config
     seed = int(config.get("seed", 42)) + 1

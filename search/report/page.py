@@ -21,7 +21,7 @@ LANGUAGES: dict[Lang, str] = {"en": "en", "zh": "zh-Hans"}
 
 
 def html(markdown: str, lang: Lang, title: str, images: Mapping[str, bytes]) -> str:
-    """A page that needs no other file and no network, and runs nothing.
+    """A page that needs no other file and no network, and runs no scripts.
 
     Args:
         markdown: The log; raw HTML in it is shown as text.
@@ -48,7 +48,7 @@ def html(markdown: str, lang: Lang, title: str, images: Mapping[str, bytes]) -> 
 
 
 def _anchors(tokens: Sequence[Token]) -> list[tuple[int, str, str]]:
-    """Give every heading the id that links use; returns (level, id, text) of those for the table of contents."""
+    """Give every heading the id that links use; returns (level, id, text) of each entry of the table of contents."""
     seen: dict[str, int] = {}
     found = []
     for opening, inline in pairwise(tokens):
@@ -66,7 +66,7 @@ def _anchors(tokens: Sequence[Token]) -> list[tuple[int, str, str]]:
 
 
 class _Renderer(RendererHTML):
-    """Images from memory, tables that scroll by themselves on a narrow screen."""
+    """Images from memory, and tables that scroll on their own on a narrow screen."""
 
     images: Mapping[str, bytes]
 

@@ -1,4 +1,4 @@
-"""What the trials say of each parameter: measured ranges, what was seen there, and how sure that is. Facts only."""
+"""What the trials say about each parameter: the ranges tried, what was seen there, how certain it is. Facts only."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from search.report.experiment import UNFINISHED, Experiment, by_loss
 from search.report.measured_noise import Noise
 
 FEWEST = 3
-"""Trials from which on a range is said to be anything but "not yet known". Of two trials either may be the odd one."""
+"""Fewest trials for a range to be anything but "not yet known". Of two trials either may be the odd one."""
 SURE = 10
-"""Trials from which on a statement is not called an indication any more."""
+"""Fewest trials for a statement to be called more than an indication."""
 FEWEST_FOR_TREND = 8
-"""Trials from which on a rank correlation is given: with 7 even a perfect shuffle reaches 0.7 in one case of ten."""
+"""Fewest trials for a rank correlation: with 7 even a perfect shuffle reaches 0.7 in one case of ten."""
 RESAMPLES = 500
-"""Bootstrap resamples of a correlation, whose interval's ends then hold to about 0.03, and shuffles of losses."""
+"""Bootstrap resamples of a correlation, which fix the ends of its interval to about 0.03; and shuffles of losses."""
 CHANCE = 0.05
-"""Share of shuffles up to which a difference between ranges is not put down to chance."""
+"""Largest share of shuffles for which a difference between ranges is not attributed to chance."""
 
 BROKEN = (ids.NON_FINITE, ids.EXPLODING_GRADIENT, ids.DIVERGED)
 AGGRESSIVE = UNSTABLE
 SLOW = (ids.NOT_LEARNING, ids.TOO_SLOW)
 
 Verdict = Literal["unknown", "unstable", "aggressive", "masked", "conservative", "good", "usable", "behind", "only"]
-"""unstable: of a rate one would say too aggressive. masked: slow, but the warmup kept the rate from being reached.
+"""unstable: called too aggressive for a learning rate. masked: slow, but the warmup kept the rate from being reached.
 only: there is no other range to compare it with."""
 
 EDGES = {
@@ -45,9 +45,9 @@ EDGES = {
     "lora_dropout": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
     "warmup_share": (0.0, 1e-9, 0.1, 0.25, 0.5, 1.0),
 }
-"""Where the ranges of a table begin; a row then gives the lowest and highest value tried in it."""
+"""Where the ranges of a table begin; a row gives the lowest and highest value tried in its range."""
 EXACT_UP_TO = 4
-"""Parameters with at most so many different values get a row for each."""
+"""A parameter with at most this many distinct values gets one row for each."""
 
 Read = Callable[[Experiment], Any]
 
@@ -61,13 +61,13 @@ class Row:
     trials: tuple[int, ...]
     """All finished trials in it."""
     valued: int
-    """Those whose losses compare with the rest of the table."""
+    """Number of those whose losses compare with the rest of the table."""
     best: float | None
     best_trial: int | None
     best_epoch: int | None
     median: float | None
     findings: tuple[tuple[str, int], ...]
-    """(finding id, trials that have it as their main one), most frequent first."""
+    """(finding id, number of trials with it as their main one), most frequent first."""
     verdict: Verdict
 
     @property
@@ -86,7 +86,7 @@ class Trend:
 
     @property
     def shown(self) -> bool:
-        """Whether the interval leaves the sign in no doubt."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
@@ -98,11 +98,11 @@ class Table:
     rows: tuple[Row, ...]
     trend: Trend | None
     spread: float | None
-    """How far the medians of the rows with enough trials lie apart, a share; None for fewer than two such rows."""
+    """Largest difference between the medians of rows with enough trials, a share; None below two such rows."""
     within_noise: bool | None
     chance: float | None
-    """How often the medians lie as far apart when the losses are shuffled among those trials: all other parameters
-    vary as well, and with few trials to a row that alone moves medians."""
+    """How often the medians differ as much when the losses are shuffled among those trials: the other parameters vary
+    too, and with few trials in a row that alone moves medians."""
 
     @property
     def n(self) -> int:
@@ -114,7 +114,7 @@ class Table:
 
 
 def field(name: str) -> Read:
-    """Reads a configuration field."""
+    """A reader of a configuration field."""
     return lambda experiment: experiment.record.config.get(name)
 
 
@@ -125,7 +125,7 @@ def ratio(experiment: Experiment) -> float | None:
 
 
 def warmup_share(experiment: Experiment) -> float | None:
-    """Warmup as a share of all the steps that the run had planned."""
+    """Warmup as a share of all steps planned for the run."""
     warmup, total = experiment.record.config.get("warmup_steps"), experiment.tag("total_steps")
     return warmup / total if warmup is not None and total else None
 
@@ -144,14 +144,14 @@ READERS: dict[str, Read] = {
 
 
 def main_samples(experiments: Sequence[Experiment]) -> tuple[Any, ...] | None:
-    """What most judged trials were validated on: only their losses are compared with one another."""
+    """The samples on which most judged trials were validated: only those trials' losses are compared."""
     counts = Counter(e.samples for e in experiments if e.judged)
     first = {key: min(e.number for e in experiments if e.samples == key) for key in counts}
     return min(counts, key=lambda key: (-counts[key], first[key]), default=None)
 
 
 def tables(experiments: Sequence[Experiment], noise: Noise) -> dict[str, Table]:
-    """One table for each of `READERS` that at least one trial has a value for."""
+    """A table for each of `READERS` for which at least one trial has a value."""
     finished = [e for e in experiments if e.record.state not in UNFINISHED and e.record.state != "FAIL" and e.findings]
     samples = main_samples(experiments)
     found = {}
@@ -172,7 +172,7 @@ def tables(experiments: Sequence[Experiment], noise: Noise) -> dict[str, Table]:
 
 
 def _spread(rows: Sequence[Row], losses: dict[int, float | None]) -> tuple[float | None, float | None]:
-    """(how far the medians of the rows with enough trials lie apart, how often shuffled losses do)."""
+    """(largest difference between medians of rows with enough trials, how often shuffled losses differ as much)."""
     groups = [[losses[n] for n in row.trials if losses.get(n) is not None] for row in rows if row.valued >= FEWEST]
     if len(groups) < 2:
         return None, None
@@ -182,7 +182,7 @@ def _spread(rows: Sequence[Row], losses: dict[int, float | None]) -> tuple[float
     ends = np.cumsum([len(group) for group in groups])[:-1]
     medians = np.stack([np.median(part, axis=1) for part in np.split(shuffled, ends, axis=1)])
     spreads = medians.max(axis=0) - medians.min(axis=0)
-    # The order that was measured counts as one of the shuffles: without it the share could be a bold 0.
+    # The measured order counts as one of the shuffles: without it the share could be 0.
     chance = (1 + int((spreads[1:] >= spreads[0] * (1 - 1e-12)).sum())) / (1 + RESAMPLES)
     return relative(float(medians[:, 0].max()), float(medians[:, 0].min())), chance
 
@@ -236,7 +236,7 @@ def _row(
 def _verdict(
     name: str, members: Sequence[Experiment], losses: Sequence[float], best: Experiment | None, noise: Noise
 ) -> Verdict:
-    """First what most of a range's trials did, then how its losses lie to the best of all."""
+    """First by what most of the range's trials did, then by its losses against the best of all."""
     if len(members) < FEWEST:
         return "unknown"
     main = [e.main_finding.id for e in members if e.main_finding is not None]
@@ -252,7 +252,7 @@ def _verdict(
 
 
 def _why_behind(members: Sequence[Experiment], best: Experiment) -> Verdict:
-    """Rates below that of the best whose losses still fall are too conservative, unless the warmup held them back."""
+    """Rates below the best trial's whose losses still fall are too conservative, unless the warmup held them back."""
     slow = [e for e in members if e.main_finding is not None and e.main_finding.id in SLOW]
     lower = max(e.record.config["learning_rate"] for e in members) < best.record.config["learning_rate"]
     if not lower or 2 * len(slow) <= len(members):

@@ -1,7 +1,7 @@
-"""From facts to Markdown: a template for each language, and everything that comes from data escaped by default.
+"""Facts to Markdown: a template for each language, with everything that comes from data escaped by default.
 
-Whatever a template prints and no filter here has marked as safe is escaped for Markdown and HTML at once: a label
-`<script>` or `# heading` stays the text it is.
+What a template prints is escaped for Markdown and HTML unless a filter here has marked it as safe: a label `<script>`
+or `# heading` stays text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from search.tracking.pages import run_page
 TEMPLATES = Path(__file__).with_name("templates")
 MARKS: dict[Mark, str] = {"good": "✅", "warning": "⚠️", "bad": "❌", "unknown": "❔"}
 MOST_LISTED = 12
-"""Trials named one by one in a sentence; the rest are counted."""
+"""Most trials named one by one in a sentence; the rest are counted."""
 
 
 def loss(value: float | None) -> Markup:
@@ -54,7 +54,7 @@ def cell(row: EpochRow, column: Column) -> Markup:
 
 
 class _Compiled(BytecodeCache):
-    """Templates compiled once a process: a log is written after every trial, and compiling takes longer than that."""
+    """Compiled templates, once per process: a log is written after every trial, and compiling takes longer."""
 
     def __init__(self) -> None:
         self._code: dict[str, bytes] = {}
@@ -94,13 +94,13 @@ class Renderer:
         return Markup(words.fill(unit, self.lang, f"{seconds / length:.3g}"))
 
     def value(self, value: Any, name: str = "") -> Markup:
-        """A value of a configuration, as the log writes it."""
+        """A configuration value as the log writes it."""
         if isinstance(value, list | tuple):
             return escape(", ".join(map(str, value)))
         return escape(show_value(name, value))
 
     def span(self, row: Any, name: str) -> Markup:
-        """The measured range of a table's row; a share as percent."""
+        """The range of values tried in a table's row; a share in percent."""
 
         def one(value: Any) -> str:
             return str(self.pct(value)) if name == "warmup_share" else show_value(name, value)
@@ -122,21 +122,21 @@ class Renderer:
         return run_page(record.tracking_url, record.experiment_id, run_id)
 
     def run(self, run_id: str | None) -> Markup:
-        """A run's id, with a link where there is a server that shows it."""
+        """A run's id, linked where a server shows the run."""
         if not run_id:
             return Markup("–")
         url = self.url(run_id)
         return Markup(f"[{code(run_id)}]({url})") if url else code(run_id)
 
     def title(self, e: Experiment) -> str:
-        """The heading of an experiment: its number, its label, and what was found."""
+        """The heading of an experiment: its number, its label and its main finding."""
         label = f": {' '.join(e.label.split())}" if e.label else ""
         what = e.main_finding
         said = messages.title(what.id, self.lang) if what else words.state(state_of(e.record), self.lang)
         return words.fill("experiment", self.lang, e.number, label, said)
 
     def ref(self, n: int, epoch: int | None = None) -> Markup:
-        """A trial, linked to its run's page or to its section, with the epoch a figure is from."""
+        """A trial, linked to its run's page or to its section, with the epoch of a figure."""
         link = f"[{words.fill('trial', self.lang, n)}]({self._target(n)})"
         return Markup(link if epoch is None else words.fill("at_epoch", self.lang, link, epoch))
 
@@ -151,7 +151,7 @@ class Renderer:
         return self.url(e.record.run_id) or f"#{slug(str(self.title(e)))}"
 
     def config_block(self, e: Experiment, was: str, blamed: str) -> Markup:
-        """The TRAINING_CONFIG of a trial with its changes marked."""
+        """The TRAINING_CONFIG of a trial, its changes marked."""
         lines = [self._line(line, was, blamed) for line in e.lines]
         return fenced("TRAINING_CONFIG = {\n" + "\n".join(lines) + "\n}", "python")
 
@@ -175,7 +175,7 @@ class Renderer:
         return f"Epoch {row.epoch}: {', '.join(parts)} {MARKS[row.mark]}{best}"
 
     def raw(self, e: Experiment) -> Markup:
-        """All that was recorded of a trial: its epochs; of one without any, its steps."""
+        """All that was recorded of a trial: its epochs, or its first steps if it has none."""
         lines = [self.epoch_line(row) for row in e.rows]
         if not lines:
             known = [step for step in e.record.steps if step.loss is not None][:MOST_LISTED]
@@ -231,9 +231,7 @@ class Renderer:
             "verdict": lambda name: words.pick(words.VERDICTS[name], lang),
             "sign": lambda name: words.pick(words.SIGNS[name], lang),
             "heading": lambda column: column.heading[lang],
-            "parameter": lambda name: code(
-                words.pick(words.PARAMETERS[name], lang) if name in words.PARAMETERS else name
-            ),
+            "parameter": lambda name: code(words.parameter(name, lang)),
             "link": lambda path: Markup(quote(str(path), safe="/:.-_~%,;=+")),
             "join_lines": "\n".join,
             "raw": self.raw,
@@ -253,14 +251,14 @@ class Renderer:
 
 
 def _finalize(value: Any) -> Markup:
-    """Whatever is printed without a filter that made it safe."""
+    """Escapes what no filter has marked as safe."""
     if isinstance(value, Markup):
         return value
     return escape(value) if isinstance(value, str) else escape(str(value))
 
 
 def literal(value: Any, name: str = "") -> str:
-    """A value as Python: strings in double quotes on one line, numbers with four digits at most."""
+    """A value as Python: strings in double quotes on one line, numbers with at most four digits."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list | tuple):
@@ -273,7 +271,7 @@ def literal(value: Any, name: str = "") -> str:
 
 
 def short_rate(value: float) -> str:
-    """A small number as the log writes rates, four digits at most: `2e-4`, `1.464e-4`."""
+    """A small number as the log writes rates, with at most four digits: `2e-4`, `1.464e-4`."""
     digits, exponent = f"{value:.3e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"
 
@@ -301,5 +299,5 @@ def markdown(facts: Facts, lang: Lang, plots: Mapping[str, str]) -> str:
     """
     renderer = Renderer(facts, lang, plots)
     text = renderer.templates().get_template(f"tuning-log.{lang}.md.jinja").render(facts=facts, record=facts.record)
-    # Blocks that came to nothing leave blank lines behind.
+    # Empty blocks leave blank lines behind.
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

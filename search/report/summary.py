@@ -16,14 +16,14 @@ from search.report.measured_noise import Noise
 from search.report.parameters import AGGRESSIVE, BROKEN
 
 SAVING = (records.RISING, records.DIVERGED, records.SUPERSEDED)
-"""Reasons for which a trial was stopped before its epochs were done, on purpose."""
+"""Reasons for stopping a trial early on purpose."""
 LOSING = (records.NON_FINITE, records.OUT_OF_MEMORY, records.DIVERGED, records.LOST, records.ERROR)
-"""Reasons for which the epochs of a trial came to nothing."""
+"""Reasons for which the epochs of a trial were wasted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Trials, epochs and time of one kind; `seconds` is None where nothing was timed."""
+    """Trials, epochs and time saved or lost for one reason; `seconds` is None where nothing was timed."""
 
     reason: str
     trials: tuple[int, ...]
@@ -33,12 +33,12 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What the study cost, what stopping early saved of it, what failures cost."""
+    """What the study cost, what early stopping saved, what failures cost."""
 
     epochs: int
     seconds: float
     saved: tuple[Share, ...]
-    """Planned epochs that were not run; time at each trial's own median epoch."""
+    """Planned epochs that were not run; their time by each trial's own median epoch."""
     lost: tuple[Share, ...]
 
 
@@ -58,19 +58,19 @@ class Recommended:
 
     best: Experiment
     runner_up: Experiment | None
-    """The next best on the same samples."""
+    """The second best on the same samples."""
     gap: float | None
-    """By what share of the loss it lies behind."""
+    """How far the runner-up lies behind, a share of the loss."""
     within_noise: tuple[int, ...]
-    """Trials whose loss cannot be told from the best's, by `Noise.difference`."""
+    """Trials whose loss cannot be told apart from the best's, by `Noise.difference`."""
     compared: int
     """Trials on the same samples that have a loss."""
     elsewhere: tuple[int, ...]
-    """Trials validated on other samples, which it was not compared with."""
+    """Trials validated on different samples, with which it was not compared."""
 
 
 def budget(experiments: Sequence[Experiment]) -> Budget:
-    """Epochs and time in all, saved and lost."""
+    """Epochs and time: in total, saved and lost."""
     saved: list[Share] = []
     lost: list[Share] = []
     for reason in SAVING:
@@ -79,7 +79,7 @@ def budget(experiments: Sequence[Experiment]) -> Budget:
         _add(saved, reason, [(e, n, None if e.epoch_seconds is None else n * e.epoch_seconds) for e, n in left])
     for reason in LOSING:
         failed = [e for e in experiments if e.record.reason == reason and e.record.state not in UNFINISHED]
-        # What a lost trial had done up to its checkpoint, its successor has not done again.
+        # The epochs of a lost trial up to its checkpoint are not repeated by its successor.
         bad = [e for e in failed if e.record.state == "FAIL" or e.record.violated or reason == records.DIVERGED]
         _add(lost, reason, [(e, e.own_epochs, e.seconds) for e in bad if e.resumed_by is None])
     return Budget(
@@ -115,7 +115,7 @@ def _sign(experiments: Sequence[Experiment], name: str, judge: Callable[[Experim
 
 
 def _train_falls(e: Experiment) -> bool | None:
-    """Whether the training loss fell, and the diagnosis saw neither a break nor oscillation on the way."""
+    """Whether the training loss fell, and the diagnosis saw neither a broken run nor oscillation."""
     rows = [row for row in e.rows if row.train_loss is not None]
     if e.has(ids.OSCILLATING, *BROKEN):
         return False
@@ -125,7 +125,7 @@ def _train_falls(e: Experiment) -> bool | None:
 
 
 def _val_follows(e: Experiment) -> bool | None:
-    """Whether the validation loss fell, and ended at its best within noise."""
+    """Whether the validation loss fell, and ended within noise of its best."""
     rows = [row for row in e.rows if row.val_loss is not None]
     if e.has(ids.OVERFITTING, *BROKEN):
         return False
@@ -154,7 +154,7 @@ def health(experiments: Sequence[Experiment]) -> tuple[Sign, ...]:
 
 
 def trouble(experiments: Sequence[Experiment]) -> tuple[Sign, ...]:
-    """The hand-run log's four signs of trouble, and the two of a plan that cannot work."""
+    """The hand-run log's four signs of trouble, and two signs of a plan that cannot work."""
     signs: Mapping[str, tuple[str, ...]] = {
         "train_rises": (ids.OSCILLATING, ids.DIVERGED),
         "val_rises": (ids.OVERFITTING,),
@@ -178,7 +178,7 @@ def tree(experiments: Sequence[Experiment]) -> dict[str, tuple[int, ...]]:
 
 
 def recommended(experiments: Sequence[Experiment], noise: Noise) -> Recommended | None:
-    """The COMPLETE trial with the lowest validation loss, as the leaderboard has it; None if none is complete."""
+    """The COMPLETE trial with the lowest validation loss, as in the leaderboard; None if none is complete."""
     complete = [e for e in experiments if e.record.state == "COMPLETE" and e.value is not None]
     ordered = sorted(complete, key=by_loss)
     if not ordered:
@@ -198,23 +198,23 @@ def recommended(experiments: Sequence[Experiment], noise: Noise) -> Recommended 
 
 @dataclass(frozen=True, kw_only=True)
 class Dtype:
-    """How one dtype fared."""
+    """Results of one dtype."""
 
     name: str
     trials: int
     broke: int
     shown: tuple[int, Finding] | None
-    """(trial, finding) of the first trial in which the dtype itself was shown to be the cause: one such run says more
+    """(trial, finding) of the first trial in which the dtype itself is shown to be the cause: one such run says more
     than a count."""
 
 
 DTYPE_CAUSES = ("zero_over_zero", "square_underflow")
-"""Causes that the diagnosis proves from a run's own numbers, and that lie in the dtype (search.diagnosis.faults)."""
+"""Causes in the dtype that the diagnosis proves from a run's own numbers (search.diagnosis.faults)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lessons:
-    """What this study has to say to the hand-run log's three lessons."""
+    """What this study says about the hand-run log's three lessons."""
 
     judged: int
     broke: tuple[int, ...]
@@ -222,14 +222,14 @@ class Lessons:
     dtypes: tuple[Dtype, ...]
     overfitted: tuple[int, ...]
     late: tuple[int, ...]
-    """Trials whose last epoch was worse than their best by more than one deviation of noise, training loss at its
-    lowest all the same: the training loss alone would have chosen the wrong epoch."""
+    """Trials whose epoch of lowest training loss was worse in validation than the best by more than one deviation of
+    noise: the training loss alone would have chosen the wrong epoch."""
     high_rate: float
-    """From here on a learning rate counts as high."""
+    """Learning rates from this one upwards count as high."""
     high: tuple[int, int]
     """(trials that were too aggressive, trials) at high learning rates."""
     low: tuple[int, int]
-    """The same below."""
+    """The same at lower learning rates."""
 
 
 def lessons(experiments: Sequence[Experiment], high_rate: float) -> Lessons:
@@ -271,19 +271,19 @@ def _misled(e: Experiment) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One step of the order in which to tune, and what this study says for its place."""
+    """One step in the order of tuning, and what this study says for its place."""
 
     name: str
     """stability, rate, capacity or overfitting."""
     share: float | None
-    """Importance of its parameters together; None where that is not known."""
+    """Total importance of its parameters; None where it is not known."""
 
 
 RATE_PARAMS = ("learning_rate", "warmup_steps", "batch_size")
 
 
 def strategy(importances: Sequence[Importance]) -> tuple[Stage, ...]:
-    """The order of tuning: the hand-run log's, its second and third steps exchanged where the importances say so."""
+    """The order of tuning: the hand-run log's, with the second and third step exchanged if the importances say so."""
     if not importances:
         return tuple(Stage(name=name, share=None) for name in ("stability", "rate", "capacity", "overfitting"))
     rate = sum(i.share for i in importances if i.name in RATE_PARAMS)

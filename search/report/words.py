@@ -16,10 +16,10 @@ REASONS: Final = {
     records.NON_FINITE: ("NaN or infinity", "出现 NaN/Inf"),
     records.OUT_OF_MEMORY: ("out of memory", "显存不足"),
     records.SUPERSEDED: ("behind other trials", "落后于其他实验"),
-    records.PROBE: ("probe of stability, done", "稳定性试探，已完成"),
-    records.INTERRUPTED: ("interrupted, goes on later", "已中断，稍后继续"),
-    records.LOST: ("its process was lost", "进程丢失"),
-    records.ERROR: ("a fault of the program", "程序错误"),
+    records.PROBE: ("stability probe, done", "稳定性试探，已完成"),
+    records.INTERRUPTED: ("interrupted, to be resumed", "已中断，稍后继续"),
+    records.LOST: ("process lost", "进程丢失"),
+    records.ERROR: ("internal error", "程序错误"),
 }
 
 STATES: Final = {
@@ -38,7 +38,10 @@ VERDICTS: Final = {
     "masked": ("not known: the warmup kept the rate from being reached", "无法判断：warmup 未结束，达不到设定值"),
     "conservative": ("too conservative", "太保守"),
     "good": ("good: as low as the best, within noise", "合适：与最佳相当（噪声范围内）"),
-    "usable": ("usable: its best is as low as the best, its median is not", "可用：最好的一次接近最佳，中位数不及"),
+    "usable": (
+        "usable: its best is as low as the best, its median is not",
+        "可用：最好的一次接近最佳，中位数不及",
+    ),
     "only": ("the only one with losses: nothing to compare it with", "只有这一档有结果，无从比较"),
     "behind": ("behind the best by more than noise", "逊于最佳，超出噪声"),
 }
@@ -77,7 +80,7 @@ TERMS: Final = {
     "log": ("Tuning log: {}", "调参记录: {}"),
     "contents": ("Contents", "目录"),
 }
-"""Parts that the program itself puts together; `fill` puts the values in."""
+"""Short parts that the program joins itself; `fill` puts the values in."""
 
 
 def pick(texts: tuple[str, str], lang: Lang) -> str:
@@ -98,17 +101,17 @@ def trials(shown: Sequence[str], total: int, lang: Lang) -> str:
 
 
 def reason(name: str | None, lang: Lang) -> str:
-    """A trial's reason in words; one that is not known here as it is."""
+    """A trial's reason in words; an unknown one is returned as it is."""
     return pick(REASONS[name], lang) if name in REASONS else str(name or "")
 
 
 def parameter(name: str, lang: Lang) -> str:
-    """What a table of the log is about: a field's name, or what was made of several."""
+    """The subject of a table of the log: a field's name, or a quantity derived from several fields."""
     return pick(PARAMETERS[name], lang) if name in PARAMETERS else name
 
 
 def state(text: str, lang: Lang) -> str:
-    """A state, with or without its reason, as `search.leaderboard.state_of` gives it: `PRUNED (rising)`."""
+    """A state with or without its reason, in the form of `search.leaderboard.state_of`: `PRUNED (rising)`."""
     if text in STATES:
         return pick(STATES[text], lang)
     name, _, why = text.partition(" (")

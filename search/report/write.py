@@ -1,4 +1,4 @@
-"""The tuning log as files, each replaced as a whole: whoever reads one while it is written sees the old or the new."""
+"""The tuning log as files, each replaced as a whole: a reader sees the old or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def refresh(record: StudyRecord, folder: Path, *, options: Sequence[str] = ()) -
 
 
 def plots_folder(stem: str) -> str:
-    """The folder of the plots of a log, beside it: one for all languages."""
+    """Name of the folder of a log's plots, beside the log and the same for all languages."""
     return f"{stem.partition('.')[0]}-plots"
 
 
@@ -66,7 +66,7 @@ def write_html(facts: Facts, lang: Lang, path: Path) -> Path:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file beside its place, and move it there in one step; a file that has these bytes already stays."""
+    """Write a draft beside the file and move it into place in one step; a file with these bytes is left alone."""
     if path.is_file() and path.read_bytes() == data:
         return
     draft = path.with_name(f".{path.name}.{os.getpid()}")

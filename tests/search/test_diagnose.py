@@ -1,4 +1,4 @@
-"""`python -m search.diagnose`: what it prints, and what it says of files that are wrong."""
+"""`python -m search.diagnose`: what it prints, and its messages for wrong files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m search.ui`: both dashboards answer, end together, and mistakes are told before anything starts."""
+"""`python -m search.ui`: both dashboards answer, end together, and mistakes are reported before anything starts."""
 
 import http.client
 import os
@@ -173,7 +173,7 @@ def test_when_one_dies_the_other_ends_too(runs_dir: Path) -> None:
     assert not any(child.is_running() for child in children)
 
 
-def test_mistakes_are_told_together_before_anything_starts(runs_dir: Path, tmp_path: Path) -> None:
+def test_mistakes_are_reported_together_before_anything_starts(runs_dir: Path, tmp_path: Path) -> None:
     good = f"sqlite:///{runs_dir}/optuna.db", f"sqlite:///{runs_dir}/mlflow.db"
     missing = f"sqlite:///{tmp_path}/optuna.db"
     with socket.socket() as taken:

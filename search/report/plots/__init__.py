@@ -1,7 +1,7 @@
-"""The plots of the tuning log, as PNG. Texts on them are field names, the same in every language.
+"""The plots of the tuning log, as PNG. Their texts are field names, the same in every language.
 
-Each plot is a function of the facts; the same facts give the same bytes. Matplotlib is imported when the first is
-drawn. What a colour says is said by a shape, dash or hatch as well.
+Each plot is a function of the facts: the same facts, the same bytes. Matplotlib is imported when the first plot is
+drawn. Whatever a colour says, a shape, dash or hatch says as well.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PLOTS: dict[str, Callable[[Facts], Any]] = {
     "parallel-coordinates": by_parameter.parallel_coordinates,
     "timeline": curves.timeline,
 }
-"""File name, without its ending, and plot."""
+"""The plots by file name without suffix."""
 
 
 def draw(facts: Facts) -> dict[str, bytes]:
-    """File name and PNG of every plot that the facts have something for."""
+    """PNG by file name of every plot for which there are facts."""
     from matplotlib import style
 
     found = {}

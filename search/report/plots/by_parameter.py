@@ -21,14 +21,14 @@ Cells = dict[tuple[float, float], float | None]
 """Lowest validation loss by (rank, alpha)."""
 
 LABEL_SPACE = (0.35, 0.3)
-"""Least distance of two labels of the rank by alpha map, in powers of two of either axis."""
+"""Smallest distance between two labels of the rank by alpha map, in powers of two along each axis."""
 
 Span = tuple[float, float, bool]
 """(lowest, highest, whether on a log scale) of an axis."""
 
 
 def rate_against_loss(facts: Facts) -> Figure | None:
-    """Learning rate against lowest validation loss; trials without one lie on a line above."""
+    """Learning rate against lowest validation loss; trials without a loss lie on a line above."""
     points = [(e.record.config["learning_rate"], e) for e in facts.experiments if e.record.config.get("learning_rate")]
     points = [(x, e) for x, e in points if outcome(e) != "open"]
     valued = [(x, e.value, e) for x, e in points if e.value is not None and not e.record.violated]
@@ -77,7 +77,7 @@ def rate_against_loss(facts: Facts) -> Figure | None:
 
 
 def _rates_on(axes: Axes) -> None:
-    """Rates as the log writes them."""
+    """Label the axis with rates as the log writes them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=20))
@@ -86,7 +86,7 @@ def _rates_on(axes: Axes) -> None:
 
 
 def rank_by_alpha(facts: Facts) -> Figure | None:
-    """Rank by alpha, coloured and labelled by the lowest validation loss of the trials there."""
+    """Rank by alpha, coloured and labelled with the lowest validation loss at each pair."""
     cells: dict[tuple[float, float], list[Experiment]] = {}
     for e in facts.experiments:
         rank, alpha = e.record.config.get("lora_r"), e.record.config.get("lora_alpha")
@@ -126,7 +126,7 @@ def rank_by_alpha(facts: Facts) -> Figure | None:
 
 
 def _label(axes: Axes, best: Cells, counts: dict[tuple[float, float], int]) -> None:
-    """Loss and number of trials above each cell, the lowest first; a label that would cover another is left out."""
+    """Write loss and number of trials above each cell, lowest loss first, without labels that would cover another."""
     placed: list[tuple[float, float]] = []
     for (rank, alpha), value in sorted(best.items(), key=lambda cell: (cell[1] is None, cell[1] or 0.0, cell[0])):
         x, y = math.log2(rank), math.log2(alpha)
@@ -140,13 +140,13 @@ def _label(axes: Axes, best: Cells, counts: dict[tuple[float, float], int]) -> N
 
 
 def _lowest(experiments: Sequence[Experiment], facts: Facts) -> float | None:
-    """Of the losses that compare with one another."""
+    """The lowest of the losses that compare with one another."""
     values = [e.value for e in experiments if e.judged and e.samples == facts.main_samples and e.value is not None]
     return min(values, default=None)
 
 
 def _ratio_lines(axes: Axes, ranks: list[float], alphas: list[float]) -> None:
-    """Both axes in powers of two, and the lines of equal alpha / r."""
+    """Scale both axes in powers of two and draw the lines of equal alpha / r."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     low, high = min(ranks) / 1.35, max(ranks) * 1.35
@@ -167,7 +167,7 @@ def _ratio_lines(axes: Axes, ranks: list[float], alphas: list[float]) -> None:
 
 
 def parallel_coordinates(facts: Facts) -> Figure | None:
-    """Every trial as a line through its values of the searched fields, to its loss; the best quarter in front."""
+    """Every trial as a line through its values of the searched fields to its loss, the best quarter in front."""
     names = list(facts.record.definition.get("space", {}))
     drawn = [e for e in facts.experiments if e.judged and all(_number(e, n) is not None for n in names)]
     names = [n for n in names if len({_number(e, n) for e in drawn}) > 1]
@@ -213,7 +213,7 @@ def _place(value: float, span: Span) -> float:
 
 
 def _axes_of(axes: Axes, names: list[str], spans: list[Span]) -> None:
-    """One vertical line for each field, lowest and highest value at its ends."""
+    """Draw a vertical line for each field, with the lowest and highest value at its ends."""
     axes.set_xlim(-0.35, len(names) + 0.35)
     axes.set_ylim(-0.16, 1.12)
     axes.grid(False)

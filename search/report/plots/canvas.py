@@ -1,4 +1,4 @@
-"""What all plots of the tuning log share: colours and shapes by outcome, a canvas, a legend."""
+"""Shared parts of the plots: colours and shapes by outcome, a canvas, a legend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BEST, OTHER, ENDED, BROKE, CLIP, GOOD = "#0072B2", "#8a8a8a", "#E69F00", "#D55E00", "#CC79A7", "#009E73"
-"""Okabe and Ito's colours (2008), told apart by colour-blind eyes."""
+"""Okabe and Ito's colours (2008), distinguishable with colour blindness."""
 GROUPS = {
     # outcome: (marker, colour, line, hatch)
     "complete": ("o", OTHER, "-", ""),
@@ -24,17 +24,17 @@ GROUPS = {
     "other samples": ("v", "#bbbbbb", "-.", ""),
 }
 MOST_NAMED = 24
-"""Trials that a timeline names one by one; more would print over one another."""
+"""Most trials that a timeline names one by one; more names would overlap."""
 
 
 def group(experiment: Experiment, facts: Facts) -> str:
-    """The outcome, or `other samples` where the loss does not compare with the rest."""
+    """The outcome, or `other samples` where the loss does not compare with the others."""
     kind = outcome(experiment)
     return "other samples" if kind != "broken" and experiment.samples != facts.main_samples else kind
 
 
 def outcome(experiment: Experiment) -> str:
-    """complete, stopped (by design), broken (came to nothing) or open (not ended)."""
+    """One of complete, stopped (on purpose), broken (no usable result) or open (not ended)."""
     state = experiment.record.state
     if state in UNFINISHED:
         return "open"
@@ -44,7 +44,7 @@ def outcome(experiment: Experiment) -> str:
 
 
 def new(width: float = 8, height: float = 4.2) -> tuple[Figure, Axes]:
-    """A canvas of that many inches."""
+    """A canvas of this size in inches."""
     # Without pyplot, which keeps a list of figures for all threads: the log is written from a thread of its own.
     from matplotlib.figure import Figure
 
@@ -53,7 +53,7 @@ def new(width: float = 8, height: float = 4.2) -> tuple[Figure, Axes]:
 
 
 def key(axes: Axes, handles: dict[str, Any]) -> None:
-    """A legend above the plot, where it covers nothing."""
+    """Draw a legend above the plot, where it covers nothing."""
     axes.legend(
         list(handles.values()),
         list(handles),
@@ -67,5 +67,5 @@ def key(axes: Axes, handles: dict[str, Any]) -> None:
 
 
 def alpha_of(drawn: Sequence[object]) -> float:
-    """Many lines are thinner, so that the crowd can be seen through."""
+    """Opacity of a line: many lines are more transparent."""
     return 0.75 if len(drawn) <= MOST_NAMED else 0.3

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def loss_curves(facts: Facts) -> Figure | None:
-    """Validation loss by epoch of every trial; the best in front, with its training loss."""
+    """Validation loss by epoch of every trial, the best one in front with its training loss."""
     drawn = [e for e in facts.experiments if any(row.val_loss is not None for row in e.rows)]
     if not drawn:
         return None
@@ -50,7 +50,7 @@ def loss_curves(facts: Facts) -> Figure | None:
 
 
 def _limit_losses(axes: Axes, losses: list[float], best: Experiment | None) -> None:
-    """A diverged trial must not press all others into a line: what lies far above their middle half is cut off."""
+    """Cut the axis off far above the middle half of the losses: one diverged trial must not flatten the others."""
     ordered = sorted(losses)
     lower, upper = ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
     shown = [row.train_loss for row in best.rows if row.train_loss is not None] if best else []
@@ -72,7 +72,7 @@ def _limit_losses(axes: Axes, losses: list[float], best: Experiment | None) -> N
 
 
 def gradient_norms(facts: Facts) -> Figure | None:
-    """Gradient norm before clipping, step by step where that is recorded, with the bound of the clipping."""
+    """Gradient norm before clipping, step by step where recorded, with the clipping bound."""
     curves = []
     for e in facts.experiments:
         points = [(s.step, s.grad_norm_max or s.grad_norm) for s in e.record.steps if s.grad_norm]

@@ -83,7 +83,7 @@ def test_it_writes_after_a_trial_and_not_before(quick: None) -> None:
     assert keeper.writes == 3 and not keeper.is_alive()
 
 
-def test_trials_that_end_meanwhile_are_told_of_together(quick: None) -> None:
+def test_trials_that_end_meanwhile_share_one_update(quick: None) -> None:
     go_on = threading.Event()
     keeper = Counted(lambda n: None if n > 1 else go_on.wait(10) and None)
     keeper.start()

@@ -12,13 +12,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
 from search.diagnosis.messages import LANGS, Lang
-from search.markdown import code, escape, fenced, slug
 from search.records import EpochRecord, StudyRecord
 from search.report import plots, write
 from search.report.facts import Facts, gather
@@ -276,30 +273,11 @@ class TestEscaping:
         assert Page(page).tags.isdisjoint({"script", "img", "u", "b"})
         assert "&lt;script&gt;alert(1)" in page
 
-    @given(st.text())
-    def test_escaped_text_shows_as_it_is(self, text: str) -> None:
-        shown = " ".join(_shown(f"- a {escape(text)} z").split())
-        assert shown == " ".join(f"a {text} z".replace("\x00", "\ufffd").split())
-
-    @given(st.text(min_size=1))
-    def test_nothing_ends_a_code_span_or_block(self, text: str) -> None:
-        (inline,) = [t for t in MarkdownIt("commonmark").parse(f"a {code(text)} z") if t.type == "inline"]
-        assert [t.type for t in inline.children or ()] == ["text", "code_inline", "text"]
-        assert [t.type for t in MarkdownIt("commonmark").parse(fenced(text))] == ["fence"]
-
 
 def _flat(tokens: list) -> Iterator:  # type: ignore[type-arg]
     for token in tokens:
         yield token
         yield from _flat(token.children or [])
-
-
-def _shown(text: str) -> str:
-    """What a reader sees; fails if anything but text comes out."""
-    inline = [t for t in MarkdownIt("commonmark", {"html": True}).enable("table").parse(text) if t.type == "inline"]
-    children = [c for t in inline for c in t.children or ()]
-    assert {c.type for c in children} <= {"text", "text_special", "softbreak"}
-    return "".join(c.content for c in children)
 
 
 class TestPlots:
@@ -356,8 +334,3 @@ class TestFiles:
 )  # fmt: skip
 def test_values_are_written_as_the_log_writes_them(value: object, name: str, text: str) -> None:
     assert literal(value, name) == text
-
-
-def test_slugs_are_githubs() -> None:
-    assert slug("Experiment 3: 5b (too slow)") == "experiment-3-5b-too-slow"
-    assert slug("实验 3: 激进参数 (过拟合)") == "实验-3-激进参数-过拟合"
