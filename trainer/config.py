@@ -16,7 +16,7 @@ EMBEDDED = "mini"
 """The name under which the embedded model and data are found: `model="mini"`, `data="mini"`."""
 
 MACHINE_FIELDS = ("device", "device_map", "num_workers", "prefetch_factor")
-"""Fields that say where and how fast a run goes, not what it computes."""
+"""Fields that decide where and how fast a run computes, not what it computes."""
 
 RETIRED = ("patience", "min_delta")
 """Fields of older versions. They say when a study stops a trial early and are fields of `search.study.Study` now;
@@ -55,7 +55,7 @@ class TrainConfig(BaseModel):
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the split and of the choice of `max_samples` rows: the same for every trial of a study."""
     skip_bad_rows: bool = False
-    """Go on without rows whose image is missing, broken or unsafe; otherwise they are an error."""
+    """Leave out rows whose image is missing, broken or unsafe; otherwise they are an error."""
     cache_features: bool = True
     """Compute the frozen vision tower's output once per image and keep it on disk for all epochs, trials and studies
     (1.45 MB an image at the real size in float32). Without effect where an adapter sits in the vision tower."""
@@ -70,11 +70,11 @@ class TrainConfig(BaseModel):
     """Put captions of about the same length into a batch, as Hugging Face's Trainer does under this name: less padding
     where a run trains alone, and batches that are less of a random sample."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=MOST)] = 1
-    """Batches to an optimizer step."""
+    """Batches per optimizer step."""
     micro_batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None
-    """Most samples in one forward pass, for memory alone: the optimizer step stays the same. None for the batch."""
+    """Most samples in one forward pass, to save memory; the optimizer step stays the same. None for the batch."""
     eval_batch_size: Annotated[int, Field(ge=1, le=MOST)] = 16
-    """Samples in a forward pass of the evaluation: the same for every trial, so that their losses compare."""
+    """Samples in a forward pass of the evaluation: the same for every trial, so that their losses are comparable."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-4
     """Peak rate of AdamW, reached after the warmup."""
     lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
@@ -170,7 +170,7 @@ def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the nearest valid name, or nothing."""
+    """`; did you mean 'x'?` with the nearest valid name; empty if none is near."""
     close = difflib.get_close_matches(name, list(valid), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -207,8 +207,8 @@ def read_settings(settings: Iterable[str]) -> dict[str, Any]:
     """`["learning_rate=2e-4", "target_modules=query,value"]` as field values.
 
     Raises:
-        ConfigError: entries without `=` and keys set twice, all in one message. Names and values are for
-            `TrainConfig.parse` to judge.
+        ConfigError: entries without `=` and keys set twice, all in one message. `TrainConfig.parse`
+            checks names and values.
     """
     values, errors = _scan(settings)
     if errors:
@@ -233,7 +233,7 @@ def _scan(settings: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _read_value(key: str, text: str) -> Any:
-    """The text as Pydantic can take it: lists split at commas, `none` as None; numbers are Pydantic's to read."""
+    """The text as a value for Pydantic, which reads numbers itself: lists split at commas, `none` as None."""
     if key == "target_modules":
         return tuple(part.strip() for part in text.split(",") if part.strip())
     field = TrainConfig.model_fields.get(key)
