@@ -80,8 +80,7 @@ def main(
     ] = "auto",
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampler.")] = None,
     settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Fix a field of the configuration."),
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Fix a field of the configuration.")
     ] = None,
     strategy: Annotated[
         Literal["joint", "staged"], typer.Option(help="All parameters at once, or in the hand-run log's order.")
