@@ -81,7 +81,7 @@ class Result:
 
 
 def show_value(name: str, value: Any) -> str:
-    """A configuration value as the hand-run log writes it: rates as 2e-4, the rest plainly."""
+    """A configuration value as the hand-run log writes it: rates as 2e-4, other numbers plainly."""
     if isinstance(value, bool) or value is None:
         return str(value)
     if name == "learning_rate" and isinstance(value, float):
@@ -98,7 +98,7 @@ def show_metric(value: float, spec: str = ".4f") -> str:
 
 
 def state_of(trial: TrialRecord) -> str:
-    """State and reason in one word or two."""
+    """A trial's state with its reason, e.g. `PRUNED (rising)`."""
     if trial.state == "COMPLETE":
         return "COMPLETE (stopped early)" if trial.stopped_early else "COMPLETE"
     return f"{trial.state} ({trial.reason})" if trial.reason else trial.state
@@ -171,9 +171,10 @@ def _literal(name: str, value: Any) -> str:
 
 
 def summary(trials: Sequence[TrialRecord]) -> str:
-    """One line: how many trials ended in which way, how many epochs that took, and how many stopping early saved."""
+    """One line: the trials by how they ended, the epochs trained, and the epochs saved by stopping early."""
     states = Counter(state_of(t) for t in trials)
-    resumed = {t.attrs[records.RESUMES] for t in trials if records.RESUMES in t.attrs}  # their epochs are the heir's
+    # A trial that was resumed has its epochs in the one that resumed it, too.
+    resumed = {t.attrs[records.RESUMES] for t in trials if records.RESUMES in t.attrs}
     trained = {t.number: len(t.attrs.get(records.TRAIN_LOSSES, ())) for t in trials if t.number not in resumed}
     saved = sum(
         max(0, t.config["num_epochs"] - trained[t.number])

@@ -116,8 +116,8 @@ def sqlite_url(path: Path) -> str:
 
     SQLAlchemy reads `?` and `%` in a URL as signs of its own, so they are quoted; in URLs that it writes itself it
     quotes most other signs too. MLflow takes what follows `sqlite:///` in either for a path as it stands, and makes
-    its folder: an empty twin of the real one. It does so for that prefix only, so a path with such signs gets the driver's
-    name (mlflow/store/db/utils.py, `_make_parent_dirs_if_sqlite`; tests/search/test_places.py holds it to both).
+    its folder: an empty twin of the real one. It does so for that prefix only, so a path with such signs gets the
+    driver's name (mlflow/store/db/utils.py, `_make_parent_dirs_if_sqlite`; test_places.py holds it to both).
 
     Raises:
         StudyError: the path is not a text that a database could be opened by.

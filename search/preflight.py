@@ -1,6 +1,8 @@
-"""What must be there before the first trial: model and data, checked once and without loading torch."""
+"""Model and data, checked once before the first trial and without loading torch."""
 
 from __future__ import annotations
+
+import re
 
 from search.errors import StudyError
 from search.space import Multiple
@@ -13,10 +15,10 @@ from trainer.model import locate
 
 
 def check(study: Study) -> Examined:
-    """Make sure the study's model and data can be used; returns the examined data folder.
+    """Check that the study's model and data can be used; returns the examined data folder.
 
     Raises:
-        StudyError: everything that is missing, and how to get it, in one message.
+        StudyError: everything that is missing or wrong, and how to get it, in one message.
     """
     wanted = _configurations(study)
     problems = []
@@ -42,9 +44,9 @@ def check(study: Study) -> Examined:
 
 
 def _configurations(study: Study) -> list[TrainConfig]:
-    """The base, the trials given by hand, and the base with what the space can put in for its model and rows.
+    """The base, the trials given by hand, and the base with each model and choice of rows that the space can give.
 
-    Of a range of `max_samples` the edges do: the fewer rows are drawn, the fewer scenes they are of.
+    For a range of `max_samples` its edges suffice: fewer rows cover fewer scenes.
     """
     base = study.base_config()
     found = [base, *(TrainConfig.parse({**study.base, **fixed.config}) for fixed in study.enqueue)]
@@ -57,6 +59,6 @@ def _configurations(study: Study) -> list[TrainConfig]:
 
 def _problem(what: str, message: str, remedy: str) -> str:
     lines = [f"  - {what}: {message}".replace("\n", "\n    ")]
-    if remedy and ("does not exist" in message or "is not a folder" in message):
+    if remedy and re.search("does not exist|is (no|not a) folder", message):
         lines.append(f"    to get it: {remedy}")
     return "\n".join(lines)

@@ -30,7 +30,7 @@ class Float:
         _check_range(self)
 
     def edges(self) -> tuple[Scalar, ...]:
-        """Values that must be possible for the range to be so."""
+        """The extreme values: if they are valid, so is the range."""
         return (self.low, self.high)
 
 
@@ -49,7 +49,7 @@ class Int:
         _check_range(self)
 
     def edges(self) -> tuple[Scalar, ...]:
-        """Values that must be possible for the range to be so."""
+        """The extreme values: if they are valid, so is the range."""
         return (self.low, self.high)
 
 
@@ -71,7 +71,7 @@ class Choice:
             raise ValueError(f"Choice names a value twice: {shown(self.values)}")
 
     def edges(self) -> tuple[Scalar | None, ...]:
-        """Values that must be possible for the choice to be so."""
+        """All values: if they are valid, so is the choice."""
         return self.values
 
 
@@ -102,7 +102,7 @@ Space = Mapping[str, Param]
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a number that a float can hold."""
+    """Whether the value is a number that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return -sys.float_info.max <= value <= sys.float_info.max

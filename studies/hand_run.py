@@ -3,8 +3,8 @@
 The log contradicts itself in experiment 5: its configuration has 100 samples, its text 312 batches of 8, which are
 2,500. Both readings are run: `5` as configured and `5-text`.
 
-What the log leaves out of a configuration is TrainConfig's default, but for warmup: experiments 1 to 3 name none, and
-the log speaks of warmup as something that came later, so they run without.
+Values that the log leaves out are TrainConfig's defaults, except for warmup: experiments 1 to 3 name none, and the log
+describes warmup as a later addition, so they run without it.
 """
 
 from search.study import Fixed, Study

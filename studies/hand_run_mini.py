@@ -1,7 +1,7 @@
 """The hand-run log's experiments on the embedded model and data, their sample counts divided by four.
 
-Everything else is as written there. Four is what lets experiment 5's 2,500 samples (625 here) fit the embedded data,
-and the whole study end within ten minutes on two cores.
+Everything else is as written there. Divided by four, experiment 5's 2,500 samples (625 here) fit the embedded data,
+and the whole study ends within ten minutes on two cores.
 """
 
 from dataclasses import replace

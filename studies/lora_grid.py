@@ -1,6 +1,6 @@
 """The hand-run log's next step 4, "compare LoRA configurations systematically": rank x alpha / rank x dropout.
 
-Everything else stays at the log's recommended configuration, so that what differs is the adapter alone.
+Everything else stays at the log's recommended configuration, so that only the adapter differs.
 """
 
 from search.space import Choice, Multiple

@@ -1,6 +1,6 @@
 """The rsicap study on the embedded model and data: any laptop, nothing to download, about three minutes on two cores.
 
-The space is rsicap's but for the warmup: 160 samples make 8 to 64 steps an epoch, so that rsicap's 200 steps would
+The space is rsicap's except for the warmup: 160 samples are 8 to 64 steps an epoch, so rsicap's 200 steps would
 outlast most trials.
 """
 

@@ -15,7 +15,7 @@ EMBEDDED = "mini"
 """The name under which the embedded model and data are found: `model="mini"`, `data="mini"`."""
 
 MACHINE_FIELDS = ("device", "device_map", "num_workers", "prefetch_factor")
-"""Fields that decide where and how fast a run is computed, not what."""
+"""Fields that decide where and how fast a run computes, not what it computes."""
 
 RETIRED = ("patience", "min_delta")
 """Fields of older versions. They say when a study stops a trial early and are fields of `search.study.Study` now;
@@ -69,9 +69,9 @@ class TrainConfig(BaseModel):
     """Put captions of similar length into a batch, as Hugging Face's Trainer does under this name: there is less
     padding where a run trains alone, and batches are less of a random sample."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=MOST)] = 1
-    """Batches to an optimizer step."""
+    """Batches per optimizer step."""
     micro_batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None
-    """Most samples in a forward pass, to save memory: the optimizer step stays the same. None for the whole batch."""
+    """Most samples in one forward pass, to save memory; the optimizer step stays the same. None for the batch."""
     eval_batch_size: Annotated[int, Field(ge=1, le=MOST)] = 16
     """Samples in a forward pass of the evaluation: the same for every trial, so that their losses are comparable."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-4
@@ -200,8 +200,8 @@ def read_settings(settings: Iterable[str]) -> dict[str, Any]:
     """`["learning_rate=2e-4", "target_modules=query,value"]` as field values.
 
     Raises:
-        ConfigError: entries without `=` and keys set twice, all in one message. Names and values are
-            checked by `TrainConfig.parse`.
+        ConfigError: entries without `=` and keys set twice, all in one message. `TrainConfig.parse`
+            checks names and values.
     """
     values, errors = _scan(settings)
     if errors:
@@ -226,7 +226,7 @@ def _scan(settings: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _read_value(key: str, text: str) -> Any:
-    """The text in a form that Pydantic parses: lists split at commas, `none` as None; numbers stay text."""
+    """The text as a value for Pydantic, which reads numbers itself: lists split at commas, `none` as None."""
     if key == "target_modules":
         return tuple(part.strip() for part in text.split(",") if part.strip())
     field = TrainConfig.model_fields.get(key)
