@@ -49,13 +49,9 @@ def runs_of(runs: Path, name: str = "rsicap_mini") -> dict[str, tuple[str, dict[
     tracking = open_tracking(f"sqlite:///{runs / 'mlflow.db'}", runs / "artifacts")
     experiment = tracking.find_experiment(name)
     assert experiment is not None
-    found = tracking._search(experiment)
     return {
-        "study" if r.data.tags.get("kind") == "study" else r.info.run_name.partition(" lr=")[0]: (
-            r.info.status,
-            r.data.tags,
-        )
-        for r in found
+        "study" if r.tags.get("kind") == "study" else r.tags["mlflow.runName"].partition(" lr=")[0]: (r.status, r.tags)
+        for r in tracking.runs(experiment).values()
     }
 
 
