@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from search.records import TrialRecord
     from search.report.keeper import LogKeeper
     from search.storage.lifecycle import Unfinished
+    from search.storage.retry import RetryingStorage
     from search.tracking.delivery import DeliveryThread
     from search.tracking.outbox import Status
     from search.tracking.runs import StudyRuns
@@ -73,6 +74,7 @@ class Session:
         self._executor.check(self.definition)
         self.log_file: Path | None = None
         """Takes all log lines and tracebacks; None until the study is open."""
+        self._storage: RetryingStorage | None = None
         self._supervisor: Supervisor | None = None
         self._stop: list[bool] = []
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
@@ -146,7 +148,10 @@ class Session:
         with pool.importing():
             examined = self.check()
             with pool:
-                return self._run(pool, examined, display)
+                try:
+                    return self._run(pool, examined, display)
+                finally:
+                    self._close_storage()
 
     def check(self) -> Examined:
         """Check what needs more than the definition: the pruner's name, the model, the data.
@@ -166,7 +171,8 @@ class Session:
             from search.report.keeper import LogKeeper
             from search.storage import lifecycle
             from search.terminal import summary
-            from search.tracking.delivery import Delivery, DeliveryThread
+            from search.storage.retry import RetryingStorage
+    from search.tracking.delivery import Delivery, DeliveryThread
             from search.tracking.runs import StudyRuns
             from search.urls import shown as shown_url
             from search.workers.supervisor import Supervisor
@@ -189,6 +195,7 @@ class Session:
         look = self._look_for_lost(study, runs, pool, display)
         keeper = LogKeeper(study, runs, job.folder, places.options())
         courier = DeliveryThread(delivery, shown_url(places.tracking_uri), display.say)
+        assert self._storage is not None
         self._storage.say = display.say
         runs.close_dangling(is_gone)
         left = look()
@@ -240,6 +247,14 @@ class Session:
         studies.check_strategy(study, options.strategy)
         study.set_user_attr("settings", list(options.settings))  # for the commands that the tuning log proposes
         return study
+
+    def _close_storage(self) -> None:
+        """Leave no connection to a later session of this process."""
+        from search.storage.database import close_storage
+
+        if self._storage is not None:
+            close_storage(self._storage)
+            self._storage = None
 
     def _open_folder(self, name: str) -> None:
         from search.workers.start import set_up_logging

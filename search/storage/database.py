@@ -13,7 +13,10 @@ SQLite and PostgreSQL then behave alike:
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
+import sqlite3
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +43,6 @@ BUSY_S = 10
 """Longest wait of one call for another process's lock on a SQLite file; calls are retried."""
 
 _EXAMPLES = "sqlite:///runs/optuna.db or postgresql+psycopg://user:password@host/database"
-_SQLITE_HEADER = b"SQLite format 3\x00"
 _PG_LOCK = 7_305_515_412
 """Number of the advisory lock on PostgreSQL: arbitrary, but the same for all processes and versions."""
 
@@ -199,13 +201,17 @@ def _check_file(url: URL) -> None:
         raise StorageError(f"{shown(url)}: {str(path)!r} is a folder; name a file in it")
     if not path.exists():
         return
-    try:
-        with path.open("rb") as file:
-            header = file.read(len(_SQLITE_HEADER))
-    except OSError as error:
-        raise StorageError(f"{shown(url)}: the file cannot be read: {error.strerror}") from None
-    if header and header != _SQLITE_HEADER:
-        raise StorageError(f"{shown(url)}: {str(path)!r} is not a SQLite database; name another file")
+    if not os.access(path, os.R_OK):
+        raise StorageError(f"{shown(url)}: the file cannot be read: {os.strerror(errno.EACCES)}")
+    # Asked through SQLite: to open and close the file ourselves would release the locks of all connections that this
+    # process has to it (https://www.sqlite.org/howtocorrupt.html, 2.2), and another's last writes would be lost.
+    with contextlib.closing(sqlite3.connect(path, timeout=0)) as connection:
+        try:
+            connection.execute("PRAGMA schema_version")
+        except sqlite3.OperationalError:  # locked, or without the right to write: whoever opens it says so
+            pass
+        except sqlite3.DatabaseError:
+            raise StorageError(f"{shown(url)}: {str(path)!r} is not a SQLite database; name another file") from None
 
 
 def _file(url: URL) -> Path:

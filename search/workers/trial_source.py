@@ -9,7 +9,12 @@ from typing import Any
 
 import optuna
 
+<<<<<<< HEAD
 from search.sampling.params import suggest
+=======
+from search import records
+from search.sampling import samplers
+>>>>>>> room-workers
 from search.storage import lifecycle
 from search.storage.database import exclusive
 from search.storage.retry import RetryingStorage
@@ -73,7 +78,7 @@ class TrialSource:
                     check_definition(self._study, self._job.study)
                     self._definition_is_kept = True
                 trial = self._study.ask()
-                trial.set_user_attr("worker", self._identity)
+                trial.set_user_attr(records.WORKER, self._identity)
                 lifecycle.heartbeat(self._study, trial)  # a trial that was parked has an old one
                 suggest(trial, self._job.study)
             return trial
