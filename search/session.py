@@ -171,8 +171,7 @@ class Session:
             from search.report.keeper import LogKeeper
             from search.storage import lifecycle
             from search.terminal import summary
-            from search.storage.retry import RetryingStorage
-    from search.tracking.delivery import Delivery, DeliveryThread
+            from search.tracking.delivery import Delivery, DeliveryThread
             from search.tracking.runs import StudyRuns
             from search.urls import shown as shown_url
             from search.workers.supervisor import Supervisor

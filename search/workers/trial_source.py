@@ -9,12 +9,8 @@ from typing import Any
 
 import optuna
 
-<<<<<<< HEAD
-from search.sampling.params import suggest
-=======
 from search import records
-from search.sampling import samplers
->>>>>>> room-workers
+from search.sampling.params import suggest
 from search.storage import lifecycle
 from search.storage.database import exclusive
 from search.storage.retry import RetryingStorage
