@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -54,6 +55,20 @@ def test_a_fused_optimizer_looks_at_found_inf(bad: bool) -> None:
     library_private.skip_update_if(optimizer, torch.tensor(bad))
     optimizer.step()
     assert torch.equal(parameter, torch.ones(3)) == bad, "PyTorch's fused AdamW no longer reads optimizer.found_inf"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("transformers.activations", "NewGELUActivation"),  # replaced in fused.py, as are the two norms
+        ("transformers.models.t5.modeling_t5", "T5LayerNorm"),
+        ("transformers.models.llama.modeling_llama", "LlamaRMSNorm"),
+        ("transformers.trainer_pt_utils", "get_length_grouped_indices"),  # group_by_length
+        ("transformers.utils", "cached_file"),  # fingerprint of a checkpoint from the hub
+    ],
+)
+def test_names_without_an_underscore_that_are_not_documented(module: str, name: str) -> None:
+    assert hasattr(importlib.import_module(module), name), f"{module} has no {name} any more"
 
 
 def test_no_other_module_of_the_trainer_uses_a_private_name() -> None:
