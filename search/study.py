@@ -16,8 +16,17 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from search.errors import StudyError
-from search.space import Multiple, Param, Space, param_name, to_config, to_dict, to_params
-from search.study_check import micro_batch_problem, range_problems
+from search.space import (
+    Multiple,
+    Param,
+    Space,
+    micro_batch_problem,
+    param_name,
+    range_problems,
+    to_config,
+    to_dict,
+    to_params,
+)
 from trainer.common.errors import ConfigError, nearest, shown
 from trainer.config import MACHINE_FIELDS, MOST, RETIRED, TrainConfig, read_settings, without_retired
 

@@ -29,7 +29,7 @@ from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SAWarning, SQLAlchemyError
 
 from search.errors import StorageError
-from search.lock import connect_arguments, locked
+from search.storage.lock import connect_arguments, locked
 from search.storage.retry import RetryingStorage, is_away, retrying
 from search.urls import first_line, shown, without_secrets
 from trainer.common.errors import MOST_SHOWN
@@ -130,7 +130,7 @@ def close_storage(storage: RDBStorage) -> None:
 
 @contextmanager
 def exclusive(storage: RetryingStorage) -> Iterator[None]:
-    """Hold the lock of the database, see `search.lock`: several of Optuna's transactions become one step.
+    """Hold the lock of the database, see `search.storage.lock`: several of Optuna's transactions become one step.
 
     It is not reentrant, and Optuna's own transactions in other processes do not wait for it.
 

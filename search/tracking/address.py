@@ -19,7 +19,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from search.errors import StorageError, Unavailable
-from search.lock import locked
+from search.storage.lock import locked
 from search.tracking.mlflow_private import EXPERIMENTS, OTHER_SCHEMA
 from search.urls import first_line, shown, without_secrets
 from trainer.common.errors import shown as quoted

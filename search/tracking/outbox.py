@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from search.errors import StorageError
+from trainer.common.files import flush_folder
 
 STUDY = "study"
 """Stands for the id of the study's own run."""
@@ -229,7 +230,7 @@ class Outbox:
                     os.ftruncate(file, end)
                     raise
                 if end == 0:
-                    _sync_folder(self.folder)
+                    flush_folder(self.folder)
         except OSError as error:
             raise StorageError(
                 f"MLflow is away, and its records cannot be kept in {path}: {error.strerror}"
@@ -266,15 +267,6 @@ def _write_all(file: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new file's name is on the disk only once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _encode(entry: Entry) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sqlite3
 import tempfile
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from search.places import sqlite_url
 from search.tracking.mlflow_private import EXPERIMENTS, RUNS
 from search.urls import first_line, shown
 from trainer.common.cache import cache_folder
+from trainer.common.files import write_whole
 
 log = logging.getLogger("search.tracking.sqlite")
 
@@ -88,18 +88,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _keep(source: Path, target: Path) -> None:
-    """Copy a closed database to a file that appears complete or not at all."""
+    """A copy of a closed database, which appears complete or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f"{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(source.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(target)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(target, source.read_bytes())
 
 
 def relocate(uri: str, experiment_id: str, location: str) -> None:

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ from search.errors import DatabaseAway
 from search.records import Outcome
 from search.sampling import params, staged
 from search.storage import lifecycle, optuna_private
-from search.tracking.runs import StudyRuns
-from search.workers.protocol import Job, Link, Notice, Order, Progress, TrialEnded, TrialStarted
-from search.workers.trial_tracking import TrialTracking
+from search.workers.protocol import Notice, Order, Progress, TrialEnded, TrialStarted
+from search.workers.trial_tracking import TrialContext, TrialTracking
 from trainer.events import Diverged, EpochEnded, Event, OutOfMemory, RunStarted, StepEnded
 from trainer.loop import history_of
 
@@ -39,18 +38,6 @@ SHOW_EVERY_S = 0.5
 """Least seconds between two steps of a trial that are sent to be shown."""
 FOLDER = "folder"
 """User attribute: the trial's folder below the study's; one that resumes another's work shares it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialContext:
-    """What a trial is part of, and whom it reports to."""
-
-    study: optuna.Study
-    job: Job
-    runs: StudyRuns
-    link: Link
-    slots: int = 1
-    """Trials that its worker trains at once; recorded with it."""
 
 
 class TrialRun:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import optuna
@@ -15,13 +16,13 @@ from search.markdown import escape
 from search.records import Outcome
 from search.tracking.pages import pages_of, run_page
 from search.tracking.recorder import run_status
-from search.workers.protocol import Notice
+from search.tracking.runs import StudyRuns
+from search.workers.protocol import Job, Link, Notice
 from trainer.config import TrainConfig
 from trainer.events import Event
 
 if TYPE_CHECKING:
     from search.tracking.recorder import RunRecorder
-    from search.workers.trial import TrialContext
 
 COLOURS = (
     "#0072b2",
@@ -40,6 +41,18 @@ TAGGED = (records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT, record
 """User attributes that are also tags of the run."""
 
 log = logging.getLogger("search.workers.trial_tracking")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialContext:
+    """What a trial is part of, and whom it reports to."""
+
+    study: optuna.Study
+    job: Job
+    runs: StudyRuns
+    link: Link
+    slots: int = 1
+    """Trials that its worker trains at once; recorded with it."""
 
 
 class TrialTracking:

@@ -29,8 +29,9 @@ from search.workers.hand_over import HandingOver
 from search.workers.heartbeat import beating
 from search.workers.protocol import Idle, Job, Link, Loading, Notice, Order, SlotsChosen
 from search.workers.slots import Room, Slots
-from search.workers.trial import TrialContext, TrialRun
+from search.workers.trial import TrialRun
 from search.workers.trial_source import Supply, TrialSource
+from search.workers.trial_tracking import TrialContext
 from trainer.common.disk import no_room, out_of_room
 from trainer.common.errors import UserError
 from trainer.events import Event

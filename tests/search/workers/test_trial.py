@@ -23,7 +23,8 @@ from search.study import Study
 from search.tracking.client import open_tracking
 from search.tracking.runs import StudyRuns
 from search.workers.protocol import HandOver, Job, Link, Message, Order, Progress, TrialEnded, TrialStarted
-from search.workers.trial import TrialContext, TrialRun
+from search.workers.trial import TrialRun
+from search.workers.trial_tracking import TrialContext
 from tests.support.made_up_events import epoch, started, step
 from trainer.events import RunStarted, StepEnded
 

@@ -7,9 +7,9 @@ import pytest
 import sqlalchemy
 
 from search.errors import StorageError, Unavailable
-from search.lock import locked
 from search.storage import database
 from search.storage.database import exclusive, open_storage
+from search.storage.lock import locked
 from search.tracking import address
 from tests.search.storage.databases import new_database, postgres  # noqa: F401 - a fixture
 
