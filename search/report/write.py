@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from search.diagnosis.messages import LANGS, Lang
 from search.records import StudyRecord
 from search.report import plots, render, words
 from search.report.facts import Facts, gather
+from trainer.common.files import write_whole
 
 NAME = "tuning-log"
 
@@ -66,12 +66,6 @@ def write_html(facts: Facts, lang: Lang, path: Path) -> Path:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a draft beside the file and move it into place in one step; a file with these bytes is left alone."""
-    if path.is_file() and path.read_bytes() == data:
-        return
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_bytes(data)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    """Write a file as a whole; one that has these bytes is left alone."""
+    if not path.is_file() or path.read_bytes() != data:
+        write_whole(path, data)
