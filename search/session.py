@@ -13,6 +13,7 @@ The command line (`search.run`) and programs use the same class:
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -74,6 +75,7 @@ class Session:
         self._executor.check(self.definition)
         self.log_file: Path | None = None
         """Takes all log lines and tracebacks; None until the study is open."""
+        self._end_logging: Callable[[], None] | None = None
         self._storage: RetryingStorage | None = None
         self._supervisor: Supervisor | None = None
         self._stop: list[bool] = []
@@ -127,9 +129,12 @@ class Session:
     def _run_aside(self) -> None:
         try:
             self._result = self.run(lambda read: _Mailbox(self._messages))
-        except BaseException as error:  # noqa: BLE001 - `result` raises it where it can be seen
-            self._error = error
+        except BaseException as error:
+            logging.getLogger("search").exception("the session ended by an error")
+            self._error = error  # `result` raises it where it can be seen
         finally:
+            if self._end_logging is not None:  # the program's own logging again
+                self._end_logging()
             self._messages.put(None)
 
     # ------------------------------------------------------------------ the search
@@ -260,7 +265,7 @@ class Session:
 
         folder = self.options.places.study(name)
         _make_folder(folder)
-        set_up_logging(folder)
+        self._end_logging = set_up_logging(folder)
         self.log_file = self.options.places.log(name)
 
     def _job(self, name: str, examined: Examined, pool: WorkerPool) -> Job:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from search import leaderboard
 from search.leaderboard import Result
 from search.records import TrialRecord
-from search.urls import has_secret
+from search.urls import has_secret, shown
 from search.workers.protocol import Job
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _pages(places: Places) -> Iterator[str]:
         yield f"  {places.command(*words)}"
         return
     if places.tracking_uri.startswith("http"):
-        yield f"  {places.tracking_uri}"
+        yield f"  {shown(places.tracking_uri)}"
     else:
         yield f"  {shlex.join(['mlflow', 'ui', '--backend-store-uri', places.tracking_uri])}"
     yield f"  {shlex.join(['optuna-dashboard', '--artifact-dir', str(places.notes), places.storage_url])}"

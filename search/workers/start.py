@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -113,15 +114,28 @@ def import_early() -> None:
         del worker
 
 
-def set_up_logging(folder: Path) -> None:
-    """Send all log lines of a study, with tracebacks, to one file; each line is written at once."""
+def set_up_logging(folder: Path) -> Callable[[], None]:
+    """Send all log lines of a study, with tracebacks, to one file; each line is written at once.
+
+    Returns:
+        A function that ends it, and gives the process the logging it had before.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / "search.log", encoding="utf-8")
     handler.setFormatter(LogFormatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
+    handlers, level, raises = root.handlers, root.level, logging.raiseExceptions
+
+    def end() -> None:
+        root.handlers, logging.raiseExceptions = handlers, raises
+        root.setLevel(level)
+        logging.captureWarnings(False)
+        handler.close()
+
     root.handlers = [handler]
     root.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a full disk is reported once, not with each line that it does not take
     logging.captureWarnings(True)
     for name in ("httpx", "alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    return end

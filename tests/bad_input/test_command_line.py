@@ -140,9 +140,9 @@ def test_arguments_are_what_a_shell_can_give() -> None:
 def test_odd_runs_folders_hold_their_own_databases(tmp_path: Path, name: str) -> None:
     import sqlalchemy
 
-    from search.options import storage_url
+    from search.places import Places
 
-    url = sqlalchemy.make_url(storage_url(None, tmp_path / name))
+    url = sqlalchemy.make_url(Places.of(tmp_path / name).storage_url)
     assert url.database == str(tmp_path / name / "optuna.db") and not url.query
 
 

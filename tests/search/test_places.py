@@ -33,15 +33,14 @@ def test_mlflow_still_makes_the_folder_of_a_url_as_it_stands() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("cache", ["warm", "fresh"])
-def test_one_folder_and_no_other(
-    name: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_one_folder_and_no_other(name: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both databases are made and opened there, whether MLflow makes its tables or they are copied."""
     from search.storage.database import close_storage, open_storage
     from search.tracking.client import open_tracking
 
     if cache == "fresh":
         monkeypatch.setenv("LORA_SEARCH_CACHE", str(tmp_path / "cache"))
+    name = f"{cache} {name}"  # MLflow keeps its stores by URL, and a relative one means another file here
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)

@@ -175,5 +175,5 @@ class TestCommandLine:
     def test_creates_no_database(self, tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["--study", "rsicap", "--runs-dir", str(tmp_path / "none")])
         assert isinstance(result.exception, StorageError)
-        assert "there is no Optuna database" in str(result.exception)
+        assert "there is no database" in str(result.exception)
         assert list(tmp_path.iterdir()) == []

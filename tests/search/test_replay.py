@@ -178,12 +178,12 @@ def test_what_cannot_be_replayed_is_told_in_one_message(copy: Path, tmp_path: Pa
 def test_missing_databases_are_told_and_not_created(copy: Path, tmp_path: Path) -> None:
     (copy / "mlflow.db").unlink()
     before = files(copy)
-    assert refused(copy, 0).startswith(f"there is no '{copy}/mlflow.db': run a study first")
+    assert refused(copy, 0).startswith(f"there is no database '{copy}/mlflow.db': run a study first")
     assert "or name its records with --runs-dir or --tracking-uri" in refused(copy, 0)
     other = f"sqlite:///{copy}/elsewhere.db"
-    assert f"there is no '{copy}/elsewhere.db'" in refused(copy, 0, "--storage", other)
-    assert f"there is no '{copy}/elsewhere.db'" in refused(copy, 0, "--tracking-uri", other)
-    assert f"there is no '{copy}/nowhere/optuna.db'" in refused(copy / "nowhere", 0)
+    assert f"there is no database '{copy}/elsewhere.db'" in refused(copy, 0, "--storage", other)
+    assert f"there is no database '{copy}/elsewhere.db'" in refused(copy, 0, "--tracking-uri", other)
+    assert f"there is no database '{copy}/nowhere/optuna.db'" in refused(copy / "nowhere", 0)
     assert files(copy) == before
 
 

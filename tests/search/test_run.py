@@ -186,7 +186,7 @@ def test_interrupted_runs_resume_bit_for_bit(
     first.wait_for("epoch 1:")
     os.killpg(first.process.pid, signal.SIGINT)
     assert first.end() == 130, first.output()
-    assert "interrupted; the same command continues the study" in first.output()
+    assert "Interrupted; the same command continues the study." in first.output()
     reported = len(curves_of(runs)[0])
     assert 1 <= reported < 4
     assert trials_of(runs)[0].state == "WAITING"

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
+from search.places import Places
 from search.storage.database import close_storage, open_storage
 from search.tracking.client import Tracking, open_tracking
 from search.ui import check
@@ -174,22 +175,24 @@ def test_when_one_dies_the_other_ends_too(runs_dir: Path) -> None:
 
 
 def test_mistakes_are_reported_together_before_anything_starts(runs_dir: Path, tmp_path: Path) -> None:
-    good = f"sqlite:///{runs_dir}/optuna.db", f"sqlite:///{runs_dir}/mlflow.db"
-    missing = f"sqlite:///{tmp_path}/optuna.db"
+    good = Places.of(runs_dir)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError) as told:
-            check(missing, good[1], {"--mlflow-port": port, "--optuna-port": free_port()})
+            check(
+                Places.of(runs_dir, f"sqlite:///{tmp_path}/optuna.db"),
+                {"--mlflow-port": port, "--optuna-port": free_port()},
+            )
     assert f"port {port} is already in use" in str(told.value)
     assert "with --mlflow-port" in str(told.value)
     assert "python -m search.run --study rsicap_mini" in str(told.value)
     with pytest.raises(UserError, match="both 5000"):
-        check(*good, {"--mlflow-port": 5000, "--optuna-port": 5000})
+        check(good, {"--mlflow-port": 5000, "--optuna-port": 5000})
     with pytest.raises(UserError, match="Optuna's database"):
-        check(good[0], good[0], {"--optuna-port": free_port()})
-    check(*good, {"--mlflow-port": free_port(), "--optuna-port": free_port()})
+        check(Places.of(runs_dir, tracking=good.storage_url), {"--optuna-port": free_port()})
+    check(good, {"--mlflow-port": free_port(), "--optuna-port": free_port()})
 
 
 def test_a_missing_database_ends_with_exit_code_2(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def curve(losses: report_data.Losses) -> Curve:
 
 def annotate(
     trial: optuna.Trial,
-    runs_dir: Path,
+    folder: Path,
     curve: Curve,
     *,
     findings: tuple[Finding, ...] | None = None,
@@ -69,7 +69,7 @@ def annotate(
     """Write the trial's note and read it back."""
     notes.annotate_trial(
         trial,
-        runs_dir=runs_dir,
+        folder=folder,
         outcome=outcome or Outcome(state="COMPLETE", reason=records.FINISHED, detail="4 epochs done"),
         findings=diagnose(curve) if findings is None else findings,
         epochs=curve.epochs,

@@ -15,7 +15,6 @@ import pytest
 
 from search.errors import StorageError
 from search.tracking.outbox import (
-    FOLDER,
     STUDY,
     Create,
     Damaged,
@@ -64,7 +63,7 @@ def test_entries_come_back_as_they_were(tmp_path: Path) -> None:
 
 def test_lines_of_earlier_versions_are_read(tmp_path: Path) -> None:
     """The folder and the names of entries on disk have stayed."""
-    outbox = Outbox(tmp_path / FOLDER)
+    outbox = Outbox(tmp_path / "spool")
     outbox.append("run", EVERY)
     lines = (tmp_path / "spool" / "run.jsonl").read_text().splitlines()
     assert [json.loads(line)["do"] for line in lines] == ["study", "create", "write", "text", "resume", "file", "end"]

@@ -41,7 +41,7 @@ class Ground:
             n_trials=3,
         )
         urls = [f"sqlite:///{folder / name}" for name in ("optuna.db", "mlflow.db")]
-        self.storage = open_storage(urls[0], heartbeat_s=60)
+        self.storage = open_storage(urls[0])
         self.study = store.open_study(
             self.storage, definition, pruner=pruning.pruner_for("none", definition.base_config())
         )

@@ -170,7 +170,7 @@ def test_a_fault_of_the_shared_pass_lets_the_trials_go_on_one_by_one(
             raise RuntimeError("too much at once")
         return forward(model, batch)
 
-    monkeypatch.setattr(loop, "Pack", partial(loop.Pack, forward=crowded))
+    monkeypatch.setattr("search.workers.worker.Pack", partial(loop.Pack, forward=crowded))
     trials, heard = search(trials=3, slots=3)
     assert [t.state for t in trials] == ["COMPLETE"] * 3
     assert "too much at once; 3 trials resume one by one" in next(m.text for m in heard if isinstance(m, Notice))

@@ -256,7 +256,7 @@ def test_help_measures_nothing() -> None:
 
 def test_nothing_that_trains_imports_the_recipe() -> None:
     script = (
-        "import sys; from trainer.common.imports import import_libraries; import_libraries(); import trainer.run; "
+        "import sys; from trainer.preload import import_libraries; import_libraries(); import trainer.run; "
         "print([name for name in sys.modules if name.startswith(('trainer.mini.recipe', 'trainer.mini.behaviour'))])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
