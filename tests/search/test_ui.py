@@ -162,11 +162,12 @@ def test_when_one_dies_the_other_ends_too(runs_dir: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "search.ui", "--runs-dir", str(runs_dir), *ports], stderr=subprocess.PIPE, text=True
     )
-    children: list[psutil.Process] = []
-    while len(children) < 2 and process.poll() is None:
+    dashboard: psutil.Process | None = None
+    while dashboard is None and process.poll() is None:  # a child has its command line a moment after it is there
         time.sleep(0.1)
         children = psutil.Process(process.pid).children()
-    dashboard = next(child for child in children if "search.dashboard" in child.cmdline())
+        dashboard = next((child for child in children if "search.dashboard" in child.cmdline()), None)
+    assert dashboard is not None
     dashboard.kill()
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1

@@ -182,7 +182,7 @@ def test_a_trial_that_broke_before_its_first_epoch_has_a_note_without_plot(
     outcome = Outcome(state="PRUNED", reason=records.NON_FINITE, detail="step 2", violated=records.NON_FINITE)
     note = annotate(study.ask(), tmp_path, broken, outcome=outcome)
     assert note.startswith("**PRUNED** (non_finite): step 2") and "(`non_finite`)" in note
-    assert "![" not in note and not (tmp_path).exists()
+    assert "![" not in note and not (tmp_path / "dashboard").exists()
 
 
 def test_optuna_dashboard_sees_which_trials_violated_a_constraint(study: optuna.Study, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from search import pruning, records
 from search.errors import DatabaseAway
 from search.places import Places
 from search.records import Outcome
-from search.sampling import samplers
+from search.sampling import params
 from search.space import Float
 from search.storage import studies as store
 from search.storage.database import close_storage, open_storage
@@ -42,9 +42,7 @@ class Ground:
         )
         urls = [f"sqlite:///{folder / name}" for name in ("optuna.db", "mlflow.db")]
         self.storage = open_storage(urls[0])
-        self.study = store.open_study(
-            self.storage, definition, pruner=pruning.pruner_for("none", definition.base_config())
-        )
+        self.study = store.open_study(self.storage, definition, pruner=pruning.pruner_for("none", definition))
         job = Job(
             study=definition,
             study_name=self.study.study_name,
@@ -65,7 +63,7 @@ class Ground:
     def trial(self) -> TrialRun:
         """A trial that has begun."""
         asked = self.study.ask()
-        samplers.suggest(asked, self.context.job.study)
+        params.suggest(asked, self.context.job.study)
         run = TrialRun(asked, self.context)
         assert run.begin() is None
         return run
