@@ -69,7 +69,7 @@ def annotate(
     """Write the trial's note and read it back."""
     notes.annotate_trial(
         trial,
-        folder=folder,
+        folder=folder / "dashboard",
         outcome=outcome or Outcome(state="COMPLETE", reason=records.FINISHED, detail="4 epochs done"),
         findings=diagnose(curve) if findings is None else findings,
         epochs=curve.epochs,
@@ -106,7 +106,7 @@ def test_note_and_plot_outlive_the_end_of_the_trial(study: optuna.Study, tmp_pat
     assert f"/artifacts/{study._study_id}/{frozen._trial_id}/{kept[0].artifact_id})" in note
     copy = tmp_path / "copy.svg"
     download_artifact(
-        artifact_store=FileSystemArtifactStore(tmp_path),
+        artifact_store=FileSystemArtifactStore(tmp_path / "dashboard"),
         artifact_id=kept[0].artifact_id,
         file_path=str(copy),
     )
@@ -123,7 +123,7 @@ def test_a_trial_whose_losses_overflow_has_its_note(
     note = annotate(trial, tmp_path, curve([*report_data.EXPERIMENT_3, losses]))
     assert "overfitting" in note and "lowest validation loss 1.5700](/artifacts/" in note
     (kept,) = get_all_artifact_meta(trial, storage=study._storage)
-    drawn = (tmp_path / kept.artifact_id).read_text(encoding="utf-8")
+    drawn = (tmp_path / "dashboard" / kept.artifact_id).read_text(encoding="utf-8")
     assert "nan" not in drawn and "inf" not in drawn
 
 
