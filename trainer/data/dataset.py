@@ -27,7 +27,7 @@ from typing import Any
 
 from trainer.common.errors import DataError, shown
 from trainer.config import EMBEDDED, TrainConfig
-from trainer.data.images import IMAGE_ERRORS, content_of, decode, problem_of
+from trainer.data.images import IMAGE_ERRORS, content_of, decode, identity, problem_of
 
 DEFAULT_PROMPT = "Describe this image in detail."
 
@@ -172,10 +172,10 @@ def _check_image(row: Row, images: Path) -> tuple[str, str | None]:
         if not row.image.resolve().is_relative_to(images):
             return "", f"the file name {shown(str(row.image.relative_to(images)))} leads out of the images folder"
         content = content_of(row.image)
-        decode(content)
+        decoded = decode(content)
     except IMAGE_ERRORS as error:
         return "", f"{row.image.name}: {problem_of(error)}"
-    return hashlib.sha256(content).hexdigest(), None
+    return identity(content, decoded), None
 
 
 def _read(folder: Path) -> tuple[list[Row], Path, list[str]]:
