@@ -51,6 +51,11 @@ IMAGE_ERRORS = (
 """Errors that a broken file can raise, in the file system or in Pillow's format plugins (found by mutating files)."""
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "JPEG2000")
 """Formats read here. They are named since Pillow has others that start programs (EPS: Ghostscript)."""
+POINTERS = {
+    b"version https://git-lfs.github.com/spec/": "git lfs pull",
+    b"/annex/objects/": "git annex get",
+}
+"""How a file begins that stands for an image which was not downloaded, and the command that downloads it."""
 CONVERT = "gdal_translate -ot Byte -scale LOW HIGH 0 255 IN OUT, or convert IN -level LOW,HIGH -depth 8 OUT"
 """Commands that make 8 bits of more. LOW and HIGH are to be the same for all images: stretched one by one, a dark tile
 would look like a bright one."""
@@ -100,6 +105,9 @@ def decode(content: bytes) -> Decoded:
     Raises:
         one of IMAGE_ERRORS: see `problem_of`.
     """
+    for start, fetch in POINTERS.items():
+        if content.startswith(start):
+            raise _Unusable(f"was not fetched: the file is a pointer to it; {fetch}")
     deepest = depth.bits(content)
     if deepest is not None and deepest > 8:
         raise _too_deep(f"{deepest} bits")
