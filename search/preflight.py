@@ -11,6 +11,7 @@ from trainer.common.errors import DataError, ModelError
 from trainer.config import TrainConfig
 from trainer.data import dataset
 from trainer.data.dataset import Examined
+from trainer.data.text import Text, captions_of, check_text
 from trainer.model import locate
 
 
@@ -22,11 +23,13 @@ def check(study: Study) -> Examined:
     """
     wanted = _configurations(study)
     problems = []
+    missing = set()
     for model in dict.fromkeys(config.model for config in wanted):
         try:
             locate.check(model)
         except ModelError as error:
             problems.append(_problem("model", str(error), study.get_model))
+            missing.add(model)
     examined: dict[str, Examined] = {}
     for data in dict.fromkeys(config.data for config in wanted):
         try:
@@ -36,11 +39,33 @@ def check(study: Study) -> Examined:
                     dataset.split(examined[data], config)
         except DataError as error:
             problems.append(_problem("data", str(error), study.get_data))
+    for config in _readings(wanted):
+        if config.data in examined and config.model not in missing:
+            try:
+                _text(config, examined[config.data])
+            except DataError as error:
+                problems.append(_problem("data", f"{config.data}: {error}", ""))
+            except ModelError as error:
+                problems.append(_problem("model", str(error), ""))
     if problems:
         lines = "\n".join(problems)
         hint = "\n`--study rsicap_mini` needs neither: its model and data are embedded." if study.get_data else ""
         raise StudyError(f"the study {study.name!r} cannot start:\n{lines}{hint}")
     return examined[wanted[0].data]
+
+
+def text_of(study: Study, examined: Examined) -> Text | None:
+    """What the base configuration's tokenizer makes of the captions; None where it has no tokenizer.json at hand."""
+    return _text(study.base_config(), examined)
+
+
+def _text(config: TrainConfig, examined: Examined) -> Text | None:
+    return check_text(captions_of(examined.rows), config.model, config.max_target_length)
+
+
+def _readings(wanted: list[TrainConfig]) -> list[TrainConfig]:
+    """One configuration for each pair of model and data."""
+    return list({(config.model, config.data): config for config in wanted}.values())
 
 
 def _configurations(study: Study) -> list[TrainConfig]:

@@ -14,7 +14,7 @@ def show(study: Study, options: SearchOptions, n_trials: int, examined: Examined
     """Print what would run, and the configuration of the first sampled trial."""
     import optuna
 
-    from search import leaderboard
+    from search import leaderboard, preflight
     from search.sampling import params, staged
     from search.sampling.make import make_sampler
     from trainer.model import memory
@@ -27,6 +27,11 @@ def show(study: Study, options: SearchOptions, n_trials: int, examined: Examined
     )
     skipped = f", {len(examined.bad)} bad ones skipped" if examined.bad else ""
     print(f"data {examined.folder}: {len(examined.rows)} rows{skipped}, fingerprint {examined.fingerprint}")
+    text = preflight.text_of(study, examined)
+    if text is not None:
+        print(text.summary())
+        for warning in text.warnings():
+            print(f"warning: {warning}")
     base = study.base_config()
     need = memory.needed(base.model, base.torch_dtype)
     if need is not None:

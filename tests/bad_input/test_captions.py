@@ -77,8 +77,7 @@ def make(here: Path) -> Path:
         (images / name).write_bytes(PNG)
     (images / "text.png").write_text("no image")
     (images / "folder").mkdir()
-    (here / "secret.png").write_bytes(PNG)
-    (images / "link.png").symlink_to(here / "secret.png")
+    (images / "link.png").symlink_to("/dev/zero")
     (images / "loop").symlink_to("loop")
     return here / "data"
 
@@ -101,7 +100,7 @@ def test_the_good_one_is_accepted(tmp_path: Path) -> None:
 
 @examples(60)
 @given(entries("filename", "text_output", "text_input"), st.booleans())
-@example([{"filename": "link.png", "text_output": "Outside."}], False)
+@example([{"filename": "link.png", "text_output": "A device."}], False)
 def test_rsicaps_entries(rows: list[Any], skip: bool) -> None:
     with folder() as here:
         (make(here) / "captions.json").write_text(json.dumps({"annotations": [*GOOD, *rows]}))

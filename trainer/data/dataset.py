@@ -21,13 +21,14 @@ import stat
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer.common.errors import DataError, shown
 from trainer.config import EMBEDDED, TrainConfig
-from trainer.data.images import IMAGE_ERRORS, content_of, decode, problem_of
+from trainer.data.images import IMAGE_ERRORS, content_of, decode, identity, problem_of
+from trainer.data.paths import Names, relative
 
 DEFAULT_PROMPT = "Describe this image in detail."
 
@@ -93,8 +94,8 @@ def examine(data: str) -> Examined:
     digests: list[str] = []
     with ThreadPoolExecutor(max_workers=4) as pool, warnings.catch_warnings():  # decoding releases the GIL
         warnings.simplefilter("ignore")  # about files that are odd but readable
-        checked = pool.map(lambda row: _check_image(row, images), entries)
-        for row, (digest, problem) in zip(entries, checked, strict=True):
+        names = Names(images)
+        for row, digest, problem in pool.map(lambda row: _check_image(row, names), entries):
             if problem:
                 problems.append(f"{row.where}: {problem}")
             else:
@@ -166,16 +167,17 @@ def split(examined: Examined, config: TrainConfig) -> Split:
     )
 
 
-def _check_image(row: Row, images: Path) -> tuple[str, str | None]:
-    """(hash of the image's bytes, None) or ("", the problem with it)."""
+def _check_image(row: Row, names: Names) -> tuple[Row, str, str | None]:
+    """(the row with its file as it is on disk, the image's identity, None) or (row, "", the problem with it)."""
     try:
-        if not row.image.resolve().is_relative_to(images):
-            return "", f"the file name {shown(str(row.image.relative_to(images)))} leads out of the images folder"
+        row = replace(row, image=names.on_disk(row.image))
         content = content_of(row.image)
-        decode(content)
+        decoded = decode(content)
+    except DataError as error:
+        return row, "", f"{row.image.name}: {error}"
     except IMAGE_ERRORS as error:
-        return "", f"{row.image.name}: {problem_of(error)}"
-    return hashlib.sha256(content).hexdigest(), None
+        return row, "", f"{row.image.name}: {problem_of(error)}"
+    return row, identity(content, decoded), None
 
 
 def _read(folder: Path) -> tuple[list[Row], Path, list[str]]:
@@ -273,12 +275,10 @@ def _row(
     if "\0" in name:
         problems.append(f"{where}: {name_key!r} holds a null character")
         return None
-    pure = PurePosixPath(name.replace("\\", "/"))
-    if not pure.name:
-        problems.append(f"{where}: {name_key!r} must name a file, but is {shown(name)}")
-        return None
-    if pure.is_absolute() or ".." in pure.parts:
-        problems.append(f"{where}: the file name {shown(name)} leads out of the images folder")
+    try:
+        pure = relative(name)
+    except DataError as error:
+        problems.append(f"{where}: {name_key!r}: {error}")
         return None
     scene = entry.get("scene")
     if not isinstance(scene, str | int | None):

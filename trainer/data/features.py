@@ -25,7 +25,7 @@ from trainer.common.cache import cache_folder
 from trainer.common.errors import DataError
 from trainer.data.batches import Pixels, preprocessed
 from trainer.data.feature_store import Store, Stored, bytes_of, gb
-from trainer.data.images import IMAGE_ERRORS, content_of, decode, problem_of
+from trainer.data.images import IMAGE_ERRORS, content_of, decode, identity, problem_of
 from trainer.model.base import Base, encode_images
 from trainer.model.library_private import attention_kernels
 
@@ -246,17 +246,17 @@ def _pixels_of(path: Path, digest: str, image_processor: Any) -> torch.Tensor:
     """(3, height, width) of the very bytes with this digest."""
     try:
         content = content_of(path)
-        image = decode(content)
+        image = decode(content).image
     except IMAGE_ERRORS as error:
         raise DataError(f"{path}: {problem_of(error)}") from error
-    if hashlib.sha256(content).hexdigest() != digest:
+    if identity(content) != digest:
         raise DataError(f"{path}: the image was changed while its features were being computed")
     return preprocessed(image_processor, image, path)
 
 
 def _digest_of(path: Path) -> str:
     try:
-        return hashlib.sha256(content_of(path)).hexdigest()
+        return identity(content_of(path))
     except IMAGE_ERRORS as error:
         raise DataError(f"{path}: {problem_of(error)}") from error
 
