@@ -34,7 +34,7 @@ def write(folder: Path, kind: str = "t5", *, dtype: torch.dtype = torch.float32,
             feed_forward_proj="gated-gelu",
             dropout_rate=0.0,
             decoder_start_token_id=0,
-            tie_word_embeddings=kind == "t5",
+            tie_word_embeddings=kind == "t5",  # whether outputs are scaled: Transformers 5 ties all T5s made anew
         )
     else:
         text = LlamaConfig(
@@ -64,8 +64,12 @@ def write(folder: Path, kind: str = "t5", *, dtype: torch.dtype = torch.float32,
         for name, parameter in model.named_parameters():
             if name.startswith(("vision_model", "query_tokens", "qformer", "language_projection")):
                 parameter.normal_(std=0.2)
+        if kind == "t5-untied":
+            model.language_model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 32) * 0.2)
     model.to(dtype).save_pretrained(folder, max_shard_size="1GB" if shards == 1 else "120KB")
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (shards > 1)
+    if kind == "t5-untied":  # as in FlanT5's config.json
+        edit_json(folder / "config.json", lambda saved: saved["text_config"].update(tie_word_embeddings=False))
     for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "qformer_tokenizer"):
         source = CHECKPOINT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
