@@ -167,7 +167,7 @@ class Session:
         from search import preflight, pruning  # Optuna takes 0.3 s, which the workers' imports need not wait for
 
         pruning.check_name(self.options.pruner)
-        return preflight.check(self.definition)
+        return preflight.check(self.definition, self._executor.sees())
 
     def _run(self, pool: WorkerPool, examined: Examined, make_display: Any) -> Result:
         options, places = self.options, self.options.places

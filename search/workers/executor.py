@@ -9,7 +9,7 @@ from typing import Literal
 
 from search.errors import StudyError
 from search.study import Study
-from search.workers.pool import WorkerPool, gpus
+from search.workers.pool import WorkerPool, device_groups, gpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,14 @@ class Executor:
                 f"--gpus-per-worker {self.gpus_per_worker}: a base on one GPU leaves the others idle; spread it with "
                 "--set device_map=auto, or start one worker for each GPU"
             )
+
+    def sees(self) -> str | None:
+        """CUDA_VISIBLE_DEVICES of the first worker, "" without GPUs; None on Ray, whose nodes have their own.
+
+        Raises:
+            StudyError: the machine has fewer GPUs than one worker is to see.
+        """
+        return None if self.kind == "ray" else next(iter(device_groups(gpus(), self.gpus_per_worker)), "")
 
     def pool(self, databases: Mapping[str, str]) -> WorkerPool:
         """The worker processes, not yet started.

@@ -22,7 +22,8 @@ IMAGE_TOKEN = 96
 
 
 def tiny_model(kind: str, dtype: torch.dtype = torch.float32, cross_attention_frequency: int = 2) -> Any:
-    """An InstructBLIP of some ten thousand parameters with a `t5` or `llama` language model."""
+    """An InstructBLIP of some ten thousand parameters; its language model is `t5`, `llama` or, with grouped queries,
+    `llama-gqa`."""
     torch.manual_seed(0)
     if kind == "t5":
         text: Any = T5Config(
@@ -45,6 +46,7 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float32, cross_attention_fr
             intermediate_size=48,
             num_hidden_layers=2,
             num_attention_heads=4,
+            num_key_value_heads=2 if kind == "llama-gqa" else 4,
             pad_token_id=0,
             bos_token_id=2,
             eos_token_id=1,

@@ -84,7 +84,8 @@ class _Dense(torch.autograd.Function):
         heads, groups = query.shape[1] // size, key.shape[1] // size
         k, v = keys.apart(key, groups), keys.apart(value, groups)
         # Queries of heads that share keys lie one after the other: for the product, they are queries of one head.
-        q = rows.apart(query, heads).view(k.shape[0], -1, size)
+        # (`reshape`: of a single sample, the heads apart are a view with strides of its own.)
+        q = rows.apart(query, heads).reshape(k.shape[0], -1, size)
         if scale != 1.0:
             q = q * scale
         scores = torch.bmm(q, k.transpose(1, 2))
@@ -99,7 +100,7 @@ class _Dense(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         q, k, v, shares = ctx.saved_tensors
         heads, groups, rows, keys, scale = ctx.args
-        above = rows.apart(grad, heads, zeros=True).view(k.shape[0], -1, v.shape[2])
+        above = rows.apart(grad, heads, zeros=True).reshape(k.shape[0], -1, v.shape[2])
         grad_v = torch.bmm(shares.transpose(1, 2), above)
         grad_scores = softmax_backward(torch.bmm(above, v.transpose(1, 2)), shares, -1, shares.dtype)
         grad_q = torch.bmm(grad_scores, k)

@@ -21,10 +21,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainer.common.errors import ModelError
+from trainer.model import files, tokens, weights
 from trainer.model.batch import Batch, layout_of
 from trainer.model.forward import llama, query_images, t5
 from trainer.model.fused import fuse
-from trainer.model.locate import check_type, locate
+from trainer.model.locate import fetch
 from trainer.model.ragged import Layout, input_rows
 
 FORWARDS = {"t5": t5, "llama": llama}
@@ -74,39 +75,37 @@ def load_base(name: str, *, dtype: torch.dtype, device: torch.device, spread: bo
     With `spread`, Accelerate spreads it over all CUDA devices that the process sees, and moves tensors from layer
     to layer; on a CPU or a single GPU, the whole base is there.
 
-    Only safetensors are read, never pickle, and no code that comes with the checkpoint is run.
+    Config, processor, tokenizers and weights are all read from one folder. Only safetensors are read, never pickle,
+    and no code that comes with the checkpoint is run.
 
     Raises:
-        ModelError: no such checkpoint, one of another architecture, or one without safetensors.
+        ModelError: no such checkpoint, one of another architecture, without safetensors, with weights that are not the
+            model's, or with tokenizers that do not fit.
     """
-    from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
-    from transformers.utils import logging as transformers_logging
+    from transformers import InstructBlipForConditionalGeneration
 
     # Load processor and model.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    path = locate(name)
-    options: dict[str, Any] = {"local_files_only": Path(path).is_dir()}
+    folder = fetch(name)
+    config, processor = open_processor(name, folder)
+    tokens.check(name, processor, config)
     placement: dict[str, Any] = {}
     if spread:
         several = device.type == "cuda" and torch.cuda.device_count() > 1
         placement["device_map"] = "auto" if several else {"": device}
     try:
-        check_type(name, InstructBlipConfig.get_config_dict(path, **options)[0])
-        processor = InstructBlipProcessor.from_pretrained(path, **options)
-        model = InstructBlipForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, **options, **placement
+        model, info = InstructBlipForConditionalGeneration.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported by `check_loaded`, all at once
+            **placement,
         )
-    except ModelError:
-        raise
     except (OSError, ValueError) as error:
         raise ModelError(f"the model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if processor.num_query_tokens not in (None, model.config.num_query_tokens):
-        # Image positions that don't match the query tokens would silently drop the image.
-        raise ModelError(
-            f"the model {name!r} has {model.config.num_query_tokens} query tokens, "
-            f"but its processor writes {processor.num_query_tokens} image tokens"
-        )
+    weights.check_loaded(name, model, info, files.shapes(folder), untied=files.has_own_head(folder))
     # Freeze it, and put it on its device.
     model.requires_grad_(False)
     fuse(model)
@@ -115,7 +114,33 @@ def load_base(name: str, *, dtype: torch.dtype, device: torch.device, spread: bo
         device = next(model.qformer.parameters()).device
     else:
         model.to(device)
-    return Base(model.eval(), processor, name, dtype, device, fingerprint(path))
+    return Base(model.eval(), processor, name, dtype, device, fingerprint(folder))
+
+
+def open_processor(name: str, folder: Path) -> tuple[Any, Any]:
+    """(config, processor) of a checkpoint's folder.
+
+    Raises:
+        ModelError: they cannot be read, or differ in the number of query tokens.
+    """
+    from transformers import InstructBlipConfig, InstructBlipProcessor
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        config = InstructBlipConfig.from_pretrained(folder, local_files_only=True)
+        processor = InstructBlipProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever the library's own readers of JSON and vocabularies raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"the model {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
+    if processor.num_query_tokens not in (None, config.num_query_tokens):
+        # Image positions that don't match the query tokens would silently drop the image.
+        raise ModelError(
+            f"the model {name!r} has {config.num_query_tokens} query tokens, "
+            f"but its processor writes {processor.num_query_tokens} image tokens"
+        )
+    return config, processor
 
 
 def _refuse_offloaded(name: str, model: Any, device: torch.device) -> None:
@@ -129,13 +154,8 @@ def _refuse_offloaded(name: str, model: Any, device: torch.device) -> None:
         )
 
 
-def fingerprint(path: str) -> str:
-    """Hash of a checkpoint: its config.json, and names, sizes and samples of its weight files."""
-    folder = Path(path)
-    if not folder.is_dir():
-        from transformers.utils import cached_file
-
-        folder = Path(str(cached_file(path, "config.json"))).parent
+def fingerprint(folder: Path) -> str:
+    """Hash of a checkpoint's folder: its config.json, and names, sizes and samples of its weight files."""
     whole = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)

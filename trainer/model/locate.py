@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.common.errors import ModelError, shown
 from trainer.config import EMBEDDED
+from trainer.model import files, hub
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose files have been looked at."""
+
+    name: str
+    folder: Path
+    """With its config.json, processor and tokenizers."""
+    shapes: hub.Shapes | None
+    """Shapes of its tensors, if the weights are not in the folder yet but on the hub."""
 
 
 def locate(name: str) -> str:
-    """The checkpoint's folder or hub id.
+    """The checkpoint's folder, be it one in the hub's cache; the hub id itself, if it is not in the cache.
 
     Raises:
         ModelError: it looks like a folder, but there is none with a config.json.
@@ -33,7 +45,8 @@ def locate(name: str) -> str:
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or exists:
         raise ModelError(f"the model folder {shown(name)} does not exist")
-    return name
+    snapshot = hub.cached(name)
+    return name if snapshot is None else str(snapshot)
 
 
 def _reason(error: Exception) -> str:
@@ -46,45 +59,62 @@ def check_type(name: str, config: Mapping[str, Any]) -> None:
         raise ModelError(f"the model {name!r} is a {shown(config.get('model_type'))}, but an 'instructblip' is needed")
 
 
-def check(name: str) -> None:
-    """Make sure that a checkpoint exists: a folder, a hub id in the local cache, or one that the hub knows.
+def check(name: str) -> Found:
+    """Make sure that a checkpoint has all its files: a folder, a hub id in the cache, or one that the hub knows.
 
-    The hub is asked only for an id that is not in the cache.
+    The hub is asked only for an id of which something is not in the cache.
 
     Raises:
-        ModelError: it is missing or of another architecture.
+        ModelError: it is missing, incomplete or of another architecture.
     """
-    path = Path(locate(name))
-    config_file: str | None = str(path / "config.json")
-    if not path.is_dir():
-        from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
+    found = Path(locate(name))
+    shapes = None
+    if _is_hub_id(name) and (not found.is_dir() or any(files.problems(found))):
+        found = _completed(name, found, weights=False)
+        if any(files.problems(found)) and not any(files.problems(found, weights=False)):
+            shapes = hub.shapes(name)
+    _check_files(name, found, weights=shapes is None)
+    return Found(name, found, shapes)
 
-        try:
-            cached = try_to_load_from_cache(name, "config.json")
-        except HFValidationError:
-            raise ModelError(
-                f"the model {shown(name)} does not exist: it is not a folder, and not a valid hub id"
-            ) from None
-        config_file = cached if isinstance(cached, str) else None
-        if config_file is None:
-            try:
-                HfApi().model_info(name, timeout=10)  # one try; hf_hub_download would make six, over half a minute
-                config_file = hf_hub_download(name, "config.json")
-            except HfHubHTTPError as error:
-                raise ModelError(
-                    f"the hub does not provide the model {name!r}: {str(error).splitlines()[0]}"
-                ) from None
-            except (HTTPError, OSError):  # the HTTP library's own errors, whichever library this version uses
-                raise ModelError(
-                    f"the model {name!r} is not a folder, it is not in the local Hugging Face cache, "
-                    "and the hub cannot be reached"
-                ) from None
-    assert config_file is not None
+
+def fetch(name: str) -> Path:
+    """The folder of a checkpoint with all its files, from which everything is loaded; missing ones are downloaded.
+
+    Raises:
+        ModelError: as `check`.
+    """
+    found = Path(locate(name))
+    if _is_hub_id(name) and (not found.is_dir() or any(files.problems(found))):
+        found = _completed(name, found, weights=True)
+    _check_files(name, found)
+    return found
+
+
+def _is_hub_id(name: str) -> bool:
+    return name != EMBEDDED and not Path(name).expanduser().is_dir()
+
+
+def _completed(name: str, snapshot: Path, *, weights: bool) -> Path:
+    """A snapshot that lacks files, or there is none, with those that the hub has.
+
+    Raises:
+        ModelError: the hub does not give them; the message says what is lacking.
+    """
     try:
-        config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"the model {name!r}: its config.json cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"the model {name!r}: its config.json is not an object")
+        return hub.download(name, weights=weights)
+    except ModelError as error:
+        if not snapshot.is_dir():
+            raise
+        lacking = "; ".join(files.problems(snapshot))
+        raise ModelError(f"the model {name!r} in {snapshot}: {lacking}. Besides, {error}") from None
+
+
+def _check_files(name: str, folder: Path, *, weights: bool = True) -> None:
+    try:
+        config = files.read_config(folder)
+    except ModelError as error:
+        raise ModelError(f"the model {name!r}: {error}") from None
     check_type(name, config)
+    problems = list(files.problems(folder, weights=weights))
+    if problems:
+        raise ModelError(f"the model {name!r} is not complete:" + "".join(f"\n  - {each}" for each in problems))

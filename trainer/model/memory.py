@@ -51,8 +51,8 @@ def needed(model: str, torch_dtype: str) -> Need | None:
     Raises:
         ModelError: the files cannot be read.
     """
-    folder = _folder(model)
-    if folder is None:
+    folder = Path(locate(model))
+    if not folder.is_dir():
         return None
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -109,17 +109,6 @@ def _remedies(config: TrainConfig, need: Need, device: torch.device) -> str:
     else:
         lines.append("ending other processes that use memory (in a search: fewer --workers)")
     return "".join(f"\n  - {line}" for line in lines)
-
-
-def _folder(model: str) -> Path | None:
-    """Where the checkpoint's files lie; None for a hub id that is not in the cache."""
-    path = Path(locate(model))
-    if path.is_dir():
-        return path
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(model, "config.json")
-    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _elements(file: Path) -> int:
