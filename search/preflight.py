@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 from search.errors import StudyError
@@ -11,7 +12,10 @@ from trainer.common.errors import DataError, ModelError
 from trainer.config import TrainConfig
 from trainer.data import dataset
 from trainer.data.dataset import Examined
+from trainer.data.splits import SplitFacts
 from trainer.model import locate
+
+log = logging.getLogger("search.preflight")
 
 
 def check(study: Study) -> Examined:
@@ -43,6 +47,14 @@ def check(study: Study) -> Examined:
     return examined[wanted[0].data]
 
 
+def log_data(study: Study, examined: Examined) -> SplitFacts:
+    """Write into the study's log what its data are and how its base configuration splits them."""
+    facts = dataset.split(examined, study.base_config()).facts
+    for line in (f"{examined.folder}: {examined.layout}", *facts.lines()):
+        log.info("data: %s", line)
+    return facts
+
+
 def _configurations(study: Study) -> list[TrainConfig]:
     """The base, the trials given by hand, and the base with each model and choice of rows that the space can give.
 
@@ -50,7 +62,7 @@ def _configurations(study: Study) -> list[TrainConfig]:
     """
     base = study.base_config()
     found = [base, *(TrainConfig.parse({**study.base, **fixed.config}) for fixed in study.enqueue)]
-    for name in ("model", "data", "max_samples", "skip_bad_rows"):
+    for name in ("model", "data", "max_samples", "skip_bad_rows", "split"):
         param = study.space.get(name)
         if param is not None and not isinstance(param, Multiple):
             found += [TrainConfig.parse({**study.base, name: edge}) for edge in param.edges()]

@@ -17,6 +17,7 @@ def show(study: Study, options: SearchOptions, n_trials: int, examined: Examined
     from search import leaderboard
     from search.sampling import params, staged
     from search.sampling.make import make_sampler
+    from trainer.data import dataset
     from trainer.model import memory
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -28,6 +29,9 @@ def show(study: Study, options: SearchOptions, n_trials: int, examined: Examined
     skipped = f", {len(examined.bad)} bad ones skipped" if examined.bad else ""
     print(f"data {examined.folder}: {len(examined.rows)} rows{skipped}, fingerprint {examined.fingerprint}")
     base = study.base_config()
+    print(f"layout: {examined.layout}")
+    for line in dataset.split(examined, base).facts.lines():
+        print(f"  {line}")
     need = memory.needed(base.model, base.torch_dtype)
     if need is not None:
         print(f"base {base.model}: {need} in {base.torch_dtype}")
