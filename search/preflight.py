@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,9 +13,12 @@ from trainer.common.errors import DataError, ModelError
 from trainer.config import EMBEDDED, TrainConfig
 from trainer.data import dataset
 from trainer.data.dataset import Examined
+from trainer.data.splits import SplitFacts
 from trainer.data.text import Text, captions_of, check_text
 from trainer.model import locate
 from trainer.model.probe import Probe, Question
+
+log = logging.getLogger("search.preflight")
 
 
 def check(study: Study, cuda: str | None = None) -> Examined:
@@ -103,6 +107,14 @@ def _readings(wanted: Sequence[TrainConfig]) -> list[TrainConfig]:
     return list({(config.model, config.data): config for config in wanted}.values())
 
 
+def log_data(study: Study, examined: Examined) -> SplitFacts:
+    """Write into the study's log what its data are and how its base configuration splits them."""
+    facts = dataset.split(examined, study.base_config()).facts
+    for line in (f"{examined.folder}: {examined.layout}", *facts.lines()):
+        log.info("data: %s", line)
+    return facts
+
+
 def _configurations(study: Study) -> list[TrainConfig]:
     """The base, the trials given by hand, and the base with each model, device and choice of rows that the space can
     give.
@@ -111,7 +123,7 @@ def _configurations(study: Study) -> list[TrainConfig]:
     """
     base = study.base_config()
     found = [base, *(TrainConfig.parse({**study.base, **fixed.config}) for fixed in study.enqueue)]
-    for name in ("model", "device", "data", "max_samples", "skip_bad_rows"):
+    for name in ("model", "device", "data", "max_samples", "skip_bad_rows", "split"):
         param = study.space.get(name)
         if param is not None and not isinstance(param, Multiple):
             found += [TrainConfig.parse({**study.base, name: edge}) for edge in param.edges()]

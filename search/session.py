@@ -172,6 +172,7 @@ class Session:
     def _run(self, pool: WorkerPool, examined: Examined, make_display: Any) -> Result:
         options, places = self.options, self.options.places
         with without_collection():
+            from search import preflight
             from search.processes import is_gone
             from search.report.keeper import LogKeeper
             from search.storage import lifecycle
@@ -192,7 +193,8 @@ class Session:
         caught_up = False
         with suppress(Unavailable):
             caught_up = delivery.once().records > 0
-        away = runs.start_study({"data_fingerprint": examined.fingerprint})
+        split = preflight.log_data(self.definition, examined)
+        away = runs.start_study({"data_fingerprint": examined.fingerprint, **split.tags()})
 
         job = self._job(name, examined, pool)
         display: Display = make_display(lambda: lifecycle.read_trials(study))
@@ -208,6 +210,8 @@ class Session:
         # The workers, to their end.
         with display:
             display.say(summary.headline(job, study, done, left.waiting))
+            for warning in split.warnings:
+                display.say(f"data: warning: {warning}")
             courier.start(away)
             code = 0
             if left.waiting or left.running or done < self.n_trials:

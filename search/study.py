@@ -28,7 +28,7 @@ from search.space import (
     to_params,
 )
 from trainer.common.errors import ConfigError, nearest, shown
-from trainer.config import MACHINE_FIELDS, MOST, RETIRED, TrainConfig, read_settings, without_retired
+from trainer.config import MACHINE_FIELDS, MOST, RETIRED, TrainConfig, read_settings, without_later, without_retired
 
 LOCATION_FIELDS = ("model", "data")
 """Where the model and the data lie may differ between machines; their fingerprints may not."""
@@ -143,7 +143,7 @@ class Study:
         base = self.base_config().model_dump(mode="json")
         for name in (*MACHINE_FIELDS, *LOCATION_FIELDS):
             base.pop(name)
-        return {"space": to_dict(self.space), "base": base, "sampler": self.sampler, "seed": self.seed}
+        return {"space": to_dict(self.space), "base": without_later(base), "sampler": self.sampler, "seed": self.seed}
 
     def stop_rule(self) -> dict[str, float]:
         """When its trials stop early, as plain data; it may change, since it does not alter what a trial computes."""

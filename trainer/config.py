@@ -17,6 +17,10 @@ EMBEDDED = "mini"
 MACHINE_FIELDS = ("device", "device_map", "num_workers", "prefetch_factor")
 """Fields that decide where and how fast a run computes, not what it computes."""
 
+LATER = ("split",)
+"""Fields that older versions did not have and whose defaults do what those did: at their default they are left out of
+identities and of the definitions of studies, so that older checkpoints and studies go on."""
+
 RETIRED = ("patience", "min_delta")
 """Fields of older versions. They say when a study stops a trial early and are fields of `search.study.Study` now;
 configurations recorded with them are still read (`without_retired`)."""
@@ -46,13 +50,16 @@ class TrainConfig(BaseModel):
     model: Annotated[str, Field(min_length=1)] = EMBEDDED
     """InstructBLIP checkpoint: a folder, a hub id, or `mini` for the embedded model."""
     data: Annotated[str, Field(min_length=1)] = EMBEDDED
-    """Data folder: RSICap (`captions.json` and `images/`), an image folder with `metadata.jsonl`, or `mini`."""
+    """Data folder in one of the layouts of docs/data.md (RSICap, RSICD, COCO, image folders, ...), or `mini`."""
     max_samples: Annotated[int, Field(ge=2, le=MOST)] | None = None
     """Number of rows used, training and validation together; None for all."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the rows held out for validation, by whole scenes where scenes are known."""
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the split and of the choice of `max_samples` rows: the same for every trial of a study."""
+    split: Literal["auto", "given", "scenes", "random"] = "auto"
+    """Who validates: rows as the data give it, whole scenes, or images one by one. `auto` takes the first of these
+    that the data allow. A given test split is never used."""
     skip_bad_rows: bool = False
     """Leave out rows whose image is missing, broken or unsafe; otherwise they are an error."""
     cache_features: bool = True
@@ -159,13 +166,20 @@ class TrainConfig(BaseModel):
 
 def identity_of(values: Mapping[str, Any]) -> str:
     """`TrainConfig.identity` of a configuration as plain data, which an older version may have recorded."""
-    decisive = {name: value for name, value in without_retired(values).items() if name not in MACHINE_FIELDS}
+    told = without_later(without_retired(values))
+    decisive = {name: value for name, value in told.items() if name not in MACHINE_FIELDS}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded configuration without the fields that only older versions have, for `TrainConfig.parse`."""
     return {name: value for name, value in values.items() if name not in RETIRED}
+
+
+def without_later(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as plain data without the fields of `LATER` that have their default."""
+    defaults = {name: TrainConfig.model_fields[name].default for name in LATER}
+    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 
 def _listed(what: str, errors: Iterable[str]) -> str:

@@ -67,6 +67,10 @@ class RunStarted:
     num_threads: int
     resumed_from_epoch: int
     """0 for a fresh run, else the last epoch whose checkpoint was loaded."""
+    split: dict[str, str] = field(default_factory=dict, compare=False)
+    """How training and validation rows were told apart: `trainer.data.splits.SplitFacts.tags()`."""
+    data_lines: tuple[str, ...] = field(default=(), compare=False)
+    """The same for a terminal, warnings included."""
     damaged_checkpoints: tuple[str, ...] = field(default=(), compare=False)
     """Newer checkpoints that could not be used, each with the reason; their epochs are trained again."""
 

@@ -60,7 +60,8 @@ class Member:
         # Data.
         self.features = inputs.features
         self.skipped_rows = inputs.skipped_rows
-        self.num_train, self.num_val = len(inputs.train), len(inputs.val)
+        self.split = inputs.split
+        self.num_train, self.num_val = len(inputs.train.rows), len(inputs.val.rows)
         pin = self.device.type == "cuda"
         # Rows of a store and token ids need no processes to fetch them.
         loading = config if self.features is None else config.model_copy(update={"num_workers": 0})
@@ -113,6 +114,8 @@ class Member:
             device=str(self.device),
             num_threads=torch.get_num_threads(),
             resumed_from_epoch=self.state.epoch,
+            split=self.split.tags(),
+            data_lines=tuple(self.split.lines()),
             damaged_checkpoints=self.found.problems,
         )
 

@@ -15,6 +15,7 @@ from trainer.common.errors import UserError
 from trainer.config import TrainConfig
 from trainer.data import dataset
 from trainer.data.dataset import Examined
+from trainer.data.problems import grouped
 from trainer.model import locate
 
 if TYPE_CHECKING:
@@ -98,10 +99,12 @@ def _line(event: Event) -> str:
     match event:
         case events.RunStarted():
             damaged = "".join(f"not used, damaged: {problem}\n" for problem in event.damaged_checkpoints)
-            skipped = "".join(f"skipped: {row}\n" for row in event.skipped_rows)
+            skipped = "".join(f"{line}\n" for line in grouped(event.skipped_rows, "skipped: "))
+            split = "".join(f"{line}\n" for line in event.data_lines)
             return (
                 damaged
                 + skipped
+                + split
                 + (
                     f"{event.num_train_samples} training and {event.num_val_samples} validation samples, "
                     f"{event.total_steps} steps; LoRA on {len(event.adapted_modules)} modules, "

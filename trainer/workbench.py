@@ -13,6 +13,7 @@ from trainer.data import dataset
 from trainer.data.batches import CaptionDataset, Pixels, Tokenizer
 from trainer.data.dataset import Examined
 from trainer.data.features import Features, compute_or_open, default_folder
+from trainer.data.splits import SplitFacts
 from trainer.model import memory, peft_format
 from trainer.model.base import Base, load_base
 
@@ -31,6 +32,8 @@ class Inputs:
     """Rows left out because of `skip_bad_rows`, each with its reason."""
     fingerprints: dict[str, str]
     """Of `data` and `model`."""
+    split: SplitFacts
+    """How training and validation rows were told apart."""
 
 
 class Workbench:
@@ -46,6 +49,7 @@ class Workbench:
         self._examined = (data, examined) if data is not None and examined is not None else None
         self._base: tuple[tuple[str, ...], Base] | None = None
         self._datasets: dict[tuple[object, ...], tuple[CaptionDataset, CaptionDataset]] = {}
+        self._splits: dict[tuple[object, ...], SplitFacts] = {}
         self._tokenizers: dict[int, Tokenizer] = {}
         self._pixels: Pixels | None = None
         self._features: dict[tuple[object, ...], Features] = {}
@@ -71,6 +75,7 @@ class Workbench:
             features=features,
             skipped_rows=examined.bad,
             fingerprints={"data": examined.fingerprint, "model": base.fingerprint},
+            split=self._splits[_rows_key(config)],
         )
 
     def base(self, config: TrainConfig) -> Base:
@@ -119,6 +124,7 @@ class Workbench:
         key = (*_rows_key(config), config.max_target_length)
         if key not in self._datasets:
             parts = dataset.split(examined, config)
+            self._splits[_rows_key(config)] = parts.facts
             self._pixels = self._pixels or Pixels(self.base(config).processor.image_processor)
             self._datasets[key] = (
                 CaptionDataset(parts.train, tokenizer, self._pixels),
@@ -156,4 +162,4 @@ class Workbench:
 
 def _rows_key(config: TrainConfig) -> tuple[object, ...]:
     """The fields that decide which rows are used."""
-    return (config.data, config.max_samples, config.val_fraction, config.split_seed)
+    return (config.data, config.max_samples, config.val_fraction, config.split_seed, config.split)

@@ -17,6 +17,7 @@ def show(study: Study, options: SearchOptions, n_trials: int, examined: Examined
     from search import leaderboard, preflight
     from search.sampling import params, staged
     from search.sampling.make import make_sampler
+    from trainer.data import dataset
     from trainer.model import memory
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -33,6 +34,9 @@ def show(study: Study, options: SearchOptions, n_trials: int, examined: Examined
         for warning in text.warnings():
             print(f"warning: {warning}")
     base = study.base_config()
+    print(f"layout: {examined.layout}")
+    for line in dataset.split(examined, base).facts.lines():
+        print(f"  {line}")
     need = memory.needed(base.model, base.torch_dtype)
     if need is not None:
         print(f"base {base.model}: {need} in {base.torch_dtype}")

@@ -110,7 +110,7 @@ def run_facts(event: RunStarted) -> dict[str, str]:
     }
     if event.resumed_from_epoch:
         facts["resumed_from_epoch"] = event.resumed_from_epoch
-    return {key: str(value) for key, value in facts.items()}
+    return {**{key: str(value) for key, value in facts.items()}, **event.split}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -184,7 +184,7 @@ class TrialRun:
         return folder
 
     def _started(self, event: RunStarted) -> None:
-        facts = replace(event, adapted_modules=())  # MLflow has their names
+        facts = replace(event, adapted_modules=(), data_lines=())  # MLflow has their names, the log's head the data
         log.info("trial %d: %s, %d modules", self.trial.number, facts, len(event.adapted_modules))
         self._send(replace(facts, skipped_rows=()))
         for problem in event.damaged_checkpoints:

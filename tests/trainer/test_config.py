@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainer.common.errors import ConfigError, UserError
-from trainer.config import MACHINE_FIELDS, RETIRED, TrainConfig, identity_of, read_settings, without_retired
+from trainer.config import LATER, MACHINE_FIELDS, RETIRED, TrainConfig, identity_of, read_settings, without_retired
 
 
 def test_all_errors_come_in_one_message() -> None:
@@ -111,6 +111,7 @@ OTHER = {
     "val_fraction": 0.3,
     "lora_dropout": 0.2,
     "adam_epsilon": 1e-7,
+    "split": "random",
 }
 
 
@@ -122,6 +123,12 @@ def test_identity_ignores_machine_fields_alone(name: str) -> None:
     changed = TrainConfig.parse({name: value})
     assert changed != TrainConfig()
     assert (changed.identity() == TrainConfig().identity()) == (name in MACHINE_FIELDS)
+
+
+def test_fields_that_came_later_leave_older_identities_as_they_were() -> None:
+    """The identity of the defaults at the version before `split`."""
+    before = {name: value for name, value in TrainConfig().model_dump(mode="json").items() if name not in LATER}
+    assert identity_of(before) == TrainConfig().identity() == "8c046c8afa652d4f"
 
 
 def test_identity_is_the_same_however_a_value_is_written() -> None:

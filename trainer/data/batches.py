@@ -22,11 +22,13 @@ from trainer.model.batch import IGNORE, Batch
 PIXEL_CACHE_BYTES = 1 << 30
 """Most memory for decoded and resized images, of all DataLoader workers of a loader together; a data set that fits is
 decoded once, not every epoch."""
+CAPTION_STREAM = 0x63617074
+"""Tells the seed of drawn captions from the seed of the order of rows."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One row as token ids, unpadded."""
+    """One row with one of its captions as token ids, unpadded."""
 
     qformer: tuple[int, ...]
     """The instruction alone: the caption must not leak into the Q-Former."""
@@ -57,12 +59,15 @@ class Tokenizer:
     def _ids(self, text: str) -> list[int]:
         return list(self.text(text, add_special_tokens=False)["input_ids"])
 
-    def __call__(self, row: Row) -> Tokens:
+    def __call__(self, row: Row, caption: str | None = None) -> Tokens:
+        """The row with this caption, or with its first."""
         instruction = self.qformer(row.prompt, truncation=True, max_length=self.max_instruction)["input_ids"]
         prompt = self.text(row.prompt)["input_ids"]
         # T5's tokenizer would add EOS by itself, Llama's would not: added by hand for both, after the cut.
-        caption = self._ids(self.separator + row.caption)[: self.max_target_length - 1]
-        return Tokens(tuple(instruction), tuple(prompt), (*caption, self.text.eos_token_id))
+        target = self._ids(self.separator + (row.caption if caption is None else caption))
+        return Tokens(
+            tuple(instruction), tuple(prompt), (*target[: self.max_target_length - 1], self.text.eos_token_id)
+        )
 
 
 def preprocessed(image_processor: Any, image: Image, path: Path) -> torch.Tensor:
@@ -113,15 +118,18 @@ Images = Callable[[Path], torch.Tensor]
 
 
 class CaptionDataset(Dataset["Sample | DataError"]):
-    """Rows with their tokens and pixels.
+    """Rows with their tokens and pixels: a sample for each caption, those of one row one after another.
 
+    Passing over all samples therefore evaluates every caption; `EpochSampler` draws one sample a row for training.
     The error of an image that went bad is returned as a value: raised in a DataLoader worker, it would come back with
     the worker's traceback in its message. `batches` raises it.
     """
 
     def __init__(self, rows: Sequence[Row], tokenizer: Tokenizer, images: Images) -> None:
         self.rows = tuple(rows)
-        self.tokens = tuple(tokenizer(row) for row in rows)
+        self.tokens = tuple(tokenizer(row, caption) for row in rows for caption in row.captions)
+        self.row_of = tuple(number for number, row in enumerate(rows) for _ in row.captions)
+        """The row of each sample."""
         self.images = images
 
     def seen_through(self, images: Images) -> CaptionDataset:
@@ -131,41 +139,68 @@ class CaptionDataset(Dataset["Sample | DataError"]):
         return other
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.tokens)
 
     def __getitem__(self, index: int) -> Sample | DataError:
         try:
-            return self.images(self.rows[index].image), self.tokens[index]
+            return self.images(self.rows[self.row_of[index]].image), self.tokens[index]
         except DataError as error:
             return error.with_traceback(None)
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation that depends on (seed, epoch) alone: any epoch can be repeated after an interruption."""
+    """A permutation that depends on (seed, epoch) alone: any epoch can be repeated after an interruption.
 
-    def __init__(self, size: int, seed: int, group: tuple[Sequence[int], int] | None = None) -> None:
-        """An order for `size` samples.
+    Of a row with several captions one is drawn an epoch, by (seed, epoch, row) alone, whatever the order of the rows.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        group: tuple[Sequence[int], int] | None = None,
+        captions: Sequence[int] | None = None,
+    ) -> None:
+        """An order for `size` rows.
 
         Args:
-            size: number of samples.
+            size: number of rows.
             seed: of the run.
             group: (length of each sample, batch size), to put samples of similar length into a batch.
+            captions: number of captions of each row; None where each has one, so that a row is a sample.
         """
         self.size = size
         self.seed = seed
         self.group = group
         self.epoch = 1
+        self.captions = None if captions is None or all(n == 1 for n in captions) else torch.tensor(captions)
 
     def __len__(self) -> int:
         return self.size
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        samples = self._drawn()
         if self.group is not None:
             from transformers.trainer_pt_utils import get_length_grouped_indices
 
-            return iter(get_length_grouped_indices(*self.group, generator=generator))
-        return iter(torch.randperm(self.size, generator=generator).tolist())
+            lengths, batch_size = self.group
+            if samples is not None:
+                lengths = [lengths[sample] for sample in samples]
+            order = get_length_grouped_indices(lengths, batch_size, generator=generator)
+        else:
+            order = torch.randperm(self.size, generator=generator).tolist()
+        return iter(order if samples is None else [samples[row] for row in order])
+
+    def _drawn(self) -> list[int] | None:
+        """The number of the sample drawn for each row, None where a row is a sample."""
+        if self.captions is None:
+            return None
+        # Its own generator, so that the order of rows is the same however many captions they have.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) ^ CAPTION_STREAM)
+        drawn = (torch.rand(self.size, generator=generator, dtype=torch.float64) * self.captions).long()
+        first = self.captions.cumsum(0) - self.captions
+        return list((first + drawn).tolist())
 
 
 class Collator:
@@ -238,7 +273,8 @@ def train_loader(
 ) -> tuple[DataLoader[Any], EpochSampler]:
     """Shuffled batches of `batch_size`; set the sampler's `epoch` before each pass."""
     group = ([len(t.prompt) + len(t.target) for t in dataset.tokens], config.batch_size)
-    sampler = EpochSampler(len(dataset), config.seed, group if config.group_by_length else None)
+    captions = [len(row.captions) for row in dataset.rows]
+    sampler = EpochSampler(len(dataset.rows), config.seed, group if config.group_by_length else None, captions)
     loader = DataLoader(
         dataset,
         batch_size=config.batch_size,
@@ -254,7 +290,7 @@ def train_loader(
 
 
 def eval_loader(dataset: CaptionDataset, tokenizer: Tokenizer, config: TrainConfig, *, pin: bool) -> DataLoader[Any]:
-    """Batches of `eval_batch_size` in order."""
+    """Batches of `eval_batch_size` in order, every caption of every row: the loss is the mean over all of them."""
     return DataLoader(
         dataset,
         batch_size=config.eval_batch_size,

@@ -1,49 +1,57 @@
 """Captioned images on disk: reading, checking, splitting. Needs Pillow alone: data can be checked before
 torch is loaded.
 
-Two formats:
-
-- RSICap as released: `captions.json` with `{"annotations": [{"filename", "text_input", "text_output"}, ...]}` and
-  the images in `images/`. The folder also holds images without captions and `.DS_Store` files, so the JSON decides
-  which are used. The file name `P0378_0001.png` begins with its source scene; tiles of one scene look alike and may
-  overlap, so all of them are on one side of the split.
-- An image folder with `metadata.jsonl` (Hugging Face's ImageFolder): `file_name` and `text` (or `caption`), and
-  optionally `prompt` and `scene`.
+The layouts that are read, and how each is recognised, are in `trainer.data.layouts`; what a scene is and what a class,
+in `trainer.data.scenes`; how rows are split, in `trainer.data.splits`. All of it is described in docs/data.md.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 import reprlib
 import stat
 import warnings
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from trainer.common.errors import DataError, shown
 from trainer.config import EMBEDDED, TrainConfig
+from trainer.data import problems as grouping
+from trainer.data import scenes, splits
 from trainer.data.images import IMAGE_ERRORS, content_of, decode, identity, problem_of
+from trainer.data.layouts import find
+from trainer.data.layouts.entry import Entry
 from trainer.data.paths import Names, relative
+from trainer.data.splits import SplitFacts
 
 DEFAULT_PROMPT = "Describe this image in detail."
 
 
 @dataclass(frozen=True)
 class Row:
-    """One captioned image."""
+    """One image with its captions."""
 
     image: Path
     prompt: str
     caption: str
+    """The first caption; most data have no other."""
     scene: str
     """Rows of one scene stay on one side of the split."""
     where: str
     """The row's place in its caption file, for messages."""
+    more_captions: tuple[str, ...] = ()
+    """The other captions of the image."""
+    given: str | None = None
+    """The split that the data give the row, as they write it."""
+    label: str | None = None
+    """The class of the image, where the data, its folder or its name say one."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions. Training draws one of them an epoch, evaluation uses each."""
+        return (self.caption, *self.more_captions)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,14 @@ class Examined:
     rows: tuple[Row, ...]
     bad: tuple[str, ...]
     fingerprint: str
-    """Hash of all prompts, captions, scenes (they decide the split) and image bytes, whatever the folder's path."""
+    """Hash of all prompts, captions, scenes and given splits (they decide the split) and image bytes, whatever the
+    folder's path."""
+    layout: str = "RSICap"
+    """The layout of the caption file."""
+    test_rows: int = 0
+    """Rows of a given test split. They are counted and not otherwise read: neither searched on nor checked."""
+    warnings: tuple[str, ...] = ()
+    """What is odd in the folder but no error. What is odd in a split is in `Split.facts`."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,8 @@ class Split:
 
     train: tuple[Row, ...]
     val: tuple[Row, ...]
+    facts: SplitFacts = field(default_factory=SplitFacts, compare=False)
+    """By which rule they were split, the counts, and what to look at."""
 
 
 def resolve_folder(data: str) -> Path:
@@ -89,7 +106,7 @@ def examine(data: str) -> Examined:
         DataError: the folder or its caption file is missing or unreadable, or has no rows.
     """
     folder = resolve_folder(data)
-    entries, images, problems = _read(folder)
+    entries, images, problems, found, test_rows = _read(folder)
     rows: list[Row] = []
     digests: list[str] = []
     with ThreadPoolExecutor(max_workers=4) as pool, warnings.catch_warnings():  # decoding releases the GIL
@@ -103,8 +120,17 @@ def examine(data: str) -> Examined:
                 digests.append(digest)
     whole = hashlib.sha256()
     for row, digest in zip(rows, digests, strict=True):
-        whole.update(json.dumps([row.prompt, row.caption, row.scene, digest]).encode())
-    return Examined(str(folder), tuple(rows), tuple(problems), whole.hexdigest()[:16])
+        # Rows with one caption and no given split hash as they did before there were others.
+        added = [list(row.more_captions), row.given] if row.more_captions or row.given is not None else []
+        whole.update(json.dumps([row.prompt, row.caption, row.scene, digest, *added]).encode())
+    return Examined(
+        folder=str(folder),
+        rows=tuple(rows),
+        bad=tuple(problems),
+        fingerprint=whole.hexdigest()[:16],
+        layout=f"{found.layout} ({', '.join(found.files)})",
+        test_rows=test_rows,
+    )
 
 
 def usable(examined: Examined, config: TrainConfig) -> Examined:
@@ -114,7 +140,7 @@ def usable(examined: Examined, config: TrainConfig) -> Examined:
         DataError: bad rows without `skip_bad_rows`, all in one message, or fewer than two good ones.
     """
     if examined.bad and not config.skip_bad_rows:
-        listed = [f"  - {problem}" for problem in examined.bad]
+        listed = grouping.grouped(examined.bad)
         total = len(examined.bad) + len(examined.rows)
         raise DataError(
             f"{examined.folder}: {len(examined.bad)} of {total} rows cannot be used:\n"
@@ -127,44 +153,14 @@ def usable(examined: Examined, config: TrainConfig) -> Examined:
 
 
 def split(examined: Examined, config: TrainConfig) -> Split:
-    """Training and validation rows: `max_samples` rows chosen, then split by scene, both by `split_seed` alone.
-
-    Validation gets whole scenes, as many as come nearest to `val_fraction` of the rows.
+    """Training and validation rows, by `split` (given, scenes or random), `split_seed` and `max_samples` alone.
 
     Raises:
-        DataError: all rows are of one scene, so that no whole scene can be held out.
+        DataError: the data cannot be split so: they give no splits, or all rows are of one scene.
     """
-    # Choose the rows.
-    rows = list(usable(examined, config).rows)
-    rng = random.Random(config.split_seed)
-    rng.shuffle(rows)
-    chosen = rows[: config.max_samples]
-    scenes: dict[str, list[Row]] = {}
-    for row in chosen:
-        scenes.setdefault(row.scene, []).append(row)
-    if len(scenes) < 2:
-        raise DataError(
-            f"{examined.folder}: all {len(chosen)} rows used are of one scene ({chosen[0].scene!r}), "
-            "so none can be held out for validation; raise max_samples or add scenes"
-        )
-    # Take whole scenes, in random order, as long as each brings validation nearer to its share.
-    names = sorted(scenes)
-    rng.shuffle(names)
-    val: set[str] = set()
-    count, wanted = 0, len(chosen) * config.val_fraction
-    for name in names[:-1]:  # the last scene always trains
-        size = len(scenes[name])
-        if abs(count + size - wanted) < abs(count - wanted):
-            val.add(name)
-            count += size
-    # A single scene that comes nearer than all of these, whatever its place in the order.
-    single = min(names, key=lambda name: abs(len(scenes[name]) - wanted))
-    if not val or abs(len(scenes[single]) - wanted) < abs(count - wanted):
-        val = {single}
-    return Split(
-        train=tuple(row for row in chosen if row.scene not in val),
-        val=tuple(row for row in chosen if row.scene in val),
-    )
+    usable(examined, config)
+    train, val, facts = splits.divide(examined, config)
+    return Split(train=train, val=val, facts=facts)
 
 
 def _check_image(row: Row, names: Names) -> tuple[Row, str, str | None]:
@@ -180,8 +176,9 @@ def _check_image(row: Row, names: Names) -> tuple[Row, str, str | None]:
     return row, identity(content, decoded), None
 
 
-def _read(folder: Path) -> tuple[list[Row], Path, list[str]]:
-    """(rows whose entries are sound, the folder their images must lie in, problems of the other entries)."""
+def _read(folder: Path) -> tuple[list[Row], Path, list[str], find.Found, int]:
+    """(rows whose entries are sound, the folder their images must lie in, problems of the other entries, the caption
+    file, number of rows of a test split)."""
     try:
         kind = folder.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -191,87 +188,62 @@ def _read(folder: Path) -> tuple[list[Row], Path, list[str]]:
         raise DataError(f"the data folder {shown(str(folder))} cannot be read: {problem}") from None
     if not stat.S_ISDIR(kind):
         raise DataError(f"{folder}: the data must be a folder, but this is a file")
+    found = find.read(folder)
     problems: list[str] = []
-    if (folder / "captions.json").is_file():
-        if not (folder / "images").is_dir():
-            raise DataError(f"{folder}: there is captions.json, but no folder images/ beside it")
-        images = (folder / "images").resolve()
-        rows = _read_rsicap(folder / "captions.json", images, problems)
-    elif (folder / "metadata.jsonl").is_file():
-        images = folder.resolve()
-        rows = _read_image_folder(folder / "metadata.jsonl", images, problems)
-    else:
-        raise DataError(
-            f"{folder}: this folder has neither captions.json (RSICap, with its images in images/) nor metadata.jsonl"
-        )
+    rows: list[Row] = []
+    names: list[PurePosixPath] = []
+    given_scenes: list[str | None] = []
+    tests = 0
+    for entry in found.entries:
+        if splits.is_test(entry.split):
+            tests += 1
+            continue
+        row = _row(entry, found.images, problems)
+        if row is not None:
+            rows.append(row)
+            names.append(PurePosixPath(str(entry.name).replace("\\", "/")))
+            given_scenes.append(None if entry.scene is None else str(entry.scene))
     if not rows and not problems:
+        if tests:
+            raise DataError(
+                f"{folder}: all {tests} rows are a test set ({found.layout}), which a search never reads; "
+                "give it training data, and keep this folder for the result"
+            )
         raise DataError(f"{folder}: the caption file has no rows")
-    return rows, images, problems
+    return _with_scenes(rows, names, given_scenes, found), found.images, problems, found, tests
 
 
-def _read_rsicap(path: Path, images: Path, problems: list[str]) -> list[Row]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise DataError(f"{path}: is not readable as JSON ({error})") from None
-    annotations = content.get("annotations") if isinstance(content, dict) else None
-    if not isinstance(annotations, list):
-        raise DataError(f'{path}: must be an object with a list under "annotations"')
-    rows = []
-    for index, entry in enumerate(annotations):
-        where = f"captions.json, annotation {index}"
-        row = _row(entry, where, images, "filename", ("text_output",), ("text_input",), problems)
-        if row is not None:
-            rows.append(row)
-    return rows
+def _with_scenes(rows: list[Row], names: list[PurePosixPath], given: list[str | None], found: find.Found) -> list[Row]:
+    """The rows with their scenes and classes."""
+    parts = scenes.scene_parts(names, found.tiles)
+    labels = scenes.class_parts(names, [own or part for own, part in zip(given, parts, strict=True)])
+    return [
+        replace(
+            row,
+            scene=str(name.with_suffix("")) if own is None and part is None else own if own is not None else str(part),
+            label=row.label or label,
+        )
+        for row, name, own, part, label in zip(rows, names, given, parts, labels, strict=True)
+    ]
 
 
-def _read_image_folder(path: Path, images: Path, problems: list[str]) -> list[Row]:
-    rows = []
-    try:
-        # Not splitlines(): JSON texts may hold U+2028 and the like as they are.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path}: is not readable as UTF-8 text ({error})") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"metadata.jsonl, line {number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{where}: is not JSON ({error})")
-            continue
-        row = _row(entry, where, images, "file_name", ("text", "caption"), ("prompt",), problems)
-        if row is not None:
-            rows.append(row)
-    return rows
-
-
-def _row(
-    entry: Any,
-    where: str,
-    images: Path,
-    name_key: str,
-    caption_keys: Sequence[str],
-    prompt_keys: Sequence[str],
-    problems: list[str],
-) -> Row | None:
+def _row(entry: Entry, images: Path, problems: list[str]) -> Row | None:
     """The entry as a Row, or None with its problem added to `problems`."""
-    if not isinstance(entry, dict):
-        problems.append(f"{where}: must be an object, but is {type(entry).__name__}")
+    where, name, name_key = entry.where, entry.name, entry.name_key
+    if entry.problem is not None:
+        problems.append(f"{where}: {entry.problem}")
         return None
-    name = entry.get(name_key)
-    caption = next((entry[key] for key in caption_keys if key in entry), None)
-    prompt = next((entry[key] for key in prompt_keys if key in entry), DEFAULT_PROMPT)
-    for key, value in ((name_key, name), (caption_keys[0], caption), (prompt_keys[0], prompt)):
+    if not entry.captions:
+        problems.append(f"{where}: has no caption")
+        return None
+    prompt_key, prompt = entry.prompt or ("prompt", DEFAULT_PROMPT)
+    for key, value in ((name_key, name), *entry.captions, (prompt_key, prompt)):
         if not isinstance(value, str) or not value.strip():
             problems.append(f"{where}: {key!r} must be a text, but is {reprlib.repr(value)}")
             return None
         if any("\ud800" <= character <= "\udfff" for character in value):
             problems.append(f"{where}: {key!r} holds half a surrogate pair, which is not text")
             return None
-    assert isinstance(name, str) and isinstance(caption, str) and isinstance(prompt, str)
     if "\0" in name:
         problems.append(f"{where}: {name_key!r} holds a null character")
         return None
@@ -280,24 +252,25 @@ def _row(
     except DataError as error:
         problems.append(f"{where}: {name_key!r}: {error}")
         return None
-    scene = entry.get("scene")
+    place = PurePosixPath(entry.places[0])
+    if place.is_absolute() or ".." in place.parts or "\0" in entry.places[0]:
+        problems.append(f"{where}: the folder {shown(entry.places[0])} leads out of the images folder")
+        return None
+    scene = entry.scene
     if not isinstance(scene, str | int | None):
         problems.append(f"{where}: 'scene' must be a text or a whole number, but is {reprlib.repr(scene)}")
         return None
+    first, *more = dict.fromkeys(_clean(value) for _, value in entry.captions)
     return Row(
-        image=images / pure,
+        image=images / place / pure,
         prompt=_clean(prompt),
-        caption=_clean(caption),
-        scene=_scene(pure, by_prefix=name_key == "filename") if scene is None else str(scene),
+        caption=first,
+        scene="",
         where=where,
+        more_captions=tuple(more),
+        given=None if entry.split is None else str(entry.split),
+        label=None if entry.label is None else str(entry.label),
     )
-
-
-def _scene(name: PurePosixPath, *, by_prefix: bool) -> str:
-    """RSICap's `P0378_0001.png` is a tile of scene P0378; in an image folder each image is its own scene."""
-    stem = str(name.with_suffix(""))
-    prefix, separator, tile = stem.rpartition("_")
-    return prefix if by_prefix and separator and tile.isdigit() else stem
 
 
 def _clean(text: str) -> str:

@@ -171,11 +171,16 @@ def test_skip_bad_rows_goes_on_and_counts(tmp_path: Path) -> None:
     assert len(usable(examined, TrainConfig(skip_bad_rows=True)).bad) == len(said)
 
 
-def test_every_bad_row_is_listed(tmp_path: Path) -> None:
-    folder = rsicap(tmp_path, [row(f"{i}.png") for i in range(130)])
-    with pytest.raises(DataError, match="130 of 130 rows") as error:
+def test_rows_wrong_in_the_same_way_are_counted_with_three_examples(tmp_path: Path) -> None:
+    folder = rsicap(tmp_path, [row(f"{i}.png") for i in range(130)] + [row("0.png", i) for i in range(7)])
+    with pytest.raises(DataError, match="137 of 137 rows") as error:
         usable(examine(str(folder)), TrainConfig())
-    assert all(f"annotation {i}: {i}.png: the image is missing" in str(error.value) for i in range(130))
+    assert str(error.value).splitlines()[1:-1] == [
+        "  - 7 rows: 'text_output' must be a text, for example",
+        *(f"      captions.json, annotation {130 + i}: 'text_output' must be a text, but is {i}" for i in range(3)),
+        "  - 130 rows: the image is missing, for example",
+        *(f"      captions.json, annotation {i}: {i}.png: the image is missing" for i in range(3)),
+    ]
     with pytest.raises(DataError, match="at least 2 good rows, but there are 0"):
         usable(examine(str(folder)), TrainConfig(skip_bad_rows=True))
 

@@ -1,0 +1,130 @@
+"""Caption files as text and as plain data: UTF-8 alone, and what a file is that is not."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import shlex
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from trainer.common.errors import DataError
+from trainer.data.layouts.tables import Bad, Lines
+
+MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+"""Byte order marks; UTF-32's begins with UTF-16's."""
+PAIRS = (("euc_kr", "EUC-KR"), ("gb2312", "GB18030"), ("euc_jp", "EUC-JP"), ("shift_jis", "SHIFT_JIS"))
+"""Codecs of two bytes a character, strict ones, and the name for iconv. Latin text with accents fails in them, since
+an accented letter stands alone among ASCII."""
+CSV_FIELD_LIMIT = 1 << 20
+
+
+def text_of(path: Path) -> str:
+    """The text of a UTF-8 file, without its byte order mark.
+
+    Raises:
+        DataError: it cannot be read, or is in another encoding, which is named with the command that converts it.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        encoding = encoding_of(content)
+        line = content[: error.start].count(b"\n") + 1
+        byte = f"byte 0x{content[error.start]:02x} in line {line}"
+        copy = path.with_name(f"{path.stem}.utf8{path.suffix}")
+        raise DataError(
+            f"{path}: is not readable as JSON, JSONL or CSV: it is not UTF-8 text ({byte}) but looks like {encoding}; "
+            f"convert it: iconv -f {encoding} -t UTF-8 {shlex.quote(path.name)} > {shlex.quote(copy.name)}"
+        ) from None
+    if text[:2].count("\0") == 1:
+        order = "LE" if text[1] == "\0" else "BE"
+        raise DataError(
+            f"{path}: is not readable as JSON, JSONL or CSV: every other byte is 0, so it looks like UTF-16{order}; "
+            f"convert it: iconv -f UTF-16{order} -t UTF-8 {shlex.quote(path.name)}"
+        )
+    return text
+
+
+def encoding_of(content: bytes) -> str:
+    """The likeliest encoding of text that is not UTF-8, as iconv names it."""
+    for mark, name in MARKS:
+        if content.startswith(mark):
+            return name
+    if content[:200].count(b"\0") > len(content[:200]) // 4:
+        return "UTF-16LE" if content[1:2] == b"\0" else "UTF-16BE"
+    for codec, name in PAIRS:
+        # The bytes of Korean are also Chinese, in meaningless order; those of Chinese are hardly ever all Hangul.
+        try:
+            text = content.decode(codec)
+        except UnicodeDecodeError:
+            continue
+        if codec != "euc_kr" or all("\uac00" <= c <= "\ud7a3" for c in text if not c.isascii()):
+            return name
+    return "WINDOWS-1252"
+
+
+def parsed(path: Path) -> Any:
+    """The content of a `.json`, `.jsonl` or `.csv` file as plain data; rows of tables as `Lines`.
+
+    Raises:
+        DataError: it is not of that form.
+    """
+    text = text_of(path)
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return _json_lines(text)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return _csv_rows(path, text)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        lines = _json_lines(text)
+        if len(lines) > 1 and any(isinstance(row, dict) for row in lines[:2]):  # JSONL under another name
+            return lines
+        raise DataError(f"{path}: is not readable as JSON ({error})") from None
+
+
+def _json_lines(text: str) -> Lines:
+    rows: list[tuple[int, Any]] = []
+    # Not splitlines(): JSON texts may hold U+2028 and the like as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((number, json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            rows.append((number, Bad(f"is not JSON ({error})")))
+    return Lines(rows)
+
+
+def _csv_rows(path: Path, text: str) -> Lines:
+    """Rows as objects by the names in the first line; separated by the commas, semicolons or tabs of that line."""
+    head = text.partition("\n")[0]
+    separator = max(",;\t|", key=head.count)
+    csv.field_size_limit(CSV_FIELD_LIMIT)
+    rows: list[tuple[int, Any]] = []
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        for values in reader:
+            if not values:
+                continue
+            if len(values) > len(columns):
+                bad = f"has {len(values)} values for {len(columns)} columns; quote values that hold {separator!r}"
+                rows.append((reader.line_num, Bad(bad)))
+                continue
+            rows.append((reader.line_num, dict(zip_longest(columns, values, fillvalue=""))))
+    except csv.Error as error:
+        raise DataError(f"{path}: is not readable as CSV (line {reader.line_num}: {error})") from None
+    return Lines(rows)
