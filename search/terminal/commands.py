@@ -20,6 +20,7 @@ COMMANDS = {
     "diagnose": ("search.diagnose", "findings from recorded loss curves"),
     "ui": ("search.ui", "MLflow's pages and optuna-dashboard together"),
     "dashboard": ("search.dashboard", "optuna-dashboard behind a check of names, origins and a password"),
+    "check": ("trainer.data.check", "look at a data folder: what is wrong, cut, repeated, or there twice"),
     "train": ("trainer.run", "one configuration, without a search"),
 }
 """(module with a Typer `app`, what it does) by command."""
