@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import signal
+import socket
 import sqlite3
 import subprocess
 from pathlib import Path
@@ -75,6 +77,19 @@ def test_a_search_its_log_and_its_pages_in_such_a_folder(tmp_path: Path) -> None
     assert (runs / "rsicap_mini" / "tuning-log.md").read_text(encoding="utf-8") == written
     assert {path.name for path in tmp_path.iterdir()} == {runs.name}
 
+    ports = [word for option in ("--mlflow-port", "--optuna-port") for word in (option, str(free_port()))]
+    pages = subprocess.Popen(
+        [*_python("search.ui"), "--runs-dir", str(runs), *ports], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert pages.stdout is not None
+        shown = list(iter(pages.stdout.readline, "Ctrl-C ends both.\n"))
+        assert any("rsicap_mini" in line for line in shown), shown
+    finally:
+        pages.send_signal(signal.SIGINT)
+        pages.communicate(timeout=60)
+    assert {path.name for path in tmp_path.iterdir()} == {runs.name}
+
 
 def test_commands_that_read_make_nothing(tmp_path: Path) -> None:
     for name in NAMES:
@@ -95,6 +110,13 @@ def test_options_of_other_commands() -> None:
     for secret in ("postgresql://u:S3CRET@h/d", "postgresql:///d?host=h&user=u&password=S3CRET"):
         assert "S3CRET" not in " ".join(Places.of(Path("r"), secret, secret).options())
         assert "S3CRET" not in repr(Places.of(Path("r"), secret, secret))
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _python(module: str) -> list[str]:
