@@ -279,6 +279,9 @@ def describe(number: int, result: Comparison) -> str:
     else:
         lines = [f"trial {number}: nothing to compare, its run has no recorded losses"]
     lines += [f"  - {other}" for other in result.other_ends]
+    for what in ("model", "data"):
+        if any(change.startswith(f"{what}_fingerprint: ") for change in result.changed):
+            lines.append(f"the {what} is not the one that the trial was trained with: its fingerprint differs")
     if result.changed:
         lines += ["what differs in the environment:", *(f"  - {change}" for change in result.changed)]
     elif not result.identical:

@@ -14,8 +14,10 @@ from trainer.config import TrainConfig
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 OUT_OF_MEMORY = (
-    # PyTorch's CPU allocator, CUDA outside the caching allocator, and cuBLAS raise plain RuntimeErrors.
-    r"DefaultCPUAllocator|can't allocate memory|not enough memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    # PyTorch's CPU allocator, CUDA outside the caching allocator (an AcceleratorError), cuBLAS, cuDNN and NCCL raise
+    # RuntimeErrors, each in words of its own.
+    r"DefaultCPUAllocator|can('|no)t allocate memory|(not enough|insufficient) memory|out of memory|"
+    r"(?<!\w)std::bad_alloc|STATUS_ALLOC_FAILED|cuda\w*MemoryAllocation|Unable to allocate"
 )
 
 
@@ -86,7 +88,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that memory ran out, on CUDA or in the CPU allocator."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and bool(re.search(OUT_OF_MEMORY, str(error)))
+    return isinstance(error, RuntimeError) and bool(re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE))
 
 
 def release_memory(device: torch.device) -> None:

@@ -247,6 +247,15 @@ def test_changed_facts_are_named_and_equal_ones_are_not() -> None:
     assert text.startswith("trial 0: bit-identical") and text.endswith("  - device: cuda -> cpu")
 
 
+def test_another_model_or_other_data_are_said_in_so_many_words() -> None:
+    changed = replay.changed_facts(
+        {"model_fingerprint": "a", "data_fingerprint": "c"}, {"model_fingerprint": "b", "data_fingerprint": "c"}
+    )
+    text = describe(0, Comparison(1, ("val_loss", 1, 1.0, 2.0), changed))
+    assert "the model is not the one that the trial was trained with" in text and "the data is not" not in text
+    assert "model_fingerprint: a -> b" in text
+
+
 def test_it_stops_where_the_losses_depart() -> None:
     recorded = {("step/loss", 1): 1.0, ("step/grad_norm", 1): 0.5, ("val_loss", 1): 1.5}
     assert not departs(step(1), recorded, exact=True)
