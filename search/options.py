@@ -73,7 +73,7 @@ class SearchOptions:
     pruner: str = "rising"
     places: Places = field(default_factory=Places.of)
     fresh: bool = False
-    """Start anew, under a new generation's name."""
+    """Start a new generation of the study, under a new name."""
     settings: tuple[str, ...] = ()
     """`key=value` settings over the study's base; fixed for all trials."""
     seed: int | None = None

@@ -212,7 +212,7 @@ class Delivery:
                 tracking.set_params(progress.target, entry.params)
             return
         if isinstance(entry, Damaged):
-            raise StorageError("a line of the spool cannot be read")
+            raise StorageError("a line of the outbox cannot be read")
         if progress.target is None:
             raise StorageError(f"there is no MLflow run {run_id}")
         match entry:

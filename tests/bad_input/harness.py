@@ -115,7 +115,7 @@ def no_workers() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr(executor, "WorkerPool", _Crew)
+        patch.setattr(executor, "WorkerPool", _Pool)
         patch.setattr(supervisor, "Supervisor", _start)
         patch.setattr(keeper, "LogKeeper", _Keeper)
         patch.setattr(dataset, "examine", _examine)
@@ -138,7 +138,7 @@ def _start(*_: Any, **__: Any) -> None:
     raise Started
 
 
-class _Crew:
+class _Pool:
     def __init__(self, size: int, threads: int, *_: object) -> None:
         self.size, self.threads = size, threads
 
@@ -149,7 +149,7 @@ class _Crew:
         """Nothing is imported."""
         return nullcontext()
 
-    def __enter__(self) -> _Crew:
+    def __enter__(self) -> _Pool:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -17,6 +17,7 @@ from trainer.common.errors import DataError, ModelError
 from trainer.config import TrainConfig
 from trainer.data.dataset import Row
 from trainer.data.images import open_image
+from trainer.data.loading import check_shared_memory, end_with_parent
 from trainer.model.batch import IGNORE, Batch
 
 PIXEL_CACHE_BYTES = 1 << 30
@@ -268,13 +269,30 @@ def batches(loader: DataLoader[Any]) -> Iterator[Batch]:
         yield item
 
 
+def _check_room(dataset: CaptionDataset, config: TrainConfig, batch_size: int) -> None:
+    if config.num_workers and len(dataset):
+        first = dataset[0]
+        if not isinstance(first, DataError):  # `batches` raises it
+            size = first[0].numel() * first[0].element_size()
+            check_shared_memory(config.num_workers, config.prefetch_factor, min(batch_size, len(dataset)), size)
+
+
 def train_loader(
     dataset: CaptionDataset, tokenizer: Tokenizer, config: TrainConfig, *, pin: bool
 ) -> tuple[DataLoader[Any], EpochSampler]:
-    """Shuffled batches of `batch_size`; set the sampler's `epoch` before each pass."""
+    """Shuffled batches of `batch_size`; set the sampler's `epoch` before each pass.
+
+    Raises:
+        UserError: the workers' batches do not fit into shared memory.
+    """
     group = ([len(t.prompt) + len(t.target) for t in dataset.tokens], config.batch_size)
+<<<<<<< HEAD
     captions = [len(row.captions) for row in dataset.rows]
     sampler = EpochSampler(len(dataset.rows), config.seed, group if config.group_by_length else None, captions)
+=======
+    sampler = EpochSampler(len(dataset), config.seed, group if config.group_by_length else None)
+    _check_room(dataset, config, config.batch_size)
+>>>>>>> data-pictures
     loader = DataLoader(
         dataset,
         batch_size=config.batch_size,
@@ -285,12 +303,22 @@ def train_loader(
         # Experiment 5b of the hand-run log: workers persist between epochs and hold batches ready.
         persistent_workers=config.num_workers > 0,
         prefetch_factor=config.prefetch_factor if config.num_workers else None,
+        worker_init_fn=end_with_parent,
     )
     return loader, sampler
 
 
 def eval_loader(dataset: CaptionDataset, tokenizer: Tokenizer, config: TrainConfig, *, pin: bool) -> DataLoader[Any]:
+<<<<<<< HEAD
     """Batches of `eval_batch_size` in order, every caption of every row: the loss is the mean over all of them."""
+=======
+    """Batches of `eval_batch_size` in order.
+
+    Raises:
+        UserError: the workers' batches do not fit into shared memory.
+    """
+    _check_room(dataset, config, config.eval_batch_size)
+>>>>>>> data-pictures
     return DataLoader(
         dataset,
         batch_size=config.eval_batch_size,
@@ -300,4 +328,5 @@ def eval_loader(dataset: CaptionDataset, tokenizer: Tokenizer, config: TrainConf
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
         prefetch_factor=config.prefetch_factor if config.num_workers else None,
+        worker_init_fn=end_with_parent,
     )
