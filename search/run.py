@@ -85,7 +85,7 @@ def main(
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
     runs_dir: RunsOption = RUNS,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start a new generation of the study, under a new name.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start a new study, under a new name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show what would run, stop.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
 ) -> None:

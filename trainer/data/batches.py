@@ -286,13 +286,9 @@ def train_loader(
         UserError: the workers' batches do not fit into shared memory.
     """
     group = ([len(t.prompt) + len(t.target) for t in dataset.tokens], config.batch_size)
-<<<<<<< HEAD
     captions = [len(row.captions) for row in dataset.rows]
     sampler = EpochSampler(len(dataset.rows), config.seed, group if config.group_by_length else None, captions)
-=======
-    sampler = EpochSampler(len(dataset), config.seed, group if config.group_by_length else None)
     _check_room(dataset, config, config.batch_size)
->>>>>>> data-pictures
     loader = DataLoader(
         dataset,
         batch_size=config.batch_size,
@@ -309,16 +305,12 @@ def train_loader(
 
 
 def eval_loader(dataset: CaptionDataset, tokenizer: Tokenizer, config: TrainConfig, *, pin: bool) -> DataLoader[Any]:
-<<<<<<< HEAD
-    """Batches of `eval_batch_size` in order, every caption of every row: the loss is the mean over all of them."""
-=======
-    """Batches of `eval_batch_size` in order.
+    """Batches of `eval_batch_size` in order, every caption of every row: the loss is the mean over all of them.
 
     Raises:
-        UserError: the workers' batches do not fit into shared memory.
+        DataError: shared memory is too small for the processes that load them.
     """
     _check_room(dataset, config, config.eval_batch_size)
->>>>>>> data-pictures
     return DataLoader(
         dataset,
         batch_size=config.eval_batch_size,
