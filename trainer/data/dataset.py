@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 
 from trainer.common.errors import DataError, shown
 from trainer.config import EMBEDDED, TrainConfig
+from trainer.data import duplicates, scenes, splits
 from trainer.data import problems as grouping
-from trainer.data import scenes, splits
 from trainer.data.images import IMAGE_ERRORS, content_of, decode, identity, problem_of
 from trainer.data.layouts import find
 from trainer.data.layouts.entry import Entry
@@ -68,6 +68,8 @@ class Examined:
     """The layout of the caption file."""
     test_rows: int = 0
     """Rows of a given test split. They are counted and not otherwise read: neither searched on nor checked."""
+    copies: tuple[tuple[Path, ...], ...] = ()
+    """Images that show the same picture, in groups (`trainer.data.duplicates`)."""
     warnings: tuple[str, ...] = ()
     """What is odd in the folder but no error. What is odd in a split is in `Split.facts`."""
 
@@ -112,17 +114,23 @@ def examine(data: str) -> Examined:
     with ThreadPoolExecutor(max_workers=4) as pool, warnings.catch_warnings():  # decoding releases the GIL
         warnings.simplefilter("ignore")  # about files that are odd but readable
         names = Names(images)
-        for row, digest, problem in pool.map(lambda row: _check_image(row, names), entries):
-            if problem:
+        sketches: dict[Path, duplicates.Picture] = {}
+        for row, digest, sketch, problem in pool.map(lambda row: _check_image(row, names), entries):
+            if sketch is None:
                 problems.append(f"{row.where}: {problem}")
             else:
                 rows.append(row)
                 digests.append(digest)
+                sketches[row.image] = sketch
+    paths = list(sketches)
+    copies = tuple(tuple(paths[n] for n in group.members) for group in duplicates.find(list(sketches.values())))
     whole = hashlib.sha256()
     for row, digest in zip(rows, digests, strict=True):
         # Rows with one caption and no given split hash as they did before there were others.
         added = [list(row.more_captions), row.given] if row.more_captions or row.given is not None else []
         whole.update(json.dumps([row.prompt, row.caption, row.scene, digest, *added]).encode())
+    if copies:  # they decide the split too, which earlier versions made without looking for them
+        whole.update(json.dumps([len(copies), sum(map(len, copies))]).encode())
     return Examined(
         folder=str(folder),
         rows=tuple(rows),
@@ -130,6 +138,7 @@ def examine(data: str) -> Examined:
         fingerprint=whole.hexdigest()[:16],
         layout=f"{found.layout} ({', '.join(found.files)})",
         test_rows=test_rows,
+        copies=copies,
     )
 
 
@@ -163,17 +172,18 @@ def split(examined: Examined, config: TrainConfig) -> Split:
     return Split(train=train, val=val, facts=facts)
 
 
-def _check_image(row: Row, names: Names) -> tuple[Row, str, str | None]:
-    """(the row with its file as it is on disk, the image's identity, None) or (row, "", the problem with it)."""
+def _check_image(row: Row, names: Names) -> tuple[Row, str, duplicates.Picture | None, str]:
+    """(the row with its file as on disk, the image's identity, its sketch, "") or (row, "", None, the problem)."""
     try:
         row = replace(row, image=names.on_disk(row.image))
         content = content_of(row.image)
         decoded = decode(content)
     except DataError as error:
-        return row, "", f"{row.image.name}: {error}"
+        return row, "", None, f"{row.image.name}: {error}"
     except IMAGE_ERRORS as error:
-        return row, "", f"{row.image.name}: {problem_of(error)}"
-    return row, identity(content, decoded), None
+        return row, "", None, f"{row.image.name}: {problem_of(error)}"
+    digest = identity(content, decoded)
+    return row, digest, duplicates.picture(decoded.image, digest), ""
 
 
 def _read(folder: Path) -> tuple[list[Row], Path, list[str], find.Found, int]:

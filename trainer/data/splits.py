@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.common.errors import DataError, shown
 from trainer.config import TrainConfig
+from trainer.data.duplicates import Group, merged
 
 if TYPE_CHECKING:
     from trainer.data.dataset import Examined, Row
@@ -101,8 +103,8 @@ def divide(examined: Examined, config: TrainConfig) -> tuple[tuple[Row, ...], tu
         train, val = _as_given(examined, config)
     else:
         unit = _image if rule == "random" and config.split == "random" else _scene
-        train, val = _by_units(examined, config, unit)
-    warnings += [*examined.warnings, *_warnings(rule, train, val, examined)]
+        train, val = _by_units(examined, config, _with_copies(examined, unit))
+    warnings += [*examined.warnings, *_copies_warning(examined, train, val), *_warnings(rule, train, val, examined)]
     chosen = (*train, *val)
     facts = SplitFacts(
         rule=rule,
@@ -167,6 +169,34 @@ def _scene(row: Row) -> str:
 
 def _image(row: Row) -> str:
     return str(row.image)
+
+
+def _with_copies(examined: Examined, unit_of: Callable[[Row], str]) -> Callable[[Row], str]:
+    """The unit of a row where units that share a picture are one: its copies stay on one side of the split."""
+    if not examined.copies:
+        return unit_of
+    numbers: dict[Path, list[int]] = {}
+    for number, row in enumerate(examined.rows):
+        numbers.setdefault(row.image, []).append(number)
+    units = [unit_of(row) for row in examined.rows]
+    groups = [Group(tuple(sorted(n for path in paths for n in numbers[path])), False) for paths in examined.copies]
+    joined = dict(zip(units, merged(units, groups), strict=True))
+    return lambda row: joined[unit_of(row)]
+
+
+def _copies_warning(examined: Examined, train: Sequence[Row], val: Sequence[Row]) -> Iterator[str]:
+    """What is to be said of pictures that are there more than once."""
+    if not examined.copies:
+        return
+    trains, validates = {row.image for row in train}, {row.image for row in val}
+    leaks = sum(bool(trains & set(paths)) and bool(validates & set(paths)) for paths in examined.copies)
+    names = " and ".join(path.name for path in examined.copies[0][:2])
+    count, files = len(examined.copies), sum(map(len, examined.copies))
+    head = f"{count} pictures are there more than once, in {files} files (for example {names})"
+    if leaks:
+        yield f"{head}; {leaks} of them are in training and in validation, where they measure memory"
+    else:
+        yield f"{head}; copies stay on one side of the split"
 
 
 def _has_scenes(rows: Sequence[Row]) -> bool:

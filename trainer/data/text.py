@@ -196,8 +196,8 @@ def words(tokenizer: Tokenizer, model: dict[str, Any], *, decoder_only: bool) ->
 
 
 def captions_of(rows: Sequence[Row]) -> list[str]:
-    """The captions of these rows."""
-    return [row.caption for row in rows]
+    """All captions of these rows."""
+    return [caption for row in rows for caption in row.captions]
 
 
 def check_text(captions: Sequence[str], model: str, max_target_length: int) -> Text | None:

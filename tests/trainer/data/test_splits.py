@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image, ImageOps
 
 from trainer.common.errors import DataError
 from trainer.config import TrainConfig
 from trainer.data.batches import CaptionDataset, EpochSampler
-from trainer.data.dataset import Examined, Row, split
+from trainer.data.dataset import Examined, Row, examine, split
 from trainer.data.layouts.entry import Tiles
 from trainer.data.scenes import class_parts, scene_parts
 
@@ -146,3 +147,28 @@ def test_a_data_set_has_a_sample_for_each_caption() -> None:
     assert [(image, token.caption) for image, token in (data[i] for i in range(len(data)))] == [  # type: ignore
         ("a.png", "one"), ("a.png", "two"), ("a.png", "three"), ("b.png", "four"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["auto", "random"])
+def test_copies_of_a_picture_stay_on_one_side(rule: str, tmp_path: Path) -> None:
+    """One picture under twelve names, mirrored and recompressed ones among them."""
+    (tmp_path / "images").mkdir()
+    names = []
+    for number in range(40):
+        image = Image.effect_noise((64, 64), 90).resize((160, 160)).convert("RGB")
+        image.save(tmp_path / "images" / f"P{number:04d}_0001.png")
+        names.append(f"P{number:04d}_0001.png")
+    for number in range(11):
+        copy = ImageOps.mirror(image) if number % 2 else image
+        copy.save(tmp_path / "images" / f"P{number + 50:04d}_0001.jpg", quality=90)
+        names.append(f"P{number + 50:04d}_0001.jpg")
+    rows = [{"filename": name, "text_input": "Describe.", "text_output": f"View {i}."} for i, name in enumerate(names)]
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": rows}))
+    examined = examine(str(tmp_path))
+    assert [len(group) for group in examined.copies] == [12]
+    copies = {path.name for path in examined.copies[0]}
+    for seed in range(12):
+        found = split(examined, TrainConfig.parse({"split_seed": seed, "split": rule}))
+        sides = [{row.image.name for row in side} & copies for side in (found.train, found.val)]
+        assert set() in sides and found.train and found.val
+        assert any("1 pictures are there more than once, in 12 files" in line for line in found.facts.warnings)
