@@ -39,5 +39,5 @@ def kind_of(problem: str) -> str:
         rest = rest[named.end() :].replace(named.group(1), "...")
     rest = re.sub(r"\b(must be .*?), but is .*", r"\1", rest)
     rest = re.sub(r"(the (?:file name|folder)) .* (leads out)", r"\1 \2", rest)
-    rest = re.sub(r"'[^']*'", "'...'", rest)
+    rest = re.sub(r"(?<=\s)'[^']*'", "'...'", rest)
     return re.sub(r"(?<![a-z])\d+(?![a-z])", "...", rest) or place
