@@ -181,6 +181,8 @@ def _with_copies(examined: Examined, unit_of: Callable[[Row], str]) -> Callable[
     units = [unit_of(row) for row in examined.rows]
     groups = [Group(tuple(sorted(n for path in paths for n in numbers[path])), False) for paths in examined.copies]
     joined = dict(zip(units, merged(units, groups), strict=True))
+    if len(set(joined.values())) < 2:  # all show one picture: nothing could be held out; the warning counts it
+        return unit_of
     return lambda row: joined[unit_of(row)]
 
 
