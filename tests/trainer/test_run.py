@@ -57,7 +57,7 @@ def test_a_run_of_the_embedded_model_and_its_continuation(tmp_path: Path, call: 
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert (first.returncode, first.stderr) == (0, "")
-    lines = first.stdout.splitlines()
+    lines = of_the_run(first.stdout)
     assert re.fullmatch(r"\d+ training and \d validation samples, \d+ steps; LoRA on 40 modules, .* cpu", lines[0])
     for number in (1, 2):
         assert re.fullmatch(EPOCH.format(number), lines[number])
@@ -68,12 +68,17 @@ def test_a_run_of_the_embedded_model_and_its_continuation(tmp_path: Path, call: 
     assert len(lines) == 4
     again = call(*small(), out=tmp_path / "out")
     assert again.code == 0
-    told = again.out.splitlines()
+    told = of_the_run(again.out)
     assert told[:2] == [f"{line}  (from the checkpoint)" for line in without_seconds(told[:2], lines[1:3])]
     assert told[3] == lines[3]
     other = call(*small(lora_r=2), out=tmp_path / "out")
     assert (other.code, other.out) == (2, "")
     assert "another configuration (lora_r: 8 there, 2 now)" in other.err
+
+
+def of_the_run(printed: str) -> list[str]:
+    """The lines printed, without those about data and split, which come before."""
+    return [line for line in printed.splitlines() if not re.match("rows used|split by|warning", line)]
 
 
 def without_seconds(told: list[str], printed: list[str]) -> list[str]:
@@ -87,7 +92,7 @@ def test_float16_fails_as_in_the_hand_run(tmp_path: Path, call: Call) -> None:
         *small(torch_dtype="float16", batch_size=2, learning_rate="5e-6", lora_r=4, lora_alpha=8), out=tmp_path
     )
     assert ended.code == 3
-    lines = ended.out.splitlines()
+    lines = of_the_run(ended.out)
     assert lines[1].startswith("Step 2: param: ")
     assert "exactly 0" in lines[1]
     assert lines[-1] == "Ended at step 4: not finite since step 2"
