@@ -203,7 +203,11 @@ class OptunaPruning(TrainerCallback):  # type: ignore[misc]
 def read_rows(path: Path) -> tuple[list[Row], list[Row]]:
     """(training, validation) rows, split beforehand: see `makespan.write_rows`."""
     parts = json.loads(path.read_text(encoding="utf-8"))
-    train, val = ([Row(**{**row, "image": Path(row["image"])}) for row in parts[name]] for name in ("train", "val"))
+
+    def row(values: dict[str, Any]) -> Row:
+        return Row(**{**values, "image": Path(values["image"]), "more_captions": tuple(values["more_captions"])})
+
+    train, val = ([row(values) for values in parts[name]] for name in ("train", "val"))
     return train, val
 
 

@@ -115,9 +115,10 @@ def test_a_changed_epoch_departs_at_that_epoch(copy: Path) -> None:
     assert result.exit_code == 1
     lines = result.output.splitlines()
     assert lines[0].startswith("trial 0: departs at epoch 3: val_loss was 1.25, is 6.")
-    assert lines[1] == "what differs in the environment:"
-    assert lines[2].startswith("  - data_fingerprint: other -> ")
-    assert lines[3].startswith("  - version.torch: 0.0.1 -> ") and len(lines) == 4
+    assert lines[1] == "the data is not the one that the trial was trained with: its fingerprint differs"
+    assert lines[2] == "what differs in the environment:"
+    assert lines[3].startswith("  - data_fingerprint: other -> ")
+    assert lines[4].startswith("  - version.torch: 0.0.1 -> ") and len(lines) == 5
 
 
 def test_a_record_says_which_rule_its_trial_was_judged_by(copy: Path) -> None:

@@ -42,6 +42,7 @@ def check_headers(name: str, config: Any, shapes: Mapping[str, tuple[int, ...]],
         None,
         config=config,
         state_dict=tensors,
+        use_safetensors=True,  # nothing is read from files here, and no other kind may ever be
         device_map={"": "meta"},
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported by `check_loaded`, all at once

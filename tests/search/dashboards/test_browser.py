@@ -193,7 +193,7 @@ def test_five_runs_side_by_side_show_what_differs(page: Any, served: Dashboards,
 
 def test_a_run_s_page_has_analysis_params_and_metrics(page: Any, served: Dashboards, run_ids: dict[str, str]) -> None:
     page.goto(run_page(served, run_ids[str(FLOAT16)]))
-    page.get_by_text("Parameters (32)").wait_for()
+    page.get_by_text("Parameters (33)").wait_for()
     text = page.inner_text("body")
     assert "PRUNED (non_finite): step 2" in text and "non_finite: " in text
     assert re.search(r"torch_dtype\s+float16", text) and "finding" in text
