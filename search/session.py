@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,7 +204,7 @@ class Session:
         assert self._storage is not None
         self._storage.say = display.say
         runs.close_dangling(is_gone)
-        left = look()
+        left = look(())
         done = lifecycle.counted(study)
 
         # The workers, to their end.
@@ -290,14 +290,14 @@ class Session:
 
     def _look_for_lost(
         self, study: optuna.Study, runs: StudyRuns, pool: WorkerPool, display: Display
-    ) -> Callable[[], Unfinished]:
+    ) -> Callable[[Collection[int]], Unfinished]:
         """A function that takes up what dead workers left, and says how many trials wait and run."""
         from search import records
         from search.processes import is_gone
         from search.storage import lifecycle
 
-        def look() -> Unfinished:
-            gone = lifecycle.requeue_lost(study, is_alive=pool.alive)
+        def look(blamed: Collection[int]) -> Unfinished:
+            gone = lifecycle.requeue_lost(study, is_alive=pool.alive, blamed=blamed)
             for lost in gone:
                 goes_on = "tried too often" if lost.successor is None else f"trial {lost.successor} takes up its work"
                 display.say(f"trial {lost.number} was lost: {lost.detail}; {goes_on}")

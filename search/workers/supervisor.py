@@ -17,7 +17,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
@@ -94,7 +94,7 @@ class Supervisor:
         timeout_s: float | None,
         hang_timeout_s: float,
         display: Display,
-        look: Callable[[], Unfinished],
+        look: Callable[[Collection[int]], Unfinished],
         trial_ended: Callable[[], None],
     ) -> None:
         """Set up; `run` starts the workers.
@@ -106,7 +106,8 @@ class Supervisor:
             hang_timeout_s: Seconds of silence after which a worker is killed and replaced.
             display: Where messages are shown.
             look: Fails the trials of workers that are gone, here or on other hosts, and queues them again; returns how
-                many trials are then waiting and running.
+                many trials are then waiting and running. It is given the numbers of the trials that a death may be
+                due to.
             trial_ended: Called after each trial that ended.
         """
         self.job = job
@@ -124,6 +125,8 @@ class Supervisor:
         self._order = Order.GO_ON
         self._signals: list[int] = []
         self._deaths = 0
+        self._blamed: set[int] = set()
+        """Trials of workers that died alone, until a look has noted them."""
         self._waits_for_others = False
 
     def run(self) -> int:
@@ -252,7 +255,9 @@ class Supervisor:
         if time.monotonic() - self._looked < every_s:
             return None
         try:
-            return self._find()
+            found = self._find(frozenset(self._blamed))
+            self._blamed.clear()
+            return found
         except Exception:  # the next look may get through; workers that need the database say so themselves
             log.exception("could not look for lost trials")
             return None
@@ -287,6 +292,9 @@ class Supervisor:
         if exit_code == DatabaseAway.exit_code:
             self._order = Order.END_AFTER_EPOCH
             return exit_code  # what is waiting cannot be known now; the next search will look
+        if exit_code not in (0, UNSEEN) and slot.failure is None and self._order != Order.END_NOW:
+            # It died alone. Not so if all are being ended, or the process that it was forked from died with it.
+            self._blamed |= slot.running
         left = self._look(0)
         if slot.failure is not None:
             # A mistake of the user's, or a fault that will be the same for every worker: end all of them.
