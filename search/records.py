@@ -7,7 +7,7 @@ Optuna's storage is the truth about trials (state, value, params, reason); MLflo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -48,9 +48,17 @@ BLAMED = "blamed"
 WORKER = "worker"
 """Host, process id and start time of the process that runs the trial."""
 
+FOLDER = "folder"
+"""The trial's folder below the study's; one that resumes another's work shares it."""
+
 STOP_RULE = "stop_rule"
 """User attribute of study and trial: `Study.stop_rule()`, which ends trials early; MLflow has it as tags. In
 records of older versions it is part of the configuration."""
+
+STUDY_ID = "study_id"
+"""The study's own id: its user attribute, tag of its MLflow experiment and parent run, entry of `STUDY_FILE`."""
+STUDY_FILE = "study.json"
+"""In the study's folder: whose files are there."""
 
 # Reasons for a trial's end.
 FINISHED = "finished"
@@ -65,6 +73,39 @@ PROBE = "probe"
 INTERRUPTED = "interrupted"
 LOST = "lost"
 ERROR = "error"
+
+
+_NUMBERS = (int, float)
+_FORMS: dict[str, Callable[[Any, int], bool]] = {
+    CONFIG: lambda value, number: isinstance(value, dict),
+    RUN_ID: lambda value, number: isinstance(value, str),
+    REASON: lambda value, number: isinstance(value, str),
+    DETAIL: lambda value, number: isinstance(value, str),
+    BEST_EPOCH: lambda value, number: type(value) is int and value > 0,
+    TRAIN_LOSSES: lambda value, number: (
+        isinstance(value, list) and all(loss is None or type(loss) in _NUMBERS for loss in value)
+    ),
+    FINDINGS: lambda value, number: (
+        isinstance(value, list) and all(isinstance(f, dict) and isinstance(f.get("id"), str) for f in value)
+    ),
+    LABEL: lambda value, number: isinstance(value, str),
+    NOTE: lambda value, number: isinstance(value, str),
+    OVERRIDES: lambda value, number: isinstance(value, dict),
+    STAGE: lambda value, number: isinstance(value, str),
+    SLOTS: lambda value, number: type(value) is int,
+    # Only an earlier trial can be resumed: a chain of them comes to its end.
+    RESUMES: lambda value, number: type(value) is int and 0 <= value < number,
+    ATTEMPT: lambda value, number: type(value) is int,
+    WORKER: lambda value, number: isinstance(value, dict) and {"host", "pid"} <= value.keys(),
+    FOLDER: lambda value, number: isinstance(value, str),
+    STOP_RULE: lambda value, number: isinstance(value, dict),
+}
+"""Of each user attribute of a trial, whether a value has the form in which this program writes it, by trial number."""
+
+
+def foreign(attrs: Mapping[str, Any], number: int) -> list[str]:
+    """Attributes of a trial that have our names, but were written by another program in another form."""
+    return [key for key, fits in _FORMS.items() if attrs.get(key) is not None and not fits(attrs[key], number)]
 
 
 def _column(en: str, zh: str, spec: str) -> dict[str, Any]:
@@ -88,6 +129,11 @@ class Outcome:
     violated: str | None = None
     """The constraint it violated: TPE sees it, and keeps away (a FAIL would be invisible to it)."""
     stopped_early: bool = False
+
+
+def folder_of(first: int) -> str:
+    """`FOLDER` of a trial, by the number of the first trial whose work it continues."""
+    return f"trials/{first:04d}"
 
 
 def finite(value: float | None) -> TypeGuard[float]:

@@ -182,7 +182,8 @@ def contains(param: Param, value: Any) -> bool:
     """Whether the param can take this value (for a Multiple, this factor)."""
     match param:
         case Float() | Int():
-            return isinstance(value, int | float) and param.low <= value <= param.high
+            whole = isinstance(param, Float) or value == int(value) if _is_number(value) else False
+            return whole and param.low <= value <= param.high
         case Choice():
             return value in param.values
         case Multiple():

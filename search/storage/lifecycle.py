@@ -137,9 +137,9 @@ def _requeue_lost(
             _fail_as_lost(study, trial, detail, trial.number in blamed)
         requeued = _without_successor(study, max_retries)
         for trial in requeued:
-            study.add_trial(
-                _successor(trial, _attempt(study, trial, bool(trial.user_attrs.get(records.BLAMED, True))))
-            )
+            successor = _successor(trial, _attempt(study, trial, _was_blamed(trial)))
+            assert successor is not None  # or it would not be among them
+            study.add_trial(successor)
     details = {trial.number: detail for trial, detail in gone}
     details |= {t.number: t.user_attrs.get(records.DETAIL, "") for t in requeued if t.number not in details}
     successors = {t.user_attrs.get(records.RESUMES): t.number for t in study.get_trials(deepcopy=False)}
@@ -253,6 +253,7 @@ def _without_successor(study: optuna.Study, max_retries: int) -> list[FrozenTria
         and t.user_attrs.get(records.REASON) == records.LOST
         and t.number not in resumed
         and _attempt(study, t, _was_blamed(t)) <= max_retries
+        and _successor(t, 0) is not None
     ]
 
 
@@ -264,27 +265,30 @@ def _was_blamed(lost: FrozenTrial) -> bool:
 def _attempt(study: optuna.Study, lost: FrozenTrial, blamed: bool) -> int:
     """`records.ATTEMPT` of the successor of a lost trial."""
     before = lost.user_attrs.get(records.RESUMES)
-    began_with = 0 if before is None else len(study.get_trials(deepcopy=False)[before].intermediate_values)
-    further = len(lost.intermediate_values) > began_with
+    reports = {t.number: t.intermediate_values for t in study.get_trials(deepcopy=False)}
+    further = len(lost.intermediate_values) > len(reports.get(-1 if before is None else before, ()))
     return (0 if further else lost.user_attrs.get(records.ATTEMPT, 0)) + blamed
 
 
-def _successor(lost: FrozenTrial, attempt: int) -> FrozenTrial:
-    """A waiting trial that takes up the work of a lost one.
+def _successor(lost: FrozenTrial, attempt: int) -> FrozenTrial | None:
+    """A waiting trial that takes up the work of a lost one; None if Optuna refuses its params, as another program's.
 
     System attributes are kept (queued params, grid point, rungs), as in Optuna's RetryHeartbeatStaleTrialCallback, all
     but the constraints, which Optuna allows to be set only once.
     """
     attrs = {key: lost.user_attrs[key] for key in _CARRIED_OVER if key in lost.user_attrs}
     distributions: dict[str, BaseDistribution] = lost.distributions
-    return create_trial(
-        state=TrialState.WAITING,
-        params=lost.params,
-        distributions=distributions,
-        user_attrs={**attrs, records.RESUMES: lost.number, records.ATTEMPT: attempt},
-        system_attrs={key: value for key, value in lost.system_attrs.items() if not key.startswith("constraints")},
-        intermediate_values=lost.intermediate_values,
-    )
+    try:
+        return create_trial(
+            state=TrialState.WAITING,
+            params=lost.params,
+            distributions=distributions,
+            user_attrs={**attrs, records.RESUMES: lost.number, records.ATTEMPT: attempt},
+            system_attrs={key: value for key, value in lost.system_attrs.items() if not key.startswith("constraints")},
+            intermediate_values=lost.intermediate_values,
+        )
+    except ValueError:
+        return None
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:

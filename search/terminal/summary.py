@@ -65,7 +65,10 @@ def sum_up(console: Any, result: Result, places: Places) -> None:
     say("\nLook at it:")
     for line in _pages(places):
         say(line)
-    if result.code in (130, 143):
+    failed = leaderboard.all_failed(result.trials)
+    if failed:
+        say(f"\n{failed}")
+    if result.code in leaderboard.INTERRUPTED:
         say("\nInterrupted; the same command continues the study.")
     if result.undelivered is not None:
         by_hand = places.command("python", "-m", "search.deliver", "--study", result.study_name)
