@@ -10,6 +10,7 @@ import hashlib
 import socket
 import ssl
 import tempfile
+import urllib.parse
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ def _check_server(uri: str) -> None:
     certificates, tokens and proxies."""
     try:
         url = sa.make_url(uri)
-        port = url.port or 80
+        port = urllib.parse.urlsplit(uri).port or 80  # as requests reads it, which raises its errors as they are
     except (sa.exc.ArgumentError, ValueError) as error:
         raise StorageError(f"--tracking-uri {quoted(shown(uri))} is not an address: {first_line(error)}") from None
     if not url.host or not 0 < port < 65_536:
