@@ -6,12 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from search import preflight
 from search.errors import StudyError
 from search.space import Choice, Float
 from search.study import Fixed, Study
+from tests.bad_input import harness
 from tests.support import checkpoints
+from tests.support.near_probe import NearProbe
 from tests.support.search_process import command, run
 
 
@@ -32,7 +35,15 @@ def refused(given: Study, cuda: str | None = "") -> str:
     return str(error.value)
 
 
-def test_every_choice_of_a_model_and_device_is_looked_at(tmp_path: Path) -> None:
+@pytest.fixture
+def near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are checked in this process."""
+    monkeypatch.setattr(preflight, "Probe", NearProbe)
+
+
+@pytest.mark.usefixtures("near")
+def test_every_choice_of_a_model_and_device_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     good, bad = checkpoints.write(tmp_path / "good"), checkpoints.write(tmp_path / "bad")
     checkpoints.edit_weights(bad, lambda tensors: {k: v for k, v in tensors.items() if k != "query_tokens"})
     message = refused(study(model=Choice(("mini", str(good), str(bad), str(tmp_path / "none")))))
@@ -43,16 +54,19 @@ def test_every_choice_of_a_model_and_device_is_looked_at(tmp_path: Path) -> None
     assert preflight.check(study(device=Choice(("cpu", "cuda:1"))), None).rows  # on Ray, nodes have their own
 
 
+@pytest.mark.usefixtures("near")
 def test_modules_that_a_trial_given_by_hand_names() -> None:
     message = refused(study(Fixed(label="typo", config={"target_modules": ("querry",)})))
     assert "no linear module is named 'querry'; did you mean 'query'?" in message
     assert preflight.check(study(Fixed(label="fine", config={"target_modules": ("query", "qkv")})), "").rows
 
 
-@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry run"])
-def test_nothing_is_created(more: tuple[str, ...], tmp_path: Path) -> None:
+def test_nothing_is_created(tmp_path: Path) -> None:
     model = checkpoints.write(tmp_path / "model")
     shutil.rmtree(model / "qformer_tokenizer")
-    done = run(command(tmp_path / "runs", "--set", f"model={model}", *more))
+    wrong = command(tmp_path / "runs", "--set", f"model={model}")
+    done = run(wrong)
     assert done.returncode == 2 and "no tokenizer for the Q-Former" in done.stderr
+    with harness.no_workers():
+        harness.search([*wrong[3:], "--dry-run"]).check_refused("no tokenizer for the Q-Former")
     assert not (tmp_path / "runs").exists()

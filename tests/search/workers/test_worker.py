@@ -40,7 +40,6 @@ from search.workers.worker import GaveUp, Worker
 from trainer import loop, member, runtime
 from trainer.common.disk import NoRoom
 from trainer.common.errors import DataError
-from trainer.data import dataset
 from trainer.events import EpochEnded, StepEnded
 from trainer.model.base import Forward, forward
 from trainer.model.batch import Batch
@@ -76,7 +75,7 @@ Search = Callable[..., tuple[tuple[TrialRecord, ...], list[Message]]]
 
 
 @pytest.fixture
-def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Search:
+def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Search:
     """`search(trials=4, slots=2)`: the trials, and the worker's messages."""
 
     def run(
@@ -114,7 +113,7 @@ def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
             n_trials=trials,
             strategy="joint",
             pruner="none",
-            examined=dataset.examine("mini"),
+            examined=embedded,
             threads=1,
             slots=slots,
             one_by_one=one_by_one,

@@ -92,11 +92,11 @@ def test_a_pass_of_any_size_equals_the_library_with_peft(kind: str, sizes: tuple
     ids=["ones", "micro-ones", "odd-last"],
 )
 def test_training_with_passes_of_one_sample(
-    kind: str, fields: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, fields: dict[str, int], embedded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pack of one and of two, with evaluation tails of one, against PEFT, AdamW and a plain loop."""
     monkeypatch.setitem(runtime.DTYPES, "float32", torch.float64)
-    bench = Workbench()
+    bench = Workbench(embedded, "mini")
     checkpoint = checkpoints.write(tmp_path / "checkpoint", kind)
     config = TrainConfig.parse(
         {
