@@ -40,13 +40,13 @@ def test_every_choice_of_a_model_and_device_is_looked_at(tmp_path: Path) -> None
     assert f"the model folder '{tmp_path}/none' does not exist" in message
     message = refused(study(device=Choice(("cpu", "cuda:1"))))
     assert "device=cuda:1: this machine has 0 CUDA devices" in message
-    assert preflight.check(study(device=Choice(("cpu", "cuda:1"))), None).rows  # on Ray, nodes have their own
+    assert preflight.check(study(device=Choice(("cpu", "cuda:1"))), None).examined.rows  # on Ray, nodes have their own
 
 
 def test_modules_that_a_trial_given_by_hand_names() -> None:
     message = refused(study(Fixed(label="typo", config={"target_modules": ("querry",)})))
     assert "no linear module is named 'querry'; did you mean 'query'?" in message
-    assert preflight.check(study(Fixed(label="fine", config={"target_modules": ("query", "qkv")})), "").rows
+    assert preflight.check(study(Fixed(label="fine", config={"target_modules": ("query", "qkv")})), "").examined.rows
 
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry run"])

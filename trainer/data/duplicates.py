@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,6 +28,8 @@ CORRELATION = 0.97
 """Least correlation of the grey sketches of copies."""
 PLAIN = 1.0
 """Least standard deviation in levels: a picture of one colour says nothing, and is a copy of none."""
+SAME = 2
+"""Most difference of levels, in each channel, within a picture of one colour."""
 ASPECT = 0.06
 """Most difference of the logarithms of width over height: a resized copy is rounded to whole pixels."""
 BLOCK = 1024
@@ -43,6 +46,8 @@ class Picture:
     height: int
     sketch: bytes
     """SIZE x SIZE pixels, RGB."""
+    plain: bool = False
+    """The whole picture is of one colour."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,14 @@ class Group:
 def picture(image: Image.Image, digest: str) -> Picture:
     """What is kept of this image, RGB."""
     small = image.resize((SIZE, SIZE), Image.Resampling.BOX)
-    return Picture(digest, image.width, image.height, small.tobytes())
+    # A ship on a dark sea vanishes in the sketch: where that is plain, the picture itself is asked.
+    plain = _one_colour(small) and _one_colour(image)
+    return Picture(digest, image.width, image.height, small.tobytes(), plain)
+
+
+def _one_colour(image: Image.Image) -> bool:
+    ranges: Any = image.getextrema()
+    return all(high - low <= SAME for low, high in ranges)
 
 
 def find(pictures: Sequence[Picture]) -> list[Group]:

@@ -24,11 +24,12 @@ figcaption { font-size: 11px; line-height: 1.3 } img { max-width: 128px; max-hei
 
 def page(found: Audit) -> str:
     """The whole page."""
-    name = escape(found.examined.folder)
+    name = escape(_printable(found.name))
     verdict = "A search would refuse this folder." if found.refused else "A search would take this folder."
     parts = [
         f"<h1>{name}</h1><p class='{'bad' if found.refused else ''}'>{verdict}</p>",
         _table({key.replace("_", " "): value for key, value in found.counts().items()}),
+        "".join(f"<p>{escape(_printable(line))}</p>" for line in found.split_lines()),
         _list("Look at", found.warnings(), "warning"),
         _list("Rows that cannot be used", found.examined.bad, "bad"),
     ]
@@ -63,7 +64,7 @@ def _list(title: str, items: Sequence[str], kind: str) -> str:
 
 def _group(group: Copies) -> str:
     kind = "identical files" if group.identical else "copies"
-    told = f"{len(group.rows)} rows, {kind}, {group.scenes} scenes"
+    told = f"{len(group.rows)} rows, {kind}, {group.scenes} scenes, {group.sides}"
     return f"<div class=group>{told}<div class=sheet>{''.join(map(_figure, group.rows[:MOST_COPIES]))}</div></div>"
 
 
