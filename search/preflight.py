@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from search.errors import StudyError
 from search.space import Multiple
 from search.study import Study
-from trainer.common.errors import DataError, ModelError, UserError
+from trainer.common.errors import DataError, ModelError, UserError, shown
 from trainer.config import EMBEDDED, TrainConfig
 from trainer.data import dataset
 from trainer.data.dataset import Examined
@@ -80,6 +82,7 @@ def check(
         examined, splits, wrong = _examine(study, wanted, progress)
         problems += [_problem("model", problem, study.get_model) for problem in probe.answer()]
     problems += wrong
+    problems += _tokenizer_problems(found)
     texts, unreadable = _texts(wanted, {checkpoint.name for checkpoint in found}, examined)
     problems += unreadable
     if not problems and at_once is not None:
@@ -134,6 +137,27 @@ def _texts(
         except ModelError as error:
             problems.append(_problem("model", str(error), ""))
     return found, problems
+
+
+def _tokenizer_problems(found: Sequence[locate.Found]) -> Iterator[str]:
+    """Losses are means over tokens: those of models that cut text into other tokens are not to be ranked together."""
+    known = [(checkpoint.name, _vocabulary(checkpoint.folder / "tokenizer.json")) for checkpoint in found]
+    known = [(name, vocabulary) for name, vocabulary in known if vocabulary is not None]
+    for name, vocabulary in known[1:]:
+        if vocabulary != known[0][1]:
+            message = (
+                f"{shown(known[0][0])} and {shown(name)} have different tokenizers, so that their losses, which are "
+                "means over tokens, cannot be compared; make a study for each model"
+            )
+            yield _problem("model", message, "")
+
+
+def _vocabulary(file: Path) -> object:
+    """How a tokenizer cuts text; None if that is not in a file of this kind."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # whoever reads the tokenizer says what is wrong with it
 
 
 def _room_problems(
