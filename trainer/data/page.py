@@ -14,7 +14,8 @@ BINS = 24
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }
 h2 { margin-top: 2rem; border-bottom: 1px solid #ccc }
-.counts { columns: 3 16rem; column-gap: 2.5rem } .counts div { display: flex; justify-content: space-between; gap: 1rem }
+.counts { columns: 3 16rem; column-gap: 2.5rem }
+.counts div { display: flex; justify-content: space-between; gap: 1rem }
 .counts b { font-weight: 600; overflow-wrap: anywhere; text-align: right } .charts { display: flex; flex-wrap: wrap }
 .charts > div { flex: 1 1 30rem }
 .sheet { display: flex; flex-wrap: wrap; gap: .8rem } figure { margin: 0; width: 8.5rem; overflow-wrap: anywhere }
