@@ -19,7 +19,7 @@ from search.options import (
     read_slots,
 )
 from search.places import RUNS, Places
-from trainer.common import cli
+from trainer.common import cli, progress
 from trainer.config import MOST
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ def main(
     if dry_run:
         from search.terminal.dry_run import show
 
-        show(_session.definition, _session.options, _session.n_trials, _session.check())
+        with progress.bar("looking at images") as looked:
+            checked = _session.check(looked)
+        show(_session.definition, _session.options, _session.n_trials, checked)
         return
     raise typer.Exit(_run(_session))
 

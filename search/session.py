@@ -28,12 +28,14 @@ from search.study import Study
 from search.study_file import load
 from search.workers.executor import Executor
 from search.workers.protocol import Display, Job, Message, Notice
+from trainer.common import progress
 from trainer.common.errors import shown
 from trainer.common.imports import without_collection
 
 if TYPE_CHECKING:
     import optuna
 
+    from search.preflight import Checked
     from search.records import TrialRecord
     from search.report.keeper import LogKeeper
     from search.storage.lifecycle import Unfinished
@@ -151,15 +153,19 @@ class Session:
         places = self.options.places
         pool = self._executor.pool({"--storage": places.storage_url, "--tracking-uri": places.tracking_uri})
         with pool.importing():
-            examined = self.check()
+            with progress.bar("looking at images") as show:
+                checked = self.check(show)
             with pool:
                 try:
-                    return self._run(pool, examined, display)
+                    return self._run(pool, checked, display)
                 finally:
                     self._close_storage()
 
-    def check(self) -> Examined:
-        """Check what needs more than the definition: the pruner's name, the model, the data.
+    def check(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Checked:
+        """Check what needs more than the definition: the pruner's name, the model, the data, room for its batches.
+
+        Args:
+            progress: called with (images looked at, all of them).
 
         Raises:
             UserError: everything that is missing, and how to get it, in one message.
@@ -167,9 +173,11 @@ class Session:
         from search import preflight, pruning  # Optuna takes 0.3 s, which the workers' imports need not wait for
 
         pruning.check_name(self.options.pruner)
-        return preflight.check(self.definition, self._executor.sees())
+        workers = self._executor.workers_here()
+        at_once = None if workers is None else workers * (self.options.slots or 1)
+        return preflight.check(self.definition, self._executor.sees(), at_once, progress)
 
-    def _run(self, pool: WorkerPool, examined: Examined, make_display: Any) -> Result:
+    def _run(self, pool: WorkerPool, checked: Checked, make_display: Any) -> Result:
         options, places = self.options, self.options.places
         with without_collection():
             from search import preflight
@@ -193,10 +201,10 @@ class Session:
         caught_up = False
         with suppress(Unavailable):
             caught_up = delivery.once().records > 0
-        split = preflight.log_data(self.definition, examined)
-        away = runs.start_study({"data_fingerprint": examined.fingerprint, **split.tags()})
+        preflight.log_data(checked)
+        away = runs.start_study(checked.tags())
 
-        job = self._job(name, examined, pool)
+        job = self._job(name, checked.examined, pool)
         display: Display = make_display(lambda: lifecycle.read_trials(study))
         look = self._look_for_lost(study, runs, pool, display)
         keeper = LogKeeper(study, runs, job.folder, places.options())
@@ -210,7 +218,7 @@ class Session:
         # The workers, to their end.
         with display:
             display.say(summary.headline(job, study, done, left.waiting))
-            for warning in split.warnings:
+            for warning in checked.warnings():
                 display.say(f"data: warning: {warning}")
             courier.start(away)
             code = 0

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from search.errors import StudyError
 from search.space import (
+    Choice,
     Multiple,
     Param,
     Space,
@@ -94,6 +95,14 @@ class Study:
         object.__setattr__(self, "base", _plain(self.base, self.base))
         enqueue = (replace(f, config=_plain(f.config, {**self.base, **f.config})) for f in self.enqueue)
         object.__setattr__(self, "enqueue", tuple(enqueue))
+
+    def models(self) -> tuple[str, ...]:
+        """The models that trials may have: the base's, those of trials given by hand, those of the space."""
+        base = self.base_config().model
+        param = self.space.get("model")
+        chosen = param.values if isinstance(param, Choice) else ()
+        named = [*(fixed.config["model"] for fixed in self.enqueue if "model" in fixed.config), *chosen]
+        return tuple(dict.fromkeys([base, *map(str, named)]))
 
     def base_config(self) -> TrainConfig:
         """The configuration of a trial before anything is sampled."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainer import preload
-from trainer.common import cli
+from trainer.common import cli, progress
 from trainer.common.errors import UserError
 from trainer.config import TrainConfig
 from trainer.data import dataset
 from trainer.data.dataset import Examined
 from trainer.data.problems import grouped
+from trainer.data.text import Text, check_text
 from trainer.model import locate
 
 if TYPE_CHECKING:
@@ -43,13 +45,16 @@ def main(
     if show:
         print(json.dumps(config.model_dump(mode="json"), indent=1))
         return
-    examined = _check(config)
+    with progress.bar("looking at images") as looked:
+        examined, text = _check(config, looked)
     preload.import_libraries()
     from trainer import events
     from trainer.checkpoint import folder_of
     from trainer.loop import history_of, train
     from trainer.workbench import Workbench
 
+    for line in text.lines() if text is not None else ():
+        print(line)
     # Epochs of an earlier run in this folder come first.
     epochs = history_of(config, out)
     for epoch in epochs:
@@ -71,8 +76,8 @@ def main(
         raise typer.Exit(3)
 
 
-def _check(config: TrainConfig) -> Examined:
-    """Examine model and data before torch is loaded.
+def _check(config: TrainConfig, looked: Callable[[int, int], None]) -> tuple[Examined, Text | None]:
+    """Examine model and data before torch is loaded: the data, and what the model's tokenizers make of their text.
 
     Raises:
         UserError: everything that is wrong with either, in one message.
@@ -82,14 +87,17 @@ def _check(config: TrainConfig) -> Examined:
         locate.check(config.model)
     except UserError as error:
         problems.append(error)
+    text = None
     try:
-        examined = dataset.examine(config.data)
+        examined = dataset.examine(config.data, looked)
         dataset.split(examined, config)
+        if not problems:
+            text = check_text(examined.rows, config.model, config.max_target_length)
     except UserError as error:
         problems.append(error)
     if problems:
         raise UserError("\n".join(str(problem) for problem in problems))
-    return examined
+    return examined, text
 
 
 def _line(event: Event) -> str:

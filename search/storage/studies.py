@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import optuna
@@ -94,13 +94,21 @@ def check_definition(opened: optuna.Study, study: Study) -> None:
     _refuse_changed(opened, study, 1 + opened.user_attrs[GENERATION])
 
 
-def check_fingerprints(study: optuna.Study, *, data: str, model: str) -> None:
-    """Hold a study to one data set and one model: stored at the first call, compared at each later one.
+def check_fingerprints(study: optuna.Study, *, data: str, model: str, others: Sequence[str] = ()) -> None:
+    """Hold a study to its data and its models: stored at the first call, compared at each later one.
+
+    Args:
+        study: in Optuna's database.
+        data: fingerprint of the base configuration's data.
+        model: of its model.
+        others: of the other models that the study's trials may have, in the order of its definition.
 
     Raises:
         DefinitionChanged: the data or the model are not those the study's trials used.
     """
-    _hold(study, FINGERPRINTS, {"data": data, "model": model})
+    # By number, since a model's path may differ between machines.
+    more = {f"model {number}": each for number, each in enumerate(others, start=2)}
+    _hold(study, FINGERPRINTS, {"data": data, "model": model, **more})
 
 
 def check_strategy(study: optuna.Study, strategy: str) -> None:

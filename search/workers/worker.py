@@ -37,6 +37,8 @@ from trainer.common.errors import UserError
 from trainer.events import Event
 from trainer.loop import Pack, RunError
 from trainer.member import Member
+from trainer.model.base import fingerprint
+from trainer.model.locate import fetch
 from trainer.model.peft_format import resolve_targets
 from trainer.workbench import Workbench
 
@@ -105,7 +107,10 @@ class Worker:
         for config in [self.base, *(self.job.study.config({}, fixed.config) for fixed in self.job.study.enqueue)]:
             if config.model == self.base.model:
                 resolve_targets(base.model, config.target_modules)
-        studies.check_fingerprints(self.study, data=self.job.examined.fingerprint, model=base.fingerprint)
+        others = [fingerprint(fetch(name)) for name in self.job.study.models() if name != self.base.model]
+        studies.check_fingerprints(
+            self.study, data=self.job.examined.fingerprint, model=base.fingerprint, others=others
+        )
         # How many trials at once.
         chosen = self._room.slots = slots.resolve(self.job.slots, self.job.study, self.bench)
         self.study.longest_first = chosen.most > 1 or self.job.workers > 1
