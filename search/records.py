@@ -46,6 +46,11 @@ ATTEMPT = "attempt"
 WORKER = "worker"
 """Host, process id and start time of the process that runs the trial."""
 
+PAUSED_AT = "paused_at"
+"""Epoch after which the plan last paused the trial."""
+GIVEN_UP = "given_up"
+"""Why a paused trial does not go on any more: set just before it is told as PRUNED."""
+
 STOP_RULE = "stop_rule"
 """User attribute of study and trial: `Study.stop_rule()`, which ends trials early; MLflow has it as tags. In
 records of older versions it is part of the configuration."""
@@ -61,6 +66,8 @@ SUPERSEDED = "pruner"
 PROBE = "probe"
 """A short probe of stability, stopped because it showed what it was for."""
 INTERRUPTED = "interrupted"
+PAUSED = "paused"
+"""Waits with its checkpoint because other trials are worth more; it goes on if they turn out not to be."""
 LOST = "lost"
 ERROR = "error"
 

@@ -250,7 +250,7 @@ class Session:
             self.definition,
             fresh=options.fresh,
             sampler=make_sampler(self.definition, options.strategy, self.n_trials),
-            pruner=pruning.pruner_for(options.pruner, self.definition),
+            pruner=pruning.pruner_for(options.pruner, self.definition, self.n_trials),
         )
         studies.check_strategy(study, options.strategy)
         study.set_user_attr("settings", list(options.settings))  # for the commands that the tuning log proposes

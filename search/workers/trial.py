@@ -82,8 +82,11 @@ class TrialRun:
         for epoch in history:  # nothing an epoch measured is lost, should its report have been
             self._tracking.record(epoch)
             outcome = self._epoch(epoch, from_checkpoint=True)
-            if outcome is not None:
+            if outcome is not None and (outcome.reason != records.PAUSED or self._may_pause_at(epoch, history)):
                 return outcome
+        if records.GIVEN_UP in self.trial.user_attrs:
+            detail = self.trial.user_attrs[records.GIVEN_UP]
+            return Outcome(state="PRUNED", reason=records.SUPERSEDED, detail=detail)
         return self._finished() if len(history) >= self.config.num_epochs else None
 
     def take(self, event: Event) -> Outcome | None:
@@ -209,6 +212,10 @@ class TrialRun:
             return None  # it has had all its epochs: nothing is left to save
         return pruning.verdict(self.study, self._frozen())
 
+    def _may_pause_at(self, epoch: EpochEnded, history: Sequence[EpochEnded]) -> bool:
+        """Whether a trial that goes on from its checkpoint may pause there: only if it ended before it could."""
+        return epoch is history[-1] and self.trial.user_attrs.get(records.PAUSED_AT) != epoch.epoch
+
     def _finished(self) -> Outcome:
         """The outcome of a trial that has had all its epochs."""
         if staged.is_probe(self.trial):
@@ -225,7 +232,9 @@ class TrialRun:
     def _tell(self, outcome: Outcome) -> None:
         """Tell Optuna the outcome. Attributes first: a finished trial takes none."""
         if outcome.state == "WAITING":
-            lifecycle.park(self.study, self.trial)
+            if outcome.reason == records.PAUSED:
+                self.trial.set_user_attr(records.PAUSED_AT, max(self._reported))
+            lifecycle.park(self.study, self.trial, outcome.reason)
             return
         best = self._best()
         curve = diagnosis.curve_from_events(self.config, self._events, reason=outcome.reason)

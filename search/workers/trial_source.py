@@ -13,6 +13,7 @@ from search import records
 from search.sampling.params import suggest
 from search.storage import lifecycle
 from search.storage.database import exclusive
+from search.storage.queue import LongestFirst
 from search.storage.retry import RetryingStorage
 from search.storage.studies import check_definition
 from search.workers.protocol import Job
@@ -37,7 +38,7 @@ class TrialSource:
         identity: `records.WORKER` of the trials.
     """
 
-    def __init__(self, study: optuna.Study, storage: RetryingStorage, job: Job, identity: Mapping[str, Any]) -> None:
+    def __init__(self, study: LongestFirst, storage: RetryingStorage, job: Job, identity: Mapping[str, Any]) -> None:
         self.supply = Supply.UNKNOWN
         self._study = study
         self._storage = storage
@@ -68,7 +69,7 @@ class TrialSource:
             with exclusive(self._storage):
                 if tries > 1:  # the database went away meanwhile, and may have handed out a trial before it did
                     lifecycle.put_back(self._study, self._identity, began)
-                if not lifecycle.needs_another(self._study, self._job.n_trials):
+                if not self._study.has_next(self._job.n_trials):
                     return None
                 if not self._definition_is_kept:
                     check_definition(self._study, self._job.study)
@@ -76,6 +77,8 @@ class TrialSource:
                 trial = self._study.ask()
                 trial.set_user_attr(records.WORKER, self._identity)
                 lifecycle.heartbeat(self._study, trial)  # a trial that was parked has an old one
+                if self._study.given_up is not None:
+                    trial.set_user_attr(records.GIVEN_UP, self._study.given_up)
                 suggest(trial, self._job.study)
             return trial
 
