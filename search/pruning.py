@@ -117,7 +117,7 @@ class HalvingPruner(SuccessiveHalvingPruner):
         sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
         rung = 0
         # From the storage: the call above has noted there the rung that the trial has just passed.
-        reached = trials[trial.number].system_attrs
+        reached = next(each for each in trials if each.number == trial.number).system_attrs
         while (key := f"completed_rung_{rung}") in reached:
             field = sorted(sign * each.system_attrs[key] for each in trials if key in each.system_attrs)
             if sign * reached[key] > field[max(len(field) // self._one_of, 1) - 1]:

@@ -43,9 +43,16 @@ def number_counted(trials: Sequence[FrozenTrial]) -> int:
     """How many of a study's trials count towards its total.
 
     Every trial counts, whatever its state, unless another has taken up its work: the two are one. Waiting trials count
-    since they are going to run, a lost trial without a successor since it has used its turn.
+    since they are going to run, a lost trial without a successor since it has used its turn. Repeats do not: they are
+    no configurations of their own.
     """
-    return len(trials) - len({t.user_attrs[records.RESUMES] for t in trials if records.RESUMES in t.user_attrs})
+    own = [trial for trial in trials if not is_repeat(trial)]
+    return len(own) - len({t.user_attrs[records.RESUMES] for t in own if records.RESUMES in t.user_attrs})
+
+
+def is_repeat(trial: FrozenTrial) -> bool:
+    """Whether the trial repeats another one with another seed, and is none of the search's."""
+    return records.REPEAT_OF in trial.user_attrs
 
 
 def is_paused(trial: FrozenTrial) -> bool:

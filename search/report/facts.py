@@ -52,7 +52,7 @@ class Facts:
     samples: tuple[tuple[int, int], ...]
     """(training samples, validation samples) of the runs, the most frequent first."""
     main_samples: tuple[Any, ...] | None
-    """The samples on which most trials were validated, see `experiment.SAMPLE_FIELDS`."""
+    """The samples on which most trials were validated, see `leaderboard.SAMPLE_FIELDS`."""
     comparable: int
     """Trials whose losses are compared with one another in the tables."""
     median_loss: float | None

@@ -25,8 +25,6 @@ NEAR_EDGE = 0.05
 WIDE_GAP = 0.35
 """Share of a range without a trial from which it is called untested. A batch size tried at 2, 4, 8 and 16 leaves gaps
 of a third."""
-SETTINGS = "settings"
-"""Study attribute with the `--set` settings as given, where the search recorded them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +204,7 @@ def _search(
     changes: Mapping[str, str] | None = None,
 ) -> str:
     """A command line of the search with this study's settings."""
-    given = record.attrs.get(SETTINGS)
+    given = record.attrs.get(records.SETTINGS)
     settings: dict[str, str] = {}
     if isinstance(given, list):
         for item in given:

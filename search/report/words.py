@@ -17,6 +17,7 @@ REASONS: Final = {
     records.OUT_OF_MEMORY: ("out of memory", "显存不足"),
     records.SUPERSEDED: ("behind other trials", "落后于其他实验"),
     records.PROBE: ("stability probe, done", "稳定性试探，已完成"),
+    records.REPEAT: ("repeat, done", "重复实验，已完成"),
     records.INTERRUPTED: ("interrupted, to be resumed", "已中断，稍后继续"),
     records.PAUSED: ("paused, goes on if it is worth more than the others", "已暂停，若比其他试验更有希望则继续"),
     records.LOST: ("process lost", "进程丢失"),

@@ -11,7 +11,7 @@ says in which order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -31,7 +31,7 @@ from trainer.config import without_retired
 
 _CARRIED_OVER = (
     *(records.LABEL, records.NOTE, records.OVERRIDES, records.STAGE, records.TRAIN_LOSSES),
-    *(records.PAUSED_AT, records.GIVEN_UP),
+    *(records.PAUSED_AT, records.GIVEN_UP, records.REPEAT_OF, records.BLOCK, records.TRAINS_TO),
 )
 """Attributes that a trial hands to the one that takes up its work."""
 LOST_AFTER = "lost_after_s"
@@ -107,7 +107,7 @@ def requeue_lost(
     study: optuna.Study,
     *,
     is_alive: Callable[[dict[str, Any]], bool | None] = processes.alive,
-    max_retries: int = 2,
+    max_retries: int = records.MAX_RETRIES,
 ) -> tuple[Lost, ...]:
     """Fail the RUNNING trials whose worker is gone, and queue a successor that takes up the work of each.
 
@@ -162,7 +162,12 @@ def lineage(study: optuna.Study, number: int) -> tuple[int, ...]:
 
 def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
     """All trials by number, with what Optuna's storage knows of them."""
-    return tuple(_record(trial) for trial in study.get_trials(deepcopy=False))
+    return records_of(study.get_trials(deepcopy=False))
+
+
+def records_of(trials: Sequence[FrozenTrial]) -> tuple[TrialRecord, ...]:
+    """These trials as records."""
+    return tuple(_record(trial) for trial in trials)
 
 
 def _backend(study: optuna.Study) -> RetryingStorage:
@@ -270,6 +275,8 @@ def _record(trial: FrozenTrial) -> TrialRecord:
     value = trial.value if trial.state == TrialState.COMPLETE else None
     if trial.state == TrialState.PRUNED:
         value = min((v for v in trial.intermediate_values.values() if math.isfinite(v)), default=None)
+    if records.REPEAT_OF in attrs:  # not its lowest, which would be too low by chance
+        value = trial.intermediate_values.get(attrs[records.TRAINS_TO])
     return TrialRecord(
         number=trial.number,
         state=trial.state.name,

@@ -18,9 +18,10 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from search import records
-from search.planning.plan import Plan, is_paused, number_counted
+from search.planning.plan import Plan, is_paused, is_repeat, number_counted
 from search.pruning import plan_of
 from search.storage.optuna_private import OrderedStudy
+from search.storage.searched import OfTheSearch
 from search.study import Study
 from trainer.common.errors import ConfigError
 
@@ -40,7 +41,7 @@ class LongestFirst(OrderedStudy):
     """
 
     def __init__(self, name: str, storage: Any, sampler: Any, pruner: Any, definition: Study, rows: int) -> None:
-        super().__init__(name, storage, sampler, pruner)
+        super().__init__(name, storage, OfTheSearch(sampler), pruner)
         self._definition = definition
         self._rows = rows
         self.longest_first = False
@@ -60,6 +61,7 @@ class LongestFirst(OrderedStudy):
         self._resumed = self.given_up = None
         if any(t.state == TrialState.WAITING and not self._is_paused(t) for t in trials):
             return True
+        trials = [t for t in trials if not is_repeat(t)]
         new_left = number_counted(trials) < n_trials
         waiting = [t for t in trials if self._is_paused(t)]
         if not waiting or self.plan is None:
@@ -90,4 +92,5 @@ class LongestFirst(OrderedStudy):
             return 0  # the queued params cannot be run; the worker that takes the trial reports it
         samples = min(config.max_samples or self._rows, self._rows)
         steps = math.ceil(samples / (config.batch_size * config.gradient_accumulation_steps))
-        return steps * (config.num_epochs - len(trial.intermediate_values))
+        epochs: int = trial.user_attrs.get(records.TRAINS_TO, config.num_epochs)
+        return steps * (epochs - len(trial.intermediate_values))

@@ -1,4 +1,4 @@
-"""Where a worker gets its trials: counted, asked for and sampled, by one worker at a time."""
+"""Where a worker gets its trials: counted, asked for, sampled and at last repeated, by one worker at a time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from search.storage.queue import LongestFirst
 from search.storage.retry import RetryingStorage
 from search.storage.studies import check_definition
 from search.workers.protocol import Job
+from search.workers.repeats import Repeats
 
 
 class Supply(Enum):
@@ -44,6 +45,9 @@ class TrialSource:
         self._storage = storage
         self._job = job
         self._identity = dict(identity)
+        self._repeats = None
+        if job.confirm is not None:
+            self._repeats = Repeats(study, job.study, job.confirm, job.n_trials, job.examined)
         self._definition_is_kept = False
         """Whether a trial was asked for: from then on the study keeps its definition, which need not be checked."""
 
@@ -69,7 +73,7 @@ class TrialSource:
             with exclusive(self._storage):
                 if tries > 1:  # the database went away meanwhile, and may have handed out a trial before it did
                     lifecycle.put_back(self._study, self._identity, began)
-                if not self._study.has_next(self._job.n_trials):
+                if not self._study.has_next(self._job.n_trials) and not (self._repeats and self._repeats.enqueue()):
                     return None
                 if not self._definition_is_kept:
                     check_definition(self._study, self._job.study)
