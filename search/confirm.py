@@ -1,4 +1,4 @@
-"""`python -m search.confirm --study NAME`: train the leaders of a study again, with other seeds and splits, for a verdict."""
+"""`python -m search.confirm --study NAME`: train the leaders of a study again with other seeds, for a verdict."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,33 +72,6 @@ def adapter(study_folder: Path, trial: TrialRecord) -> Path:
     """The folder of a trial's best adapter, in PEFT's format."""
     checkpoint = f"epoch-{trial.best_epoch:04d}"
     return study_folder / str(trial.attrs["folder"]) / "checkpoints" / checkpoint / "adapter"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a search came to."""
-
-    code: int
-    """Exit code: 0 done, 1 a fault, 2 wrong input, 75 the database is away, 130 or 143 interrupted."""
-    study_name: str
-    """Optuna's, which tells generations apart."""
-    trials: tuple[TrialRecord, ...]
-    logs: tuple[Path, ...]
-    """The tuning log's files; empty if it could not be written."""
-    folder: Path
-    """Where the study's files lie."""
-    undelivered: str | None = None
-    """What MLflow has not taken yet, None if it has all."""
-
-    @property
-    def best(self) -> TrialRecord | None:
-        """The completed trial with the lowest validation loss."""
-        return best(self.trials)
-
-    @property
-    def adapter(self) -> Path | None:
-        """Folder of the best trial's adapter, in PEFT's format."""
-        return None if self.best is None else adapter(self.folder, self.best)
 
 
 def show_value(name: str, value: Any) -> str:

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.errors import DatabaseAway, StudyError, Unavailable
-from search.leaderboard import Result
 from search.options import SearchOptions
+from search.result import Result
 from search.study import Study
 from search.study_file import load
-from search.verdict.leaders import Rules
+from search.verdict.leaders import Rules, verdict_of
 from search.workers.executor import Executor
 from search.workers.protocol import Display, Job, Message, Notice
 from trainer.common.errors import shown
@@ -213,7 +213,7 @@ class Session:
 
         # The workers, to their end.
         with display:
-            display.say(summary.headline(job, study, done, left.waiting))
+            display.say(summary.headline(job, study, done))
             for warning in split.warnings:
                 display.say(f"data: warning: {warning}")
             courier.start(away)
@@ -341,7 +341,8 @@ class Session:
         courier.close()  # first, so that the log has what MLflow has
         logs = keeper.close() if keeper.is_alive() else []
         trials = lifecycle.read_trials(study)
-        runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials))
+        verdict = verdict_of(trials, study.user_attrs)
+        runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials, verdict))
         undelivered = courier.close(0)
         runs.close_dangling(is_gone)
         return Result(
@@ -350,6 +351,7 @@ class Session:
             trials=trials,
             logs=tuple(logs),
             folder=folder,
+            verdict=verdict,
             undelivered=undelivered,
         )
 

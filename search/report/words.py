@@ -61,6 +61,8 @@ SIGNS: Final = {
     "slow_epoch": ("an epoch takes too long", "每个 epoch 过慢"),
 }
 
+VERDICT_HEADING: Final = ("⚖️ Verdict", "⚖️ 结论")
+
 PARAMETERS: Final = {
     "alpha_per_r": ("lora_alpha / lora_r", "lora_alpha / lora_r"),
     "warmup_share": ("warmup / all steps", "warmup / 总步数"),

@@ -114,14 +114,14 @@ class FilteredStudy(optuna.Study):
 
     def __init__(self, study: optuna.Study, keep: Callable[[FrozenTrial], bool]) -> None:
         super().__init__(study.study_name, study._storage, sampler=study.sampler, pruner=study.pruner)
-        self._whole = study
-        self._keep = keep
+        self.whole = study
+        self.keep = keep
 
     def _get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
         # The whole study's cache is the one that `ask` renews.
-        return [t for t in self._whole._get_trials(deepcopy, states, use_cache) if self._keep(t)]
+        return [t for t in self.whole._get_trials(deepcopy, states, use_cache) if self.keep(t)]
 
 
 class CreationHooks(RDBStorage):

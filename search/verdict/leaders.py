@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from search import records
 from search.diagnosis.noise import SIGNIFICANT, VAL_NOISE, relative
@@ -121,6 +122,19 @@ def judge(trials: Sequence[TrialRecord], rules: Rules) -> Verdict:
     ended, open_ = cells(trials)
     verdict = race(candidates, ended, limits)
     return replace(verdict, wanted=tuple(cell for cell in verdict.wanted if cell not in open_))
+
+
+def verdict_of(trials: Sequence[TrialRecord], attrs: Mapping[str, Any]) -> Verdict | None:
+    """The verdict of a study as it is recorded; None if its leaders are not to be repeated.
+
+    Args:
+        trials: All of the study's.
+        attrs: The study's user attributes.
+    """
+    rules = attrs.get(records.CONFIRM)
+    if rules is None and not any(map(is_repeat, trials)):
+        return None
+    return judge(trials, Rules(**(rules or {})))
 
 
 def seed_of(block: int, first: int, taken: Collection[int]) -> int:

@@ -13,7 +13,7 @@ allows (each is a chance to err). What is left alone is the **winner**. The devi
 candidates that are left together: of one pair, three blocks say next to nothing about it.
 
 **They are tied** if a candidate that is left is shown to be at most `margin` worse than each other (one-sided tests of
-non-inferiority, at the same level for the looks); it is the cheapest of which this holds. The margin is the standard
+non-inferiority, each at the level `TIE_ALPHA`); it is the cheapest of which this holds. The margin is the standard
 deviation of the difference of two trainings, at least `MARGIN` and at most `MARGIN_MOST`: what is chosen here is
 trained once more, and then its seed matters more than the choice.
 """
@@ -30,6 +30,9 @@ from search.verdict.student import above, quantile
 
 ALPHA = 0.05
 """Chance of naming a wrong winner, at most."""
+TIE_ALPHA = 0.1
+"""Of each test that a candidate is not worse than another by more than the margin. It is not divided by the looks: of
+made-up studies, at most 2 % name one in a tie that is worse by more (docs/search-quality.md)."""
 MARGIN = 0.005
 """Smallest difference that is worth a decision, a share of the loss: with 32 validation samples one epoch's loss moves
 by as much, on the recorded real runs by 0.4 % (search.diagnosis.noise.VAL_NOISE)."""
@@ -244,7 +247,7 @@ class _Race:
         cost = {c.number: (c.cost, c.number) for c in self.all}
         for a in sorted(self.left, key=cost.__getitem__):
             pairs = [self.pair(a, b) for b in self.left if b != a]
-            if all(mean + quantile(self.level, freedoms) * error < margin for mean, error, freedoms in pairs):
+            if all(mean + quantile(TIE_ALPHA, freedoms) * error < margin for mean, error, freedoms in pairs):
                 return a
         return None
 
@@ -260,7 +263,7 @@ class _Race:
             free = max(n - 1, (k - 1) * (n - 1) if k > 2 else 1)
             shrink = math.sqrt(self.n / n)
             won = all(m > quantile(level / rivals, free) * e * shrink for m, e, _ in pairs)
-            tied = all(-m + quantile(level, free) * e * shrink < margin for m, e, _ in pairs)
+            tied = all(-m + quantile(TIE_ALPHA, free) * e * shrink < margin for m, e, _ in pairs)
             if won or tied:
                 return (n - self.n) * k
         return None

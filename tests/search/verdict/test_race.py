@@ -62,7 +62,7 @@ def test_equals_are_tied_and_the_cheapest_is_named() -> None:
 
 
 def test_who_can_no_longer_win_is_trained_no_more() -> None:
-    verdict = played({0: 0.0, 1: 0.001, 2: 0.2}, Limits(epochs=400), noise=0.006, seed=3)
+    verdict = played({0: 0.0, 1: 0.001, 2: 0.5}, Limits(epochs=400), noise=0.05, seed=3)
     repeats = {s.number: s.repeats for s in verdict.standings}
     assert repeats[2] == 3 < repeats[0] == repeats[1]
     assert verdict.standings[-1].number == 2 and verdict.standings[-1].out
@@ -73,9 +73,9 @@ def test_it_ends_undecided_where_the_budget_does_and_says_what_more_it_would_tak
     assert verdict.kind == "undecided" and verdict.blocks == 3 and verdict.epochs == 24
     assert verdict.more is None or verdict.more >= 2
     losses: Losses = {(0, b): 0.4 for b in (1, 2, 3)}
-    losses |= {(1, b): 0.4 * math.exp(d) for b, d in ((1, 0.001), (2, 0.012), (3, 0.02))}
+    losses |= {(1, b): 0.4 * math.exp(d) for b, d in ((1, -0.02), (2, 0.005), (3, 0.03))}
     near = race(candidates(4, 4), losses, Limits(epochs=24))
-    assert near.kind == "undecided" and near.more is not None and 2 <= near.more <= 10 and near.more % 2 == 0
+    assert near.kind == "undecided" and near.more is not None and 2 <= near.more <= 20 and near.more % 2 == 0
 
 
 def test_a_repeat_without_a_loss_ends_its_candidate() -> None:
