@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -71,7 +71,7 @@ def main(
     raise typer.Exit(run_shown(_session))
 
 
-def _as_recorded(name: str, places: Places) -> tuple[str, dict[str, object]]:
+def _as_recorded(name: str, places: Places) -> tuple[str, dict[str, Any]]:
     """(name of the study's definition, the options that its trials were run with).
 
     Raises:
@@ -101,7 +101,7 @@ def _as_recorded(name: str, places: Places) -> tuple[str, dict[str, object]]:
         close_storage(opened)
 
 
-def _options(found: optuna.Study) -> dict[str, object]:
+def _options(found: optuna.Study) -> dict[str, Any]:
     from search.storage import studies
 
     attrs = found.user_attrs

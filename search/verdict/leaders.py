@@ -17,8 +17,8 @@ from trainer.config import MACHINE_FIELDS
 TOP = 5
 """Most candidates."""
 FEWEST = 3
-"""Candidates that the budget always has room for. With two, the best of all is one of them in 20 % to 90 % of made-up
-studies and a wrong winner is named in up to 8 %; with three in at most 1 % (docs/search-quality.md)."""
+"""Candidates that the budget always has room for. With two, up to 11 % of made-up studies name a winner although
+another of their trials is better; with three at most 2.2 % (docs/search-quality.md)."""
 SHARE = 0.25
 """Of the epochs that the search has trained: what repeats may cost by default."""
 APART = 2 * SIGNIFICANT * VAL_NOISE * 2**0.5

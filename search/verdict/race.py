@@ -32,7 +32,7 @@ ALPHA = 0.05
 """Chance of naming a wrong winner, at most."""
 TIE_ALPHA = 0.1
 """Of each test that a candidate is not worse than another by more than the margin. It is not divided by the looks: of
-made-up studies, at most 2 % name one in a tie that is worse by more (docs/search-quality.md)."""
+made-up studies, at most 2.5 % name one in a tie that is worse by more (docs/search-quality.md)."""
 MARGIN = 0.005
 """Smallest difference that is worth a decision, a share of the loss: with 32 validation samples one epoch's loss moves
 by as much, on the recorded real runs by 0.4 % (search.diagnosis.noise.VAL_NOISE)."""

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from search.verdict.leaders import APART, FEWEST, SHARE, TOP
 from search.verdict.race import FIRST, Candidate, Cell, Limits, Verdict, race
@@ -68,7 +69,7 @@ def made_up(rng: random.Random, number: int, gap: float, noise: float) -> list[C
 
 def recorded(lines: Path) -> tuple[list[Configuration], float]:
     """(configurations of a table, standard deviation of a repeat)."""
-    runs: defaultdict[int, defaultdict[int, dict[int, dict[str, float]]]] = defaultdict(lambda: defaultdict(dict))
+    runs: defaultdict[int, defaultdict[int, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for line in read(lines):
         if "epoch" in line:
             runs[line["configuration"]][line["seed"]][line["epoch"]] = line
