@@ -72,6 +72,12 @@ class SearchOptions:
     strategy: str = "joint"
     pruner: str = "rising"
     places: Places = field(default_factory=Places.of)
+    confirm: bool = True
+    """Whether the leaders are trained again with other seeds once the search is done, for a verdict."""
+    top: int | None = None
+    """Leaders that are repeated, at most; None for what the budget has room for (search.verdict)."""
+    seeds: int | None = None
+    """Repeats of each, at most; None likewise."""
     fresh: bool = False
     """Start a new generation of the study, under a new name."""
     settings: tuple[str, ...] = ()

@@ -85,6 +85,9 @@ def main(
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
     runs_dir: RunsOption = RUNS,
+    confirm: Annotated[
+        bool, typer.Option(help="At the end, train the leaders again with other seeds and splits, for a verdict.")
+    ] = True,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start a new study, under a new name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show what would run, stop.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
@@ -120,6 +123,7 @@ def main(
             pruner=pruner,
             # Workers on a cluster are in other folders.
             places=Places.of(runs_dir.resolve() if executor == "ray" else runs_dir, storage, tracking_uri),
+            confirm=confirm,
             fresh=fresh,
             settings=tuple(settings or ()),
             seed=seed,
@@ -132,10 +136,10 @@ def main(
             checked = _session.check(looked)
         show(_session.definition, _session.options, _session.n_trials, checked)
         return
-    raise typer.Exit(_run(_session))
+    raise typer.Exit(run_shown(_session))
 
 
-def _run(session: Session) -> int:
+def run_shown(session: Session) -> int:
     """Run it with what the terminal can show; returns the exit code."""
     from search.terminal import summary
     from search.terminal.live import LiveDisplay, Plain

@@ -18,14 +18,16 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.errors import DatabaseAway, StudyError, Unavailable
-from search.leaderboard import Result
 from search.options import SearchOptions
+from search.result import Result
 from search.study import Study
 from search.study_file import load
+from search.verdict.leaders import Rules, verdict_of
 from search.workers.executor import Executor
 from search.workers.protocol import Display, Job, Message, Notice
 from trainer.common import progress
@@ -78,6 +80,8 @@ class Session:
         self.log_file: Path | None = None
         """Takes all log lines and tracebacks; None until the study is open."""
         self._end_logging: Callable[[], None] | None = None
+        self._rules: Rules | None = None
+        """How the leaders are repeated at the end; None if they are not."""
         self._storage: RetryingStorage | None = None
         self._supervisor: Supervisor | None = None
         self._stop: list[bool] = []
@@ -217,7 +221,7 @@ class Session:
 
         # The workers, to their end.
         with display:
-            display.say(summary.headline(job, study, done, left.waiting))
+            display.say(summary.headline(job, study, done))
             for warning in checked.warnings():
                 display.say(f"data: warning: {warning}")
             courier.start(away)
@@ -244,7 +248,7 @@ class Session:
         """The study in Optuna's database: continued, or created."""
         import optuna
 
-        from search import pruning
+        from search import pruning, records
         from search.sampling.make import make_sampler
         from search.storage import studies
         from search.storage.database import open_storage
@@ -258,10 +262,15 @@ class Session:
             self.definition,
             fresh=options.fresh,
             sampler=make_sampler(self.definition, options.strategy, self.n_trials),
-            pruner=pruning.pruner_for(options.pruner, self.definition),
+            pruner=pruning.pruner_for(options.pruner, self.definition, self.n_trials),
         )
         studies.check_strategy(study, options.strategy)
-        study.set_user_attr("settings", list(options.settings))  # for the commands that the tuning log proposes
+        study.set_user_attr(records.SETTINGS, list(options.settings))  # for the commands that the tuning log proposes
+        if options.confirm:
+            held = study.user_attrs.get(records.CONFIRM)
+            asked = options.top is not None or options.seeds is not None
+            self._rules = Rules(**held) if held and not asked else Rules(top=options.top, seeds=options.seeds)
+            study.set_user_attr(records.CONFIRM, asdict(self._rules))  # for the log, and for searches that go on
         return study
 
     def _close_storage(self) -> None:
@@ -294,6 +303,7 @@ class Session:
             workers=pool.size,
             slots=options.slots,
             lost_after_s=options.lost_after_s,
+            confirm=self._rules,
         )
 
     def _look_for_lost(
@@ -303,6 +313,9 @@ class Session:
         from search import records
         from search.processes import is_gone
         from search.storage import lifecycle
+        from search.workers import repeats
+
+        rules = self._rules
 
         def look() -> Unfinished:
             gone = lifecycle.requeue_lost(study, is_alive=pool.alive)
@@ -313,7 +326,10 @@ class Session:
                     runs.end(lost.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
             if gone:  # a worker may have died before it wrote down which run it had begun
                 runs.close_dangling(is_gone)
-            return lifecycle.unfinished(study)
+            left = lifecycle.unfinished(study)
+            if rules is not None and not left.waiting and not left.running:
+                left = replace(left, waiting=len(repeats.wanted(study, rules, self.n_trials)))
+            return left
 
         return look
 
@@ -333,7 +349,8 @@ class Session:
         courier.close()  # first, so that the log has what MLflow has
         logs = keeper.close() if keeper.is_alive() else []
         trials = lifecycle.read_trials(study)
-        runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials))
+        verdict = verdict_of(trials, study.user_attrs)
+        runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials, verdict))
         undelivered = courier.close(0)
         runs.close_dangling(is_gone)
         return Result(
@@ -342,6 +359,7 @@ class Session:
             trials=trials,
             logs=tuple(logs),
             folder=folder,
+            verdict=verdict,
             undelivered=undelivered,
         )
 

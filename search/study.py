@@ -109,10 +109,15 @@ class Study:
         return TrainConfig.parse(self.base)
 
     def config(self, params: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-        """The resolved configuration of a trial with these params; `overrides` are a fixed trial's other fields."""
+        """The resolved configuration of a trial with these params.
+
+        Args:
+            params: By Optuna's names.
+            overrides: A fixed trial's fields outside the space; a probe's or a repeat's may be searched, and count.
+        """
         # Overrides are stored with a trial, so those of an older version may name retired fields.
         base = {**self.base_config().model_dump(), **without_retired(overrides or {})}
-        return TrainConfig.parse(to_config(self.space, base, params))
+        return TrainConfig.parse({**to_config(self.space, base, params), **without_retired(overrides or {})})
 
     def with_settings(self, settings: Iterable[str], seed: int | None = None) -> Study:
         """The study with `key=value` settings over its base, or of its `patience` and `min_delta`.

@@ -20,6 +20,8 @@ from search.diagnosis import Finding, leaf, messages
 from search.markdown import code, escape, fenced
 from search.records import EpochRecord, Outcome, TrialRecord, finite, lowest
 from search.storage.optuna_private import set_system_attr
+from search.verdict import text
+from search.verdict.leaders import verdict_of
 from trainer.common.imports import without_module
 
 with without_module("sklearn"):
@@ -93,6 +95,10 @@ def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page
     if best is not None:
         where = f"trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}"
         lines += [f"**Best: {where}**", ""]
+    verdict = verdict_of(trials, study.user_attrs)
+    if verdict is not None:
+        lines += [f"**Verdict**: {escape(text.sentence(verdict))}", ""]
+        lines += [*(f"- {escape(line)}" for line in text.table(verdict)), ""]
     heads, rows = leaderboard.rows([t for t in trials if t.state in ("COMPLETE", "PRUNED", "FAIL")])
     if rows:
         lines.append("| " + " | ".join(escape(head) for head in heads) + " |")

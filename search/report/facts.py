@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+from search import records
 from search.diagnosis.advise import HIGH_RATE
-from search.leaderboard import state_of
-from search.records import StudyRecord
+from search.leaderboard import is_repeat, searched, state_of
+from search.records import StudyRecord, TrialRecord
 from search.report import next_steps as steps
 from search.report import parameters, summary
 from search.report.epochs import Column, columns
@@ -23,6 +24,8 @@ from search.report.measured_noise import Noise, measure
 from search.report.next_steps import NextSteps
 from search.report.parameters import Table
 from search.report.summary import Budget, Lessons, Recommended, Sign, Stage
+from search.verdict.leaders import verdict_of
+from search.verdict.race import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ class Facts:
     captions: tuple[int, int] | None
     """(captions, images) of the data where images have several, by the latest run that says so."""
     main_samples: tuple[Any, ...] | None
-    """The samples on which most trials were validated, see `experiment.SAMPLE_FIELDS`."""
+    """The samples on which most trials were validated, see `leaderboard.SAMPLE_FIELDS`."""
     comparable: int
     """Trials whose losses are compared with one another in the tables."""
     median_loss: float | None
@@ -68,6 +71,10 @@ class Facts:
     complete: int
     clipping: Clipping
     best: Recommended | None
+    verdict: Verdict | None
+    """What the repeats of the leaders say; None if none were asked for."""
+    repeats: tuple[TrialRecord, ...]
+    """Those of one trial together; everything else here is without them."""
     next: NextSteps
     health: tuple[Sign, ...]
     trouble: tuple[Sign, ...]
@@ -90,8 +97,10 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
     """
     # A trial that another program added to the study has no configuration of ours: nothing can be said about it.
     ours = tuple(t for t in record.trials if t.config or t.state != "COMPLETE")
-    record = replace(record, trials=ours)
-    noise = measure(record.trials)
+    noise = measure(ours)
+    verdict = verdict_of(ours, record.attrs)
+    repeats = tuple(sorted((t for t in ours if is_repeat(t)), key=_as_repeated))
+    record = replace(record, trials=tuple(searched(ours)))
     experiments = experiments_of(record.trials, noise)
     best = summary.recommended(experiments, noise)
     samples = parameters.main_samples(experiments)
@@ -123,13 +132,19 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         complete=sum(1 for t in record.trials if t.state == "COMPLETE"),
         clipping=_clipping(experiments),
         best=best,
-        next=steps.next_steps(record, experiments, best, options),
+        verdict=verdict,
+        repeats=repeats,
+        next=steps.next_steps(record, experiments, best, options, verdict),
         health=summary.health(experiments),
         trouble=summary.trouble(experiments),
         tree=summary.tree(experiments),
         lessons=summary.lessons(experiments, HIGH_RATE),
         updated_s=max(times, default=None),
     )
+
+
+def _as_repeated(trial: TrialRecord) -> tuple[int, int, int]:
+    return (trial.attrs[records.REPEAT_OF], trial.attrs[records.BLOCK], trial.number)
 
 
 def _distinct(values: Any) -> tuple[str, ...]:

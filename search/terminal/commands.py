@@ -14,6 +14,7 @@ from trainer.common.errors import UserError, nearest, shown
 
 COMMANDS = {
     "run": ("search.run", "search hyperparameters; run again to continue a study"),
+    "confirm": ("search.confirm", "train the leaders of a study again with other seeds, for a verdict"),
     "report": ("search.report.__main__", "write the tuning log from the records"),
     "replay": ("search.replay", "train a trial again, and compare every loss"),
     "deliver": ("search.deliver", "deliver to MLflow what it did not take while it was away"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from search.errors import StorageError
-from search.records import INTERRUPTED, LOST, epoch_record
+from search.records import INTERRUPTED, LOST, PAUSED, epoch_record
 from search.tracking.outbox import End, Outbox, Point, Status
 from search.tracking.writer import RunStore, Writer
 from trainer.events import (
@@ -89,7 +89,7 @@ def run_status(state: str, reason: str | None = None) -> Status:
     """
     if state in ("COMPLETE", "PRUNED"):
         return "FINISHED"
-    return "KILLED" if reason in (INTERRUPTED, LOST) else "FAILED"
+    return "KILLED" if reason in (INTERRUPTED, PAUSED, LOST) else "FAILED"
 
 
 def run_facts(event: RunStarted) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from search.options import LOST_AFTER_S
 from search.places import Places
 from search.study import Study
+from search.verdict.leaders import Rules
 from trainer.data.dataset import Examined
 from trainer.events import EpochEnded, RunStarted, StepEnded
 
@@ -49,6 +50,8 @@ class Job:
     """Trials that a worker trains at once; None for as many as pay and fit."""
     lost_after_s: float = LOST_AFTER_S
     """Seconds without a heartbeat after which other hosts take the trials over."""
+    confirm: Rules | None = None
+    """How the leaders are repeated once the search has nothing left; None if they are not."""
     one_by_one: int = 0
     """Trials to be run alone first: those of a worker that died with several, one of which may have killed it."""
 

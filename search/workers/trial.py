@@ -27,6 +27,7 @@ from search.errors import DatabaseAway
 from search.records import Outcome
 from search.sampling import params, staged
 from search.storage import lifecycle, optuna_private
+from search.storage.searched import searched
 from search.workers.protocol import Notice, Order, Progress, TrialEnded, TrialStarted
 from search.workers.trial_tracking import TrialContext, TrialTracking
 from trainer.events import Diverged, EpochEnded, Event, OutOfMemory, RunStarted, StepEnded
@@ -48,7 +49,12 @@ class TrialRun:
         self.study = context.study
         overrides = {**trial.user_attrs.get(records.OVERRIDES, {}), **staged.stage_overrides(trial)}
         self.config = context.job.study.config(trial.params, overrides)
+        self.repeat_of: int | None = trial.user_attrs.get(records.REPEAT_OF)
+        """Number of the trial that this one repeats, with another seed: nothing stops it before its last epoch."""
+        self.last_epoch: int = trial.user_attrs.get(records.TRAINS_TO, self.config.num_epochs)
         self.folder = Path()
+        self._search = searched(context.study)
+        """The study as the pruner is to see it."""
         self.over = False
         """Whether nothing more is to be done for it here. A trial whose end could not be recorded is not over."""
         self.taken_over = False
@@ -75,16 +81,19 @@ class TrialRun:
             TrialStarted(
                 number=self.trial.number,
                 config=self.config.model_dump(mode="json"),
-                label=self.trial.user_attrs.get(records.LABEL),
+                label=self._tracking.label,
                 resumed_from_epoch=len(history),
             )
         )
         for epoch in history:  # nothing an epoch measured is lost, should its report have been
             self._tracking.record(epoch)
             outcome = self._epoch(epoch, from_checkpoint=True)
-            if outcome is not None:
+            if outcome is not None and (outcome.reason != records.PAUSED or self._may_pause_at(epoch, history)):
                 return outcome
-        return self._finished() if len(history) >= self.config.num_epochs else None
+        if records.GIVEN_UP in self.trial.user_attrs:
+            detail = self.trial.user_attrs[records.GIVEN_UP]
+            return Outcome(state="PRUNED", reason=records.SUPERSEDED, detail=detail)
+        return self._finished() if len(history) >= self.last_epoch else None
 
     def take(self, event: Event) -> Outcome | None:
         """Record an event and judge it; the outcome if it ends the trial."""
@@ -102,7 +111,7 @@ class TrialRun:
                 outcome = self._epoch(event, from_checkpoint=False)
                 if outcome is not None:
                     return outcome
-                if event.epoch >= self.config.num_epochs:
+                if event.epoch >= self.last_epoch:
                     return self._finished()
                 if self._context.link.order() >= Order.END_AFTER_EPOCH:
                     return self.interrupted()
@@ -163,7 +172,7 @@ class TrialRun:
     def left_s(self) -> float:
         """Seconds that are left to train, by its last epoch."""
         epochs = [event for event in self._events if isinstance(event, EpochEnded)]
-        return (self.config.num_epochs - epochs[-1].epoch) * epochs[-1].timing.epoch_s if epochs else math.inf
+        return (self.last_epoch - epochs[-1].epoch) * epochs[-1].timing.epoch_s if epochs else math.inf
 
     def _prepare(self) -> Path:
         """Record what is run, and where its files lie."""
@@ -205,9 +214,13 @@ class TrialRun:
             self._reported[event.epoch] = event.val_loss
         self._send(event, from_checkpoint=from_checkpoint)
         # Judge.
-        if event.epoch >= self.config.num_epochs:
-            return None  # it has had all its epochs: nothing is left to save
-        return pruning.verdict(self.study, self._frozen())
+        if event.epoch >= self.last_epoch or self.repeat_of is not None:
+            return None  # it has had all its epochs, or is to have them: nothing is left to save
+        return pruning.verdict(self._search, self._frozen())
+
+    def _may_pause_at(self, epoch: EpochEnded, history: Sequence[EpochEnded]) -> bool:
+        """Whether a trial that goes on from its checkpoint may pause there: only if it ended before it could."""
+        return epoch is history[-1] and self.trial.user_attrs.get(records.PAUSED_AT) != epoch.epoch
 
     def _finished(self) -> Outcome:
         """The outcome of a trial that has had all its epochs."""
@@ -215,17 +228,25 @@ class TrialRun:
             return Outcome(state="PRUNED", reason=records.PROBE, detail="the probe of stability came through")
         if self._best() is None:
             return _constrained(records.NON_FINITE, "no epoch had a finite validation loss")
+        if self.repeat_of is not None:
+            detail = f"trial {self.repeat_of} again to its best epoch, {self.last_epoch}, with another seed"
+            return Outcome(state="PRUNED", reason=records.REPEAT, detail=detail)
         return Outcome(state="COMPLETE", reason=records.FINISHED, detail=f"{self.config.num_epochs} epochs done")
 
     def _best(self) -> tuple[float, int] | None:
-        """(lowest finite validation loss, its epoch)."""
+        """(lowest finite validation loss, its epoch); of a repeat that has had its epochs, the loss after the last."""
+        if self.repeat_of is not None and self.last_epoch in self._reported:
+            loss = self._reported[self.last_epoch]
+            return (loss, self.last_epoch) if math.isfinite(loss) else None
         finite = [(loss, epoch) for epoch, loss in self._reported.items() if math.isfinite(loss)]
         return min(finite) if finite else None
 
     def _tell(self, outcome: Outcome) -> None:
         """Tell Optuna the outcome. Attributes first: a finished trial takes none."""
         if outcome.state == "WAITING":
-            lifecycle.park(self.study, self.trial)
+            if outcome.reason == records.PAUSED:
+                self.trial.set_user_attr(records.PAUSED_AT, max(self._reported))
+            lifecycle.park(self.study, self.trial, outcome.reason)
             return
         best = self._best()
         curve = diagnosis.curve_from_events(self.config, self._events, reason=outcome.reason)

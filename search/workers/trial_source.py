@@ -1,4 +1,4 @@
-"""Where a worker gets its trials: counted, asked for and sampled, by one worker at a time."""
+"""Where a worker gets its trials: counted, asked for, sampled and at last repeated, by one worker at a time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from search import records
 from search.sampling.params import suggest
 from search.storage import lifecycle
 from search.storage.database import exclusive
+from search.storage.queue import LongestFirst
 from search.storage.retry import RetryingStorage
 from search.storage.studies import check_definition
 from search.workers.protocol import Job
+from search.workers.repeats import Repeats
 
 
 class Supply(Enum):
@@ -37,12 +39,15 @@ class TrialSource:
         identity: `records.WORKER` of the trials.
     """
 
-    def __init__(self, study: optuna.Study, storage: RetryingStorage, job: Job, identity: Mapping[str, Any]) -> None:
+    def __init__(self, study: LongestFirst, storage: RetryingStorage, job: Job, identity: Mapping[str, Any]) -> None:
         self.supply = Supply.UNKNOWN
         self._study = study
         self._storage = storage
         self._job = job
         self._identity = dict(identity)
+        self._repeats = None
+        if job.confirm is not None:
+            self._repeats = Repeats(study, job.study, job.confirm, job.n_trials, job.examined)
         self._definition_is_kept = False
         """Whether a trial was asked for: from then on the study keeps its definition, which need not be checked."""
 
@@ -68,7 +73,7 @@ class TrialSource:
             with exclusive(self._storage):
                 if tries > 1:  # the database went away meanwhile, and may have handed out a trial before it did
                     lifecycle.put_back(self._study, self._identity, began)
-                if not lifecycle.needs_another(self._study, self._job.n_trials):
+                if not self._study.has_next(self._job.n_trials) and not (self._repeats and self._repeats.enqueue()):
                     return None
                 if not self._definition_is_kept:
                     check_definition(self._study, self._job.study)
@@ -76,6 +81,8 @@ class TrialSource:
                 trial = self._study.ask()
                 trial.set_user_attr(records.WORKER, self._identity)
                 lifecycle.heartbeat(self._study, trial)  # a trial that was parked has an old one
+                if self._study.given_up is not None:
+                    trial.set_user_attr(records.GIVEN_UP, self._study.given_up)
                 suggest(trial, self._job.study)
             return trial
 

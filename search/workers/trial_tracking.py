@@ -37,7 +37,10 @@ COLOURS = (
     "#a6761d",
 )
 """Colours of runs in MLflow's charts, which by itself gave two of five trials the same."""
-TAGGED = (records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT, records.SLOTS)
+TAGGED = (
+    *(records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT, records.SLOTS),
+    *(records.REPEAT_OF, records.BLOCK),
+)
 """User attributes that are also tags of the run."""
 
 log = logging.getLogger("search.workers.trial_tracking")
@@ -142,9 +145,17 @@ class TrialTracking:
         server = pages_of(self._context.job.places.tracking_uri)
         return run_page(server, self._context.runs.experiment_id(), self._recorder.run_id)
 
+    @property
+    def label(self) -> str | None:
+        """What the trial is called beside its number: its label, or what it repeats with which seed."""
+        attrs = self._trial.user_attrs
+        if records.REPEAT_OF in attrs:
+            return f"repeat of {attrs[records.REPEAT_OF]}, seed {self._config.seed}"
+        return attrs.get(records.LABEL)
+
     def _name(self) -> str:
         """The run's name: legends of MLflow's charts show nothing else, so it holds what tells trials apart."""
-        label = self._trial.user_attrs.get(records.LABEL)
+        label = self.label
         config = self._config
         rate = leaderboard.show_value("learning_rate", config.learning_rate)
         what = f"lr={rate} r={config.lora_r} a={config.lora_alpha:g} b={config.batch_size}"

@@ -70,7 +70,7 @@ class Worker:
             job.study_name,
             self.storage,
             make_sampler(job.study, job.strategy, job.n_trials),
-            pruning.pruner_for(job.pruner, job.study),
+            pruning.pruner_for(job.pruner, job.study, job.n_trials),
             job.study,
             len(job.examined.rows),
         )
