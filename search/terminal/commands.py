@@ -21,6 +21,7 @@ COMMANDS = {
     "ui": ("search.ui", "MLflow's pages and optuna-dashboard together"),
     "dashboard": ("search.dashboard", "optuna-dashboard behind a check of names, origins and a password"),
     "check": ("trainer.data.check", "look at a data folder: what is wrong, cut, repeated, or there twice"),
+    "caption": ("trainer.caption", "caption images with an adapter, or with the base alone"),
     "train": ("trainer.run", "one configuration, without a search"),
 }
 """(module with a Typer `app`, what it does) by command."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +11,7 @@ import typer
 from trainer.common import cli
 from trainer.common.errors import DataError
 from trainer.common.files import write_whole
+from trainer.common.progress import bar
 from trainer.config import EMBEDDED, TrainConfig
 from trainer.data.audit import Audit, audit
 
@@ -33,11 +32,8 @@ def main(
     html: Annotated[str, typer.Option(metavar="FILE", help="Also write one page with pictures.")] = "",
 ) -> None:
     """Look at a data folder as a search would, and further. Exit code 2 if a search would refuse it."""
-    bar, close = _bar()
-    try:
-        found = audit(folder, model, max_target_length, bar)
-    finally:
-        close()
+    with bar("looking at images") as show:
+        found = audit(folder, model, max_target_length, show)
     if html:
         from trainer.data.page import page
 
@@ -82,19 +78,6 @@ def as_data(found: Audit) -> dict[str, object]:
         ],
         "caption_lengths": list(found.text.lengths) if found.text else [],
     }
-
-
-def _bar() -> tuple[Callable[[int, int], None], Callable[[], None]]:
-    """(a function that shows progress on a terminal, one that ends it)."""
-    if not sys.stderr.isatty():
-        return (lambda done, total: None), (lambda: None)
-    from rich.console import Console
-    from rich.progress import Progress
-
-    progress = Progress(console=Console(stderr=True), transient=True)
-    task = progress.add_task("looking at images", total=None)
-    progress.start()
-    return (lambda done, total: progress.update(task, completed=done, total=total)), progress.stop
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from trainer.common.errors import DataError, shown
 from trainer.config import EMBEDDED, TrainConfig
@@ -27,6 +28,9 @@ from trainer.data.paths import Names, relative
 from trainer.data.splits import SplitFacts
 
 DEFAULT_PROMPT = "Describe this image in detail."
+
+Part = Literal["search", "test", "all"]
+"""Which rows of a data folder are read: all but those of a given test split, those alone, or every one."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +105,18 @@ def resolve_folder(data: str) -> Path:
         raise DataError(f"the data folder {shown(data)} cannot be found: {error}") from None
 
 
-def examine(data: str) -> Examined:
+def examine(data: str, part: Part = "search") -> Examined:
     """Read and check a whole data folder: every row, every image decoded once.
+
+    Args:
+        data: as the configuration's `data`.
+        part: the rows to read. A search reads no test row; captioning and evaluation do.
 
     Raises:
         DataError: the folder or its caption file is missing or unreadable, or has no rows.
     """
     folder = resolve_folder(data)
-    entries, images, problems, found, test_rows = _read(folder)
+    entries, images, problems, found, test_rows = _read(folder, part)
     rows: list[Row] = []
     digests: list[str] = []
     with ThreadPoolExecutor(max_workers=4) as pool, warnings.catch_warnings():  # decoding releases the GIL
@@ -186,7 +194,7 @@ def _check_image(row: Row, names: Names) -> tuple[Row, str, duplicates.Picture |
     return row, digest, duplicates.picture(decoded.image, digest), ""
 
 
-def _read(folder: Path) -> tuple[list[Row], Path, list[str], find.Found, int]:
+def _read(folder: Path, part: Part) -> tuple[list[Row], Path, list[str], find.Found, int]:
     """(rows whose entries are sound, the folder their images must lie in, problems of the other entries, the caption
     file, number of rows of a test split)."""
     try:
@@ -205,8 +213,9 @@ def _read(folder: Path) -> tuple[list[Row], Path, list[str], find.Found, int]:
     given_scenes: list[str | None] = []
     tests = 0
     for entry in found.entries:
-        if splits.is_test(entry.split):
-            tests += 1
+        is_test = splits.is_test(entry.split)
+        tests += is_test
+        if part != "all" and is_test != (part == "test"):
             continue
         row = _row(entry, found.images, problems)
         if row is not None:
@@ -214,6 +223,8 @@ def _read(folder: Path) -> tuple[list[Row], Path, list[str], find.Found, int]:
             names.append(PurePosixPath(str(entry.name).replace("\\", "/")))
             given_scenes.append(None if entry.scene is None else str(entry.scene))
     if not rows and not problems:
+        if part == "test":
+            raise DataError(f"{folder}: no row is of a given test split ({found.layout})")
         if tests:
             raise DataError(
                 f"{folder}: all {tests} rows are a test set ({found.layout}), which a search never reads; "
