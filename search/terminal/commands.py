@@ -17,6 +17,7 @@ COMMANDS = {
     "report": ("search.report.__main__", "write the tuning log from the records"),
     "replay": ("search.replay", "train a trial again, and compare every loss"),
     "deliver": ("search.deliver", "deliver to MLflow what it did not take while it was away"),
+    "evaluate": ("search.evaluate", "BLEU, ROUGE-L and CIDEr-D of a study's best trials and of the base"),
     "diagnose": ("search.diagnose", "findings from recorded loss curves"),
     "ui": ("search.ui", "MLflow's pages and optuna-dashboard together"),
     "dashboard": ("search.dashboard", "optuna-dashboard behind a check of names, origins and a password"),

@@ -116,3 +116,11 @@ def load(model: str, folder: Path | None, *, dtype: torch.dtype, device: torch.d
 
     base = load_base(model, dtype=dtype, device=device, fused=False)
     return base, base.model if folder is None else attach(base, folder)
+
+
+def detach(base: Base, adapted: Any) -> None:
+    """Leave the base as it was before `attach`."""
+    adapted.unload()
+    if hasattr(base.model, "peft_config"):
+        del base.model.peft_config
+    base.model.requires_grad_(False)
