@@ -26,7 +26,7 @@ STORAGE_VARIABLE = "LORA_SEARCH_STORAGE"
 TRACKING_VARIABLE = "LORA_SEARCH_TRACKING_URI"
 """Stand for `--storage` and `--tracking-uri` where those are not given: `ps` shows arguments to every user."""
 
-StudyOption = Annotated[str, typer.Option(help="The study, or one generation of it, e.g. rsicap or rsicap-2.")]
+StudyOption = Annotated[str, typer.Option(help="The study, or one generation of it: rsicap-1, rsicap-2, ...")]
 StorageOption = Annotated[
     str | None, typer.Option(envvar=STORAGE_VARIABLE, help="Optuna's database URL; optuna.db in the runs folder.")
 ]
@@ -132,7 +132,11 @@ def find_study(storage: RetryingStorage, name: str) -> optuna.Study:
     """
     from search.storage import studies
 
-    return studies.find_study(storage, spelled(name, {found.study_name for found in storage.get_all_studies()}))
+    known = {found.study_name for found in storage.get_all_studies()}
+    exact = spelled(name, known)
+    if exact not in known and name.endswith("-1"):  # the first generation
+        exact = f"{spelled(name.removesuffix('-1'), known)}-1"
+    return studies.find_study(storage, exact)
 
 
 @contextmanager
