@@ -177,7 +177,7 @@ def split(examined: Examined, config: TrainConfig) -> Split:
     """
     usable(examined, config)
     train, val, facts = splits.divide(examined, config)
-    return Split(train=train, val=val, facts=facts)
+    return Split(train=(*train, *val) if config.full_data else train, val=val, facts=facts)
 
 
 def _check_image(row: Row, names: Names) -> tuple[Row, str, duplicates.Picture | None, str]:
