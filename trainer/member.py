@@ -117,6 +117,7 @@ class Member:
             device=str(self.device),
             num_threads=torch.get_num_threads(),
             resumed_from_epoch=self.state.epoch,
+            data=self.config.data,
             split=self.split.tags(),
             data_lines=tuple(self.split.lines()),
             damaged_checkpoints=self.found.problems,

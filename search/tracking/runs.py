@@ -23,6 +23,7 @@ from search.tracking.outbox import (
     End,
     Entry,
     File,
+    Model,
     Outbox,
     Point,
     Resume,
@@ -99,6 +100,10 @@ class StudyRuns:
         """Metrics and tags for a run that has ended (`outbox.STUDY` for the study's own)."""
         self._write(run_id, Write(points=list(points), tags=dict(tags)))
 
+    def keep_model(self, run_id: str, model: Model) -> None:
+        """Keep an adapter as a run's model, and register it."""
+        self._write(run_id, model)
+
     def close_dangling(self, is_dead: Callable[[Mapping[str, str]], bool]) -> None:
         """End the runs that dead processes left RUNNING; a later call does, if MLflow is away."""
         if self.outbox.runs():
@@ -165,7 +170,7 @@ class StudyRuns:
             self._place = (tracking.experiment(self.study), tracking.some_parent(self.study, {}))
         return self._place
 
-    def _write(self, run_id: str, entry: End | File | Write) -> None:
+    def _write(self, run_id: str, entry: End | File | Write | Model) -> None:
         if not self.outbox.runs():
             try:
                 tracking = self.connect()
@@ -182,7 +187,7 @@ class StudyRuns:
 
     def _append_once(self, run_id: str, entry: Entry) -> None:
         """Keep an entry; a file only once, since it is delivered as it is at that time."""
-        if isinstance(entry, File) and any(kept.entry == entry for kept in self.outbox.read(run_id)):
+        if isinstance(entry, File | Model) and any(kept.entry == entry for kept in self.outbox.read(run_id)):
             return
         self.outbox.append(run_id, [entry])
 
