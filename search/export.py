@@ -103,8 +103,9 @@ def choose(record: StudyRecord, number: int | None) -> TrialRecord:
 def write(folder: Path, record: StudyRecord, trial: TrialRecord, places: Places, model: str | None) -> None:
     """Everything but the merged model, into a new folder."""
     from search import leaderboard
+    from search.diagnosis.messages import LANGS
     from search.evaluation.candidates import ATTRIBUTE
-    from search.report import card, plots, write
+    from search.report import card, write
     from search.report.facts import gather
     from trainer.captions.adapter import CONFIG, use_of
     from trainer.model.peft_format import AUTO_MAPPING
@@ -122,8 +123,8 @@ def write(folder: Path, record: StudyRecord, trial: TrialRecord, places: Places,
     (folder / "training_config.json").write_text(json.dumps(trial.config, indent=1) + "\n", encoding="utf-8")
     # The log, and the card.
     facts = gather(record, options=places.options())
-    drawn = plots.draw(facts)
-    for lang in write.LANGS:
+    drawn = write.drawings(facts, places.study(record.name))
+    for lang in LANGS:
         write.write_markdown(facts, lang, folder / write.default_name(lang), drawn)
     curves = next((name for name in drawn if name.startswith("loss-curves")), None)
     first = record.attrs.get("generation") == 1  # its own name stands for the latest generation

@@ -41,6 +41,8 @@ HANG_S = 1800.0
 LOST_AFTER_S = 600.0
 """Seconds without a heartbeat after which another host's trial is lost. Beats come from a thread of the worker, not
 from its epochs, so this need not grow with the length of an epoch; a short one kills live trials (optuna#5470)."""
+CAPTIONS = 4
+"""Images that each trial captions: they are one batch, which takes little longer than one image."""
 SHORTEST_S = 10
 """Shortest `--hang-timeout` and `--lost-after`: a busy machine is silent for seconds."""
 
@@ -78,6 +80,8 @@ class SearchOptions:
     """`key=value` settings over the study's base; fixed for all trials."""
     seed: int | None = None
     """Seed of the sampler; None for the study's own."""
+    captions: int = CAPTIONS
+    """Validation images that each trial which completes captions; 0 for none."""
 
     def __post_init__(self) -> None:
         for name in ("hang_timeout_s", "lost_after_s"):

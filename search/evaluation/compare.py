@@ -76,13 +76,9 @@ def differences(one: Scores, other: Scores, scenes: Sequence[str] | None = None)
 
 def _mixed(one: Scores, other: Scores, swapped: np.ndarray) -> dict[str, np.ndarray]:
     """The metrics of `one` with the captions of `other` where `swapped`, (samples, images), is 1."""
-    sums = [
-        a.sum(0) + swapped @ (b - a)
-        for a, b in zip(
-            (one.counts, one.rouge_l, one.cider_d), (other.counts, other.rouge_l, other.cider_d), strict=True
-        )
-    ]
-    return figures(*sums, np.full(len(swapped), len(one)))
+    pairs = ((one.counts, other.counts), (one.rouge_l, other.rouge_l), (one.cider_d, other.cider_d))
+    counts, rouge_l, cider_d = (a.sum(0) + swapped @ (b - a) for a, b in pairs)
+    return figures(counts, rouge_l, cider_d, np.full(len(swapped), len(one)))
 
 
 def _units(size: int, scenes: Sequence[str] | None) -> np.ndarray:

@@ -22,6 +22,9 @@ from search.tracking.outbox import DataUsed, Model
 
 CONTEXT = "mlflow.data.context"
 """Tag of a dataset input that MLflow's pages show beside it."""
+TRIES = 5
+RACE = "IntegrityError"
+"""In MLflow's message where another process has added the same row meanwhile."""
 DIGEST = 36
 """Most characters of a dataset's digest."""
 
@@ -36,7 +39,14 @@ def log_data(client: MlflowClient, run_id: str, data: DataUsed) -> None:
         profile=json.dumps(data.profile),
     )
     with translated(f"naming the data of run {run_id}"):
-        client.log_inputs(run_id, datasets=[DatasetInput(dataset, [InputTag(CONTEXT, "training")])])
+        for left in reversed(range(TRIES)):
+            try:
+                client.log_inputs(run_id, datasets=[DatasetInput(dataset, [InputTag(CONTEXT, "training")])])
+                return
+            except MlflowException as error:
+                # MLflow looks whether it knows the data, and adds them if not: trials that begin at once all add them.
+                if not left or RACE not in str(error):
+                    raise
 
 
 def keep(client: MlflowClient, run_id: str, model: Model) -> None:

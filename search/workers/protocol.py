@@ -49,6 +49,8 @@ class Job:
     """Trials that a worker trains at once; None for as many as pay and fit."""
     lost_after_s: float = LOST_AFTER_S
     """Seconds without a heartbeat after which other hosts take the trials over."""
+    captions: int = 0
+    """Validation images that each trial which completes captions."""
     one_by_one: int = 0
     """Trials to be run alone first: those of a worker that died with several, one of which may have killed it."""
 

@@ -1,4 +1,4 @@
-"""`trainer.run --from-study`: the winner again, on all rows; recorded under the study, compared with no trial of it."""
+"""`trainer.run --from-study`: the winner again, on all rows; recorded under the study, compared with none of it."""
 
 from __future__ import annotations
 

@@ -24,10 +24,20 @@ class Decoding:
     length_penalty: float | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
+    max_time: float | None = None
+    """Seconds after which generation stops, with captions cut where they are."""
+    began: float | None = None
+    """When these seconds began (`time.time()`); None for the first token."""
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `generate`. Nothing is drawn at random: the same image has the same caption."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
+        began = given.pop("began", None)
+        if began is not None:
+            from transformers.generation import MaxTimeCriteria, StoppingCriteriaList
+
+            limit = MaxTimeCriteria(given.pop("max_time"), initial_timestamp=began)
+            given["stopping_criteria"] = StoppingCriteriaList([limit])
         return {**given, "do_sample": False}
 
 

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from search.places import Places
 from search.tracking.delivery import Delivery
@@ -98,6 +100,30 @@ def test_a_better_trial_takes_the_alias(tmp_path: Path, adapter: Path) -> None:
     client = runs.connect()._client
     assert client.get_model_version_by_alias("demo", "best").run_id == second.run_id
     assert len(client.search_model_versions("name = 'demo'")) == 2
+
+
+def test_data_that_another_trial_has_just_named_is_named_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials that begin at once: MLflow lets one of them add the data, and fails the others."""
+    places = Places.of(tmp_path / "runs")
+    places.runs_dir.mkdir()
+    tracking = StudyRuns(places, "demo").connect()
+    experiment, parent = tracking.experiment("demo"), tracking.some_parent("demo", {})
+    run_id = tracking.start_run(experiment, parent, name="a", config={}, tags={})
+    tries = []
+    real = tracking._client.log_inputs
+
+    def log_inputs(*arguments: Any, **named: Any) -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name")
+        real(*arguments, **named)
+
+    monkeypatch.setattr(tracking._client, "log_inputs", log_inputs)
+    tracking.log_data(run_id, DataUsed(name="mine", digest="1", source="/mine", profile={}))
+    assert len(tries) == 3
+    assert len(tracking._client.get_run(run_id).inputs.dataset_inputs) == 1
 
 
 def test_what_the_outbox_keeps_is_read_back(tmp_path: Path) -> None:
