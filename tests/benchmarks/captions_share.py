@@ -1,4 +1,4 @@
-"""What captions take of a study's trials: `python -m tests.benchmarks.captions_share --study rsicap_mini [--runs-dir DIR]`.
+"""What captions take of trials: `python -m tests.benchmarks.captions_share --study rsicap_mini [--runs-dir DIR]`.
 
 Each trial's seconds of captioning against the seconds of its epochs, both as recorded while it ran.
 """
