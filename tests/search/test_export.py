@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from search import export
@@ -19,8 +20,10 @@ from search.report.card import command
 from search.storage import lifecycle
 from tests.support import small_study
 from trainer import caption
+from trainer.captions.adapter import load
 from trainer.common import cli
 from trainer.data import dataset
+from trainer.data.images import open_image
 
 WITHOUT_US = (
     "import sys\nfor name in ('search', 'trainer', 'studies', 'mlflow', 'optuna'):\n    sys.modules[name] = None\n"
@@ -69,7 +72,7 @@ def test_the_cards_own_code_captions_in_a_process_without_this_project(
     match = re.search(r"```python\n(.*?)```", body, re.DOTALL)
     assert match is not None
     ran = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_US + match[1]],
+        [sys.executable, "-I", "-c", f"{WITHOUT_US}{match[1]}\nprint(output.tolist())"],
         cwd=out,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -80,8 +83,14 @@ def test_the_cards_own_code_captions_in_a_process_without_this_project(
     assert ran.returncode == 0, ran.stderr
     instruction = json.loads((out / "captioning.json").read_text())["instruction"]
     _, ours, _ = call(image, "--adapter", out, "--instruction", instruction, app=caption.app)
-    assert " ".join(ran.stdout.split()) == ours.rstrip("\n").partition("\t")[2]
-    assert ours.partition("\t")[2].strip()
+    *text, tokens = ran.stdout.splitlines()
+    assert " ".join(" ".join(text).split()) == ours.rstrip("\n").partition("\t")[2]
+    # Random weights may say nothing in words; in tokens they do.
+    base, adapted = load(str(tiny_checkpoint), out, dtype=torch.float32, device=torch.device("cpu"))
+    inputs = base.processor(images=open_image(image), text=instruction, return_tensors="pt")
+    expected = adapted.generate(**inputs, max_new_tokens=256, num_beams=1, do_sample=False).tolist()
+    assert json.loads(tokens) == expected
+    assert len(expected[0]) > 1
 
 
 def test_the_merged_model_captions_as_the_adapter_does(call: Call, tmp_path: Path, tiny_checkpoint: Path) -> None:
