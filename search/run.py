@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
+from search.captions import MOST as MOST_CAPTIONS
 from search.errors import DatabaseAway, StudyError
 from search.options import (
+    CAPTIONS,
     SHORTEST_S,
     RunsOption,
     SearchOptions,
@@ -82,6 +84,9 @@ def main(
         Literal["joint", "staged"], typer.Option(help="All parameters at once, or in the hand-run log's order.")
     ] = "joint",
     pruner: Annotated[str, typer.Option()] = "rising",
+    captions: Annotated[
+        int, typer.Option(min=0, max=MOST_CAPTIONS, help="Validation images that each trial captions; 0 for none.")
+    ] = CAPTIONS,
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
     runs_dir: RunsOption = RUNS,
@@ -127,6 +132,7 @@ def main(
             fresh=fresh,
             settings=tuple(settings or ()),
             seed=seed,
+            captions=captions,
         ),
     )
     if dry_run:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -51,6 +51,10 @@ if TYPE_CHECKING:
 
 ENDS: dict[int, Status] = {0: "FINISHED", 130: "KILLED", 143: "KILLED"}
 """MLflow's status of the study's own run by exit code; FAILED for all others."""
+
+
+BEST = "best"
+"""Alias of the version of the registered model that the best trial made: `models:/STUDY@best`."""
 
 
 class Session:
@@ -304,6 +308,7 @@ class Session:
             slots=options.slots,
             lost_after_s=options.lost_after_s,
             confirm=self._rules,
+            captions=options.captions,
         )
 
     def _look_for_lost(
@@ -350,6 +355,7 @@ class Session:
         logs = keeper.close() if keeper.is_alive() else []
         trials = lifecycle.read_trials(study)
         verdict = verdict_of(trials, study.user_attrs)
+        self._keep_best(trials, folder, study.study_name, runs)
         runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials, verdict))
         undelivered = courier.close(0)
         runs.close_dangling(is_gone)
@@ -362,6 +368,26 @@ class Session:
             verdict=verdict,
             undelivered=undelivered,
         )
+
+    def _keep_best(self, trials: Sequence[TrialRecord], folder: Path, name: str, runs: StudyRuns) -> None:
+        """The best adapter as its run's model in MLflow, registered under the study's name."""
+        from search import leaderboard
+        from search.tracking.outbox import Model
+
+        best = leaderboard.best(trials)
+        if best is None or best.run_id is None or best.value is None or best.best_epoch is None:
+            return
+        adapter = leaderboard.adapter(folder, best)
+        if adapter.is_dir():
+            model = Model(
+                path=str(adapter.absolute()),
+                name=name,
+                alias=BEST,
+                step=best.best_epoch,
+                metrics={"val_loss": best.value},
+                params={key: str(value) for key, value in best.params.items()},
+            )
+            runs.keep_model(best.run_id, model)
 
 
 class _Mailbox:

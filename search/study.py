@@ -183,6 +183,12 @@ def _problems(study: Study) -> Iterator[str]:
     valid = list(TrainConfig.model_fields)
     if not study.space and not study.enqueue:
         yield "the search space is empty and no trial is given by hand: there is nothing to run"
+    if (
+        study.base.get("full_data")
+        or any(f.config.get("full_data") for f in study.enqueue)
+        or "full_data" in study.space
+    ):
+        yield "full_data trains on the rows that trials are judged by; it is for trainer.run --from-study --full-data"
     unknown = [name for name in study.space if name not in valid]
     for name in unknown:
         if name in RETIRED:

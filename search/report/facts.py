@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from search import records
+from search.captions import CAPTIONS, Pictured
 from search.diagnosis.advise import HIGH_RATE
 from search.leaderboard import is_repeat, searched, state_of
 from search.records import StudyRecord, TrialRecord
@@ -35,6 +37,18 @@ class Clipping:
     steps: int
     clipped: int
     trials: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What was said of one image."""
+
+    image: str
+    """Its file's name."""
+    reference: str
+    base: str
+    trials: tuple[tuple[int, str], ...]
+    """(trial, its caption), the best first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +94,8 @@ class Facts:
     trouble: tuple[Sign, ...]
     tree: dict[str, tuple[int, ...]]
     lessons: Lessons
+    captions: tuple[Said, ...]
+    """What base, best and runner-up say of the images that all trials caption; empty where none did."""
     updated_s: float | None
     """When the latest of the trials began or ended, by its worker's clock; None before the first."""
 
@@ -139,12 +155,33 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         trouble=summary.trouble(experiments),
         tree=summary.tree(experiments),
         lessons=summary.lessons(experiments, HIGH_RATE),
+        captions=_captions(record, best),
         updated_s=max(times, default=None),
     )
 
 
 def _as_repeated(trial: TrialRecord) -> tuple[int, int, int]:
     return (trial.attrs[records.REPEAT_OF], trial.attrs[records.BLOCK], trial.number)
+
+
+def _captions(record: StudyRecord, best: Recommended | None) -> tuple[Said, ...]:
+    pictured = Pictured.of(record.attrs)
+    if pictured is None or best is None:
+        return ()
+    chosen = [best.best, *([best.runner_up] if best.runner_up is not None else [])]
+    by_number = {trial.number: trial.attrs.get(CAPTIONS, ()) for trial in record.trials}
+    said = [(e.number, by_number[e.number]) for e in chosen if len(by_number[e.number]) == len(pictured.images)]
+    if not said:
+        return ()
+    return tuple(
+        Said(
+            image=Path(pictured.images[n]).name,
+            reference=pictured.references[n],
+            base=pictured.base[n],
+            trials=tuple((number, str(texts[n])) for number, texts in said),
+        )
+        for n in range(len(pictured.images))
+    )
 
 
 def _distinct(values: Any) -> tuple[str, ...]:

@@ -73,16 +73,32 @@ def open_study(
 def find_study(storage: RetryingStorage, name: str) -> optuna.Study:
     """The latest generation of the study of this name, or the very generation named, e.g. `rsicap-2`.
 
+    The first generation, whose own name stands for the latest, is `rsicap-1`.
+
     Raises:
         StudyError: the database has no such study.
     """
     generations = _generations(storage, name)
     names = sorted(found.study_name for found in storage.get_all_studies())
     exact = generations[max(generations)] if generations else name
+    if exact not in names and name.endswith("-1"):
+        exact = _generations(storage, name.removesuffix("-1")).get(1, exact)
     if exact not in names:
         known = f"; it has {', '.join(names)}" if names else "; it has none yet"
         raise StudyError(f"the database has no study {name!r}{nearest(name, names)}{known}")
     return optuna.load_study(study_name=exact, storage=storage)
+
+
+def exact_name(study: optuna.Study) -> str:
+    """A name by which `find_study` finds this very generation, whatever generations come after it."""
+    first = study.user_attrs.get(GENERATION) == 1
+    return f"{study.study_name}-1" if first else study.study_name
+
+
+def generations(study: optuna.Study, storage: RetryingStorage) -> list[str]:
+    """Optuna's names of all generations of this one's study, in order."""
+    found = _generations(storage, study.user_attrs.get(NAME, study.study_name))
+    return [found[number] for number in sorted(found)] or [study.study_name]
 
 
 def check_definition(opened: optuna.Study, study: Study) -> None:

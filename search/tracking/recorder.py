@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from search.errors import StorageError
 from search.records import INTERRUPTED, LOST, PAUSED, epoch_record
-from search.tracking.outbox import End, Outbox, Point, Status
+from search.tracking.outbox import DataUsed, End, Outbox, Point, Status
 from search.tracking.writer import RunStore, Writer
 from trainer.events import (
     Diverged,
@@ -113,6 +113,15 @@ def run_facts(event: RunStarted) -> dict[str, str]:
     return {**{key: str(value) for key, value in facts.items()}, **event.split}
 
 
+def _data(event: RunStarted) -> list[DataUsed]:
+    if not event.data:
+        return []
+    sizes = {"num_train": str(event.num_train_samples), "num_val": str(event.num_val_samples)}
+    name = event.data.rstrip("/").rpartition("/")[2]
+    profile = {**sizes, **event.split}
+    return [DataUsed(name=name, digest=event.data_fingerprint, source=event.data, profile=profile)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Logged:
     """What a run already has, so that a resumed run doubles nothing."""
@@ -174,7 +183,7 @@ class RunRecorder:
                 texts = {"adapted_modules.txt": "\n".join(event.adapted_modules) + "\n"}
                 if event.skipped_rows:
                     texts["skipped_rows.txt"] = "\n".join(event.skipped_rows) + "\n"
-                self.writer.put(tags=run_facts(event), texts=texts, now=True)
+                self.writer.put(tags=run_facts(event), texts=texts, others=_data(event), now=True)
             case MicroBatchReduced():
                 tags = {
                     "micro_batch_size": str(event.micro_batch_size),

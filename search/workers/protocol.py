@@ -52,6 +52,8 @@ class Job:
     """Seconds without a heartbeat after which other hosts take the trials over."""
     confirm: Rules | None = None
     """How the leaders are repeated once the search has nothing left; None if they are not."""
+    captions: int = 0
+    """Validation images that each trial which completes captions."""
     one_by_one: int = 0
     """Trials to be run alone first: those of a worker that died with several, one of which may have killed it."""
 

@@ -21,7 +21,8 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from search import diagnosis, pruning, records
+from search import captions, diagnosis, pruning, records
+from search.captions import Captioned
 from search.dashboards import notes
 from search.errors import DatabaseAway
 from search.records import Outcome
@@ -30,6 +31,7 @@ from search.storage import lifecycle, optuna_private
 from search.storage.searched import searched
 from search.workers.protocol import Notice, Order, Progress, TrialEnded, TrialStarted
 from search.workers.trial_tracking import TrialContext, TrialTracking
+from trainer.checkpoint import folder_of
 from trainer.events import Diverged, EpochEnded, Event, OutOfMemory, RunStarted, StepEnded
 from trainer.loop import history_of
 
@@ -67,6 +69,7 @@ class TrialRun:
         self._began = time.monotonic()
         self._last_shown = 0.0
         self._findings: tuple[diagnosis.Finding, ...] = ()
+        self._captioned: Captioned | None = None
 
     def begin(self) -> Outcome | None:
         """Record what is run, open its MLflow run, and take in what its checkpoint remembers.
@@ -259,6 +262,7 @@ class TrialRun:
         if best is not None:
             self.trial.set_user_attr(records.BEST_EPOCH, best[1])
         params.mark_constraints(self.trial, outcome.violated)
+        self._caption(outcome)
         self._annotate(outcome, curve.epochs)
         if outcome.state == "COMPLETE":
             assert best is not None
@@ -271,6 +275,19 @@ class TrialRun:
         self.trial.set_user_attr(records.DETAIL, outcome.detail)
         self.study.tell(self.trial, state=TrialState.FAIL)
 
+    def _caption(self, outcome: Outcome) -> None:
+        """Caption a few images with the best adapter, if the trial is complete."""
+        captioning, best = self._context.captioning, self._best()
+        if captioning is None or best is None or outcome.state != "COMPLETE":
+            return
+        trained_s = sum(event.timing.epoch_s for event in self._events if isinstance(event, EpochEnded))
+        said = captioning.of(self.config, folder_of(self.folder, best[1]) / "adapter", trained_s)
+        if said is not None:
+            self._captioned = said
+            self.trial.set_user_attr(captions.CAPTIONS, list(said.captions))
+            self.trial.set_user_attr(captions.SECONDS, round(said.seconds, 4))
+            self._tracking.caption(said)
+
     def _annotate(self, outcome: Outcome, epochs: Sequence[records.EpochRecord]) -> None:
         """Write the trial's note and plot for optuna-dashboard."""
         try:
@@ -282,6 +299,7 @@ class TrialRun:
                 epochs=epochs,
                 config=self.config.model_dump(mode="json"),
                 run=self._tracking.page(),
+                captioned=self._captioned,
             )
         except Exception:  # a note is not worth a trial
             log.exception("trial %d: its note could not be written", self.trial.number)

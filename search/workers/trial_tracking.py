@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import optuna
 
-from search import diagnosis, leaderboard, records
+from search import captions, diagnosis, leaderboard, records
 from search.diagnosis import messages
 from search.errors import StorageError
 from search.markdown import escape
 from search.records import Outcome
+from search.tracking.outbox import File
 from search.tracking.pages import pages_of, run_page
 from search.tracking.recorder import run_status
 from search.tracking.runs import StudyRuns
@@ -22,7 +24,9 @@ from trainer.config import TrainConfig
 from trainer.events import Event
 
 if TYPE_CHECKING:
+    from search.captions import Captioned
     from search.tracking.recorder import RunRecorder
+    from search.workers.captioning import Captioning
 
 COLOURS = (
     "#0072b2",
@@ -43,6 +47,9 @@ TAGGED = (
 )
 """User attributes that are also tags of the run."""
 
+LOGGED_TABLES = "mlflow.loggedArtifacts"
+"""Tag by which MLflow's pages find the tables among a run's artifacts."""
+
 log = logging.getLogger("search.workers.trial_tracking")
 
 
@@ -56,6 +63,8 @@ class TrialContext:
     link: Link
     slots: int = 1
     """Trials that its worker trains at once; recorded with it."""
+    captioning: Captioning | None = None
+    """Captions a few images with each trial that completes; None for no captions."""
 
 
 class TrialTracking:
@@ -138,6 +147,19 @@ class TrialTracking:
                 self._recorder.finish(run_status("FAIL", records.LOST), state="FAIL", reason=records.LOST)
         except StorageError:
             log.exception("trial %d: its run could not be ended", self._trial.number)
+
+    def caption(self, said: Captioned) -> None:
+        """Keep captions with the run: an artifact table with the images, and a page."""
+        assert self._recorder is not None
+        title = f"{self._context.job.study_name}, trial {self._trial.number}"
+        names = [f"images/{file.name}" for file in said.files]
+        texts = {
+            captions.TABLE: captions.table(said.pictured, said.captions, names),
+            captions.PAGE: captions.page(said.pictured, said.captions, said.pictures, title),
+        }
+        tags = {LOGGED_TABLES: json.dumps([{"path": captions.TABLE, "type": "table"}])}
+        files = [File(path=str(file.absolute()), folder="images") for file in said.files]
+        self._recorder.writer.put(tags=tags, texts=texts, others=files)
 
     def page(self) -> str | None:
         """Address of the run's page in MLflow, None if MLflow was away when it began."""

@@ -25,6 +25,7 @@ from search.storage.database import reopen_storage
 from search.storage.queue import LongestFirst
 from search.tracking.runs import StudyRuns
 from search.workers import slots
+from search.workers.captioning import Captioning
 from search.workers.hand_over import HandingOver
 from search.workers.heartbeat import beating
 from search.workers.protocol import Idle, Job, Link, Loading, Notice, Order, SlotsChosen
@@ -78,6 +79,7 @@ class Worker:
         self.bench = Workbench(job.examined, self.base.data)
         identity = {**this_process(), lifecycle.LOST_AFTER: job.lost_after_s}
         self.source = TrialSource(self.study, self.storage, job, identity)
+        self._captioning = Captioning(self.study, self.base, self.bench, job.folder, job.captions)
         self._room = Room(Slots(1), one_by_one=job.one_by_one)
         self._handing_over = HandingOver(link)
         self._running: dict[Member, TrialRun] = {}
@@ -90,7 +92,12 @@ class Worker:
     def context(self) -> TrialContext:
         """What the worker's trials are part of."""
         return TrialContext(
-            study=self.study, job=self.job, runs=self.runs, link=self.link, slots=self._room.slots.most
+            study=self.study,
+            job=self.job,
+            runs=self.runs,
+            link=self.link,
+            slots=self._room.slots.most,
+            captioning=self._captioning,
         )
 
     def run(self) -> None:

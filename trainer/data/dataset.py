@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from trainer.common.errors import DataError, shown
 from trainer.config import EMBEDDED, TrainConfig
@@ -35,6 +36,10 @@ Progress = Callable[[int, int], None]
 
 def quiet(done: int, total: int) -> None:
     """Progress that nobody looks at."""
+
+
+Part = Literal["search", "test", "all"]
+"""Which rows of a data folder are read: all but those of a given test split, those alone, or every one."""
 
 
 @dataclass(frozen=True)
@@ -122,23 +127,24 @@ class Survey:
     """Of each image of a good row."""
 
 
-def examine(data: str, progress: Progress = quiet) -> Examined:
+def examine(data: str, progress: Progress = quiet, *, part: Part = "search") -> Examined:
     """Read and check a whole data folder: every row, every image decoded once.
 
     Args:
         data: as the configuration's `data`.
         progress: called with (images looked at, all of them).
+        part: the rows to read. A search reads no test row; captioning and evaluation do.
 
     Raises:
         DataError: the folder or its caption file is missing or unreadable, or has no rows.
     """
-    return survey(data, progress).examined
+    return survey(data, progress, part=part).examined
 
 
-def survey(data: str, progress: Progress = quiet) -> Survey:
+def survey(data: str, progress: Progress = quiet, *, part: Part = "search") -> Survey:
     """The same, and what was kept of each image. Arguments and errors as of `examine`."""
     folder = resolve_folder(data)
-    read = _read(folder)
+    read = _read(folder, part)
     problems = list(read.problems)
     looked = _look_at(list(dict.fromkeys(row.image for row in read.rows)), read.found.images, progress)
     rows: list[Row] = []
@@ -202,7 +208,7 @@ def split(examined: Examined, config: TrainConfig) -> Split:
     """
     usable(examined, config)
     train, val, facts = splits.divide(examined, config)
-    return Split(train=train, val=val, facts=facts)
+    return Split(train=(*train, *val) if config.full_data else train, val=val, facts=facts)
 
 
 def _look_at(
@@ -246,11 +252,11 @@ class _Read:
     alike: str
 
 
-def _read(folder: Path) -> _Read:
+def _read(folder: Path, part: Part) -> _Read:
     """The caption file of a folder, read.
 
     Raises:
-        DataError: the folder or the file cannot be read, or has no rows to train on.
+        DataError: the folder or the file cannot be read, or has no rows of this part.
     """
     try:
         kind = folder.stat().st_mode
@@ -268,8 +274,9 @@ def _read(folder: Path) -> _Read:
     given_scenes: list[str | None] = []
     tests = 0
     for entry in found.entries:
-        if splits.is_test(entry.split):
-            tests += 1
+        is_test = splits.is_test(entry.split)
+        tests += is_test
+        if part != "all" and is_test != (part == "test"):
             continue
         row = _row(entry, found.images, problems)
         if row is not None:
@@ -277,6 +284,8 @@ def _read(folder: Path) -> _Read:
             names.append(PurePosixPath(str(entry.name).replace("\\", "/")))
             given_scenes.append(None if entry.scene is None else str(entry.scene))
     if not rows and not problems:
+        if part == "test":
+            raise DataError(f"{folder}: no row is of a given test split ({found.layout})")
         if tests:
             raise DataError(
                 f"{folder}: all {tests} rows are a test set ({found.layout}), which a search never reads; "

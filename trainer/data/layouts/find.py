@@ -66,6 +66,20 @@ def read(folder: Path) -> Found:
     return Found(layout.name, names, images, tuple(entries), layout.tiles)
 
 
+def holds_captions(folder: Path) -> bool:
+    """Whether any file of a folder is a caption file in a layout known here: otherwise it is a folder of images."""
+    for path in _candidates(folder):
+        try:
+            content = _per_image(path) if path.is_dir() else files.parsed(path)
+        except DataError:
+            if path.name in FIRST:
+                return True  # it is meant to be one: whoever reads it says what is wrong
+            continue
+        if path.name in FIRST or _layout_of(str(path.relative_to(folder)), content) is not None:
+            return True
+    return False
+
+
 def split_in(name: str) -> str | None:
     """`train`, `val` or `test` if the name says so: `captions_val2017.json` is a validation split."""
     words = "".join(c if c.isalpha() else " " for c in name.lower().rpartition(".")[0] or name.lower()).split()
