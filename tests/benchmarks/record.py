@@ -136,7 +136,7 @@ TASKS = {
             data=(200, 4, 4711),
             base={
                 "max_samples": 640,
-                "num_epochs": 12,
+                "num_epochs": 8,
                 "target_modules": ("query", "key", "value", "dense", "q", "v"),
             },
             configurations=128,
