@@ -34,6 +34,7 @@ from trainer.common.imports import without_collection
 if TYPE_CHECKING:
     import optuna
 
+    from search.planning.prior import Prior
     from search.records import TrialRecord
     from search.report.keeper import LogKeeper
     from search.storage.lifecycle import Unfinished
@@ -73,6 +74,9 @@ class Session:
             ray_address=self.options.ray_address,
         )
         self._executor.check(self.definition)
+        self.strategy, self.pruner = self.options.strategy or "", self.options.pruner or ""
+        """What the study is run with, known once it is open."""
+        self.prior: Prior | None = None
         self.log_file: Path | None = None
         """Takes all log lines and tracebacks; None until the study is open."""
         self._end_logging: Callable[[], None] | None = None
@@ -166,7 +170,8 @@ class Session:
         """
         from search import preflight, pruning  # Optuna takes 0.3 s, which the workers' imports need not wait for
 
-        pruning.check_name(self.options.pruner)
+        if self.options.pruner is not None:
+            pruning.check_name(self.options.pruner)
         return preflight.check(self.definition, self._executor.sees())
 
     def _run(self, pool: WorkerPool, examined: Examined, make_display: Any) -> Result:
@@ -237,22 +242,27 @@ class Session:
         import optuna
 
         from search import pruning
-        from search.sampling.make import make_sampler
-        from search.storage import studies
+        from search.sampling.make import default_strategy, make_sampler
+        from search.storage import studies, warm_start
         from search.storage.database import open_storage
 
         options = self.options
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         _make_folder(options.places.runs_dir)
         self._storage = open_storage(options.places.storage_url, grace_s=round(options.lost_after_s))
+        prior = warm_start.read(options.warm_start, self._storage)
+        held = None if options.fresh else studies.held_strategy(self._storage, self.definition.name)
+        self.strategy = options.strategy or held or default_strategy(self.definition)
+        self.pruner = options.pruner or pruning.default_pruner(self.strategy)
         study = studies.open_study(
             self._storage,
             self.definition,
             fresh=options.fresh,
-            sampler=make_sampler(self.definition, options.strategy, self.n_trials),
-            pruner=pruning.pruner_for(options.pruner, self.definition, self.n_trials),
+            sampler=make_sampler(self.definition, self.strategy, self.n_trials),
+            pruner=pruning.pruner_for(self.pruner, self.definition, self.n_trials),
         )
-        studies.check_strategy(study, options.strategy)
+        studies.check_strategy(study, self.strategy)
+        self.prior = studies.hold_prior(study, prior)
         study.set_user_attr("settings", list(options.settings))  # for the commands that the tuning log proposes
         return study
 
@@ -279,8 +289,9 @@ class Session:
             study_name=name,
             places=options.places,
             n_trials=self.n_trials,
-            strategy=options.strategy,
-            pruner=options.pruner,
+            strategy=self.strategy,
+            pruner=self.pruner,
+            prior=self.prior,
             examined=examined,
             threads=pool.threads,
             workers=pool.size,
