@@ -16,6 +16,7 @@ on recorded runs (docs/search-quality.md).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +75,8 @@ class Points:
 
 def _matern(distance: Array) -> Array:
     scaled = np.sqrt(5.0) * distance
-    return (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
+    found: Array = (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
+    return found
 
 
 class Curves:
@@ -115,13 +117,13 @@ class Curves:
     @staticmethod
     def _prior_cost(scale: float, noise: float) -> float:
         """Weak preference for middling values, which decides while there is little to see."""
-        return 0.5 * (np.log(scale / 0.1) / 0.7) ** 2 + 0.5 * (np.log(noise / 0.005) / 0.7) ** 2
+        return 0.5 * (math.log(scale / 0.1) / 0.7) ** 2 + 0.5 * (math.log(noise / 0.005) / 0.7) ** 2
 
     def _target(self, scale: float) -> Array:
         return np.minimum(self._raw, CLIP) / scale
 
     def _solve(self, gram: Array, target: Array, noise: float) -> tuple[Array, Array, float]:
-        chol: Array = np.linalg.cholesky(gram + (noise**2 + 1e-8) * np.eye(len(target)))
+        chol = np.linalg.cholesky(gram + (noise**2 + 1e-8) * np.eye(len(target))).astype(np.float64)
         half = np.linalg.solve(chol, target)
         evidence = -0.5 * half @ half - np.log(np.diag(chol)).sum() - 0.5 * len(target) * np.log(2 * np.pi)
         weights: Array = np.linalg.solve(chol.T, half)

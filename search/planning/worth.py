@@ -124,7 +124,8 @@ def expected_improvement(gap: Array, sd: Array) -> Array:
     u = gap / sd
     density = np.exp(-0.5 * u * u) / SQRT_2_PI
     below = 0.5 * (1.0 + _erf(u / SQRT_2))
-    return np.maximum(gap * below + sd * density, 0.0)
+    found: Array = np.maximum(gap * below + sd * density, 0.0)
+    return found
 
 
 def _thinned(count: int) -> list[int]:

@@ -13,6 +13,7 @@ from search.diagnosis import recorded
 from search.errors import StudyError
 from search.planning.coordinates import RATE_FIELDS, effective_rate
 from search.planning.prior import Prior, combined, from_runs
+from search.records import finite
 from search.storage import lifecycle, studies
 from search.storage.retry import RetryingStorage
 from trainer.common.errors import shown
@@ -50,7 +51,7 @@ def _of_file(path: Path) -> list[tuple[float, float]]:
     sizes = [run.config.get("max_samples") for run in runs]
     usual = max(sizes, key=sizes.count, default=None)
     return [
-        (_rate(run.config), min((e.val_loss for e in run.epochs if _known(e.val_loss)), default=math.inf))
+        (_rate(run.config), min((e.val_loss for e in run.epochs if finite(e.val_loss)), default=math.inf))
         for run in runs
         if run.config.get("max_samples") == usual
     ]
@@ -65,7 +66,3 @@ def _of_study(name: str, storage: RetryingStorage) -> list[tuple[float, float]]:
 def _rate(config: dict[str, Any]) -> float:
     defaults = TrainConfig().model_dump()
     return effective_rate({name: config.get(name, defaults[name]) for name in RATE_FIELDS})
-
-
-def _known(loss: float | None) -> bool:
-    return loss is not None and math.isfinite(loss)
