@@ -37,21 +37,23 @@ nothing."""
 class Shape:
     """Sizes relative to the scale, and lengths, of the parts of the model."""
 
-    slope: float = -0.35
+    slope: float = -0.4
     """Mean change of a curve when the epoch grows by a factor e."""
-    slope_sd: float = 0.3
-    rate: float = 1.0
-    rate_length: float = 0.8
+    slope_sd: float = 0.15
+    rate: float = 0.7
+    rate_length: float = 0.5
     """In decades of the effective rate."""
-    epoch_length: float = 1.4
+    epoch_length: float = 1.8
     """In natural logarithms of the epoch."""
-    rest: float = 0.25
-    rest_length: float = 1.0
+    rest: float = 0.28
+    rest_length: float = 0.8
     """In ranges of a coordinate."""
-    own: float = 0.06
-    own_drift: float = 0.08
-    drift_length: float = 0.9
-    bowl: float = 0.5
+    own: float = 0.04
+    own_drift: float = 0.15
+    drift_length: float = 0.3
+    bend: float = 0.15
+    """Log losses above the lowest are bent: d becomes bend x log(1 + d / bend)."""
+    bowl: float = 0.2
     """Prior mean: how much worse a trial is one prior width away from the prior's effective rate."""
 
 
@@ -106,11 +108,16 @@ class Curves:
             for noise in NOISES:
                 fitted = self._solve(gram, target, noise / scale)
                 # Of log losses: the density of the scaled values times the Jacobian of the scaling.
-                evidence = fitted[2] - len(target) * np.log(scale) - self._prior_cost(scale, noise)
+                evidence = (
+                    fitted[2]
+                    - len(target) * np.log(scale)
+                    - self._prior_cost(scale, noise)
+                    - np.log1p(np.minimum(self._raw, CLIP) / self.shape.bend).sum()
+                )
                 if evidence > best[0]:
                     best = (evidence, scale, noise)
                     self._fitted = fitted
-        self.scale, self.noise = best[1], best[2]
+        self.evidence, self.scale, self.noise = best
         assert self._fitted is not None
         self._chol, self._weights, _ = self._fitted
 
@@ -120,7 +127,7 @@ class Curves:
         return 0.5 * (math.log(scale / 0.1) / 0.7) ** 2 + 0.5 * (math.log(noise / 0.005) / 0.7) ** 2
 
     def _target(self, scale: float) -> Array:
-        return np.minimum(self._raw, CLIP) / scale
+        return self.shape.bend * np.log1p(np.minimum(self._raw, CLIP) / self.shape.bend) / scale
 
     def _solve(self, gram: Array, target: Array, noise: float) -> tuple[Array, Array, float]:
         chol = np.linalg.cholesky(gram + (noise**2 + 1e-8) * np.eye(len(target))).astype(np.float64)
@@ -158,9 +165,17 @@ class Curves:
         )
 
     def predict(self, at: Points) -> tuple[Array, Array]:
-        """(mean, standard deviation) of the log loss without the noise of its evaluation, (n,) each."""
+        """(mean, standard deviation) of the bent log loss without the noise of its evaluation, (n,) each.
+
+        Bent values are in the order of losses, and differ as their logarithms do near the lowest; see `loss`.
+        """
         cross = self._kernel(at, self._points)
         mean = self._mean(at) + cross @ self._weights
         half = np.linalg.solve(self._chol, cross.T)
         variance = np.maximum(self._variance(at) - (half**2).sum(axis=0), 1e-8)
-        return self._lowest + self.scale * mean, self.scale * np.sqrt(variance)
+        return self.scale * mean, self.scale * np.sqrt(variance)
+
+    def loss(self, bent: float) -> float:
+        """The validation loss of a bent value."""
+        bend = self.shape.bend
+        return math.exp(self._lowest + bend * math.expm1(bent / bend))

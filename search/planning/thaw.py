@@ -73,7 +73,7 @@ class FreezeThaw(Plan):
             return None
         return (
             f"after epoch {len(own.losses)}, for one worth more: expected to reach {_interval(mine)} by epoch "
-            f"{own.num_epochs}; the lowest so far is {math.exp(outlook.lowest):.4f}"
+            f"{own.num_epochs}; the lowest so far is {outlook.lowest_loss:.4f}"
         )
 
     def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool) -> int | None:
@@ -102,7 +102,7 @@ class FreezeThaw(Plan):
         (worth,) = outlook.of([known])
         return (
             f"paused after epoch {epoch}; expected to reach {_interval(worth)} by epoch {known.num_epochs}, "
-            f"where the lowest is {math.exp(outlook.lowest):.4f}"
+            f"where the lowest is {outlook.lowest_loss:.4f}"
         )
 
     # ------------------------------------------------------------------ proposals
@@ -199,5 +199,4 @@ def _is_superseded(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
 
 def _interval(worth: Worth) -> str:
     """The loss expected at the last epoch, with its 80 % interval."""
-    half = 1.28 * worth.final_sd
-    return f"{worth.final:.4f} ({worth.final * math.exp(-half):.4f} to {worth.final * math.exp(half):.4f})"
+    return f"{worth.final:.4f} ({worth.low:.4f} to {worth.high:.4f})"

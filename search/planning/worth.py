@@ -56,8 +56,9 @@ class Worth:
     """Expected fall of the lowest loss, if it is trained to its last epoch."""
     final: float
     """Expected loss at its last epoch."""
-    final_sd: float
-    """Standard deviation of its logarithm."""
+    low: float
+    high: float
+    """Ends of the 80 % interval of that loss."""
 
 
 class Outlook:
@@ -87,7 +88,7 @@ class Outlook:
         self.curves = Curves(points, np.array([row[4] for row in rows]), centre=prior.centre, width=prior.width)
         mean, _ = self.curves.predict(points)
         self.lowest = float(mean.min())
-        """Of what has been trained, in log loss: the model's, since the lowest of many noisy epochs is luck."""
+        """Of what has been trained, bent: the model's, since the lowest of many noisy epochs is luck."""
 
     def of(self, trials: Sequence[Known]) -> list[Worth]:
         """The worth of going on with these; those that have not begun have no losses and the number -1."""
@@ -113,10 +114,21 @@ class Outlook:
         owners = np.array(owner)
         last_of = np.flatnonzero(np.append(owners[1:] != owners[:-1], True))
         best = np.maximum.reduceat(rate, np.append(0, last_of[:-1] + 1))
-        return [
-            Worth(float(best[i]), float(gain[j]), math.exp(float(mean[j])), float(sd[j]))
-            for i, j in enumerate(last_of)
-        ]
+        return [Worth(float(best[i]), float(gain[j]), *self._interval(mean[j], sd[j])) for i, j in enumerate(last_of)]
+
+    @property
+    def lowest_loss(self) -> float:
+        """The lowest validation loss so far, freed of the noise of its evaluation."""
+        return self.curves.loss(self.lowest)
+
+    def _interval(self, mean: float, sd: float) -> tuple[float, float, float]:
+        """(expected loss, low and high end of its 80 % interval)."""
+        half = 1.2816 * float(sd)
+        return (
+            self.curves.loss(float(mean)),
+            self.curves.loss(float(mean) - half),
+            self.curves.loss(float(mean) + half),
+        )
 
 
 def expected_improvement(gap: Array, sd: Array) -> Array:
