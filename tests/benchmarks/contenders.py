@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
-from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial
 
 from search.pruning import pruner_for
@@ -31,7 +30,7 @@ from search.space import param_name
 from search.storage.optuna_private import OrderedStudy
 from search.storage.queue import LongestFirst
 from search.study import Study
-from tests.benchmarks.replaying import Judge, Play
+from tests.benchmarks.replaying import Judge, Memory, Play
 
 RUNGS = (1, 3, 9)
 ONE_OF = 3
@@ -70,7 +69,7 @@ class Strategy:
 
 def optunas(setting: Setting, sampler: BaseSampler, pruner: BasePruner) -> Play:
     """A study of Optuna's, as it comes."""
-    return Play(study=optuna.create_study(storage=InMemoryStorage(), sampler=sampler, pruner=pruner))
+    return Play(study=optuna.create_study(storage=Memory(), sampler=sampler, pruner=pruner))
 
 
 def products(setting: Setting, sampler: str = "tpe", pruner: str = "rising", strategy: str = "joint") -> Play:
@@ -84,13 +83,11 @@ def products(setting: Setting, sampler: str = "tpe", pruner: str = "rising", str
 
 
 def _with(setting: Setting, sampler: str) -> Study:
-    from dataclasses import replace
-
     return replace(setting.definition, sampler=sampler, seed=setting.seed)  # type: ignore[arg-type]
 
 
-def _stored() -> tuple[str, InMemoryStorage]:
-    storage = InMemoryStorage()
+def _stored() -> tuple[str, Memory]:
+    storage = Memory()
     return optuna.create_study(storage=storage).study_name, storage
 
 
@@ -108,7 +105,8 @@ class Rungs(OrderedStudy):
         self._rungs = tuple(rungs)
 
     def in_order(self, waiting: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
-        """The trial to be promoted, from the highest rung that has one; none lets `ask` begin a new one."""
+        """The trial to be promoted, from the highest rung that has one, else those that have not begun; none lets
+        `ask` begin a new one."""
         trials = self.get_trials(deepcopy=False)
         for rung in reversed(self._rungs):
             field = sorted(t.intermediate_values[rung] for t in trials if rung in t.intermediate_values)
@@ -117,7 +115,7 @@ class Rungs(OrderedStudy):
             good = [t for t in here if best and t.intermediate_values[rung] <= best[-1]]
             if good:
                 return [min(good, key=lambda t: t.intermediate_values[rung])]
-        return []
+        return [t for t in waiting if not t.intermediate_values]
 
 
 class Screening(OrderedStudy):
@@ -251,7 +249,7 @@ STRATEGIES = {
         Strategy(
             "ladder",
             "a ladder of effective rates alone, in full",
-            lambda s: Play(study=optuna.create_study(storage=InMemoryStorage(), sampler=ladder(s), pruner=NopPruner())),
+            lambda s: Play(study=optuna.create_study(storage=Memory(), sampler=ladder(s), pruner=NopPruner())),
         ),
         Strategy(
             "naive",

@@ -10,11 +10,12 @@ gives the next trial, a new or a waiting one, and the judge. Neither knows that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
+from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from search import pruning, records
@@ -29,6 +30,22 @@ Judge = Callable[[optuna.Study, FrozenTrial], Outcome | None]
 CurveOf = Callable[[Mapping[str, Any], optuna.Trial], Curve]
 Winner = tuple[int, int]
 """(trial's number, epoch)"""
+
+
+class Memory(InMemoryStorage):
+    """Optuna's storage in memory, for trials that are set back to WAITING.
+
+    Optuna's looks for waiting trials only behind the first that it found the last time: one that has been parked is
+    never found again (5.0, `_prev_waiting_trial_number`). Its databases do not do that.
+    """
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """As Optuna's, by a way that looks at all trials."""
+        if isinstance(states, tuple):
+            states = frozenset(states)
+        return super().get_all_trials(study_id, deepcopy, states)
 
 
 @dataclass(frozen=True, kw_only=True)
