@@ -1,0 +1,372 @@
+"""A world made of a table of real training runs: what any configuration of its space would have shown, at once.
+
+    world = World(record.load("aerial"))
+    world.curve({"learning_rate": 2e-4, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "batch_size": 4,
+                 "warmup_steps": 0})
+
+Between the table's runs stands a Gaussian process over log10 of the effective rate, log rank, log alpha / rank, log
+batch, warmup and dropout; it has one kernel for the losses of all epochs. On top of its mean comes what is left of the
+curve of a run nearby, so that curves keep the shape and the noise of real ones. At a run of the table a world gives
+that run itself. How well it does where it has not seen a run, `World.error` says: each configuration is left out once.
+
+What is not of the table's runs and therefore only as good as the surrogate: where the optimum lies between them, and
+that noise is alike in a neighbourhood. Test losses that a table has not (those of hopeless runs are not taken) are the
+validation loss times the epoch's median of test / validation.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.space import Float, Int, Multiple
+from search.study import Study
+
+Array = NDArray[np.float64]
+
+KINDS = ("val", "test", "train")
+BEND = 0.1
+"""Log losses are calculated with as they are near the best one, and ever more compressed from this far above it on: a
+diverging run would otherwise decide the length scales."""
+NEIGHBOURS = 5
+"""Runs nearby of which one lends its residual; 3 of them decide about divergence."""
+FIRST_SEED = 42
+"""The seed that a study trains with, and with it the split of the validation loss it sees."""
+FEWEST_RUNS = 4
+ALPHAS = (1, 2, 4)
+SEARCHED = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "batch_size", "warmup_steps")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run: losses by epoch, epoch 1 first."""
+
+    val: Array
+    test: Array
+    train: Array
+    diverged: bool
+    """Whether the run ends in NaN in the epoch after its last one."""
+    expected: Array
+    """The test loss by epoch without this run's luck: what its configuration is worth is judged by it."""
+    worth: float
+    """The expected test loss at the epoch whose expected validation loss is lowest."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far the surrogate is off where it has not seen the configuration."""
+
+    name: str
+    relative: float
+    """Median of |predicted / real - 1|."""
+    log: float
+    """Root mean square of log(predicted / real)."""
+    rank: float
+    """Spearman's correlation, over all runs."""
+    rank_best_half: float
+
+
+def effective_rate(values: Mapping[str, Any]) -> float:
+    """log10 of learning rate x alpha / sqrt(batch)."""
+    return math.log10(values["learning_rate"] * values["lora_alpha"] / math.sqrt(values["batch_size"]))
+
+
+def features(values: Mapping[str, Any]) -> list[float]:
+    """What the surrogate knows of a configuration."""
+    return [
+        effective_rate(values),
+        math.log(values["lora_r"]),
+        math.log(values["lora_alpha"] / values["lora_r"]),
+        math.log(values["batch_size"]),
+        float(values["warmup_steps"]),
+        float(values["lora_dropout"]),
+    ]
+
+
+class World:
+    """See the module.
+
+    Args:
+        table: As `record.table` makes it, finished or not.
+        seed: Of the noise.
+
+    Raises:
+        ValueError: the table has fewer than four runs that came through.
+    """
+
+    def __init__(self, table: Mapping[str, Any], seed: int = 0) -> None:
+        self.name: str = table["task"]
+        self.base: dict[str, Any] = {k: v for k, v in table["base"].items() if k not in ("warmup_most", "rates")}
+        self.epochs: int = self.base["num_epochs"]
+        self.runs: list[Mapping[str, Any]] = list(table["runs"])
+        self._rates, self._warmup = table["base"]["rates"], table["base"]["warmup_most"]
+        self._seed = seed
+        self._whole = np.array([self._came_through(run) for run in self.runs], dtype=bool)
+        if self._whole.sum() < FEWEST_RUNS:
+            raise ValueError(f"a world needs {FEWEST_RUNS} runs that came through, but got {int(self._whole.sum())}")
+        raw = np.array([features(run) for run in self.runs])
+        self._centre, spread = raw.mean(0), raw.std(0)
+        self._spread = np.where(spread > 0, spread, 1.0)
+        self._places = (raw - self._centre) / self._spread
+        losses, self.imputed = self._losses()
+        self._best = np.log(np.nanmin(losses, axis=(0, 2)))[:, None]
+        bent = self._bend(losses)
+        self._offsets = self._split_offsets(bent)
+        bent -= np.array([self._offset(run["seed"]) for run in self._fitted()])[:, :, None]
+        self._fit(bent.reshape(len(bent), -1))
+        self._pick_noise(bent)
+        self.best = self._look_for_best()
+
+    # The definition of a study over the world.
+
+    def definition(self, sampler: str = "tpe", seed: int = 0) -> Study:
+        """The table's space as a study of the product."""
+        return Study(
+            name=f"table_{self.name}",
+            description=f"the table {self.name}",
+            base={"model": "mini", "data": "mini", "max_grad_norm": 1.0, **self.base},
+            space={
+                "learning_rate": Float(*self._rates, log=True),
+                "lora_r": Int(4, 32, log=True),
+                "lora_alpha": Multiple("lora_r", ALPHAS),
+                "lora_dropout": Float(0.0, 0.2),
+                "batch_size": Int(2, 16, log=True),
+                "warmup_steps": Int(0, self._warmup),
+            },
+            n_trials=10_000,
+            sampler=sampler,  # type: ignore[arg-type]
+            seed=seed,
+        )
+
+    def draw(self, rng: np.random.Generator) -> dict[str, Any]:
+        """A configuration at random, as the tables were drawn."""
+        rank = _whole_log(rng, 4, 32)
+        low, high = np.log(self._rates)
+        return {
+            "learning_rate": float(np.exp(rng.uniform(low, high))),
+            "lora_r": rank,
+            "lora_alpha": rank * int(rng.choice(ALPHAS)),
+            "lora_dropout": float(rng.uniform(0, 0.2)),
+            "batch_size": _whole_log(rng, 2, 16),
+            "warmup_steps": int(rng.integers(0, self._warmup + 1)),
+        }
+
+    # Curves.
+
+    def curve(self, values: Mapping[str, Any], draw: int = 0) -> Curve:
+        """What training with these values shows.
+
+        Args:
+            values: The searched fields; `seed` may be among them: another one has other luck and another split.
+            draw: Another number, other luck for all configurations: for repeated studies.
+        """
+        place = (np.array(features(values)) - self._centre) / self._spread
+        seed = int(values.get("seed", FIRST_SEED))
+        mean = self._mean(place[None])[0] + self._offset(seed)[:, None]
+        rng = np.random.default_rng([self._seed, draw, seed, zlib.crc32(repr(place.round(9).tolist()).encode())])
+        distance = ((self._places - place) / self._lengths) ** 2
+        distance = distance.sum(1)
+        noise = self._noise(distance[self._whole], seed, draw, rng)
+        val, test, train = self._unbend(mean + noise)
+        plain = self._unbend(mean)
+        ends = self._end(distance)
+        length = self.epochs if ends is None else ends
+        worth = float(plain[1][np.argmin(plain[0])])
+        return Curve(val[:length], test[:length], train[:length], ends is not None, plain[1][:length], worth)
+
+    def worth(self, values: Sequence[Mapping[str, Any]]) -> Array:
+        """The expected test loss of configurations at the epochs whose expected validation losses are lowest."""
+        places = (np.array([features(each) for each in values]) - self._centre) / self._spread
+        val, test = np.moveaxis(self._unbend(self._mean(places)), 1, 0)[:2]
+        found: Array = np.take_along_axis(test, val.argmin(1)[:, None], 1)[:, 0]
+        return found
+
+    def tie(self) -> float:
+        """How far apart two runs of one configuration with other seeds lie in test loss: one standard deviation of
+        the difference, a share of the loss; measured on the repeated configurations, else on the residuals."""
+        return float(math.sqrt(2) * self.noise_of["test"])
+
+    def error(self) -> list[Error]:
+        """The leave-one-configuration-out error of the best validation loss and of the test loss at its epoch."""
+        mean = self._bent.mean(0)
+        weights = self._inverse @ (self._bent - mean)
+        left_out = np.empty_like(self._bent)
+        configurations = np.array([run["configuration"] for run in self._fitted()])
+        for number in np.unique(configurations):
+            rows = np.flatnonzero(configurations == number)
+            block = self._inverse[np.ix_(rows, rows)]
+            left_out[rows] = self._bent[rows] - np.linalg.solve(block, weights[rows])
+        shape = (len(self._bent), len(KINDS), self.epochs)
+        real, guessed = self._unbend(self._bent.reshape(shape)), self._unbend(left_out.reshape(shape))
+        at = [losses[:, 0].argmin(1)[:, None] for losses in (real, guessed)]
+        found = []
+        for kind, name in ((0, "validation"), (1, "test")):
+            pairs = [np.take_along_axis(x[:, kind], i, 1)[:, 0] for x, i in zip((real, guessed), at, strict=True)]
+            found.append(_error(name, *pairs))
+        return found
+
+    # How it is made.
+
+    def _came_through(self, run: Mapping[str, Any]) -> bool:
+        return len(run["val"]) >= self.epochs and None not in (*run["val"], *run["train"]) and not run["diverged"]
+
+    def _fitted(self) -> list[Mapping[str, Any]]:
+        return [run for run, whole in zip(self.runs, self._whole, strict=True) if whole]
+
+    def _losses(self) -> tuple[Array, float]:
+        """(runs x kinds x epochs, share of the test losses that are not the table's)."""
+        found = np.array([[run[kind][: self.epochs] for kind in KINDS] for run in self._fitted()], dtype=float)
+        missing = np.isnan(found[:, 1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # an epoch without any test loss
+            ratio = np.nanmedian(found[:, 1] / found[:, 0], axis=0)
+        whole = float(np.nanmedian(ratio)) if np.isfinite(ratio).any() else 1.0
+        ratio = np.where(np.isfinite(ratio), ratio, whole)
+        found[:, 1] = np.where(missing, found[:, 0] * ratio, found[:, 1])
+        return found, float(missing.mean())
+
+    def _bend(self, losses: Array) -> Array:
+        above = np.log(losses) - self._best
+        return BEND * np.log1p(np.maximum(above / BEND, -0.99))
+
+    def _unbend(self, bent: Array) -> Array:
+        found: Array = np.exp(self._best + BEND * np.expm1(np.minimum(bent / BEND, 5.0)))
+        return found
+
+    def _split_offsets(self, bent: Array) -> dict[int, Array]:
+        """By seed, how much higher the losses of its split are than those of the first seed's, by kind."""
+        runs = {(run["configuration"], run["seed"]): each for run, each in zip(self._fitted(), bent, strict=True)}
+        moves: dict[int, list[Array]] = {}
+        for (configuration, seed), each in runs.items():
+            first = runs.get((configuration, FIRST_SEED))
+            if seed != FIRST_SEED and first is not None:
+                moves.setdefault(seed, []).append((each - first).mean(1))
+        return {seed: np.median(found, axis=0) for seed, found in moves.items()}
+
+    def _offset(self, seed: int) -> Array:
+        if seed == FIRST_SEED or not self._offsets:
+            return np.zeros(len(KINDS))
+        if seed in self._offsets:
+            return self._offsets[seed]
+        spread = np.sqrt(np.mean(np.square(list(self._offsets.values())), axis=0))
+        return np.random.default_rng([self._seed, seed]).normal(size=len(KINDS)) * spread
+
+    def _fit(self, bent: Array) -> None:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+        places = self._places[self._whole]
+        # The length scales come from a few epochs of validation and test loss, which takes seconds and not minutes.
+        told = [0, self.epochs // 4, self.epochs - 1, 2 * self.epochs - 1]
+        kernel = ConstantKernel(1.0, (0.1, 100)) * Matern(np.ones(places.shape[1]), (0.2, 30), nu=2.5)
+        kernel += WhiteKernel(0.05, (1e-4, 0.5))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a length at its bound: a flat direction
+            model = GaussianProcessRegressor(kernel, normalize_y=True, alpha=1e-8).fit(places, bent[:, told])
+        self.kernel = model.kernel_
+        self._lengths = np.array(self.kernel.k1.k2.length_scale)
+        self._inverse = np.linalg.inv(self.kernel(places) + 1e-8 * np.eye(len(places)))
+        self._bent = bent
+        self._average = bent.mean(0)
+        self._weights = self._inverse @ (bent - self._average)
+
+    def _mean(self, places: Array) -> Array:
+        """Bent losses without noise: places x kinds x epochs."""
+        smooth = self.kernel.k1(places, self._places[self._whole])
+        return (self._average + smooth @ self._weights).reshape(len(places), len(KINDS), self.epochs)
+
+    def _pick_noise(self, bent: Array) -> None:
+        """What the mean leaves of each curve, as large as the spread of repeated runs where there are enough."""
+        self._own_residuals = bent - self._mean(self._places[self._whole])
+        groups: dict[int, list[int]] = {}
+        for row, run in enumerate(self._fitted()):
+            groups.setdefault(run["configuration"], []).append(row)
+        repeated = [rows for rows in groups.values() if len(rows) > 1]
+        left = np.sqrt(np.square(self._own_residuals[:, :, -1]).mean(0))
+        freedom = sum(len(rows) - 1 for rows in repeated)
+        self.repeats = len(repeated)
+        spread = left
+        if len(repeated) >= FEWEST_RUNS:
+            squares = sum(np.square(bent[rows] - bent[rows].mean(0)).sum(0) for rows in repeated)
+            # Of all epochs, since a dozen repeats of the last one are few.
+            spread = np.sqrt((np.asarray(squares) / freedom)[:, self.epochs // 2 :].mean(1))
+        scale = np.clip(spread / np.maximum(left, 1e-12), 0.3, 3.0)
+        self._residuals = self._own_residuals * scale[:, None]
+        self.noise_of = dict(zip(KINDS, map(float, spread), strict=True))
+
+    def _noise(self, distance: Array, seed: int, draw: int, rng: np.random.Generator) -> Array:
+        near = np.argsort(distance, kind="stable")[:NEIGHBOURS]
+        own = [row for row in near if distance[row] < 1e-12 and self._fitted_seeds()[row] == seed]
+        if own and draw == 0:
+            return self._own_residuals[own[0]]
+        found: Array = self._residuals[rng.choice(near)]
+        return found
+
+    def _fitted_seeds(self) -> list[int]:
+        return [run["seed"] for run in self._fitted()]
+
+    def _end(self, distance: Array) -> int | None:
+        """Epochs before it is no longer finite, or None: as two of the three nearest runs, or the run itself."""
+        near = np.argsort(distance, kind="stable")[:3]
+        if distance[near[0]] < 1e-12:
+            near = near[:1]
+        ended = [len(self.runs[i]["val"]) for i in near if not self._whole[i]]
+        return min(ended[0], self.epochs - 1) if 2 * len(ended) > len(near) else None
+
+    def _look_for_best(self) -> float:
+        """The lowest expected test loss anywhere: among many draws, then around the best of them."""
+        rng = np.random.default_rng([self._seed, 1])
+        found = [self.draw(rng) for _ in range(3000)] + [{k: run[k] for k in SEARCHED} for run in self._fitted()]
+        for _ in range(3):
+            order = np.argsort(self.worth(found))[:20]
+            found = [found[i] for i in order]
+            found += [self._nudged(each, rng) for each in found for _ in range(20)]
+        return float(self.worth(found).min())
+
+    def _nudged(self, values: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        other, moved = self.draw(rng), dict(values)
+        moved["learning_rate"] = float(np.clip(values["learning_rate"] * np.exp(rng.normal(0, 0.15)), *self._rates))
+        field = str(rng.choice(SEARCHED[1:]))
+        ratio = values["lora_alpha"] // values["lora_r"]
+        if field == "lora_alpha":
+            ratio = int(rng.choice(ALPHAS))
+        else:
+            moved[field] = other[field]
+        return {**moved, "lora_alpha": moved["lora_r"] * ratio}
+
+
+def _error(name: str, real: Array, guessed: Array) -> Error:
+    from scipy.stats import spearmanr
+
+    half = np.argsort(real)[: max(3, len(real) // 2)]
+    off = np.log(guessed / real)
+    ranks = [float(spearmanr(real[part], guessed[part]).statistic) for part in (slice(None), half)]
+    return Error(name, float(np.median(np.abs(np.expm1(off)))), float(np.sqrt(np.mean(off**2))), *ranks)
+
+
+def _whole_log(rng: np.random.Generator, low: int, high: int) -> int:
+    return min(high, int(math.exp(rng.uniform(math.log(low), math.log(high + 1)))))
+
+
+def describe(world: World) -> list[str]:
+    """Its facts as lines of text."""
+    lines = [
+        f"{world.name}: {len(world.runs)} runs of {world.epochs} epochs, of {world.repeats} configurations several; "
+        f"{sum(run['diverged'] for run in world.runs)} diverged; {world.imputed:.0%} of the test losses are imputed",
+        f"  best expected test loss {world.best:.4f}; noise of a run: validation {world.noise_of['val']:.2%}, "
+        f"test {world.noise_of['test']:.2%}",
+    ]
+    for each in world.error():
+        lines.append(
+            f"  left out, best {each.name} loss: off by {each.relative:.1%} (median), log {each.log:.3f} (rms), "
+            f"rank correlation {each.rank:.2f}, among the best half {each.rank_best_half:.2f}"
+        )
+    return lines
