@@ -17,9 +17,9 @@ from search.space import Choice, Float, Int, Multiple, Param, Space, param_name,
 
 SOUND = {"lora_r": 8, "lora_alpha": 16}
 """The ladder's rank and alpha: the hand-run log's recommended start."""
-LADDER = 21
+LADDER = 17
 """Rungs of the ladder of effective rates, over two prior widths to either side."""
-DRAWN, UNIFORM, NEAR = 48, 24, 24
+DRAWN, UNIFORM, NEAR = 24, 12, 12
 """Candidates drawn from the prior of the effective rate, from the whole space, and near the best trials."""
 NEAR_STEP = 0.15
 """Standard deviation of a step from a good trial's params, in their ranges."""

@@ -18,9 +18,9 @@ import numpy as np
 from search.planning.curves import Array, Curves, Points
 from search.planning.prior import Prior
 
-AHEAD = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+AHEAD = (1, 2, 4, 8, 16, 32, 64)
 """Epochs ahead at which a trial is looked at, its last epoch besides."""
-KEPT_EPOCHS = 8
+KEPT_EPOCHS = 7
 """Most epochs of one trial that the model is given: the latest, and those before thinned in equal steps of log epoch.
 The cost of a fit grows with their cube."""
 SQRT_2 = math.sqrt(2.0)
@@ -71,21 +71,13 @@ class Outlook:
 
     def __init__(self, trials: Sequence[Known], prior: Prior) -> None:
         self.trials = trials
-        width = len(trials[0].rest) if trials else 0
-        rows: list[tuple[float, tuple[float, ...], float, int, float]] = []
-        for trial in trials:
-            epochs = _thinned(len(trial.losses))
-            rows += [(trial.z, trial.rest, float(epoch), trial.number, trial.losses[epoch - 1]) for epoch in epochs]
-        self.empty = not rows
+        self.empty = not any(trial.losses for trial in trials)
         if self.empty:
             return
-        points = Points(
-            np.array([row[0] for row in rows]),
-            np.array([row[1] for row in rows]).reshape(len(rows), width),
-            np.array([row[2] for row in rows]),
-            np.array([row[3] for row in rows]),
-        )
-        self.curves = Curves(points, np.array([row[4] for row in rows]), centre=prior.centre, width=prior.width)
+        points = _points(trials, [_thinned(len(trial.losses)) for trial in trials])
+        at = zip(points.owner, points.epoch.astype(np.int64), strict=True)
+        losses = np.array([trials[i].losses[epoch - 1] for i, epoch in at])
+        self.curves = Curves(points, losses, centre=prior.centre, width=prior.width)
         mean, _ = self.curves.predict(points)
         self.lowest = float(mean.min())
         """Of what has been trained, bent: the model's, since the lowest of many noisy epochs is luck."""
@@ -94,27 +86,18 @@ class Outlook:
         """The worth of going on with these; those that have not begun have no losses and the number -1."""
         if not trials:
             return []
-        z, rest, epochs, numbers, owner, ahead = [], [], [], [], [], []
-        for i, trial in enumerate(trials):
-            now = len(trial.losses)
-            last = trial.num_epochs
-            for epoch in sorted({now + step for step in AHEAD if now + step < last} | {max(last, now + 1)}):
-                z.append(trial.z)
-                rest.append(trial.rest)
-                epochs.append(float(epoch))
-                numbers.append(trial.number)
-                owner.append(i)
-                ahead.append(epoch - now)
-        at = Points(
-            np.array(z), np.array(rest).reshape(len(z), len(trials[0].rest)), np.array(epochs), np.array(numbers)
-        )
+        now = [len(trial.losses) for trial in trials]
+        last = [max(trial.num_epochs, n + 1) for trial, n in zip(trials, now, strict=True)]
+        ahead = [
+            sorted({*(n + step for step in AHEAD if n + step < end), end}) for n, end in zip(now, last, strict=True)
+        ]
+        at = _points(trials, ahead)
         mean, sd = self.curves.predict(at)
         gain = expected_improvement(self.lowest - mean, sd)
-        rate = gain / np.array(ahead)
-        owners = np.array(owner)
-        last_of = np.flatnonzero(np.append(owners[1:] != owners[:-1], True))
-        best = np.maximum.reduceat(rate, np.append(0, last_of[:-1] + 1))
-        return [Worth(float(best[i]), float(gain[j]), *self._interval(mean[j], sd[j])) for i, j in enumerate(last_of)]
+        rate = gain / (at.epoch - np.array(now)[at.owner])
+        ends = np.cumsum([len(epochs) for epochs in ahead]) - 1
+        best = np.maximum.reduceat(rate, np.append(0, ends[:-1] + 1))
+        return [Worth(float(best[i]), float(gain[j]), *self._interval(mean[j], sd[j])) for i, j in enumerate(ends)]
 
     @property
     def lowest_loss(self) -> float:
@@ -129,6 +112,17 @@ class Outlook:
             self.curves.loss(float(mean) - half),
             self.curves.loss(float(mean) + half),
         )
+
+
+def _points(trials: Sequence[Known], epochs: Sequence[Sequence[int]]) -> Points:
+    """Points at some epochs of each trial."""
+    return Points(
+        np.array([trial.z for trial in trials]),
+        np.array([trial.rest for trial in trials], dtype=np.float64).reshape(len(trials), -1),
+        np.array([trial.number for trial in trials]),
+        np.repeat(np.arange(len(trials)), [len(each) for each in epochs]),
+        np.array([epoch for each in epochs for epoch in each], dtype=np.float64),
+    )
 
 
 def expected_improvement(gap: Array, sd: Array) -> Array:

@@ -22,9 +22,9 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
-from search.pruning import pruner_for
+from search.pruning import default_pruner, pruner_for
 from search.records import Outcome
-from search.sampling.make import make_sampler
+from search.sampling.make import FREEZE_THAW, default_strategy, make_sampler
 from search.sampling.params import distribution
 from search.space import param_name
 from search.storage.optuna_private import OrderedStudy
@@ -76,10 +76,15 @@ def products(setting: Setting, sampler: str = "tpe", pruner: str = "rising", str
     """A study as a worker of the product opens it."""
     definition = _with(setting, sampler)
     trials = setting.budget // definition.base_config().num_epochs
-    made = make_sampler(definition, strategy, trials), pruner_for(pruner, definition)
+    proposes = strategy == FREEZE_THAW
+    made = make_sampler(definition, strategy, trials), pruner_for(pruner, definition, trials, proposes=proposes)
     study = LongestFirst(*_stored(), *made, definition, definition.base_config().max_samples or 0)
     study.longest_first = setting.slots > 1
-    return Play(study=study)
+
+    def ask() -> optuna.Trial | None:
+        return study.ask() if study.has_next(trials) else None
+
+    return Play(study=study, ask=ask if study.plan is not None else None)
 
 
 def _with(setting: Setting, sampler: str) -> Study:
@@ -213,7 +218,8 @@ def _gp(setting: Setting) -> Play:
 
 def ours(setting: Setting) -> Play:
     """The product's default, whatever it is."""
-    return products(setting)
+    strategy = default_strategy(setting.definition)
+    return products(setting, pruner=default_pruner(strategy), strategy=strategy)
 
 
 STRATEGIES = {
