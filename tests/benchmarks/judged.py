@@ -67,7 +67,7 @@ class Interval:
 
 
 def interval(values: Sequence[float], figure: Callable[..., Any], seed: int = 0) -> Interval:
-    """The figure of the values; `figure` takes an array and `axis`. Infinite values stand for "more than was spent"."""
+    """The figure of the values; `figure` takes an array and `axis`. Infinite values are "more than was spent"."""
     data = np.asarray(values, dtype=float)
     draws = np.random.default_rng(seed).integers(0, len(data), size=(RESAMPLES, len(data)))
     again = figure(data[draws], axis=1)
