@@ -1,7 +1,8 @@
 """What replayed studies show: epochs until the best is reached, regret by epochs, how often the named winner is one.
 
 All of it is judged by the expected test loss: the noise of one run would make the luckiest of many draws "the best".
-Intervals are of the bootstrap over the seeds, 95 %.
+The best is that of the table's configurations, so regret can be negative. Intervals are of the bootstrap over the
+seeds, 95 %.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def test_a_world_knows_where_the_optimum_is_and_what_it_does_not_know(world: Wor
     at = [world.curve(values(learning_rate=values()["learning_rate"] * 10**step)).worth for step in (-1, 0, 0.8)]
     assert at[1] < min(at[0], at[2])
     assert world.best == pytest.approx(0.9 * (0.4 + 0.2 / EPOCHS), rel=0.01)
-    assert world.floor >= world.best
+    assert world.optimum == pytest.approx(world.best, rel=0.01)
+    assert world.named == pytest.approx(world.best, rel=0.01)
     for error in left_out(world):
         assert error.relative < 0.01
         assert error.rank > 0.9

@@ -4,10 +4,11 @@
     world.curve({"learning_rate": 2e-4, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "batch_size": 4,
                  "warmup_steps": 0})
 
-Between the table's runs stands a Gaussian process over log10 of the effective rate, log rank, log alpha / rank, log
-batch, warmup and dropout; it has one kernel for the losses of all epochs. On top of its mean comes what is left of the
-curve of a run nearby, so that curves keep the shape and the noise of real ones. At a run of the table a world gives
-that run itself. How well it does where it has not seen a run, `world_error` says: each configuration is left out once.
+Between the table's runs stands a Gaussian process over the steep direction (log10 of the effective rate, or of it
+with other powers of batch and rank), log rank, log alpha / rank, log batch, warmup and dropout; it has one kernel for
+the losses of all epochs. On top of its mean comes what is left of the curve of a run nearby, so that curves keep the
+shape and the noise of real ones. At a run of the table a world gives that run itself. How well it does where it has
+not seen a run, `world_error` says: each configuration is left out once.
 
 What is not of the table's runs and therefore only as good as the surrogate: where the optimum lies between them, and
 that noise is alike in a neighbourhood. Test losses that a table has not (those of hopeless runs are not taken) are the
@@ -35,6 +36,10 @@ KINDS = ("val", "test", "train")
 BEND = 0.1
 """Log losses are calculated with as they are near the best one, and ever more compressed from this far above it on: a
 diverging run would otherwise decide the length scales."""
+POWERS = (-0.75, -0.25)
+"""Of batch and rank in the first coordinate; (-0.5, 0) make it the effective rate. A Gaussian process has a length for
+each coordinate and none for a direction between them: on the first 54 runs of `aerial` its error, left out, is 2.5 %
+(rms of the best validation loss) with the effective rate, 2.1 % with (-1, -0.25), 1.9 % with these."""
 NEIGHBOURS = 5
 """Runs nearby of which one lends its residual; 3 of them decide about divergence."""
 FIRST_SEED = 42
@@ -64,10 +69,12 @@ def effective_rate(values: Mapping[str, Any]) -> float:
     return math.log10(values["learning_rate"] * values["lora_alpha"] / math.sqrt(values["batch_size"]))
 
 
-def features(values: Mapping[str, Any]) -> list[float]:
-    """What the surrogate knows of a configuration."""
+def features(values: Mapping[str, Any], powers: tuple[float, float]) -> list[float]:
+    """What the surrogate knows of a configuration; `powers` are those of batch and rank in the first coordinate."""
+    batch, rank = powers
+    rate = math.log10(values["learning_rate"] * values["lora_alpha"])
     return [
-        effective_rate(values),
+        rate + batch * math.log10(values["batch_size"]) + rank * math.log10(values["lora_r"]),
         math.log(values["lora_r"]),
         math.log(values["lora_alpha"] / values["lora_r"]),
         math.log(values["batch_size"]),
@@ -82,12 +89,13 @@ class World:
     Args:
         table: As `record.table` makes it, finished or not.
         seed: Of the noise.
+        powers: See `features`.
 
     Raises:
         ValueError: the table has fewer than four runs that came through.
     """
 
-    def __init__(self, table: Mapping[str, Any], seed: int = 0) -> None:
+    def __init__(self, table: Mapping[str, Any], seed: int = 0, powers: tuple[float, float] = POWERS) -> None:
         self.name: str = table["task"]
         self.base: dict[str, Any] = {k: v for k, v in table["base"].items() if k not in ("warmup_most", "rates")}
         self.epochs: int = self.base["num_epochs"]
@@ -99,7 +107,8 @@ class World:
         """The runs that the surrogate is made of: those that came through."""
         if self._whole.sum() < FEWEST_RUNS:
             raise ValueError(f"a world needs {FEWEST_RUNS} runs that came through, but got {int(self._whole.sum())}")
-        raw = np.array([features(run) for run in self.runs])
+        self.powers = powers
+        raw = np.array([features(run, self.powers) for run in self.runs])
         self._centre, spread = raw.mean(0), raw.std(0)
         self._spread = np.where(spread > 0, spread, 1.0)
         self._places = (raw - self._centre) / self._spread
@@ -110,7 +119,11 @@ class World:
         bent = self._bend(logs)
         self._fit(bent.reshape(len(bent), -1))
         self._pick_noise(bent)
-        self.best, self.floor = self._look_for_best()
+        self.best = float(self._expected(self.fitted)[:, 1].min())
+        """The lowest expected test loss among the table's configurations: what strategies are measured by. Between
+        them a surrogate of few runs has dips that no run vouches for."""
+        self.optimum, self.named = self._look_for_best()
+        """(the lowest expected test loss anywhere, that where the expected validation loss is lowest)"""
 
     # The definition of a study over the world.
 
@@ -155,7 +168,7 @@ class World:
             values: The searched fields; `seed` may be among them: another one has other luck and another split.
             draw: Another number, other luck for all configurations: for repeated studies.
         """
-        place = (np.array(features(values)) - self._centre) / self._spread
+        place = (np.array(features(values, self.powers)) - self._centre) / self._spread
         seed = int(values.get("seed", FIRST_SEED))
         mean, offset = self._mean(place[None])[0], np.exp(self._offset(seed))[:, None]
         rng = np.random.default_rng([self._seed, draw, seed, zlib.crc32(repr(place.round(9).tolist()).encode())])
@@ -171,7 +184,7 @@ class World:
 
     def _expected(self, values: Sequence[Mapping[str, Any]]) -> Array:
         """(lowest validation loss, test loss at its epoch) of configurations, without noise."""
-        places = (np.array([features(each) for each in values]) - self._centre) / self._spread
+        places = (np.array([features(each, self.powers) for each in values]) - self._centre) / self._spread
         val, test = np.moveaxis(self.unbend(self._mean(places)), 1, 0)[:2]
         at = val.argmin(1)[:, None]
         return np.concatenate([np.take_along_axis(losses, at, 1) for losses in (val, test)], axis=1)

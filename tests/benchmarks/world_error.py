@@ -59,10 +59,13 @@ def describe(world: World) -> list[str]:
     diverged = sum(run["diverged"] for run in world.runs)
     noise = ", ".join(f"{kind} {world.noise_of[kind]:.2%}" for kind in ("val", "test"))
     return [
-        f"{world.name}: {len(world.runs)} runs of {world.epochs} epochs, {world.repeats} configurations with several "
-        f"seeds; {diverged} diverged; {world.imputed:.0%} of the test losses are imputed",
-        f"  best expected test loss {world.best:.4f}; where the expected validation loss is lowest it is "
-        f"{world.floor / world.best - 1:.2%} more",
+        f"{world.name}: {len(world.runs)} runs of {world.epochs} epochs, {world.repeats} configurations with several"
+        f" seeds; {diverged} diverged; {world.imputed:.0%} of the test losses are imputed",
+        f"  coordinate: rate x alpha x batch^{world.powers[0]:g} x r^{world.powers[1]:g}; lowest test loss of a run "
+        f"{min(loss for run in world.runs for loss in run['test'] if loss is not None):.4f}",
+        f"  best expected test loss of its configurations {world.best:.4f}; anywhere "
+        f"{world.optimum / world.best - 1:+.2%}, where the expected validation loss is lowest "
+        f"{world.named / world.best - 1:+.2%}",
         f"  noise of an epoch's loss: {noise}",
         *(
             f"  left out, best {each.name} loss: off by {each.relative:.1%} (median), log {each.log:.3f} (rms), "
