@@ -69,7 +69,10 @@ class Strategy:
 
 def optunas(setting: Setting, sampler: BaseSampler, pruner: BasePruner) -> Play:
     """A study of Optuna's, as it comes."""
-    return Play(study=optuna.create_study(storage=Memory(), sampler=sampler, pruner=pruner))
+    storage = Memory()
+    # Hyperband takes a trial's bracket from the study's name, which would otherwise be another at each run.
+    study = optuna.create_study(storage=storage, sampler=sampler, pruner=pruner, study_name=f"study-{setting.seed}")
+    return Play(study=study)
 
 
 def products(setting: Setting, sampler: str = "tpe", pruner: str = "rising", strategy: str = "joint") -> Play:
@@ -78,7 +81,7 @@ def products(setting: Setting, sampler: str = "tpe", pruner: str = "rising", str
     trials = setting.budget // definition.base_config().num_epochs
     proposes = strategy == FREEZE_THAW
     made = make_sampler(definition, strategy, trials), pruner_for(pruner, definition, trials, proposes=proposes)
-    study = LongestFirst(*_stored(), *made, definition, definition.base_config().max_samples or 0)
+    study = LongestFirst(*_stored(setting.seed), *made, definition, definition.base_config().max_samples or 0)
     study.longest_first = setting.slots > 1
 
     def ask() -> optuna.Trial | None:
@@ -91,9 +94,9 @@ def _with(setting: Setting, sampler: str) -> Study:
     return replace(setting.definition, sampler=sampler, seed=setting.seed)  # type: ignore[arg-type]
 
 
-def _stored() -> tuple[str, Memory]:
+def _stored(seed: int = 0) -> tuple[str, Memory]:
     storage = Memory()
-    return optuna.create_study(storage=storage).study_name, storage
+    return optuna.create_study(storage=storage, study_name=f"study-{seed}").study_name, storage
 
 
 class Rungs(OrderedStudy):
@@ -241,7 +244,7 @@ STRATEGIES = {
                 HyperbandPruner(min_resource=1, max_resource=s.definition.base_config().num_epochs),
             ),
         ),
-        Strategy("gp", "GP sampler + median rule", _gp, most_seeds=20),
+        Strategy("gp", "GP sampler + median rule", _gp, most_seeds=10),
         Strategy(
             "asha",
             "ASHA, promotion type, random",
@@ -255,7 +258,7 @@ STRATEGIES = {
         Strategy(
             "ladder",
             "a ladder of effective rates alone, in full",
-            lambda s: Play(study=optuna.create_study(storage=Memory(), sampler=ladder(s), pruner=NopPruner())),
+            lambda s: optunas(s, ladder(s), NopPruner()),
         ),
         Strategy(
             "naive",
@@ -268,5 +271,3 @@ STRATEGIES = {
     )
 }
 """By name; the first of the comparison first."""
-
-

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.effective_rate aerial mixed
 
-For each coordinate, the share of the variance of log(best validation loss so far) over the table's configurations that
-a cubic in the coordinate's logarithm explains, after epochs 1, 3, 6, 12 and 20, for the lower and the upper half of the
-ranks, and where the best tenth of the configurations lies. Runs with the table's first seed only.
+For each coordinate, the share of the variance of log(best validation loss so far) over the table's configurations
+that a cubic in the coordinate's logarithm explains, after epochs 1, 3, 6, 12 and 20, for the lower and the upper half
+of the ranks, and where the best tenth of the configurations lies. Runs with the table's first seed only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What replayed studies show: epochs until the best is reached, regret by epochs, how often the named winner is one.
 
 All of it is judged by the expected test loss: the noise of one run would make the luckiest of many draws "the best".
-Intervals are of the bootstrap over the seeds, 95 %.
+The best is that of the table's configurations, so regret can be negative. Intervals are of the bootstrap over the
+seeds, 95 %.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Interval:
 
 
 def interval(values: Sequence[float], figure: Callable[..., Any], seed: int = 0) -> Interval:
-    """The figure of the values; `figure` takes an array and `axis`. Infinite values stand for "more than was spent"."""
+    """The figure of the values; `figure` takes an array and `axis`. Infinite values are "more than was spent"."""
     data = np.asarray(values, dtype=float)
     draws = np.random.default_rng(seed).integers(0, len(data), size=(RESAMPLES, len(data)))
     again = figure(data[draws], axis=1)

@@ -1,8 +1,10 @@
 """The stopping rules alone, replayed on recorded runs (the JSON that `search.diagnose` reads).
 
-Runs of one model and one number of samples are compared with each other; they train side by side, in the order of the
-file. Printed are, by run and rule, the epochs trained, and where the rule ended the run, what was forecast for its last
-epoch and what came; by rule, whether the best run of each group was kept: trained to the epoch of its lowest loss.
+Runs of one model and one number of samples are compared with each other; they train side by side, in the order of
+the file. Printed are, by run and rule, the epochs trained, and where the rule ended the run, what was forecast for its
+last epoch and what came; by rule, whether the best run of each group was kept: trained to the epoch of its lowest
+loss. A run that no other is comparable with is followed, and left out of that count: a rule that compares runs says
+nothing about one alone.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from search.storage.optuna_private import OrderedStudy
 from search.study import Study
 from tests.benchmarks.contenders import RUNGS, Rungs, Setting, optunas, ours, pausing, products
 from tests.benchmarks.replaying import Play, replay
-from tests.benchmarks.world import SEARCHED, Curve
+from tests.benchmarks.world import FIRST_SEED, SEARCHED, Curve
 
 Rule = Callable[[Setting], Play]
 FEWEST_FOR_A_FORECAST = 3
@@ -86,7 +88,9 @@ def groups(path: Path) -> dict[str, list[tuple[str, Recorded]]]:
     for name, curve in curves(read_runs(path)):
         if _losses(curve):
             samples = curve.config.get("max_samples")
-            found.setdefault(f"{curve.config.get('model_name', 'a model')}, {samples} samples", []).append((name, curve))
+            found.setdefault(f"{curve.config.get('model_name', 'a model')}, {samples} samples", []).append(
+                (name, curve)
+            )
     return found
 
 
@@ -97,7 +101,7 @@ def follow(rule: Rule, runs: list[tuple[str, Recorded]]) -> Verdict:
     definition = _definition(runs, most)
     play = rule(Setting(definition=definition, slots=len(runs), budget=most * len(runs)))
     for (_, curve), losses in zip(runs, known, strict=True):
-        params = {name: curve.config[name] for name in definition.space}
+        params = {name: curve.config[name] for name in definition.space if name in curve.config}
         play.study.enqueue_trial(params, user_attrs={records.OVERRIDES: {"num_epochs": max(losses)}})
     play = replace(play, ask=_queued(play))
 
@@ -130,6 +134,7 @@ def _definition(runs: list[tuple[str, Recorded]], epochs: int) -> Study:
         values = {curve.config.get(name) for _, curve in runs}
         if None not in values:
             space[name] = Choice(tuple(sorted(values)))  # type: ignore[type-var]
+    space = space or {"seed": Choice((FIRST_SEED,))}  # of runs that name none; a study needs one
     base = {"model": "mini", "data": "mini", "num_epochs": epochs}
     return Study(name="recorded", description="recorded runs", base=base, space=space, n_trials=len(runs))
 
@@ -164,19 +169,25 @@ def _curve(recorded: Recorded) -> Curve:
 def report(path: Path) -> dict[str, Any]:
     """Print the tables; the figures as plain data."""
     totals: dict[str, list[Verdict]] = {name: [] for name in RULES}
+    compared = 0
     for group, runs in groups(path).items():
         verdicts = {name: follow(rule, runs) for name, rule in RULES.items()}
         print(f"\n## {group}\n\n| epochs trained | all | {' | '.join(RULES)} |\n{'|' + '---|' * (len(RULES) + 2)}")
         for number, (name, _) in enumerate(runs):
             fates = [verdict.fates[number] for verdict in verdicts.values()]
             print(f"| {name} | {fates[0].of} | {' | '.join(map(_cell, fates))} |")
-        kept = [
-            "kept" if verdict.kept else f"lost, {verdict.regret:.1%} worse" for verdict in verdicts.values()
-        ]
+        if len(runs) == 1:
+            continue
+        compared += 1
+        kept = ["kept" if each.kept else f"lost, {each.regret:.1%} worse" for each in verdicts.values()]
         print(f"| the best run | | {' | '.join(kept)} |")
         for name, verdict in verdicts.items():
             totals[name].append(verdict)
     print("\nIn a cell: epochs, and where the rule ended the run: forecast of its last loss -> what came.")
+    if not compared:
+        print("\nNo two runs of the file are comparable.")
+        return {}
+    print(f"\nOver the {compared} groups of several runs:")
     print(f"\n| rule | epochs | best kept | largest regret |\n{'|' + '---|' * 4}")
     for name, found in totals.items():
         trained = sum(fate.trained for verdict in found for fate in verdict.fates)

@@ -21,6 +21,11 @@ def save(found: dict[str, Any]) -> Path:
     return path
 
 
+def names() -> list[str]:
+    """The repository's tables."""
+    return sorted(each.name.removesuffix(".json.xz") for each in TABLES.glob("*.json.xz"))
+
+
 def load(name: str) -> dict[str, Any]:
     """A table by its name in the repository, or by the path of a file: .json.xz or .json.
 
@@ -29,7 +34,9 @@ def load(name: str) -> dict[str, Any]:
     """
     path = Path(name) if name.endswith((".json", ".xz")) else TABLES / f"{name}.json.xz"
     if not path.is_file():
-        known = ", ".join(sorted(each.name.removesuffix(".json.xz") for each in TABLES.glob("*.json.xz"))) or "none yet"
+        known = (
+            ", ".join(sorted(each.name.removesuffix(".json.xz") for each in TABLES.glob("*.json.xz"))) or "none yet"
+        )
         raise SystemExit(f"there is no table {path}; in the repository: {known}")
     content = path.read_bytes()
     found: dict[str, Any] = json.loads(lzma.decompress(content) if path.suffix == ".xz" else content)

@@ -26,11 +26,11 @@ from typing import Any
 
 import optuna
 
-from tests.benchmarks import judged
+from tests.benchmarks import judged, stored_tables
 from tests.benchmarks.contenders import STRATEGIES, Setting
 from tests.benchmarks.replaying import replay
-from tests.benchmarks.stored_tables import TABLES, load
-from tests.benchmarks.world import World, describe
+from tests.benchmarks.world import World
+from tests.benchmarks.world_error import describe, left_out
 
 FULL_TRIALS = 40
 """The budget, unless another is named: that of so many full trainings."""
@@ -45,9 +45,7 @@ def study(name: str, seed: int, slots: int, budget: int) -> judged.Study:
     assert world is not None
     definition = world.definition(seed=seed)
     play = STRATEGIES[name].make(Setting(definition=definition, slots=slots, budget=budget, seed=seed))
-    found = replay(
-        play, definition, lambda values, trial: world.curve(values, seed + 1), slots=slots, budget=budget
-    )
+    found = replay(play, definition, lambda values, trial: world.curve(values, seed + 1), slots=slots, budget=budget)
     return judged.judge(found, world.best, seed)
 
 
@@ -91,7 +89,7 @@ def compare(
 
 def report(name: str, args: argparse.Namespace, slots: int) -> dict[str, Any]:
     """Compare on one table and print; the figures as plain data."""
-    world = World(load(name))
+    world = World(stored_tables.load(name))
     budget = args.epochs or FULL_TRIALS * world.epochs
     print(f"\n## {world.name}, {slots} side by side, {budget} epochs\n")
     print("\n".join(describe(world)), flush=True)
@@ -111,8 +109,10 @@ def report(name: str, args: argparse.Namespace, slots: int) -> dict[str, Any]:
         "slots": slots,
         "budget": budget,
         "best_test": world.best,
+        "surrogate_optimum": world.optimum,
+        "test_at_lowest_validation": world.named,
         "tie": world.tie(),
-        "error": [vars(each) for each in world.error()],
+        "error": [vars(each) for each in left_out(world)],
         "strategies": figures,
     }
 
@@ -157,7 +157,7 @@ def main() -> int:
 
         found: Any = recorded_rules.report(args.curves)
     else:
-        names = args.table or sorted(each.name.removesuffix(".json.xz") for each in TABLES.glob("*.json.xz"))
+        names = args.table or stored_tables.names()
         if not names:
             raise SystemExit("the repository has no table yet: record one (tests.benchmarks.record), or name a file")
         found = [report(name, args, slots) for name in names for slots in (args.slots or [8])]
