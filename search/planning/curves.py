@@ -5,7 +5,9 @@ A Gaussian process over (configuration, epoch) models the logarithm of the valid
     the mean curve     a constant and a slope in the logarithm of the epoch
     the rate           a smooth function of log10 z and the epoch, z the effective rate (`coordinates`)
     the rest           a smaller one of all other coordinates and the epoch
-    the trial          its own offset and its own slow drift, which its configuration does not explain
+    the trial          its own offset, which its configuration does not explain
+    drift              of the trial from epoch to epoch: what it gained by chance on a small validation split it loses
+                       again, so that it is seen as noise with a memory and not as something to train on for
     noise              of each evaluation
 
 so that a trial's first epochs, and those of its neighbours, say what its last will be, and how sure that is. Swersky
@@ -141,8 +143,14 @@ class Curves:
         found: Array = self.shape.slope * np.log(at.epoch) + self.shape.bowl * away[at.owner]
         return found
 
-    def _kernel(self, a: Points, b: Points) -> Array:
-        """(m of a, m of b). What depends on configurations or on epochs alone is calculated once for each of them."""
+    def _kernel(self, a: Points, b: Points, *, drift: bool = True) -> Array:
+        """(m of a, m of b). What depends on configurations or on epochs alone is calculated once for each of them.
+
+        Args:
+            a: Points.
+            b: Others.
+            drift: Whether a trial's own drift is part of it.
+        """
         shape = self.shape
         # By configuration.
         rate = shape.rate**2 * _matern(np.abs(a.z[:, None] - b.z[None, :]) / shape.rate_length)
@@ -154,29 +162,28 @@ class Curves:
         (s, i), (t, j) = (np.unique(np.log(each.epoch), return_inverse=True) for each in (a, b))
         apart = np.abs(s[:, None] - t[None, :])
         shared = _matern(apart / shape.epoch_length)
-        drift = shape.own**2 + shape.own_drift**2 * _matern(apart / shape.drift_length)
+        own = shape.own**2 + (shape.own_drift**2 * _matern(apart / shape.drift_length) if drift else 0.0 * apart)
         mean = 9.0 + shape.slope_sd**2 * s[:, None] * t[None, :]
         # By point.
         points, epochs = np.ix_(a.owner, b.owner), np.ix_(i, j)
         found: Array = mean[epochs] + rate[points] * shared[epochs]
         if same.any():
-            found += same[points] * drift[epochs]
+            found += same[points] * own[epochs]
         return found
 
     def _variance(self, at: Points) -> Array:
         """The kernel of each point with itself; a configuration that is no trial yet will have an offset too."""
         shape = self.shape
         rest = shape.rest**2 if at.rest.shape[1] else 0.0
-        own = shape.own**2 + shape.own_drift**2
-        found: Array = 9.0 + (shape.slope_sd * np.log(at.epoch)) ** 2 + shape.rate**2 + rest + own
+        found: Array = 9.0 + (shape.slope_sd * np.log(at.epoch)) ** 2 + shape.rate**2 + rest + shape.own**2
         return found
 
     def predict(self, at: Points) -> tuple[Array, Array]:
-        """(mean, standard deviation) of the bent log loss without the noise of its evaluation, (m,) each.
+        """(mean, standard deviation) of the bent log loss without drift and noise, (m,) each.
 
         Bent values are in the order of losses, and differ as their logarithms do near the lowest; see `loss`.
         """
-        cross = self._kernel(at, self._points)
+        cross = self._kernel(at, self._points, drift=False)
         mean = self._mean(at) + cross @ self._weights
         half = np.linalg.solve(self._chol, cross.T)
         variance = np.maximum(self._variance(at) - (half**2).sum(axis=0), 1e-8)

@@ -94,6 +94,13 @@ class Outlook:
         at = _points(trials, ahead)
         mean, sd = self.curves.predict(at)
         gain = expected_improvement(self.lowest - mean, sd)
+        # What a trial may already have is no gain of going on: how low it is now is not known exactly either.
+        begun = [i for i, n in enumerate(now) if n]
+        has = np.zeros(len(trials))
+        if begun:
+            mean_now, sd_now = self.curves.predict(_points([trials[i] for i in begun], [[now[i]] for i in begun]))
+            has[begun] = expected_improvement(self.lowest - mean_now, sd_now)
+        gain = np.maximum(gain - has[at.owner], 0.0)
         rate = gain / (at.epoch - np.array(now)[at.owner])
         ends = np.cumsum([len(epochs) for epochs in ahead]) - 1
         best = np.maximum.reduceat(rate, np.append(0, ends[:-1] + 1))

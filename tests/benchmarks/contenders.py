@@ -78,7 +78,7 @@ def optunas(setting: Setting, sampler: BaseSampler, pruner: BasePruner) -> Play:
 def products(setting: Setting, sampler: str = "tpe", pruner: str = "rising", strategy: str = "joint") -> Play:
     """A study as a worker of the product opens it."""
     definition = _with(setting, sampler)
-    trials = setting.budget // definition.base_config().num_epochs
+    trials = max(40, setting.budget // definition.base_config().num_epochs)
     proposes = strategy == FREEZE_THAW
     made = make_sampler(definition, strategy, trials), pruner_for(pruner, definition, trials, proposes=proposes)
     study = LongestFirst(*_stored(setting.seed), *made, definition, definition.base_config().max_samples or 0)
