@@ -242,6 +242,18 @@ def plan_of(pruner: BasePruner) -> Plan | None:
     return pruner.plan if isinstance(pruner, PausingPruner) else None
 
 
+def settled(study: optuna.Study, trial: FrozenTrial, why: str) -> Outcome:
+    """The outcome of a paused trial that does not go on: COMPLETE if none that is COMPLETE is better, else PRUNED.
+
+    Optuna's best trial is the best of those that are COMPLETE.
+    """
+    best = best_value(trial)
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if best is not None and all(t.value is not None and best < t.value for t in complete):
+        return Outcome(state="COMPLETE", reason=records.SETTLED, detail=why, stopped_early=True)
+    return Outcome(state="PRUNED", reason=records.SUPERSEDED, detail=why)
+
+
 def verdict(study: optuna.Study, trial: FrozenTrial) -> Outcome | None:
     """The outcome that the study's pruner gives a running trial at its latest epoch; None to go on."""
     pruner = study.pruner

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from search.planning.coordinates import effective_rate
+from search.planning.coordinates import model_rate
 from search.planning.prior import Prior
 from search.space import Choice, Float, Int, Multiple, Param, Space, param_name, to_config
 
@@ -86,7 +86,7 @@ class Candidates:
         """The params with the learning rate that gives this effective rate, as near as its range allows."""
         assert self._rate is not None
         now = self.config({**params, "learning_rate": 1.0})
-        rate = 10.0 ** (z - effective_rate({**now, "learning_rate": 1.0}))
+        rate = 10.0 ** (z - model_rate({**now, "learning_rate": 1.0}))
         return {**params, "learning_rate": min(max(rate, self._rate.low), self._rate.high)}
 
 

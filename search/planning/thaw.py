@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,9 +25,11 @@ if TYPE_CHECKING:
 
 KEEP = 1.25
 """A trial pauses for one whose epochs are worth so many times as much: a change costs a checkpoint's loading."""
-HOPELESS = 3e-4
-"""A paused trial is given up at the end if training it to its last epoch is expected to lower the study's best loss
-by less than this, relatively: a tenth of an evaluation's noise."""
+HOPELESS = 1e-3
+"""A trial is not trained on if that is expected to lower the study's best loss by less than this, relatively: a
+fraction of an evaluation's noise on a small split, which no one could tell from luck."""
+FEWEST = 3
+"""Other trials needed to find one hopeless."""
 APART = 0.2
 """Decades of the effective rate within which a second trial that has not yet reported teaches little."""
 BEST = 3
@@ -59,13 +60,15 @@ class FreezeThaw(Plan):
             return None
         others = [t for t in trials if t.number != trial.number]
         rivals = paused(others)
-        if not rivals and not new_left:
-            return None
         own = self._known(trial)
         outlook = self._outlook([*others, trial])
         if outlook.empty or own is None or not any(map(math.isfinite, own.losses)):
             return None  # the rule for non-finite losses ends it
-        (mine,) = outlook.of([replace(own, paused=False)])
+        (mine,) = outlook.of([own])
+        if mine.total < HOPELESS and len(others) >= FEWEST:
+            return f"after epoch {len(own.losses)}, with nothing to gain: expected to reach {_interval(mine)}"
+        if not rivals and not new_left:
+            return None
         best = max((w.per_epoch for _, w in self._rivals(outlook, rivals)), default=-math.inf)
         if new_left:
             best = max(best, self._of_new(outlook, [*others, trial])[1])

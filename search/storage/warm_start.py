@@ -11,7 +11,7 @@ import optuna
 
 from search.diagnosis import recorded
 from search.errors import StudyError
-from search.planning.coordinates import RATE_FIELDS, effective_rate
+from search.planning.coordinates import RATE_FIELDS, model_rate
 from search.planning.prior import Prior, combined, from_runs
 from search.records import finite
 from search.storage import lifecycle, studies
@@ -65,4 +65,4 @@ def _of_study(name: str, storage: RetryingStorage) -> list[tuple[float, float]]:
 
 def _rate(config: dict[str, Any]) -> float:
     defaults = TrainConfig().model_dump()
-    return effective_rate({name: config.get(name, defaults[name]) for name in RATE_FIELDS})
+    return model_rate({name: config.get(name, defaults[name]) for name in RATE_FIELDS})
