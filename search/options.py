@@ -71,8 +71,12 @@ class SearchOptions:
     """The Ray cluster's, host:port; None for this machine's."""
     slots: int | None = None
     """Trials that a worker trains at once; None for as many as pay and fit."""
-    strategy: str = "joint"
-    pruner: str = "rising"
+    strategy: str | None = None
+    """None for what the study was begun with; for a new one, what its sampler can do (`sampling.make`)."""
+    pruner: str | None = None
+    """None for what goes with the strategy."""
+    warm_start: tuple[str, ...] = ()
+    """Earlier studies of the same database, or JSON files of recorded runs: where a new study looks first."""
     places: Places = field(default_factory=Places.of)
     confirm: bool = True
     """Whether the leaders are trained again with other seeds once the search is done, for a verdict."""

@@ -81,9 +81,17 @@ def main(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Fix a field of the configuration.")
     ] = None,
     strategy: Annotated[
-        Literal["joint", "staged"], typer.Option(help="All parameters at once, or in the hand-run log's order.")
-    ] = "joint",
-    pruner: Annotated[str, typer.Option()] = "rising",
+        Literal["freeze-thaw", "joint", "staged"] | None,
+        typer.Option(
+            help="What is most worth an epoch, by the curves of all trials (default); all parameters at once by "
+            "Optuna's sampler; or in the hand-run log's order."
+        ),
+    ] = None,
+    pruner: Annotated[str | None, typer.Option()] = None,
+    warm_start: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STUDY|FILE.json", help="Earlier runs that say where a new study looks first."),
+    ] = None,
     captions: Annotated[
         int, typer.Option(min=0, max=MOST_CAPTIONS, help="Validation images that each trial captions; 0 for none.")
     ] = CAPTIONS,
@@ -126,6 +134,7 @@ def main(
             slots=read_slots(slots),
             strategy=strategy,
             pruner=pruner,
+            warm_start=tuple(warm_start or ()),
             # Workers on a cluster are in other folders.
             places=Places.of(runs_dir.resolve() if executor == "ray" else runs_dir, storage, tracking_uri),
             confirm=confirm,

@@ -37,6 +37,7 @@ from trainer.common.imports import without_collection
 if TYPE_CHECKING:
     import optuna
 
+    from search.planning.prior import Prior
     from search.preflight import Checked
     from search.records import TrialRecord
     from search.report.keeper import LogKeeper
@@ -81,6 +82,9 @@ class Session:
             ray_address=self.options.ray_address,
         )
         self._executor.check(self.definition)
+        self.strategy, self.pruner = self.options.strategy or "", self.options.pruner or ""
+        """What the study is run with, known once it is open."""
+        self.prior: Prior | None = None
         self.log_file: Path | None = None
         """Takes all log lines and tracebacks; None until the study is open."""
         self._end_logging: Callable[[], None] | None = None
@@ -180,7 +184,8 @@ class Session:
         """
         from search import preflight, pruning  # Optuna takes 0.3 s, which the workers' imports need not wait for
 
-        pruning.check_name(self.options.pruner)
+        if self.options.pruner is not None:
+            pruning.check_name(self.options.pruner)
         workers = self._executor.workers_here()
         at_once = None if workers is None else workers * (self.options.slots or 1)
         return preflight.check(self.definition, self._executor.sees(), at_once, progress)
@@ -253,22 +258,27 @@ class Session:
         import optuna
 
         from search import pruning, records
-        from search.sampling.make import make_sampler
-        from search.storage import studies
+        from search.sampling.make import default_strategy, make_sampler
+        from search.storage import studies, warm_start
         from search.storage.database import open_storage
 
         options = self.options
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         _make_folder(options.places.runs_dir)
         self._storage = open_storage(options.places.storage_url, grace_s=round(options.lost_after_s))
+        prior = warm_start.read(options.warm_start, self._storage)
+        begun_with = None if options.fresh else studies.held_strategy(self._storage, self.definition.name)
+        self.strategy = options.strategy or begun_with or default_strategy(self.definition)
+        self.pruner = options.pruner or pruning.default_pruner(self.strategy)
         study = studies.open_study(
             self._storage,
             self.definition,
             fresh=options.fresh,
-            sampler=make_sampler(self.definition, options.strategy, self.n_trials),
-            pruner=pruning.pruner_for(options.pruner, self.definition, self.n_trials),
+            sampler=make_sampler(self.definition, self.strategy, self.n_trials),
+            pruner=pruning.pruner_for(self.pruner, self.definition, self.n_trials),
         )
-        studies.check_strategy(study, options.strategy)
+        studies.check_strategy(study, self.strategy)
+        self.prior = studies.hold_prior(study, prior)
         study.set_user_attr(records.SETTINGS, list(options.settings))  # for the commands that the tuning log proposes
         if options.confirm:
             held = study.user_attrs.get(records.CONFIRM)
@@ -300,8 +310,9 @@ class Session:
             study_name=name,
             places=options.places,
             n_trials=self.n_trials,
-            strategy=options.strategy,
-            pruner=options.pruner,
+            strategy=self.strategy,
+            pruner=self.pruner,
+            prior=self.prior,
             examined=examined,
             threads=pool.threads,
             workers=pool.size,

@@ -68,7 +68,7 @@ class Facts:
     devices: tuple[str, ...]
     samples: tuple[tuple[int, int], ...]
     """(training samples, validation samples) of the runs, the most frequent first."""
-    captions: tuple[int, int] | None
+    several: tuple[int, int] | None
     """(captions, images) of the data where images have several, by the latest run that says so."""
     main_samples: tuple[Any, ...] | None
     """The samples on which most trials were validated, see `leaderboard.SAMPLE_FIELDS`."""
@@ -136,7 +136,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         datasets=_distinct(e.record.config.get("data") for e in experiments),
         devices=_distinct(e.record.tags.get("gpu") or e.record.tags.get("device") for e in experiments),
         samples=tuple((a, b) for (a, b), _ in sizes.most_common() if a is not None and b is not None),
-        captions=_captions(experiments),
+        several=_several(experiments),
         main_samples=samples,
         comparable=len(compared),
         median_loss=median(compared) if compared else None,
@@ -189,7 +189,7 @@ def _distinct(values: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(value) for value in values if value))
 
 
-def _captions(experiments: Sequence[Experiment]) -> tuple[int, int] | None:
+def _several(experiments: Sequence[Experiment]) -> tuple[int, int] | None:
     for e in reversed(experiments):
         captions, images = e.tag("split.captions"), e.tag("split.rows")
         if captions is not None and images is not None and captions > images:

@@ -19,6 +19,7 @@ REASONS: Final = {
     records.PROBE: ("stability probe, done", "稳定性试探，已完成"),
     records.REPEAT: ("repeat, done", "重复实验，已完成"),
     records.INTERRUPTED: ("interrupted, to be resumed", "已中断，稍后继续"),
+    records.SETTLED: ("more epochs were not expected to lower it", "预计继续训练不会再降低"),
     records.PAUSED: ("paused, goes on if it is worth more than the others", "已暂停，若比其他试验更有希望则继续"),
     records.LOST: ("process lost", "进程丢失"),
     records.ERROR: ("internal error", "程序错误"),

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search import records
 from search.planning.plan import Plan, is_paused, is_repeat, number_counted
 from search.pruning import plan_of
+from search.records import lowest
 from search.storage.optuna_private import OrderedStudy
 from search.storage.searched import OfTheSearch
 from search.study import Study
@@ -48,7 +49,7 @@ class LongestFirst(OrderedStudy):
         """Whether trials train side by side; if not, they are taken in the order of their numbers."""
         self.plan: Plan | None = plan_of(pruner)
         self.given_up: str | None = None
-        """Why the trial of the next `ask`, a paused one, is to end as PRUNED."""
+        """Why the trial of the next `ask`, a paused one, is to end."""
         self._resumed: int | None = None
 
     def has_next(self, n_trials: int) -> bool:
@@ -68,8 +69,9 @@ class LongestFirst(OrderedStudy):
             return new_left
         self._resumed = self.plan.resume(trials, new_left=new_left)
         if self._resumed is None and not new_left and not any(t.state == TrialState.RUNNING for t in trials):
-            self._resumed = waiting[0].number
-            self.given_up = self.plan.give_up(trials, waiting[0])
+            best = min(waiting, key=lambda t: (lowest(t.intermediate_values) or (math.inf,), t.number))
+            self._resumed = best.number  # the best first: it may be the study's, see `pruning.settled`
+            self.given_up = self.plan.give_up(trials, best)
         return new_left or self._resumed is not None
 
     def _is_paused(self, trial: FrozenTrial) -> bool:

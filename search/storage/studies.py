@@ -15,6 +15,7 @@ from optuna.study import StudyDirection
 
 from search import records
 from search.errors import DefinitionChanged, StorageError, StudyError
+from search.planning.prior import Prior
 from search.storage.database import exclusive
 from search.storage.retry import RetryingStorage
 from search.study import Study, fixed_trial
@@ -29,6 +30,8 @@ GENERATION = "generation"
 """Study attribute: 1, and one more for each `--fresh`."""
 FINGERPRINTS = "fingerprints"
 """Study attribute: fingerprints of the data and the model its trials used."""
+PRIOR = "prior"
+"""Study attribute: what earlier runs say of good effective rates; None without any."""
 STRATEGY = "strategy"
 """Study attribute: the value of `--strategy` its trials were sampled with."""
 
@@ -134,6 +137,24 @@ def check_strategy(study: optuna.Study, strategy: str) -> None:
         DefinitionChanged: its trials were sampled with another.
     """
     _hold(study, STRATEGY, {"strategy": strategy})
+
+
+def held_strategy(storage: RetryingStorage, name: str) -> str | None:
+    """The strategy that the latest generation of a study was begun with; None if there is none, or it is older."""
+    generations = _generations(storage, name)
+    for found in storage.get_all_studies():
+        if generations and found.study_name == generations[max(generations)]:
+            held = found.user_attrs.get(STRATEGY)
+            return held["strategy"] if held else None
+    return None
+
+
+def hold_prior(study: optuna.Study, prior: Prior | None) -> Prior | None:
+    """Hold a study to the prior that it was begun with: stored at the first call, returned at each later one."""
+    if PRIOR not in study.user_attrs:
+        study.set_user_attr(PRIOR, None if prior is None else {"centre": prior.centre, "width": prior.width})
+    held = study.user_attrs[PRIOR]
+    return None if held is None else Prior(**held)
 
 
 def _generations(storage: RetryingStorage, name: str) -> dict[int, str]:

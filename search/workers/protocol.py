@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from search.options import LOST_AFTER_S
 from search.places import Places
+from search.planning.prior import Prior
 from search.study import Study
 from search.verdict.leaders import Rules
 from trainer.data.dataset import Examined
@@ -41,6 +42,8 @@ class Job:
     n_trials: int
     strategy: str
     pruner: str
+    prior: Prior | None = None
+    """Of good effective rates; None for the one that comes with the program."""
     examined: Examined
     threads: int
     """BLAS threads of a worker."""

@@ -94,8 +94,7 @@ class TrialRun:
             if outcome is not None and (outcome.reason != records.PAUSED or self._may_pause_at(epoch, history)):
                 return outcome
         if records.GIVEN_UP in self.trial.user_attrs:
-            detail = self.trial.user_attrs[records.GIVEN_UP]
-            return Outcome(state="PRUNED", reason=records.SUPERSEDED, detail=detail)
+            return pruning.settled(self.study, self._frozen(), self.trial.user_attrs[records.GIVEN_UP])
         return self._finished() if len(history) >= self.last_epoch else None
 
     def take(self, event: Event) -> Outcome | None:

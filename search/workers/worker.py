@@ -19,7 +19,7 @@ from search import pruning, records
 from search.errors import DatabaseAway
 from search.processes import this_process
 from search.records import Outcome
-from search.sampling.make import make_sampler
+from search.sampling.make import FREEZE_THAW, make_sampler
 from search.storage import lifecycle, studies
 from search.storage.database import reopen_storage
 from search.storage.queue import LongestFirst
@@ -70,8 +70,10 @@ class Worker:
         self.study = LongestFirst(
             job.study_name,
             self.storage,
-            make_sampler(job.study, job.strategy, job.n_trials),
-            pruning.pruner_for(job.pruner, job.study, job.n_trials),
+            make_sampler(job.study, job.strategy, job.n_trials, job.prior),
+            pruning.pruner_for(
+                job.pruner, job.study, job.n_trials, prior=job.prior, proposes=job.strategy == FREEZE_THAW
+            ),
             job.study,
             len(job.examined.rows),
         )

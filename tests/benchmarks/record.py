@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import math
 import random
 import shutil
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 
 from tests.benchmarks.sides import machine
+from tests.benchmarks.stored_tables import save
 from trainer.common.cache import cache_folder
 from trainer.common.files import whole_folder
 from trainer.config import TrainConfig
@@ -46,7 +46,6 @@ from trainer.mini.drawing import Look
 from trainer.model.batch import Batch
 from trainer.workbench import Workbench
 
-TABLES = Path(__file__).parent / "tables"
 TEST_SCENES = 512
 TEST_SEED = 777
 TEST_BATCH = 64
@@ -136,7 +135,7 @@ TASKS = {
             data=(200, 4, 4711),
             base={
                 "max_samples": 640,
-                "num_epochs": 12,
+                "num_epochs": 8,
                 "target_modules": ("query", "key", "value", "dense", "q", "v"),
             },
             configurations=128,
@@ -299,20 +298,6 @@ def table(task: Task, lines: Path) -> dict[str, Any]:
 
 def _short(value: float | None) -> float | None:
     return float(f"{value:.{DIGITS}g}") if value is not None and math.isfinite(value) else None
-
-
-def save(found: dict[str, Any]) -> Path:
-    """Write a table into the repository."""
-    TABLES.mkdir(exist_ok=True)
-    path = TABLES / f"{found['task']}.json.xz"
-    path.write_bytes(lzma.compress(json.dumps(found).encode(), preset=9))
-    return path
-
-
-def load(name: str) -> dict[str, Any]:
-    """A table of the repository."""
-    found: dict[str, Any] = json.loads(lzma.decompress((TABLES / f"{name}.json.xz").read_bytes()))
-    return found
 
 
 def main() -> int:
