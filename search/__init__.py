@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from search.leaderboard import Result
     from search.options import SearchOptions
+    from search.result import Result
     from search.session import Session
 
 __all__ = ["Result", "SearchOptions", "Session"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +29,32 @@ LOG_FIELDS = (
 """The fields of the hand-run log's TRAINING_CONFIG, in its order."""
 
 
+SAMPLE_FIELDS = ("data", "max_samples", "val_fraction", "split_seed", "max_target_length", "skip_bad_rows")
+"""Trials that differ in one of these are validated on different samples: their losses cannot be compared."""
+
+
+def sample_key(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides the samples that a trial was validated on."""
+    return tuple(config.get(name) for name in SAMPLE_FIELDS)
+
+
+def is_repeat(trial: TrialRecord) -> bool:
+    """Whether the trial repeats another one with another seed, and is none of the search's."""
+    return records.REPEAT_OF in trial.attrs
+
+
+def searched(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Those that are no repeats."""
+    return [trial for trial in trials if not is_repeat(trial)]
+
+
 def ranked(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Trials by value, best first: COMPLETE ones, then PRUNED ones that violated nothing, then the rest by number."""
+    """Trials by value, best first: COMPLETE ones, then PRUNED ones that violated nothing, then the rest by number,
+    and repeats at the end, those of one trial together."""
 
     def key(trial: TrialRecord) -> tuple[int, float, int]:
+        if is_repeat(trial):
+            return (4, trial.attrs[records.REPEAT_OF], trial.number)
         value = trial.value if trial.value is not None else float("inf")
         group = {"COMPLETE": 0, "PRUNED": 1}.get(trial.state, 3)
         return (2 if trial.violated else group, value, trial.number)
@@ -65,37 +86,6 @@ def adapter(study_folder: Path, trial: TrialRecord) -> Path:
     return study_folder / str(trial.attrs["folder"]) / "checkpoints" / checkpoint / "adapter"
 
 
-INTERRUPTED = (129, 130, 143)
-"""Exit codes after SIGHUP, Ctrl-C and SIGTERM."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a search came to."""
-
-    code: int
-    """Exit code: 0 done, 1 a fault, 2 wrong input, 75 the database is away, 129, 130 or 143 interrupted."""
-    study_name: str
-    """Optuna's, which tells generations apart."""
-    trials: tuple[TrialRecord, ...]
-    logs: tuple[Path, ...]
-    """The tuning log's files; empty if it could not be written."""
-    folder: Path
-    """Where the study's files lie."""
-    undelivered: str | None = None
-    """What MLflow has not taken yet, None if it has all."""
-
-    @property
-    def best(self) -> TrialRecord | None:
-        """The completed trial with the lowest validation loss."""
-        return best(self.trials)
-
-    @property
-    def adapter(self) -> Path | None:
-        """Folder of the best trial's adapter, in PEFT's format."""
-        return None if self.best is None else adapter(self.folder, self.best)
-
-
 def show_value(name: str, value: Any) -> str:
     """A configuration value as the hand-run log writes it: rates as 2e-4, other numbers plainly."""
     if isinstance(value, bool) or value is None:
@@ -122,7 +112,7 @@ def state_of(trial: TrialRecord) -> str:
 
 def columns(trials: Sequence[TrialRecord]) -> list[str]:
     """Configuration fields worth a column: those in which the trials differ, in TrainConfig's order."""
-    configs = [t.config for t in trials if t.config]
+    configs = [t.config for t in searched(trials) if t.config]
     names = list(configs[0]) if configs else []
     return [name for name in names if len({repr(c.get(name)) for c in configs}) > 1]
 
@@ -134,7 +124,7 @@ def rows(trials: Sequence[TrialRecord]) -> tuple[list[str], list[list[str]]]:
     table = []
     for rank, trial in enumerate(ranked(trials), start=1):
         value = "-" if trial.value is None else f"{trial.value:.4f}"
-        label = trial.attrs.get(records.LABEL)
+        label = name_of(trial)
         found = ", ".join(f["id"] for f in trial.attrs.get(records.FINDINGS, ()))
         table.append(
             [
@@ -148,6 +138,14 @@ def rows(trials: Sequence[TrialRecord]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return heads, table
+
+
+def name_of(trial: TrialRecord) -> str | None:
+    """What its list calls a trial beside its number: the label given by hand, or the trial that it repeats."""
+    if is_repeat(trial):
+        return f"repeat of {trial.attrs[records.REPEAT_OF]}"
+    label = trial.attrs.get(records.LABEL)
+    return None if label is None else str(label)
 
 
 def as_text(trials: Sequence[TrialRecord]) -> str:
@@ -188,10 +186,12 @@ def _literal(name: str, value: Any) -> str:
 
 def summary(trials: Sequence[TrialRecord]) -> str:
     """One line: the trials by how they ended, the epochs trained, and the epochs saved by stopping early."""
+    repeats = [t for t in trials if is_repeat(t)]
+    trials = searched(trials)
     states = Counter(state_of(t) for t in trials)
     # A trial that was resumed has its epochs in the one that resumed it, too.
     resumed = {t.attrs[records.RESUMES] for t in trials if records.RESUMES in t.attrs}
-    trained = {t.number: len(t.attrs.get(records.TRAIN_LOSSES, ())) for t in trials if t.number not in resumed}
+    trained = {t.number: _epochs(t) for t in trials if t.number not in resumed}
     saved = sum(
         max(0, t.config["num_epochs"] - trained[t.number])
         for t in trials
@@ -202,4 +202,15 @@ def summary(trials: Sequence[TrialRecord]) -> str:
     )
     parts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     stopped = f" of {sum(trained.values()) + saved} ({saved} saved by stopping early)" if saved else ""
-    return f"{len(trials)} trials ({parts}), {sum(trained.values())} epochs{stopped}"
+    again = f", and {len(repeats)} repeats, {epochs_trained(repeats)} epochs" if repeats else ""
+    return f"{len(trials)} trials ({parts}), {sum(trained.values())} epochs{stopped}{again}"
+
+
+def epochs_trained(trials: Sequence[TrialRecord]) -> int:
+    """Epochs of these trials; those of one that was resumed are in the trial that resumed it, too."""
+    resumed = {t.attrs[records.RESUMES] for t in trials if records.RESUMES in t.attrs}
+    return sum(_epochs(t) for t in trials if t.number not in resumed)
+
+
+def _epochs(trial: TrialRecord) -> int:
+    return len(trial.attrs.get(records.TRAIN_LOSSES, ()))

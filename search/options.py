@@ -26,7 +26,7 @@ STORAGE_VARIABLE = "LORA_SEARCH_STORAGE"
 TRACKING_VARIABLE = "LORA_SEARCH_TRACKING_URI"
 """Stand for `--storage` and `--tracking-uri` where those are not given: `ps` shows arguments to every user."""
 
-StudyOption = Annotated[str, typer.Option(help="The study, or one generation of it, e.g. rsicap or rsicap-2.")]
+StudyOption = Annotated[str, typer.Option(help="The study, or one generation of it: rsicap-1, rsicap-2, ...")]
 StorageOption = Annotated[
     str | None, typer.Option(envvar=STORAGE_VARIABLE, help="Optuna's database URL; optuna.db in the runs folder.")
 ]
@@ -41,6 +41,8 @@ HANG_S = 1800.0
 LOST_AFTER_S = 600.0
 """Seconds without a heartbeat after which another host's trial is lost. Beats come from a thread of the worker, not
 from its epochs, so this need not grow with the length of an epoch; a short one kills live trials (optuna#5470)."""
+CAPTIONS = 4
+"""Images that each trial captions: they are one batch, which takes little longer than one image."""
 SHORTEST_S = 10
 """Shortest `--hang-timeout` and `--lost-after`: a busy machine is silent for seconds."""
 
@@ -69,15 +71,27 @@ class SearchOptions:
     """The Ray cluster's, host:port; None for this machine's."""
     slots: int | None = None
     """Trials that a worker trains at once; None for as many as pay and fit."""
-    strategy: str = "joint"
-    pruner: str = "rising"
+    strategy: str | None = None
+    """None for what the study was begun with; for a new one, what its sampler can do (`sampling.make`)."""
+    pruner: str | None = None
+    """None for what goes with the strategy."""
+    warm_start: tuple[str, ...] = ()
+    """Earlier studies of the same database, or JSON files of recorded runs: where a new study looks first."""
     places: Places = field(default_factory=Places.of)
+    confirm: bool = True
+    """Whether the leaders are trained again with other seeds once the search is done, for a verdict."""
+    top: int | None = None
+    """Leaders that are repeated, at most; None for what the budget has room for (search.verdict)."""
+    seeds: int | None = None
+    """Repeats of each, at most; None likewise."""
     fresh: bool = False
     """Start a new generation of the study, under a new name."""
     settings: tuple[str, ...] = ()
     """`key=value` settings over the study's base; fixed for all trials."""
     seed: int | None = None
     """Seed of the sampler; None for the study's own."""
+    captions: int = CAPTIONS
+    """Validation images that each trial which completes captions; 0 for none."""
 
     def __post_init__(self) -> None:
         for name in ("hang_timeout_s", "lost_after_s"):
@@ -132,7 +146,11 @@ def find_study(storage: RetryingStorage, name: str) -> optuna.Study:
     """
     from search.storage import studies
 
-    return studies.find_study(storage, spelled(name, {found.study_name for found in storage.get_all_studies()}))
+    known = {found.study_name for found in storage.get_all_studies()}
+    exact = spelled(name, known)
+    if exact not in known and name.endswith("-1"):  # the first generation
+        exact = f"{spelled(name.removesuffix('-1'), known)}-1"
+    return studies.find_study(storage, exact)
 
 
 @contextmanager

@@ -2,31 +2,71 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from search.errors import StudyError
 from search.space import Multiple
 from search.study import Study
-from trainer.common.errors import DataError, ModelError
+from trainer.common.errors import DataError, ModelError, UserError, shown
 from trainer.config import EMBEDDED, TrainConfig
 from trainer.data import dataset
 from trainer.data.dataset import Examined
+from trainer.data.loading import check_shared_memory, run_need
 from trainer.data.splits import SplitFacts
-from trainer.data.text import Text, captions_of, check_text
-from trainer.model import locate
+from trainer.data.text import Text, check_text
+from trainer.model import files, locate
 from trainer.model.probe import Probe, Question
 
 log = logging.getLogger("search.preflight")
+REACHED = ("model", "device", "data", "max_samples", "skip_bad_rows", "split")
+"""Fields whose every value in the space is tried before the first trial."""
+LOADING = ("num_workers", "prefetch_factor", "batch_size", "eval_batch_size")
+"""Fields that decide how much shared memory a trial takes; the more of each, the more."""
 
 
-def check(study: Study, cuda: str | None = None) -> Examined:
-    """Check that the study's model, data and devices can be used; returns the examined data folder.
+@dataclass(frozen=True)
+class Checked:
+    """What the checks found, each once, for the dry run, the log and MLflow."""
+
+    examined: Examined
+    split: SplitFacts
+    """Of the base configuration."""
+    text: Text | None
+    """The same; None where the model's tokenizer is not at hand."""
+
+    def lines(self) -> list[str]:
+        """What the data are, how they are split, what the text is like, and what is odd about all of this."""
+        layout = f"{self.examined.folder}: {self.examined.layout}"
+        return [layout, *self.split.lines(), *(self.text.lines() if self.text else ())]
+
+    def warnings(self) -> list[str]:
+        """What is odd, a sentence each."""
+        return [*self.split.warnings, *(self.text.warnings() if self.text else ())]
+
+    def tags(self) -> dict[str, str]:
+        """For the study's run in MLflow."""
+        text = self.text.tags() if self.text else {}
+        return {"data_fingerprint": self.examined.fingerprint, **self.split.tags(), **text}
+
+
+def check(
+    study: Study,
+    cuda: str | None = None,
+    at_once: int | None = 1,
+    progress: Callable[[int, int], None] = dataset.quiet,
+) -> Checked:
+    """Check that the study's model, data and devices can be used.
 
     Args:
         study: whose base, trials given by hand and space are looked at.
         cuda: CUDA_VISIBLE_DEVICES of its workers, "" where they have no GPU; None if that is not known here.
+        at_once: trials that run on this machine at the same time, at the least; None if they run elsewhere.
+        progress: called with (images looked at, all of them) for each data folder.
 
     Raises:
         StudyError: everything that is missing or wrong, and how to get it, in one message.
@@ -39,42 +79,113 @@ def check(study: Study, cuda: str | None = None) -> Examined:
         except ModelError as error:
             problems.append(_problem("model", str(error), study.get_model))
     with Probe(*_questions(wanted, found, cuda), cuda) as probe:  # it works while the data is examined
-        examined, wrong = _examine(study, wanted)
+        examined, splits, wrong = _examine(study, wanted, progress)
         problems += [_problem("model", problem, study.get_model) for problem in probe.answer()]
     problems += wrong
-    problems += _text_problems(wanted, {checkpoint.name for checkpoint in found}, examined)
+    problems += _tokenizer_problems(found)
+    texts, unreadable = _texts(wanted, {checkpoint.name for checkpoint in found}, examined)
+    problems += unreadable
+    if not problems and at_once is not None:
+        problems += _room_problems(study, wanted[0], found[0], splits[wanted[0].data], at_once)
     if problems:
         lines = "\n".join(problems)
         hint = "\n`--study rsicap_mini` needs neither: its model and data are embedded." if study.get_data else ""
         raise StudyError(f"the study {study.name!r} cannot start:\n{lines}{hint}")
-    return examined[wanted[0].data]
+    base = wanted[0]
+    return Checked(examined[base.data], splits[base.data], texts[base.model, base.data])
 
 
-def _examine(study: Study, wanted: Sequence[TrainConfig]) -> tuple[dict[str, Examined], list[str]]:
-    """The data folders by name, and what is wrong with them."""
-    problems = []
+def log_data(checked: Checked) -> None:
+    """Write into the study's log what its data are."""
+    for line in checked.lines():
+        log.info("data: %s", line)
+
+
+def _examine(
+    study: Study, wanted: Sequence[TrainConfig], progress: Callable[[int, int], None]
+) -> tuple[dict[str, Examined], dict[str, SplitFacts], list[str]]:
+    """The data folders by name, how the first configuration on each splits it, and what is wrong with them."""
+    problems: list[str] = []
     examined: dict[str, Examined] = {}
+    splits: dict[str, SplitFacts] = {}
     for data in dict.fromkeys(config.data for config in wanted):
         try:
-            examined[data] = dataset.examine(data)
+            examined[data] = dataset.examine(data, progress)
             for config in wanted:
                 if config.data == data:
-                    dataset.split(examined[data], config)
+                    splits.setdefault(data, dataset.split(examined[data], config).facts)
         except DataError as error:
             problems.append(_problem("data", str(error), study.get_data))
-    return examined, problems
+    return examined, splits, list(dict.fromkeys(problems))
 
 
-def _text_problems(wanted: Sequence[TrainConfig], models: set[str], examined: Mapping[str, Examined]) -> Iterator[str]:
-    """What the tokenizers of the models that are there make of the data that is there, where it cannot be used."""
-    for config in _readings(wanted):
-        if config.data in examined and config.model in models:
-            try:
-                _text(config, examined[config.data])
-            except DataError as error:
-                yield _problem("data", f"{config.data}: {error}", "")
-            except ModelError as error:
-                yield _problem("model", str(error), "")
+def _texts(
+    wanted: Sequence[TrainConfig], models: set[str], examined: Mapping[str, Examined]
+) -> tuple[dict[tuple[str, str], Text | None], list[str]]:
+    """What the tokenizers make of the data, by (model, data), where both are there, and why some cannot be used."""
+    found: dict[tuple[str, str], Text | None] = {}
+    problems = []
+    for config in wanted:
+        key = (config.model, config.data)
+        if key in found or config.data not in examined or config.model not in models:
+            continue
+        found[key] = None
+        try:
+            found[key] = check_text(examined[config.data].rows, config.model, config.max_target_length)
+        except DataError as error:
+            problems.append(_problem("data", f"{config.data}: {error}", ""))
+        except ModelError as error:
+            problems.append(_problem("model", str(error), ""))
+    return found, problems
+
+
+def _tokenizer_problems(found: Sequence[locate.Found]) -> Iterator[str]:
+    """Losses are means over tokens: those of models that cut text into other tokens are not to be ranked together."""
+    known = [(checkpoint.name, _vocabulary(checkpoint.folder / "tokenizer.json")) for checkpoint in found]
+    known = [(name, vocabulary) for name, vocabulary in known if vocabulary is not None]
+    for name, vocabulary in known[1:]:
+        if vocabulary != known[0][1]:
+            message = (
+                f"{shown(known[0][0])} and {shown(name)} have different tokenizers, so that their losses, which are "
+                "means over tokens, cannot be compared; make a study for each model"
+            )
+            yield _problem("model", message, "")
+
+
+def _vocabulary(file: Path) -> object:
+    """How a tokenizer cuts text; None if that is not in a file of this kind."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # whoever reads the tokenizer says what is wrong with it
+
+
+def _room_problems(
+    study: Study, base: TrainConfig, checkpoint: locate.Found, split: SplitFacts, at_once: int
+) -> Iterator[str]:
+    """Too little shared memory for the DataLoader workers of the largest trial, or of the trials that run at once."""
+    largest = _largest(study, base)
+    try:
+        size = files.pixel_bytes(checkpoint.folder)
+        needs = [run_need(config, size, split.train, split.val_captions) for config in (largest, base)]
+        check_shared_memory(needs[0], f"{2 * largest.num_workers} DataLoader workers of a trial")
+        whose = f"{2 * base.num_workers * at_once} DataLoader workers of {at_once} trials at once"
+        check_shared_memory(needs[1] * at_once, whose)
+    except UserError as error:
+        yield _problem("shared memory", str(error), "")
+
+
+def _largest(study: Study, base: TrainConfig) -> TrainConfig:
+    """The configuration of the study's space whose trial takes the most shared memory."""
+    values = {**base.model_dump(), "micro_batch_size": None}
+    for name in LOADING:
+        param = study.space.get(name)
+        if param is not None and not isinstance(param, Multiple):
+            values[name] = max(edge for edge in param.edges() if isinstance(edge, int))
+    param = study.space.get("cache_features")
+    if param is not None and not isinstance(param, Multiple) and False in param.edges():
+        values["cache_features"] = False
+    return TrainConfig.parse(values)
 
 
 def _questions(
@@ -93,28 +204,6 @@ def _questions(
     return questions, [] if cuda is None else list(devices)
 
 
-def text_of(study: Study, examined: Examined) -> Text | None:
-    """What the base configuration's tokenizer makes of the captions; None where it has no tokenizer.json at hand."""
-    return _text(study.base_config(), examined)
-
-
-def _text(config: TrainConfig, examined: Examined) -> Text | None:
-    return check_text(captions_of(examined.rows), config.model, config.max_target_length)
-
-
-def _readings(wanted: Sequence[TrainConfig]) -> list[TrainConfig]:
-    """One configuration for each pair of model and data."""
-    return list({(config.model, config.data): config for config in wanted}.values())
-
-
-def log_data(study: Study, examined: Examined) -> SplitFacts:
-    """Write into the study's log what its data are and how its base configuration splits them."""
-    facts = dataset.split(examined, study.base_config()).facts
-    for line in (f"{examined.folder}: {examined.layout}", *facts.lines()):
-        log.info("data: %s", line)
-    return facts
-
-
 def _configurations(study: Study) -> list[TrainConfig]:
     """The base, the trials given by hand, and the base with each model, device and choice of rows that the space can
     give.
@@ -123,7 +212,7 @@ def _configurations(study: Study) -> list[TrainConfig]:
     """
     base = study.base_config()
     found = [base, *(TrainConfig.parse({**study.base, **fixed.config}) for fixed in study.enqueue)]
-    for name in ("model", "device", "data", "max_samples", "skip_bad_rows", "split"):
+    for name in REACHED:
         param = study.space.get(name)
         if param is not None and not isinstance(param, Multiple):
             found += [TrainConfig.parse({**study.base, name: edge}) for edge in param.edges()]

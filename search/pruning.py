@@ -26,6 +26,10 @@ from optuna.trial import FrozenTrial, TrialState
 from search import records
 from search.diagnosis.unstable import JUMP
 from search.errors import StudyError
+from search.planning.plan import Plan, number_counted
+from search.planning.prior import Prior
+from search.planning.rungs import RungPlan
+from search.planning.thaw import FreezeThaw
 from search.records import Outcome
 from trainer.common.errors import nearest, shown
 
@@ -115,7 +119,7 @@ class HalvingPruner(SuccessiveHalvingPruner):
         sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
         rung = 0
         # From the storage: the call above has noted there the rung that the trial has just passed.
-        reached = trials[trial.number].system_attrs
+        reached = next(each for each in trials if each.number == trial.number).system_attrs
         while (key := f"completed_rung_{rung}") in reached:
             field = sorted(sign * each.system_attrs[key] for each in trials if key in each.system_attrs)
             if sign * reached[key] > field[max(len(field) // self._one_of, 1) - 1]:
@@ -208,6 +212,48 @@ class RisingLossPruner(BasePruner):
         return False, f"its best is no better than {place}"
 
 
+class PausingPruner(RisingLossPruner):
+    """Stops what `RisingLossPruner` stops, and pauses what a plan finds less worth than other trials.
+
+    Args:
+        plan: Says which trials pause and go on.
+        n_trials: Configurations of the study in total.
+        patience: See `RisingLossPruner`.
+        min_delta: See `RisingLossPruner`.
+    """
+
+    def __init__(self, plan: Plan, n_trials: int, *, patience: int, min_delta: float) -> None:
+        super().__init__(patience=patience, min_delta=min_delta)
+        self.plan = plan
+        self._n_trials = n_trials
+
+    def verdict(self, study: optuna.Study, trial: FrozenTrial) -> Outcome | None:
+        """As `RisingLossPruner.verdict`; WAITING if the trial pauses."""
+        outcome = super().verdict(study, trial)
+        if outcome is not None or not trial.intermediate_values:
+            return outcome
+        trials = study.get_trials(deepcopy=False)
+        why = self.plan.pause(trials, trial, new_left=number_counted(trials) < self._n_trials)
+        return None if why is None else Outcome(state="WAITING", reason=records.PAUSED, detail=why)
+
+
+def plan_of(pruner: BasePruner) -> Plan | None:
+    """The plan by which a pruner pauses trials; None if it does not."""
+    return pruner.plan if isinstance(pruner, PausingPruner) else None
+
+
+def settled(study: optuna.Study, trial: FrozenTrial, why: str) -> Outcome:
+    """The outcome of a paused trial that does not go on: COMPLETE if none that is COMPLETE is better, else PRUNED.
+
+    Optuna's best trial is the best of those that are COMPLETE.
+    """
+    best = best_value(trial)
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if best is not None and all(t.value is not None and best < t.value for t in complete):
+        return Outcome(state="COMPLETE", reason=records.SETTLED, detail=why, stopped_early=True)
+    return Outcome(state="PRUNED", reason=records.SUPERSEDED, detail=why)
+
+
 def verdict(study: optuna.Study, trial: FrozenTrial) -> Outcome | None:
     """The outcome that the study's pruner gives a running trial at its latest epoch; None to go on."""
     pruner = study.pruner
@@ -226,6 +272,8 @@ class Kind:
     """Makes the pruner asked beside the rising-loss rule, given the epochs of a full trial."""
     rising: bool = True
     """Whether the rising-loss rule applies."""
+    plan: Callable[[Study, Prior, bool], Plan] | None = None
+    """Makes the plan by which trials pause, beside the rising-loss rule."""
 
 
 PRUNERS: dict[str, Kind] = {
@@ -241,9 +289,22 @@ PRUNERS: dict[str, Kind] = {
         "rising, and the median of other trials at the same epoch",
         lambda num_epochs: MedianPruner(n_startup_trials=MIN_PEERS, n_warmup_steps=1),
     ),
+    "freeze-thaw": Kind(
+        "rising, and pause a trial for what is worth more: another one, or a new configuration",
+        plan=lambda study, prior, proposes: FreezeThaw(study, prior, proposes=proposes),
+    ),
+    "rungs": Kind(
+        "rising, and pause at epochs 1, 3, 9, ...: the best third goes on",
+        plan=lambda study, _prior, _proposes: RungPlan(study.base_config().num_epochs),
+    ),
     "none": Kind("train all epochs", rising=False),
 }
 """What `--pruner` can name."""
+
+
+def default_pruner(strategy: str) -> str:
+    """The pruner that goes with a `--strategy`, where none is given: the plan that samples also pauses."""
+    return strategy if PRUNERS.get(strategy, Kind("")).plan is not None else "rising"
 
 
 def check_name(name: str) -> None:
@@ -281,8 +342,25 @@ def make_pruner(name: str, *, patience: int, min_delta: float, num_epochs: int) 
     return RisingLossPruner(patience=patience, min_delta=min_delta, other=other)
 
 
-def pruner_for(name: str, study: Study) -> BasePruner:
-    """The pruner of `--pruner NAME` with the settings of a study."""
+def pruner_for(
+    name: str, study: Study, n_trials: int | None = None, *, prior: Prior | None = None, proposes: bool = False
+) -> BasePruner:
+    """The pruner of `--pruner NAME` with the settings of a study.
+
+    Args:
+        name: A name in `PRUNERS`.
+        study: Its rule for stopping, and what a plan needs.
+        n_trials: Configurations in total; None for the study's own number.
+        prior: What is known of good effective rates, for a plan.
+        proposes: Whether new configurations are the plan's own proposals.
+    """
+    check_name(name)
+    make_plan = PRUNERS[name].plan
+    if make_plan is not None:
+        total = study.n_trials if n_trials is None else n_trials
+        return PausingPruner(
+            make_plan(study, prior or Prior(), proposes), total, patience=study.patience, min_delta=study.min_delta
+        )
     num_epochs = study.base_config().num_epochs
     return make_pruner(name, patience=study.patience, min_delta=study.min_delta, num_epochs=num_epochs)
 

@@ -43,6 +43,8 @@ RESUMES = "resumes"
 """Number of the trial whose checkpoint this one continues."""
 ATTEMPT = "attempt"
 """How often a worker has died, without a new epoch since, by what this work may be to blame for; 0 for a first run."""
+MAX_RETRIES = 2
+"""Largest attempt: work that its worker died of once more without a new epoch is given up."""
 BLAMED = "blamed"
 """Whether a lost trial may itself be why its worker died; False where more than the worker died, or none saw it."""
 WORKER = "worker"
@@ -51,6 +53,23 @@ WORKER = "worker"
 FOLDER = "folder"
 """The trial's folder below the study's; one that resumes another's work shares it."""
 
+PAUSED_AT = "paused_at"
+"""Epoch after which the plan last paused the trial."""
+GIVEN_UP = "given_up"
+"""Why a paused trial does not go on any more: set just before it ends."""
+
+REPEAT_OF = "repeat_of"
+"""User attribute and MLflow tag: number of the trial that this one repeats with another seed and split. Repeats are no
+configurations of the search: its samplers, pruners and totals do not see them."""
+BLOCK = "block"
+"""Of a repeat, from 1: repeats of the same block have the same seed and split. Also an MLflow tag."""
+TRAINS_TO = "trains_to"
+"""Of a repeat: the best epoch of the trial that it repeats, after which it ends. Its loss there is its value."""
+CONFIRM = "confirm"
+"""Study attribute: how its leaders are repeated, as `search.verdict.leaders.Rules` has it; none if they are not."""
+
+SETTINGS = "settings"
+"""Study attribute: the `--set` settings as given."""
 STOP_RULE = "stop_rule"
 """User attribute of study and trial: `Study.stop_rule()`, which ends trials early; MLflow has it as tags. In
 records of older versions it is part of the configuration."""
@@ -68,9 +87,15 @@ NON_FINITE = "non_finite"
 OUT_OF_MEMORY = "out_of_memory"
 SUPERSEDED = "pruner"
 """Stopped by a pruner that compares with other trials (successive halving and the like)."""
+SETTLED = "settled"
+"""The best of its study, ended by a plan since more epochs were not expected to lower it."""
 PROBE = "probe"
 """A short probe of stability, stopped because it showed what it was for."""
+REPEAT = "repeat"
+"""A repeat that came to its loss. It ends as PRUNED, so that Optuna's best trial is one of the search."""
 INTERRUPTED = "interrupted"
+PAUSED = "paused"
+"""Waits with its checkpoint because other trials are worth more; it goes on if they turn out not to be."""
 LOST = "lost"
 ERROR = "error"
 
@@ -99,13 +124,23 @@ _FORMS: dict[str, Callable[[Any, int], bool]] = {
     WORKER: lambda value, number: isinstance(value, dict) and {"host", "pid"} <= value.keys(),
     FOLDER: lambda value, number: isinstance(value, str),
     STOP_RULE: lambda value, number: isinstance(value, dict),
+    PAUSED_AT: lambda value, number: type(value) is int,
+    GIVEN_UP: lambda value, number: isinstance(value, str),
+    REPEAT_OF: lambda value, number: type(value) is int and 0 <= value < number,
+    BLOCK: lambda value, number: type(value) is int and value > 0,
+    TRAINS_TO: lambda value, number: type(value) is int and value > 0,
 }
 """Of each user attribute of a trial, whether a value has the form in which this program writes it, by trial number."""
+_OF_A_REPEAT = (REPEAT_OF, BLOCK, TRAINS_TO)
+"""A repeat has all of these, and no other trial has one of them."""
 
 
 def foreign(attrs: Mapping[str, Any], number: int) -> list[str]:
     """Attributes of a trial that have our names, but were written by another program in another form."""
-    return [key for key, fits in _FORMS.items() if attrs.get(key) is not None and not fits(attrs[key], number)]
+    found = [key for key, fits in _FORMS.items() if attrs.get(key) is not None and not fits(attrs[key], number)]
+    if any(attrs.get(key) is None or key in found for key in _OF_A_REPEAT):
+        found += [key for key in _OF_A_REPEAT if key in attrs and key not in found]
+    return found
 
 
 def _column(en: str, zh: str, spec: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from trainer.common import cli
 if TYPE_CHECKING:
     from search.records import TrialRecord
     from search.tracking.client import Tracking
-    from search.tracking.outbox import Point, Status
+    from search.tracking.outbox import DataUsed, Model, Point, Status
     from trainer.config import TrainConfig
     from trainer.events import Event
 
@@ -90,6 +90,15 @@ class _Memory:
 
     def log_text(self, run_id: str, text: str, file: str) -> None:
         """Texts are not compared."""
+
+    def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
+        """Nor are files."""
+
+    def log_data(self, run_id: str, data: DataUsed) -> None:
+        """Nor is the data, but for its fingerprint."""
+
+    def keep_model(self, run_id: str, model: Model) -> None:
+        """Nor are models."""
 
     def end_run(
         self, run_id: str, status: Status, tags: Mapping[str, str], description: str, end_ms: int | None = None

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
+from search.captions import MOST as MOST_CAPTIONS
 from search.errors import DatabaseAway, StudyError
 from search.options import (
+    CAPTIONS,
     SHORTEST_S,
     RunsOption,
     SearchOptions,
@@ -19,7 +21,7 @@ from search.options import (
     read_slots,
 )
 from search.places import RUNS, Places
-from trainer.common import cli
+from trainer.common import cli, progress
 from trainer.config import MOST
 
 if TYPE_CHECKING:
@@ -79,12 +81,26 @@ def main(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Fix a field of the configuration.")
     ] = None,
     strategy: Annotated[
-        Literal["joint", "staged"], typer.Option(help="All parameters at once, or in the hand-run log's order.")
-    ] = "joint",
-    pruner: Annotated[str, typer.Option()] = "rising",
+        Literal["freeze-thaw", "joint", "staged"] | None,
+        typer.Option(
+            help="What is most worth an epoch, by the curves of all trials (default); all parameters at once by "
+            "Optuna's sampler; or in the hand-run log's order."
+        ),
+    ] = None,
+    pruner: Annotated[str | None, typer.Option()] = None,
+    warm_start: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STUDY|FILE.json", help="Earlier runs that say where a new study looks first."),
+    ] = None,
+    captions: Annotated[
+        int, typer.Option(min=0, max=MOST_CAPTIONS, help="Validation images that each trial captions; 0 for none.")
+    ] = CAPTIONS,
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
     runs_dir: RunsOption = RUNS,
+    confirm: Annotated[
+        bool, typer.Option(help="At the end, train the leaders again with other seeds and splits, for a verdict.")
+    ] = True,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start a new study, under a new name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show what would run, stop.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
@@ -118,22 +134,27 @@ def main(
             slots=read_slots(slots),
             strategy=strategy,
             pruner=pruner,
+            warm_start=tuple(warm_start or ()),
             # Workers on a cluster are in other folders.
             places=Places.of(runs_dir.resolve() if executor == "ray" else runs_dir, storage, tracking_uri),
+            confirm=confirm,
             fresh=fresh,
             settings=tuple(settings or ()),
             seed=seed,
+            captions=captions,
         ),
     )
     if dry_run:
         from search.terminal.dry_run import show
 
-        show(_session.definition, _session.options, _session.n_trials, _session.check())
+        with progress.bar("looking at images") as looked:
+            checked = _session.check(looked)
+        show(_session.definition, _session.options, _session.n_trials, checked)
         return
-    raise typer.Exit(_run(_session))
+    raise typer.Exit(run_shown(_session))
 
 
-def _run(session: Session) -> int:
+def run_shown(session: Session) -> int:
     """Run it with what the terminal can show; returns the exit code."""
     from search.terminal import summary
     from search.terminal.live import LiveDisplay, Plain

@@ -16,24 +16,29 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.errors import DatabaseAway, StudyError, Unavailable
-from search.leaderboard import INTERRUPTED, Result
 from search.options import SearchOptions
+from search.result import INTERRUPTED, Result
 from search.study import Study
 from search.study_file import load
+from search.verdict.leaders import Rules, verdict_of
 from search.workers.executor import Executor
 from search.workers.protocol import Display, Job, Message, Notice
+from trainer.common import progress
 from trainer.common.errors import shown
 from trainer.common.imports import without_collection
 
 if TYPE_CHECKING:
     import optuna
 
+    from search.planning.prior import Prior
+    from search.preflight import Checked
     from search.records import TrialRecord
     from search.report.keeper import LogKeeper
     from search.storage.identity import Watch
@@ -48,6 +53,10 @@ if TYPE_CHECKING:
 
 ENDS: dict[int, Status] = {0: "FINISHED", **dict.fromkeys(INTERRUPTED, "KILLED")}
 """MLflow's status of the study's own run by exit code; FAILED for all others."""
+
+
+BEST = "best"
+"""Alias of the version of the registered model that the best trial made: `models:/STUDY@best`."""
 
 
 class Session:
@@ -74,9 +83,14 @@ class Session:
             ray_address=self.options.ray_address,
         )
         self._executor.check(self.definition)
+        self.strategy, self.pruner = self.options.strategy or "", self.options.pruner or ""
+        """What the study is run with, known once it is open."""
+        self.prior: Prior | None = None
         self.log_file: Path | None = None
         """Takes all log lines and tracebacks; None until the study is open."""
         self._end_logging: Callable[[], None] | None = None
+        self._rules: Rules | None = None
+        """How the leaders are repeated at the end; None if they are not."""
         self._storage: RetryingStorage | None = None
         self._runs: StudyRuns | None = None
         self._watch: Watch | None = None
@@ -156,28 +170,35 @@ class Session:
         places = self.options.places
         pool = self._executor.pool({"--storage": places.storage_url, "--tracking-uri": places.tracking_uri})
         with pool.importing():
-            examined = self.check()
+            with progress.bar("looking at images") as show:
+                checked = self.check(show)
             with pool:
                 try:
-                    return self._run(pool, examined, display)
+                    return self._run(pool, checked, display)
                 except BaseException as error:
                     self._tell_mlflow(error)
                     raise
                 finally:
                     self._close_storage()
 
-    def check(self) -> Examined:
-        """Check what needs more than the definition: the pruner's name, the model, the data.
+    def check(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Checked:
+        """Check what needs more than the definition: the pruner's name, the model, the data, room for its batches.
+
+        Args:
+            progress: called with (images looked at, all of them).
 
         Raises:
             UserError: everything that is missing, and how to get it, in one message.
         """
         from search import preflight, pruning  # Optuna takes 0.3 s, which the workers' imports need not wait for
 
-        pruning.check_name(self.options.pruner)
-        return preflight.check(self.definition, self._executor.sees())
+        if self.options.pruner is not None:
+            pruning.check_name(self.options.pruner)
+        workers = self._executor.workers_here()
+        at_once = None if workers is None else workers * (self.options.slots or 1)
+        return preflight.check(self.definition, self._executor.sees(), at_once, progress)
 
-    def _run(self, pool: WorkerPool, examined: Examined, make_display: Any) -> Result:
+    def _run(self, pool: WorkerPool, checked: Checked, make_display: Any) -> Result:
         options, places = self.options, self.options.places
         with without_collection():
             from search import preflight
@@ -202,11 +223,11 @@ class Session:
         caught_up = False
         with suppress(Unavailable):
             caught_up = delivery.once().records > 0
-        split = preflight.log_data(self.definition, examined)
+        preflight.log_data(checked)
         self._runs = runs
-        away = runs.start_study({"data_fingerprint": examined.fingerprint, **split.tags()})
+        away = runs.start_study(checked.tags())
 
-        job = self._job(name, examined, pool)
+        job = self._job(name, checked.examined, pool)
         display: Display = Logged(make_display(lambda: lifecycle.read_trials(study)))
         look = self._look_for_lost(study, runs, pool, display)
         keeper = LogKeeper(study, runs, job.folder, places.options())
@@ -219,8 +240,8 @@ class Session:
 
         # The workers, to their end.
         with display:
-            display.say(summary.headline(job, study, done, left.waiting))
-            for warning in split.warnings:
+            display.say(summary.headline(job, study, done))
+            for warning in checked.warnings():
                 display.say(f"data: warning: {warning}")
             for note in self._notes:
                 display.say(note)
@@ -248,27 +269,37 @@ class Session:
         """The study in Optuna's database: continued, or created."""
         import optuna
 
-        from search import pruning
-        from search.sampling.make import make_sampler
+        from search import pruning, records
+        from search.sampling.make import default_strategy, make_sampler
         from search.sampling.samplers import GridInOrder
-        from search.storage import studies
+        from search.storage import studies, warm_start
         from search.storage.database import open_storage
 
         options = self.options
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         _make_folder(options.places.runs_dir)
         self._storage = open_storage(options.places.storage_url, grace_s=round(options.lost_after_s))
+        prior = warm_start.read(options.warm_start, self._storage)
+        begun_with = None if options.fresh else studies.held_strategy(self._storage, self.definition.name)
+        self.strategy = options.strategy or begun_with or default_strategy(self.definition)
+        self.pruner = options.pruner or pruning.default_pruner(self.strategy)
         study = studies.open_study(
             self._storage,
             self.definition,
             fresh=options.fresh,
-            sampler=make_sampler(self.definition, options.strategy, self.n_trials),
-            pruner=pruning.pruner_for(options.pruner, self.definition),
+            sampler=make_sampler(self.definition, self.strategy, self.n_trials),
+            pruner=pruning.pruner_for(self.pruner, self.definition, self.n_trials),
         )
-        studies.check_strategy(study, options.strategy)
+        studies.check_strategy(study, self.strategy)
         if isinstance(study.sampler, GridInOrder):
             self._cap(study.sampler.total(study))
-        study.set_user_attr("settings", list(options.settings))  # for the commands that the tuning log proposes
+        self.prior = studies.hold_prior(study, prior)
+        study.set_user_attr(records.SETTINGS, list(options.settings))  # for the commands that the tuning log proposes
+        if options.confirm:
+            held = study.user_attrs.get(records.CONFIRM)
+            asked = options.top is not None or options.seeds is not None
+            self._rules = Rules(**held) if held and not asked else Rules(top=options.top, seeds=options.seeds)
+            study.set_user_attr(records.CONFIRM, asdict(self._rules))  # for the log, and for searches that go on
         return study
 
     def _tell_mlflow(self, error: BaseException) -> None:
@@ -313,13 +344,16 @@ class Session:
             study_name=name,
             places=options.places,
             n_trials=self.n_trials,
-            strategy=options.strategy,
-            pruner=options.pruner,
+            strategy=self.strategy,
+            pruner=self.pruner,
+            prior=self.prior,
             examined=examined,
             threads=pool.threads,
             workers=pool.size,
             slots=options.slots,
             lost_after_s=options.lost_after_s,
+            confirm=self._rules,
+            captions=options.captions,
         )
 
     def _look_for_lost(
@@ -329,6 +363,9 @@ class Session:
         from search import records
         from search.processes import is_gone
         from search.storage import lifecycle
+        from search.workers import repeats
+
+        rules = self._rules
 
         def look(blamed: Collection[int]) -> Unfinished:
             gone = lifecycle.requeue_lost(study, is_alive=pool.alive, blamed=blamed)
@@ -341,7 +378,10 @@ class Session:
                     runs.end(lost.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
             if gone:  # a worker may have died before it wrote down which run it had begun
                 runs.close_dangling(is_gone)
-            return lifecycle.unfinished(study)
+            left = lifecycle.unfinished(study)
+            if rules is not None and not left.waiting and not left.running:
+                left = replace(left, waiting=len(repeats.wanted(study, rules, self.n_trials)))
+            return left
 
         return look
 
@@ -366,7 +406,9 @@ class Session:
         trials = lifecycle.read_trials(study)
         if code == 0 and leaderboard.all_failed(trials):
             code = 1  # 0 says that the study has what was asked for
-        runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials))
+        verdict = verdict_of(trials, study.user_attrs)
+        self._keep_best(trials, folder, study.study_name, runs)
+        runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials, verdict))
         undelivered = courier.close(0)
         runs.close_dangling(is_gone)
         return Result(
@@ -375,8 +417,29 @@ class Session:
             trials=trials,
             logs=tuple(logs),
             folder=folder,
+            verdict=verdict,
             undelivered=undelivered,
         )
+
+    def _keep_best(self, trials: Sequence[TrialRecord], folder: Path, name: str, runs: StudyRuns) -> None:
+        """The best adapter as its run's model in MLflow, registered under the study's name."""
+        from search import leaderboard
+        from search.tracking.outbox import Model
+
+        best = leaderboard.best(trials)
+        if best is None or best.run_id is None or best.value is None or best.best_epoch is None:
+            return
+        adapter = leaderboard.adapter(folder, best)
+        if adapter.is_dir():
+            model = Model(
+                path=str(adapter.absolute()),
+                name=name,
+                alias=BEST,
+                step=best.best_epoch,
+                metrics={"val_loss": best.value},
+                params={key: str(value) for key, value in best.params.items()},
+            )
+            runs.keep_model(best.run_id, model)
 
 
 class _Mailbox:

@@ -6,7 +6,7 @@ Pure descriptions: `search.sampling.params` turns them into Optuna's distributio
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -188,6 +188,12 @@ def contains(param: Param, value: Any) -> bool:
             return value in param.values
         case Multiple():
             return value in param.factors
+
+
+def fits(space: Space) -> Callable[[str, Any], bool]:
+    """Whether a value is one that the space has for the param of this name (Optuna's)."""
+    params = {param_name(field, param): param for field, param in space.items()}
+    return lambda name, value: name in params and contains(params[name], value)
 
 
 # What a space can give that TrainConfig does not accept.

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from search.errors import StudyError
 from search.space import (
+    Choice,
     Multiple,
     Param,
     Space,
@@ -95,15 +96,28 @@ class Study:
         enqueue = (replace(f, config=_plain(f.config, {**self.base, **f.config})) for f in self.enqueue)
         object.__setattr__(self, "enqueue", tuple(enqueue))
 
+    def models(self) -> tuple[str, ...]:
+        """The models that trials may have: the base's, those of trials given by hand, those of the space."""
+        base = self.base_config().model
+        param = self.space.get("model")
+        chosen = param.values if isinstance(param, Choice) else ()
+        named = [*(fixed.config["model"] for fixed in self.enqueue if "model" in fixed.config), *chosen]
+        return tuple(dict.fromkeys([base, *map(str, named)]))
+
     def base_config(self) -> TrainConfig:
         """The configuration of a trial before anything is sampled."""
         return TrainConfig.parse(self.base)
 
     def config(self, params: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-        """The resolved configuration of a trial with these params; `overrides` are a fixed trial's other fields."""
+        """The resolved configuration of a trial with these params.
+
+        Args:
+            params: By Optuna's names.
+            overrides: A fixed trial's fields outside the space; a probe's or a repeat's may be searched, and count.
+        """
         # Overrides are stored with a trial, so those of an older version may name retired fields.
         base = {**self.base_config().model_dump(), **without_retired(overrides or {})}
-        return TrainConfig.parse(to_config(self.space, base, params))
+        return TrainConfig.parse({**to_config(self.space, base, params), **without_retired(overrides or {})})
 
     def with_settings(self, settings: Iterable[str], seed: int | None = None) -> Study:
         """The study with `key=value` settings over its base, or of its `patience` and `min_delta`.
@@ -169,6 +183,12 @@ def _problems(study: Study) -> Iterator[str]:
     valid = list(TrainConfig.model_fields)
     if not study.space and not study.enqueue:
         yield "the search space is empty and no trial is given by hand: there is nothing to run"
+    if (
+        study.base.get("full_data")
+        or any(f.config.get("full_data") for f in study.enqueue)
+        or "full_data" in study.space
+    ):
+        yield "full_data trains on the rows that trials are judged by; it is for trainer.run --from-study --full-data"
     unknown = [name for name in study.space if name not in valid]
     for name in unknown:
         if name in RETIRED:

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.support import once
+from tests.support import small_study as built
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c() -> None:
@@ -20,7 +23,7 @@ def _ctrl_c() -> None:
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The embedded data is generated into a folder of this session, not into the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORA_SEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("LORA_SEARCH_CACHE", str(once.folder(tmp_path_factory) / "cache"))
         yield
 
 
@@ -57,14 +60,28 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bench() -> Any:
+def small_study(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> built.Small:
+    """A finished study of five trials, each of which ends otherwise; not to be changed."""
+    return built.build(tmp_path_factory, tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Any:
+    """The embedded data, examined: 0.4 s that each new workbench would take."""
+    from trainer.data import dataset
+
+    return dataset.examine("mini")
+
+
+@pytest.fixture(scope="session")
+def bench(embedded: Any) -> Any:
     """One workbench for all tests, as a worker has one for all its trials."""
     import torch
 
     from trainer.workbench import Workbench
 
     torch.set_num_threads(1)
-    return Workbench()
+    return Workbench(embedded, "mini")
 
 
 @pytest.fixture(scope="session")

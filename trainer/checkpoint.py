@@ -1,7 +1,7 @@
 """Training checkpoints: atomic, checked by hash, free of pickle.
 
     <run folder>/checkpoints/epoch-0003/
-        adapter/         in PEFT's format, loads with PeftModel.from_pretrained
+        adapter/         in PEFT's format, loads with PeftModel.from_pretrained; and how to caption with it
         optimizer.safetensors   AdamW's moments, flat, and its count of updates
         state.json       config, position, history of epochs, hashes of the other files
 
@@ -31,6 +31,8 @@ from trainer.events import EpochEnded, NonFinite, epoch_from_dict, to_dict
 from trainer.model.lora import Adapter
 
 FORMAT = 1
+USE = "captioning.json"
+"""File beside an adapter's own: the instruction it was trained with, the longest caption in tokens, the dtype."""
 
 
 @dataclass
@@ -89,8 +91,11 @@ def save(
     state: State,
     config: TrainConfig,
     adapter: Adapter,
+    instruction: str | None = None,
 ) -> Path:
     """Write the checkpoint of `state.epoch` and drop all but the last two and the best; see the module.
+
+    `instruction` is kept beside the adapter (`USE`), for whoever captions with it.
 
     Raises:
         OSError: the disk is full or gone; the earlier checkpoints are intact then.
@@ -102,6 +107,10 @@ def save(
         # One that is there is replaced: an epoch trained again after a damaged checkpoint.
         with whole_folder(folder, replace=True) as unfinished:
             adapter.save(unfinished / "adapter", config.model)
+            if instruction is not None:
+                use = {"instruction": instruction, "max_new_tokens": config.max_target_length}
+                use["torch_dtype"] = config.torch_dtype
+                (unfinished / "adapter" / USE).write_text(json.dumps(use, ensure_ascii=False, indent=1), "utf-8")
             save_file(adapter.optimizer_tensors(), str(unfinished / "optimizer.safetensors"))
             _write_state(unfinished, state, config)
         flush_folder(out_dir)

@@ -17,7 +17,7 @@ EMBEDDED = "mini"
 MACHINE_FIELDS = ("device", "device_map", "num_workers", "prefetch_factor")
 """Fields that decide where and how fast a run computes, not what it computes."""
 
-LATER = ("split",)
+LATER = ("split", "full_data")
 """Fields that older versions did not have and whose defaults do what those did: at their default they are left out of
 identities and of the definitions of studies, so that older checkpoints and studies go on."""
 
@@ -60,6 +60,9 @@ class TrainConfig(BaseModel):
     split: Literal["auto", "given", "scenes", "random"] = "auto"
     """Who validates: rows as the data give it, whole scenes, or images one by one. `auto` takes the first of these
     that the data allow. A given test split is never used."""
+    full_data: bool = False
+    """Train on the validation rows too: for a last training with settings that a study has found. The validation loss
+    is then of rows that were learnt, and says nothing."""
     skip_bad_rows: bool = False
     """Leave out rows whose image is missing, broken or unsafe; otherwise they are an error."""
     cache_features: bool = True

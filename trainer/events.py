@@ -67,6 +67,8 @@ class RunStarted:
     num_threads: int
     resumed_from_epoch: int
     """0 for a fresh run, else the last epoch whose checkpoint was loaded."""
+    data: str = field(default="", compare=False)
+    """The configuration's `data`."""
     split: dict[str, str] = field(default_factory=dict, compare=False)
     """How training and validation rows were told apart: `trainer.data.splits.SplitFacts.tags()`."""
     data_lines: tuple[str, ...] = field(default=(), compare=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -62,6 +63,8 @@ class Member:
         self.skipped_rows = inputs.skipped_rows
         self.split = inputs.split
         self.num_train, self.num_val = len(inputs.train.rows), len(inputs.val.rows)
+        self.instruction = Counter(row.prompt for row in inputs.train.rows).most_common(1)[0][0]
+        """What most of its rows ask."""
         pin = self.device.type == "cuda"
         # Rows of a store and token ids need no processes to fetch them.
         loading = config if self.features is None else config.model_copy(update={"num_workers": 0})
@@ -114,6 +117,7 @@ class Member:
             device=str(self.device),
             num_threads=torch.get_num_threads(),
             resumed_from_epoch=self.state.epoch,
+            data=self.config.data,
             split=self.split.tags(),
             data_lines=tuple(self.split.lines()),
             damaged_checkpoints=self.found.problems,
@@ -226,7 +230,7 @@ class Member:
         self.state.epoch = epoch
         self.state.history.append(facts(0.0))
         saving = time.perf_counter()
-        folder = checkpoint.save(self.out_dir, self.state, self.config, self.adapter)
+        folder = checkpoint.save(self.out_dir, self.state, self.config, self.adapter, self.instruction)
         ended = facts(time.perf_counter() - saving)
         self.state.history[-1] = ended
         self.ended = epoch >= self.config.num_epochs

@@ -162,4 +162,11 @@ class Workbench:
 
 def _rows_key(config: TrainConfig) -> tuple[object, ...]:
     """The fields that decide which rows are used."""
-    return (config.data, config.max_samples, config.val_fraction, config.split_seed, config.split)
+    return (
+        config.data,
+        config.max_samples,
+        config.val_fraction,
+        config.split_seed,
+        config.split,
+        config.full_data,
+    )

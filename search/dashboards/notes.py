@@ -9,7 +9,7 @@ import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
@@ -20,7 +20,12 @@ from search.diagnosis import Finding, leaf, messages
 from search.markdown import code, escape, fenced
 from search.records import EpochRecord, Outcome, TrialRecord, finite, lowest
 from search.storage.optuna_private import set_system_attr
+from search.verdict import text
+from search.verdict.leaders import verdict_of
 from trainer.common.imports import without_module
+
+if TYPE_CHECKING:
+    from search.captions import Captioned
 
 with without_module("sklearn"):
     # optuna-dashboard imports scikit-learn, SciPy and pandas for importances, which only its server computes. That
@@ -44,12 +49,14 @@ def annotate_trial(
     epochs: Sequence[EpochRecord],
     config: dict[str, Any],
     run: str | None,
+    captioned: Captioned | None = None,
 ) -> None:
     """Write a trial's note and keep its plot as an artifact. Call it before `study.tell`.
 
     Args:
         folder: Where artifacts are kept (`Places.notes`).
         run: Address of the run's page in MLflow, None if it has none yet.
+        captioned: What the trial says of a few images, None if it was not asked.
     """
     # Where optuna-dashboard (0.21) looks for constraints; Optuna 5 keeps them one by one, by name. Optuna still reads
     # this form too, as a constraint named "0".
@@ -73,6 +80,14 @@ def annotate_trial(
         lines += [_text(text, "  - advice: ", "    ") for text in messages.advices(finding.advice)]
     lines += ["", _text(messages.leaf_text(leaf(findings)), "Decision tree: "), ""]
     lines += [plot, "", f"[Curves in MLflow]({run})" if run else "MLflow was unavailable when this trial began.", ""]
+    if captioned is not None:
+        sheet = _keep(trial, folder, captioned.sheet, f"trial-{trial.number:03d}-images.png")
+        lines += [f"**Captions** of validation images, from the left:  \n![Validation images]({sheet})", ""]
+        said = zip(captioned.pictured.references, captioned.pictured.base, captioned.captions, strict=True)
+        for number, (reference, base, ours) in enumerate(said, start=1):
+            lines += [_text(reference, f"{number}. reference: ", "   ")]
+            lines += [_text(base, "   - base: ", "     "), _text(ours, "   - **this trial**: ", "     ")]
+        lines.append("")
     lines.append(fenced(leaderboard.training_config(config), "python"))
     save_note(trial, "\n".join(lines))
 
@@ -93,6 +108,10 @@ def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page
     if best is not None:
         where = f"trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}"
         lines += [f"**Best: {where}**", ""]
+    verdict = verdict_of(trials, study.user_attrs)
+    if verdict is not None:
+        lines += [f"**Verdict**: {escape(text.sentence(verdict))}", ""]
+        lines += [*(f"- {escape(line)}" for line in text.table(verdict)), ""]
     heads, rows = leaderboard.rows([t for t in trials if t.state in ("COMPLETE", "PRUNED", "FAIL")])
     if rows:
         lines.append("| " + " | ".join(escape(head) for head in heads) + " |")

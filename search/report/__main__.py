@@ -52,12 +52,11 @@ def main(
         record = reading.read_study(found, None, outbox, away=True)
     facts = gather(record, options=places.options())
     path = out or places.study(record.name) / write.default_name(lang, format_)
+    drawn = write.drawings(facts, places.study(record.name))
     if format_ == "html":
-        write.write_html(facts, lang, path)
+        write.write_html(facts, lang, path, drawn)
     else:
-        from search.report import plots
-
-        write.write_markdown(facts, lang, path, plots.draw(facts))
+        write.write_markdown(facts, lang, path, drawn)
     print(path)
 
 

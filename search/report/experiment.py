@@ -11,14 +11,12 @@ from typing import Any
 from search import records
 from search.diagnosis import Advice, Curve, Finding, Leaf, curve_from_record, diagnose, leaf, primary
 from search.diagnosis.noise import VAL_NOISE, relative
-from search.leaderboard import LOG_FIELDS
+from search.leaderboard import LOG_FIELDS, sample_key
 from search.records import TrialRecord
 from search.report.epochs import EpochRow, Mark, epoch_rows
 from search.report.measured_noise import Noise
 from trainer.config import MACHINE_FIELDS
 
-SAMPLE_FIELDS = ("data", "max_samples", "val_fraction", "split_seed", "max_target_length", "skip_bad_rows")
-"""Trials that differ in one of these are validated on different samples: their losses cannot be compared."""
 UNFINISHED = ("RUNNING", "WAITING")
 
 
@@ -142,10 +140,6 @@ class Experiment:
 def by_loss(experiment: Experiment) -> tuple[float, int]:
     """Sort key: the lowest validation loss first, of equals the first trial; trials without a loss last."""
     return (math.inf if experiment.value is None else experiment.value, experiment.number)
-
-
-def sample_key(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(config.get(name) for name in SAMPLE_FIELDS)
 
 
 def experiments_of(trials: Sequence[TrialRecord], noise: Noise) -> tuple[Experiment, ...]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+from search import records
+from search.captions import CAPTIONS, Pictured
 from search.diagnosis.advise import HIGH_RATE
-from search.leaderboard import state_of
-from search.records import StudyRecord
+from search.leaderboard import is_repeat, searched, state_of
+from search.records import StudyRecord, TrialRecord
 from search.report import next_steps as steps
 from search.report import parameters, summary
 from search.report.epochs import Column, columns
@@ -23,6 +26,8 @@ from search.report.measured_noise import Noise, measure
 from search.report.next_steps import NextSteps
 from search.report.parameters import Table
 from search.report.summary import Budget, Lessons, Recommended, Sign, Stage
+from search.verdict.leaders import verdict_of
+from search.verdict.race import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,18 @@ class Clipping:
     steps: int
     clipped: int
     trials: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What was said of one image."""
+
+    image: str
+    """Its file's name."""
+    reference: str
+    base: str
+    trials: tuple[tuple[int, str], ...]
+    """(trial, its caption), the best first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +68,10 @@ class Facts:
     devices: tuple[str, ...]
     samples: tuple[tuple[int, int], ...]
     """(training samples, validation samples) of the runs, the most frequent first."""
+    several: tuple[int, int] | None
+    """(captions, images) of the data where images have several, by the latest run that says so."""
     main_samples: tuple[Any, ...] | None
-    """The samples on which most trials were validated, see `experiment.SAMPLE_FIELDS`."""
+    """The samples on which most trials were validated, see `leaderboard.SAMPLE_FIELDS`."""
     comparable: int
     """Trials whose losses are compared with one another in the tables."""
     median_loss: float | None
@@ -66,11 +85,17 @@ class Facts:
     complete: int
     clipping: Clipping
     best: Recommended | None
+    verdict: Verdict | None
+    """What the repeats of the leaders say; None if none were asked for."""
+    repeats: tuple[TrialRecord, ...]
+    """Those of one trial together; everything else here is without them."""
     next: NextSteps
     health: tuple[Sign, ...]
     trouble: tuple[Sign, ...]
     tree: dict[str, tuple[int, ...]]
     lessons: Lessons
+    captions: tuple[Said, ...]
+    """What base, best and runner-up say of the images that all trials caption; empty where none did."""
     updated_s: float | None
     """When the latest of the trials began or ended, by its worker's clock; None before the first."""
 
@@ -88,8 +113,10 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
     """
     # A trial that another program added to the study has no configuration of ours: nothing can be said about it.
     ours = tuple(t for t in record.trials if t.config or t.state != "COMPLETE")
-    record = replace(record, trials=ours)
-    noise = measure(record.trials)
+    noise = measure(ours)
+    verdict = verdict_of(ours, record.attrs)
+    repeats = tuple(sorted((t for t in ours if is_repeat(t)), key=_as_repeated))
+    record = replace(record, trials=tuple(searched(ours)))
     experiments = experiments_of(record.trials, noise)
     best = summary.recommended(experiments, noise)
     samples = parameters.main_samples(experiments)
@@ -109,6 +136,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         datasets=_distinct(e.record.config.get("data") for e in experiments),
         devices=_distinct(e.record.tags.get("gpu") or e.record.tags.get("device") for e in experiments),
         samples=tuple((a, b) for (a, b), _ in sizes.most_common() if a is not None and b is not None),
+        several=_several(experiments),
         main_samples=samples,
         comparable=len(compared),
         median_loss=median(compared) if compared else None,
@@ -120,18 +148,53 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         complete=sum(1 for t in record.trials if t.state == "COMPLETE"),
         clipping=_clipping(experiments),
         best=best,
-        next=steps.next_steps(record, experiments, best, options),
+        verdict=verdict,
+        repeats=repeats,
+        next=steps.next_steps(record, experiments, best, options, verdict),
         health=summary.health(experiments),
         trouble=summary.trouble(experiments),
         tree=summary.tree(experiments),
         lessons=summary.lessons(experiments, HIGH_RATE),
+        captions=_captions(record, best),
         updated_s=max(times, default=None),
+    )
+
+
+def _as_repeated(trial: TrialRecord) -> tuple[int, int, int]:
+    return (trial.attrs[records.REPEAT_OF], trial.attrs[records.BLOCK], trial.number)
+
+
+def _captions(record: StudyRecord, best: Recommended | None) -> tuple[Said, ...]:
+    pictured = Pictured.of(record.attrs)
+    if pictured is None or best is None:
+        return ()
+    chosen = [best.best, *([best.runner_up] if best.runner_up is not None else [])]
+    by_number = {trial.number: trial.attrs.get(CAPTIONS, ()) for trial in record.trials}
+    said = [(e.number, by_number[e.number]) for e in chosen if len(by_number[e.number]) == len(pictured.images)]
+    if not said:
+        return ()
+    return tuple(
+        Said(
+            image=Path(pictured.images[n]).name,
+            reference=pictured.references[n],
+            base=pictured.base[n],
+            trials=tuple((number, str(texts[n])) for number, texts in said),
+        )
+        for n in range(len(pictured.images))
     )
 
 
 def _distinct(values: Any) -> tuple[str, ...]:
     """Distinct values in order of first appearance."""
     return tuple(dict.fromkeys(str(value) for value in values if value))
+
+
+def _several(experiments: Sequence[Experiment]) -> tuple[int, int] | None:
+    for e in reversed(experiments):
+        captions, images = e.tag("split.captions"), e.tag("split.rows")
+        if captions is not None and images is not None and captions > images:
+            return captions, images
+    return None
 
 
 def _clipping(experiments: Sequence[Experiment]) -> Clipping:

@@ -9,8 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from search import records
 from search.diagnosis.noise import SIGNIFICANT, VAL_NOISE
+from search.leaderboard import is_repeat
 from search.records import TrialRecord
+from search.verdict.leaders import cells
+from search.verdict.race import residual
 from trainer.config import MACHINE_FIELDS
 
 FEWEST_FREEDOMS = 3
@@ -43,6 +47,9 @@ class Noise:
 def measure(trials: Sequence[TrialRecord]) -> Noise:
     """Noise from trials that differ only in the seed; without enough of them the diagnosis' own figure.
 
+    Repeats differ in the split too. What a seed and a split have in common for all candidates is not counted: it is
+    the same for all trials of a search, which have one split.
+
     The diagnosis' figure (search.diagnosis.noise.VAL_NOISE) is that of one epoch's validation loss on the recorded
     real runs; seeds may well move a result by more.
     """
@@ -61,6 +68,8 @@ def measure(trials: Sequence[TrialRecord]) -> Noise:
         squares += sum((value / mean - 1) ** 2 for _, value in group.values())
         freedoms += len(group) - 1
         repeats += [number for number, _ in group.values()]
+    again, of_repeats, numbers = _of_repeats(trials)
+    squares, freedoms, repeats = squares + again, freedoms + of_repeats, repeats + numbers
     measured = math.sqrt(squares / freedoms) if freedoms else None
     enough = measured is not None and freedoms >= FEWEST_FREEDOMS
     return Noise(
@@ -70,3 +79,15 @@ def measure(trials: Sequence[TrialRecord]) -> Noise:
         trials=tuple(sorted(repeats)),
         freedoms=freedoms,
     )
+
+
+def _of_repeats(trials: Sequence[TrialRecord]) -> tuple[float, int, list[int]]:
+    """(sum of squares, degrees of freedom, numbers) of the repeats that the study made of its leaders."""
+    ended, _ = cells(trials)
+    rows: dict[int, list[float]] = {}
+    for (number, _), loss in sorted(ended.items()):
+        if loss is not None:
+            rows.setdefault(number, []).append(math.log(loss))
+    deviation, freedoms = residual([row for row in rows.values() if len(row) > 1])
+    numbers = [t.number for t in trials if is_repeat(t) and t.reason == records.REPEAT] if freedoms else []
+    return deviation**2 * freedoms, freedoms, numbers

@@ -18,6 +18,7 @@ from search.report.experiment import UNFINISHED, Experiment
 from search.report.summary import Recommended
 from search.space import Choice, Float, Int, Multiple, Space, from_dict
 from search.study import Study
+from search.verdict.race import Verdict
 from trainer.config import EMBEDDED, MACHINE_FIELDS, TrainConfig
 
 NEAR_EDGE = 0.05
@@ -25,8 +26,6 @@ NEAR_EDGE = 0.05
 WIDE_GAP = 0.35
 """Share of a range without a trial from which it is called untested. A batch size tried at 2, 4, 8 and 16 leaves gaps
 of a third."""
-SETTINGS = "settings"
-"""Study attribute with the `--set` settings as given, where the search recorded them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +68,24 @@ class NextSteps:
     """Command that starts over with more epochs, where the best trial's loss was still falling."""
     longer_epochs: int | None
     repeats: tuple[str, ...]
-    """Commands that train the best configuration with another seed, and the runner-up's if it is as good."""
+    """Commands that train the best configuration with another seed, and the runner-up's if it is as good; none once
+    the study has measured its noise itself."""
+    confirm: str | None
+    """Command that repeats the leaders further, where that has not decided it yet."""
 
 
 def next_steps(
-    record: StudyRecord, experiments: Sequence[Experiment], best: Recommended | None, options: Sequence[str]
+    record: StudyRecord,
+    experiments: Sequence[Experiment],
+    best: Recommended | None,
+    options: Sequence[str],
+    verdict: Verdict | None = None,
 ) -> NextSteps:
     """What to run next.
 
     Args:
         options: Further options of the search's command line, such as `--runs-dir`, that its continuation needs.
+        verdict: What repeats of the leaders have shown.
     """
     finished = [e for e in experiments if e.record.state not in UNFINISHED]
     space = from_dict(record.definition.get("space", {}))
@@ -100,7 +107,8 @@ def next_steps(
         if longer is None
         else _search(record, experiments, ["--fresh", *options], {"num_epochs": str(longer)}),
         longer_epochs=longer,
-        repeats=tuple(_repeats(best)),
+        repeats=() if verdict is not None else tuple(_repeats(best)),
+        confirm=_confirm(record, verdict, options),
     )
 
 
@@ -206,7 +214,7 @@ def _search(
     changes: Mapping[str, str] | None = None,
 ) -> str:
     """A command line of the search with this study's settings."""
-    given = record.attrs.get(SETTINGS)
+    given = record.attrs.get(records.SETTINGS)
     settings: dict[str, str] = {}
     if isinstance(given, list):
         for item in given:
@@ -244,6 +252,17 @@ def _repeats(best: Recommended | None) -> list[str]:
     tied = best.runner_up is not None and best.runner_up.number in best.within_noise
     wanted = [best.best, *([best.runner_up] if best.runner_up is not None and tied else [])]
     return [_train(e) for e in wanted]
+
+
+def _confirm(record: StudyRecord, verdict: Verdict | None, options: Sequence[str]) -> str | None:
+    """The command that repeats the leaders as often as a decision is expected to take."""
+    if verdict is None or verdict.kind != "undecided" or verdict.more is None:
+        return None
+    left = sum(not standing.out for standing in verdict.standings)
+    seeds = verdict.blocks + math.ceil(verdict.more / max(1, left))
+    words = ["python -m search.confirm", "--study", shlex.quote(record.name)]
+    words += ["--top", str(len(verdict.standings)), "--seeds", str(seeds)]
+    return " ".join([*words, *(shlex.quote(option) for option in options)])
 
 
 def _train(experiment: Experiment) -> str:

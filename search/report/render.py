@@ -30,6 +30,7 @@ from search.report.epochs import Column, EpochRow, Mark
 from search.report.experiment import ConfigLine, Experiment
 from search.report.facts import Facts
 from search.tracking.pages import run_page
+from search.verdict import text
 
 TEMPLATES = Path(__file__).with_name("templates")
 MARKS: dict[Mark, str] = {"good": "✅", "warning": "⚠️", "bad": "❌", "unknown": "❔"}
@@ -76,6 +77,7 @@ class Renderer:
     def __init__(self, facts: Facts, lang: Lang, plots: Mapping[str, str]) -> None:
         self.facts, self.lang, self.plots = facts, lang, plots
         self.experiments = {e.number: e for e in facts.experiments}
+        self.repeats = {t.number: t for t in facts.repeats}
 
     # ------------------------------------------------------------------ numbers
 
@@ -147,6 +149,8 @@ class Renderer:
         return Markup(words.trials(links, len(numbers), self.lang) if links else "–")
 
     def _target(self, n: int) -> str:
+        if n in self.repeats:  # it has no section of its own
+            return self.url(self.repeats[n].run_id) or f"#{slug(words.pick(words.VERDICT_HEADING, self.lang))}"
         e = self.experiments[n]
         return self.url(e.record.run_id) or f"#{slug(str(self.title(e)))}"
 
@@ -225,6 +229,8 @@ class Renderer:
             "finding_title": lambda name: messages.title(name, lang),
             "cause": lambda finding: messages.cause(finding, lang),
             "advices": lambda items: messages.advices(items, lang),
+            "verdict_sentence": lambda verdict: text.sentence(verdict, lang),
+            "signed": lambda share: Markup(words.fill("percent", lang, f"{100 * share:+.2f}")),
             "reason": lambda name: words.reason(name, lang),
             "state": lambda text: words.state(text, lang),
             "state_of": state_of,

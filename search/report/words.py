@@ -17,7 +17,10 @@ REASONS: Final = {
     records.OUT_OF_MEMORY: ("out of memory", "显存不足"),
     records.SUPERSEDED: ("behind other trials", "落后于其他实验"),
     records.PROBE: ("stability probe, done", "稳定性试探，已完成"),
+    records.REPEAT: ("repeat, done", "重复实验，已完成"),
     records.INTERRUPTED: ("interrupted, to be resumed", "已中断，稍后继续"),
+    records.SETTLED: ("more epochs were not expected to lower it", "预计继续训练不会再降低"),
+    records.PAUSED: ("paused, goes on if it is worth more than the others", "已暂停，若比其他试验更有希望则继续"),
     records.LOST: ("process lost", "进程丢失"),
     records.ERROR: ("internal error", "程序错误"),
 }
@@ -58,6 +61,8 @@ SIGNS: Final = {
     "warmup": ("the warmup is longer than the training", "warmup 超过总训练步数"),
     "slow_epoch": ("an epoch takes too long", "每个 epoch 过慢"),
 }
+
+VERDICT_HEADING: Final = ("⚖️ Verdict", "⚖️ 结论")
 
 PARAMETERS: Final = {
     "alpha_per_r": ("lora_alpha / lora_r", "lora_alpha / lora_r"),

@@ -31,9 +31,18 @@ def refresh(record: StudyRecord, folder: Path, *, options: Sequence[str] = ()) -
         The files written: the logs, then the plots.
     """
     facts = gather(record, options=options)
-    drawn = plots.draw(facts)
+    drawn = drawings(facts, folder)
     written = [write_markdown(facts, lang, folder / default_name(lang), drawn) for lang in LANGS]
     return [*written, *(folder / plots_folder(NAME) / name for name in drawn)]
+
+
+def drawings(facts: Facts, folder: Path) -> dict[str, bytes]:
+    """The plots, and the picture of the images that trials captioned, which lies in the study's folder."""
+    drawn = plots.draw(facts)
+    sheet = folder / "captions" / "sheet.png"
+    if facts.captions and sheet.is_file():
+        drawn["captions.png"] = sheet.read_bytes()
+    return drawn
 
 
 def plots_folder(stem: str) -> str:
@@ -52,11 +61,11 @@ def write_markdown(facts: Facts, lang: Lang, path: Path, drawn: dict[str, bytes]
     return path
 
 
-def write_html(facts: Facts, lang: Lang, path: Path) -> Path:
+def write_html(facts: Facts, lang: Lang, path: Path, drawn: dict[str, bytes] | None = None) -> Path:
     """Write one log as a single HTML file."""
     from search.report import page
 
-    drawn = plots.draw(facts)
+    drawn = plots.draw(facts) if drawn is None else drawn
     links = {Path(name).stem: name for name in drawn}
     text = render.markdown(facts, lang, links)
     title = words.fill("log", lang, facts.record.name)

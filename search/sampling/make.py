@@ -5,22 +5,35 @@ from __future__ import annotations
 from optuna.samplers import BaseSampler
 
 from search.errors import StudyError
+from search.planning.prior import Prior
+from search.planning.thaw import FreezeThaw
+from search.sampling.aimed import AimedSampler
 from search.sampling.samplers import GridInOrder, SeededByTrial, base_sampler
 from search.sampling.staged import StagedSampler
 from search.study import Study
 from trainer.common.errors import nearest
 
-STRATEGIES = ("joint", "staged")
+FREEZE_THAW = "freeze-thaw"
+STRATEGIES = (FREEZE_THAW, "joint", "staged")
 """Values of `--strategy`."""
 
 
-def make_sampler(study: Study, strategy: str = "joint", n_trials: int | None = None) -> BaseSampler:
+def default_strategy(study: Study) -> str:
+    """The strategy of a study for which none is given: what its sampler can do."""
+    return FREEZE_THAW if study.sampler == "tpe" and study.space else "joint"
+
+
+def make_sampler(
+    study: Study, strategy: str = "joint", n_trials: int | None = None, prior: Prior | None = None
+) -> BaseSampler:
     """Make the sampler of a study.
 
     Args:
         study: Its space, kind of sampler and seed.
-        strategy: `joint` samples all params from the first trial on, `staged` stage by stage.
+        strategy: `freeze-thaw` begins what is most worth an epoch by the curves of all trials, `joint` samples all
+            params from the first trial on by Optuna's sampler, `staged` stage by stage.
         n_trials: The budget that the stages divide among themselves; None for the study's own.
+        prior: What is known of good effective rates, for `freeze-thaw`.
 
     Raises:
         StudyError: the strategy is unknown, or the study's sampler or space does not allow it.
@@ -32,9 +45,11 @@ def make_sampler(study: Study, strategy: str = "joint", n_trials: int | None = N
     if study.sampler == "grid":
         if strategy != "joint":
             raise StudyError(
-                f"the study {study.name!r} is a grid, which has no stages: leave out --strategy {strategy}"
+                f"the study {study.name!r} is a grid, whose points are given: leave out --strategy {strategy}"
             )
         return GridInOrder(study)
+    if strategy == FREEZE_THAW:
+        return AimedSampler(study, FreezeThaw(study, prior or Prior()))
     if strategy == "staged":
         return StagedSampler(study, study.n_trials if n_trials is None else n_trials)
     return SeededByTrial(lambda seed: base_sampler(study, seed), study.seed)

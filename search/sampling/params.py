@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -55,12 +55,6 @@ def suggest(trial: optuna.Trial, study: Study) -> dict[str, Any]:
             case Multiple():
                 params[name] = trial.suggest_categorical(name, param.factors)
     return params
-
-
-def fits(study: Study) -> Callable[[str, Any], bool]:
-    """Whether a value is one that the study's space has for the param of this name (Optuna's)."""
-    names = {param_name(field, param): param for field, param in study.space.items()}
-    return lambda name, value: name in names and contains(names[name], value)
 
 
 def refusal(trial: FrozenTrial, study: Study, trials: Sequence[FrozenTrial]) -> str | None:

@@ -171,11 +171,11 @@ class GridInOrder(GridPoints):
 
 
 def place(study: optuna.Study, trial: FrozenTrial) -> int:
-    """The number that a trial would have if none had been lost: that of the first trial whose work it continues, less
-    the trials before that one that took up another's work."""
+    """The number that a trial would have if none had been lost or repeated: that of the first trial whose work it
+    continues, less the trials before that one that took up another's work. A sampler is shown no repeats."""
     trials = {t.number: t for t in study.get_trials(deepcopy=False)}
     first = root(trials, trial)
-    return first - sum(not _is_first(t) for number, t in trials.items() if number < first)
+    return sum(_is_first(t) for number, t in trials.items() if number < first)
 
 
 def _is_first(trial: FrozenTrial) -> bool:

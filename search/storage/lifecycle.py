@@ -21,6 +21,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import processes, records
+from search.planning.plan import number_counted
 from search.records import TrialRecord
 from search.storage import optuna_private
 from search.storage.database import exclusive
@@ -28,7 +29,10 @@ from search.storage.optuna_private import running_heartbeats, set_state, set_use
 from search.storage.retry import RetryingStorage
 from trainer.config import without_retired
 
-_CARRIED_OVER = (records.LABEL, records.NOTE, records.OVERRIDES, records.STAGE, records.TRAIN_LOSSES)
+_CARRIED_OVER = (
+    *(records.LABEL, records.NOTE, records.OVERRIDES, records.STAGE, records.TRAIN_LOSSES),
+    *(records.PAUSED_AT, records.GIVEN_UP, records.REPEAT_OF, records.BLOCK, records.TRAINS_TO),
+)
 """Attributes that a trial hands to the one that takes up its work."""
 LOST_AFTER = "lost_after_s"
 """Key of `records.WORKER`: seconds without a heartbeat after which the worker's trials are to be taken over."""
@@ -68,13 +72,18 @@ def unfinished(study: optuna.Study) -> Unfinished:
     return Unfinished(found.count(TrialState.WAITING), found.count(TrialState.RUNNING))
 
 
-def park(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> None:
-    """Set a RUNNING trial back to WAITING: the next `ask` goes on with it, its params, reports and attributes kept.
+def park(study: optuna.Study, trial: optuna.Trial | FrozenTrial, reason: str = records.INTERRUPTED) -> None:
+    """Set a RUNNING trial back to WAITING, its params, reports and attributes kept.
+
+    Args:
+        study: The study.
+        trial: The trial.
+        reason: `records.INTERRUPTED`: the next `ask` goes on with it. `records.PAUSED`: the plan says when.
 
     Raises:
         optuna.exceptions.UpdateFinishedTrialError: the trial is finished.
     """
-    set_user_attr(study, trial, records.REASON, records.INTERRUPTED)
+    set_user_attr(study, trial, records.REASON, reason)
     # A worker that takes it up has not named itself yet, and must not be mistaken for this process.
     set_user_attr(study, trial, records.WORKER, None)
     set_state(study, trial, TrialState.WAITING)
@@ -99,7 +108,7 @@ def requeue_lost(
     *,
     is_alive: Callable[[Any], bool | None] = processes.alive,
     blamed: Collection[int] = (),
-    max_retries: int = 2,
+    max_retries: int = records.MAX_RETRIES,
 ) -> tuple[Lost, ...]:
     """Fail the RUNNING trials whose worker is gone, and queue a successor that takes up the work of each.
 
@@ -148,22 +157,8 @@ def _requeue_lost(
 
 
 def counted(study: optuna.Study) -> int:
-    """Count the trials towards the study's total.
-
-    Every trial counts, whatever its state, unless another has taken up its work: the two are one. Waiting trials
-    count since they are going to run, a lost trial without a successor since it has used its turn.
-    """
-    return _counted(study.get_trials(deepcopy=False))
-
-
-def needs_another(study: optuna.Study, n_trials: int) -> bool:
-    """Whether a trial waits, or fewer than `n_trials` count so far. Reads the trials once."""
-    trials = study.get_trials(deepcopy=False)
-    return any(t.state == TrialState.WAITING for t in trials) or _counted(trials) < n_trials
-
-
-def _counted(trials: Sequence[FrozenTrial]) -> int:
-    return len(trials) - len({t.user_attrs[records.RESUMES] for t in trials if records.RESUMES in t.user_attrs})
+    """Count the trials towards the study's total, see `plan.number_counted`."""
+    return number_counted(study.get_trials(deepcopy=False))
 
 
 def lineage(study: optuna.Study, number: int) -> tuple[int, ...]:
@@ -177,7 +172,12 @@ def lineage(study: optuna.Study, number: int) -> tuple[int, ...]:
 
 def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
     """All trials by number, with what Optuna's storage knows of them."""
-    return tuple(_record(trial) for trial in study.get_trials(deepcopy=False))
+    return records_of(study.get_trials(deepcopy=False))
+
+
+def records_of(trials: Sequence[FrozenTrial]) -> tuple[TrialRecord, ...]:
+    """These trials as records."""
+    return tuple(_record(trial) for trial in trials)
 
 
 def _backend(study: optuna.Study) -> RetryingStorage:
@@ -296,6 +296,8 @@ def _record(trial: FrozenTrial) -> TrialRecord:
     value = trial.value if trial.state == TrialState.COMPLETE else None
     if trial.state == TrialState.PRUNED:
         value = min((v for v in trial.intermediate_values.values() if math.isfinite(v)), default=None)
+    if records.REPEAT_OF in attrs:  # not its lowest, which would be too low by chance
+        value = trial.intermediate_values.get(attrs[records.TRAINS_TO])
     return TrialRecord(
         number=trial.number,
         state=trial.state.name,

@@ -7,12 +7,12 @@ tests/search/storage/test_optuna_private.py says which one is missing, and finds
     latest                         a running trial, without asking the database
     set_user_attr, set_system_attr, set_state    writing to a trial that is not `optuna.Trial`
     running_heartbeats             the heartbeats of all running trials, in one query
-    OrderedStudy, CreationHooks, SharedStorage, GridPoints      where Optuna's steps are replaced or watched
+    OrderedStudy, FilteredStudy, CreationHooks, SharedStorage, GridPoints    where Optuna's steps are replaced, watched
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -102,6 +102,26 @@ class OrderedStudy(optuna.Study):
             except UpdateFinishedTrialError:
                 continue  # another process has taken and ended it
         return None
+
+
+class FilteredStudy(optuna.Study):
+    """A study as samplers and pruners are to see it, some of its trials left out, as Optuna's Hyperband does it.
+
+    Args:
+        study: The whole study.
+        keep: Whether a trial is to be seen.
+    """
+
+    def __init__(self, study: optuna.Study, keep: Callable[[FrozenTrial], bool]) -> None:
+        super().__init__(study.study_name, study._storage, sampler=study.sampler, pruner=study.pruner)
+        self.whole = study
+        self.keep = keep
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        # The whole study's cache is the one that `ask` renews.
+        return [t for t in self.whole._get_trials(deepcopy, states, use_cache) if self.keep(t)]
 
 
 class CreationHooks(RDBStorage):

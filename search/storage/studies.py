@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import optuna
@@ -15,6 +15,7 @@ from optuna.study import StudyDirection
 
 from search import records
 from search.errors import DefinitionChanged, StorageError, StudyError
+from search.planning.prior import Prior
 from search.storage.database import exclusive
 from search.storage.identity import EARLIER, new_id
 from search.storage.retry import RetryingStorage
@@ -30,6 +31,8 @@ GENERATION = "generation"
 """Study attribute: 1, and one more for each `--fresh`."""
 FINGERPRINTS = "fingerprints"
 """Study attribute: fingerprints of the data and the model its trials used."""
+PRIOR = "prior"
+"""Study attribute: what earlier runs say of good effective rates; None without any."""
 STRATEGY = "strategy"
 """Study attribute: the value of `--strategy` its trials were sampled with."""
 
@@ -76,16 +79,32 @@ def open_study(
 def find_study(storage: RetryingStorage, name: str) -> optuna.Study:
     """The latest generation of the study of this name, or the very generation named, e.g. `rsicap-2`.
 
+    The first generation, whose own name stands for the latest, is `rsicap-1`.
+
     Raises:
         StudyError: the database has no such study.
     """
     generations = _generations(storage, name)
     names = sorted(found.study_name for found in storage.get_all_studies())
     exact = generations[max(generations)] if generations else name
+    if exact not in names and name.endswith("-1"):
+        exact = _generations(storage, name.removesuffix("-1")).get(1, exact)
     if exact not in names:
         known = f"; it has {', '.join(names)}" if names else "; it has none yet"
         raise StudyError(f"the database has no study {name!r}{nearest(name, names)}{known}")
     return optuna.load_study(study_name=exact, storage=storage)
+
+
+def exact_name(study: optuna.Study) -> str:
+    """A name by which `find_study` finds this very generation, whatever generations come after it."""
+    first = study.user_attrs.get(GENERATION) == 1
+    return f"{study.study_name}-1" if first else study.study_name
+
+
+def generations(study: optuna.Study, storage: RetryingStorage) -> list[str]:
+    """Optuna's names of all generations of this one's study, in order."""
+    found = _generations(storage, study.user_attrs.get(NAME, study.study_name))
+    return [found[number] for number in sorted(found)] or [study.study_name]
 
 
 def check_definition(opened: optuna.Study, study: Study) -> None:
@@ -97,13 +116,21 @@ def check_definition(opened: optuna.Study, study: Study) -> None:
     _refuse_changed(opened, study, 1 + opened.user_attrs[GENERATION])
 
 
-def check_fingerprints(study: optuna.Study, *, data: str, model: str) -> None:
-    """Hold a study to one data set and one model: stored at the first call, compared at each later one.
+def check_fingerprints(study: optuna.Study, *, data: str, model: str, others: Sequence[str] = ()) -> None:
+    """Hold a study to its data and its models: stored at the first call, compared at each later one.
+
+    Args:
+        study: in Optuna's database.
+        data: fingerprint of the base configuration's data.
+        model: of its model.
+        others: of the other models that the study's trials may have, in the order of its definition.
 
     Raises:
         DefinitionChanged: the data or the model are not those the study's trials used.
     """
-    _hold(study, FINGERPRINTS, {"data": data, "model": model})
+    # By number, since a model's path may differ between machines.
+    more = {f"model {number}": each for number, each in enumerate(others, start=2)}
+    _hold(study, FINGERPRINTS, {"data": data, "model": model, **more})
 
 
 def check_strategy(study: optuna.Study, strategy: str) -> None:
@@ -113,6 +140,24 @@ def check_strategy(study: optuna.Study, strategy: str) -> None:
         DefinitionChanged: its trials were sampled with another.
     """
     _hold(study, STRATEGY, {"strategy": strategy})
+
+
+def held_strategy(storage: RetryingStorage, name: str) -> str | None:
+    """The strategy that the latest generation of a study was begun with; None if there is none, or it is older."""
+    generations = _generations(storage, name)
+    for found in storage.get_all_studies():
+        if generations and found.study_name == generations[max(generations)]:
+            held = found.user_attrs.get(STRATEGY)
+            return held["strategy"] if held else None
+    return None
+
+
+def hold_prior(study: optuna.Study, prior: Prior | None) -> Prior | None:
+    """Hold a study to the prior that it was begun with: stored at the first call, returned at each later one."""
+    if PRIOR not in study.user_attrs:
+        study.set_user_attr(PRIOR, None if prior is None else {"centre": prior.centre, "width": prior.width})
+    held = study.user_attrs[PRIOR]
+    return None if held is None else Prior(**held)
 
 
 def _generations(storage: RetryingStorage, name: str) -> dict[int, str]:

@@ -14,13 +14,18 @@ from trainer.common.errors import UserError, nearest, shown
 
 COMMANDS = {
     "run": ("search.run", "search hyperparameters; run again to continue a study"),
+    "confirm": ("search.confirm", "train the leaders of a study again with other seeds, for a verdict"),
     "report": ("search.report.__main__", "write the tuning log from the records"),
     "replay": ("search.replay", "train a trial again, and compare every loss"),
     "deliver": ("search.deliver", "deliver to MLflow what it did not take while it was away"),
+    "evaluate": ("search.evaluate", "BLEU, ROUGE-L and CIDEr-D of a study's best trials and of the base"),
+    "export": ("search.export", "the winner's adapter with a model card, for PEFT and the hub"),
     "diagnose": ("search.diagnose", "findings from recorded loss curves"),
+    "clean": ("search.clean", "what checkpoints and old generations of a study take, and what could go"),
     "ui": ("search.ui", "MLflow's pages and optuna-dashboard together"),
     "dashboard": ("search.dashboard", "optuna-dashboard behind a check of names, origins and a password"),
     "check": ("trainer.data.check", "look at a data folder: what is wrong, cut, repeated, or there twice"),
+    "caption": ("trainer.caption", "caption images with an adapter, or with the base alone"),
     "train": ("trainer.run", "one configuration, without a search"),
 }
 """(module with a Typer `app`, what it does) by command."""

@@ -6,37 +6,32 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from search.options import SearchOptions
+    from search.preflight import Checked
     from search.study import Study
-    from trainer.data.dataset import Examined
 
 
-def show(study: Study, options: SearchOptions, n_trials: int, examined: Examined) -> None:
+def show(study: Study, options: SearchOptions, n_trials: int, checked: Checked) -> None:
     """Print what would run, and the configuration of the first sampled trial."""
     import optuna
 
-    from search import leaderboard, preflight
+    from search import leaderboard
+    from search.pruning import default_pruner
     from search.sampling import params, staged
-    from search.sampling.make import make_sampler
-    from trainer.data import dataset
+    from search.sampling.make import default_strategy, make_sampler
     from trainer.model import memory
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     print(f"study {study.name}: {study.description}")
-    print(
-        f"{n_trials} trials, strategy {options.strategy}, sampler {study.sampler}, pruner {options.pruner}, "
-        f"seed {study.seed}"
-    )
+    strategy = options.strategy or default_strategy(study)
+    pruner = options.pruner or default_pruner(strategy)
+    print(f"{n_trials} trials, strategy {strategy}, sampler {study.sampler}, pruner {pruner}, seed {study.seed}")
+    examined = checked.examined
     skipped = f", {len(examined.bad)} bad ones skipped" if examined.bad else ""
     print(f"data {examined.folder}: {len(examined.rows)} rows{skipped}, fingerprint {examined.fingerprint}")
-    text = preflight.text_of(study, examined)
-    if text is not None:
-        print(text.summary())
-        for warning in text.warnings():
-            print(f"warning: {warning}")
-    base = study.base_config()
     print(f"layout: {examined.layout}")
-    for line in dataset.split(examined, base).facts.lines():
+    for line in checked.lines()[1:]:
         print(f"  {line}")
+    base = study.base_config()
     need = memory.needed(base.model, base.torch_dtype)
     if need is not None:
         print(f"base {base.model}: {need} in {base.torch_dtype}")
@@ -47,7 +42,7 @@ def show(study: Study, options: SearchOptions, n_trials: int, examined: Examined
         print(f"given by hand: {fixed.label}: {dict(fixed.config)}")
 
     # A study in memory samples what the first trial would be.
-    dry = optuna.create_study(sampler=make_sampler(study, options.strategy, n_trials))
+    dry = optuna.create_study(sampler=make_sampler(study, strategy, n_trials))
     trial = dry.ask()
     params.suggest(trial, study)
     config = study.config(trial.params, staged.stage_overrides(trial))

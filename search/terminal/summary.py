@@ -6,10 +6,15 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from optuna.trial import TrialState
+
 from search import leaderboard
-from search.leaderboard import Result
+from search.planning.plan import is_repeat
 from search.records import TrialRecord
+from search.result import INTERRUPTED, Result
 from search.urls import has_secret, shown
+from search.verdict import text
+from search.verdict.race import Verdict
 from search.workers.protocol import Job
 
 if TYPE_CHECKING:
@@ -18,23 +23,27 @@ if TYPE_CHECKING:
     from search.places import Places
 
 
-def headline(job: Job, study: optuna.Study, done: int, waiting: int) -> str:
-    """One line about what is about to run."""
+def headline(job: Job, study: optuna.Study, done: int) -> str:
+    """One line about what is about to run; `done` trials count towards the total, waiting ones included."""
+    held_back = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    waiting = sum(not is_repeat(trial) for trial in held_back)
     finished = f", {done - waiting} done" if done - waiting else ""
     held = f", {waiting} waiting" if waiting else ""
+    if len(held_back) > waiting:
+        held += f", {len(held_back) - waiting} repeats waiting"
     return (
         f"study {study.study_name}: {job.n_trials} trials{finished}{held}; "
         f"{len(job.examined.rows)} captioned images; files in {job.folder}"
     )
 
 
-def study_tags(trials: Sequence[TrialRecord]) -> dict[str, str]:
+def study_tags(trials: Sequence[TrialRecord], verdict: Verdict | None = None) -> dict[str, str]:
     """Tags of the study's own MLflow run."""
     best = leaderboard.best(trials)
     tags = {"summary": leaderboard.summary(trials)}
     if best is not None and best.value is not None:
         tags |= {"best_trial": str(best.number), "best_val_loss": f"{best.value:.6f}"}
-    return tags
+    return tags if verdict is None else tags | text.tags(verdict)
 
 
 def sum_up(console: Any, result: Result, places: Places) -> None:
@@ -57,6 +66,14 @@ def sum_up(console: Any, result: Result, places: Places) -> None:
         say(f"\nBest: trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}")
         say(leaderboard.training_config(best.config))
         say(f"\nadapter  {result.adapter}")
+    if result.verdict is not None:
+        say(f"\nVerdict: {text.sentence(result.verdict)}")
+        for line in text.table(result.verdict):
+            say(f"  {line}")
+        named = next((t for t in result.trials if t.number == result.verdict.choice), None)
+        if named is not None and named is not best and result.verdict.kind in ("winner", "tied"):
+            say(f"  adapter of trial {named.number}: {leaderboard.adapter(result.folder, named)}")
+        say()
     say(f"files    {result.folder}")
     for path in result.logs:
         if path.suffix == ".md":
@@ -68,7 +85,7 @@ def sum_up(console: Any, result: Result, places: Places) -> None:
     failed = leaderboard.all_failed(result.trials)
     if failed:
         say(f"\n{failed}")
-    if result.code in leaderboard.INTERRUPTED:
+    if result.code in INTERRUPTED:
         say("\nInterrupted; the same command continues the study.")
     if result.undelivered is not None:
         by_hand = places.command("python", "-m", "search.deliver", "--study", result.study_name)

@@ -18,12 +18,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from search import records
 from search.errors import StorageError, Unavailable
 from search.records import STUDY_ID
-from search.tracking import address, experiments
+from search.tracking import address, experiments, models
 from search.tracking.environment import here, run_tags
 from search.tracking.errors import translated
 from search.tracking.library import VERSION, Metric, MlflowClient, MlflowException, Param, Run, RunTag
 from search.tracking.mlflow_private import AWAY, NOTE, OTHER_SCHEMA, PARENT_RUN
-from search.tracking.outbox import Outbox, Point, Status, is_local
+from search.tracking.outbox import DataUsed, Model, Outbox, Point, Status, is_local
 from search.tracking.reader import ClientReader, Reader, RunCurves, SqlReader, epoch_records, search, step_records
 from search.tracking.recorder import CLOSE_S, Logged, RunRecorder
 from search.tracking.sqlite import fill_in_one_go, relocate
@@ -305,6 +305,14 @@ class Tracking:
         """Keep a copy of a file with the run."""
         with translated(f"keeping {path.name} with run {run_id}"):
             self._client.log_artifact(run_id, str(path), folder)
+
+    def log_data(self, run_id: str, data: DataUsed) -> None:
+        """Name the data that a run trains on. Doing it twice leaves one."""
+        models.log_data(self._client, run_id, data)
+
+    def keep_model(self, run_id: str, model: Model) -> None:
+        """Keep an adapter as the run's model, and register it. Doing it twice leaves one."""
+        models.keep(self._client, run_id, model)
 
     # ------------------------------------------------------------------ reading
 

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 from search.errors import StorageError, Unavailable
@@ -24,7 +23,6 @@ from search.tracking.outbox import (
     Create,
     Damaged,
     Entry,
-    File,
     Kept,
     Outbox,
     Point,
@@ -220,10 +218,6 @@ class Delivery:
                 tracking.parent_run(self._study, entry.tags)
             case Resume():
                 tracking.resume_run(progress.target, entry.tags)
-            case File():
-                path = Path(entry.path)
-                if path.is_file():  # otherwise it was deleted in the meantime
-                    tracking.log_artifact(progress.target, path, entry.folder)
             case _:
                 send(tracking, progress.target, entry)
 

@@ -21,11 +21,35 @@ from trainer.common.imports import without_module
 
 with without_module("pandas"):  # for datasets that runs could name: 0.2 s
     from mlflow import __version__ as VERSION
-    from mlflow.entities import Experiment, Metric, Param, Run, RunTag
+    from mlflow.entities import (
+        Dataset,
+        DatasetInput,
+        Experiment,
+        InputTag,
+        LoggedModelOutput,
+        Metric,
+        Param,
+        Run,
+        RunTag,
+    )
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-__all__ = ["VERSION", "Experiment", "Metric", "MlflowClient", "MlflowException", "Param", "Run", "RunTag", "preload"]
+__all__ = [
+    "VERSION",
+    "Dataset",
+    "DatasetInput",
+    "Experiment",
+    "InputTag",
+    "LoggedModelOutput",
+    "Metric",
+    "MlflowClient",
+    "MlflowException",
+    "Param",
+    "Run",
+    "RunTag",
+    "preload",
+]
 
 logging.getLogger(mlflow_private.DATABASE_LOGGER).setLevel(logging.CRITICAL)
 

@@ -90,6 +90,32 @@ class File:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataUsed:
+    """The data that a run trains on, as MLflow's dataset input."""
+
+    name: str
+    digest: str
+    """Fingerprint of rows and images."""
+    source: str
+    profile: dict[str, str]
+    """Sizes and rule of the split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """An adapter as the run's model, registered; its files are those at the time of delivery."""
+
+    path: str
+    """Folder of the adapter."""
+    name: str
+    """Of the registered model."""
+    alias: str
+    step: int
+    metrics: dict[str, float]
+    params: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class End:
     """The run ended."""
 
@@ -106,7 +132,7 @@ class Damaged:
     line: str
 
 
-Entry = Create | StudyBegun | Resume | Write | Text | File | End | Damaged
+Entry = Create | StudyBegun | Resume | Write | Text | File | DataUsed | Model | End | Damaged
 _KINDS: dict[str, type[Any]] = {
     "create": Create,
     "study": StudyBegun,
@@ -114,6 +140,8 @@ _KINDS: dict[str, type[Any]] = {
     "write": Write,
     "text": Text,
     "file": File,
+    "data": DataUsed,
+    "model": Model,
     "end": End,
     "damaged": Damaged,
 }

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from search.errors import StorageError
-from search.records import INTERRUPTED, LOST, epoch_record
-from search.tracking.outbox import End, Outbox, Point, Status
+from search.records import INTERRUPTED, LOST, PAUSED, epoch_record
+from search.tracking.outbox import DataUsed, End, Outbox, Point, Status
 from search.tracking.writer import RunStore, Writer
 from trainer.events import (
     Diverged,
@@ -89,7 +89,7 @@ def run_status(state: str, reason: str | None = None) -> Status:
     """
     if state in ("COMPLETE", "PRUNED"):
         return "FINISHED"
-    return "KILLED" if reason in (INTERRUPTED, LOST) else "FAILED"
+    return "KILLED" if reason in (INTERRUPTED, PAUSED, LOST) else "FAILED"
 
 
 def run_facts(event: RunStarted) -> dict[str, str]:
@@ -111,6 +111,15 @@ def run_facts(event: RunStarted) -> dict[str, str]:
     if event.resumed_from_epoch:
         facts["resumed_from_epoch"] = event.resumed_from_epoch
     return {**{key: str(value) for key, value in facts.items()}, **event.split}
+
+
+def _data(event: RunStarted) -> list[DataUsed]:
+    if not event.data:
+        return []
+    sizes = {"num_train": str(event.num_train_samples), "num_val": str(event.num_val_samples)}
+    name = event.data.rstrip("/").rpartition("/")[2]
+    profile = {**sizes, **event.split}
+    return [DataUsed(name=name, digest=event.data_fingerprint, source=event.data, profile=profile)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +183,7 @@ class RunRecorder:
                 texts = {"adapted_modules.txt": "\n".join(event.adapted_modules) + "\n"}
                 if event.skipped_rows:
                     texts["skipped_rows.txt"] = "\n".join(event.skipped_rows) + "\n"
-                self.writer.put(tags=run_facts(event), texts=texts, now=True)
+                self.writer.put(tags=run_facts(event), texts=texts, others=_data(event), now=True)
             case MicroBatchReduced():
                 tags = {
                     "micro_batch_size": str(event.micro_batch_size),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,17 @@ from search.tracking.outbox import (
     End,
     Entry,
     File,
+    Model,
     Outbox,
+    Point,
     Resume,
     Status,
     StudyBegun,
+    Write,
     local_id,
 )
 from search.tracking.recorder import RunRecorder
+from search.tracking.writer import send
 
 log = logging.getLogger("search.tracking.runs")
 
@@ -93,6 +97,14 @@ class StudyRuns:
     def keep(self, path: Path, folder: str | None = None) -> None:
         """Keep a copy of a file with the study's run."""
         self._write(STUDY, File(path=str(path.absolute()), folder=folder))
+
+    def add(self, run_id: str, points: Sequence[Point], tags: Mapping[str, str]) -> None:
+        """Metrics and tags for a run that has ended (`outbox.STUDY` for the study's own)."""
+        self._write(run_id, Write(points=list(points), tags=dict(tags)))
+
+    def keep_model(self, run_id: str, model: Model) -> None:
+        """Keep an adapter as a run's model, and register it."""
+        self._write(run_id, model)
 
     def close_dangling(self, is_dead: Callable[[Mapping[str, str]], bool]) -> None:
         """End the runs that dead processes left RUNNING; a later call does, if MLflow is away."""
@@ -160,15 +172,16 @@ class StudyRuns:
             self._place = (tracking.experiment(self.study), tracking.some_parent(self.study, {}))
         return self._place
 
-    def _write(self, run_id: str, entry: End | File) -> None:
+    def _write(self, run_id: str, entry: End | File | Write | Model) -> None:
         if not self.outbox.runs():
             try:
                 tracking = self.connect()
                 target = self._where(tracking)[1] if run_id == STUDY else tracking.resolve(self.study, run_id)
-                if isinstance(entry, End):
-                    tracking.end_run(target, entry.status, entry.tags, entry.description, entry.end_ms)
-                else:
-                    tracking.log_artifact(target, Path(entry.path), entry.folder)
+                match entry:
+                    case File():
+                        tracking.log_artifact(target, Path(entry.path), entry.folder)
+                    case _:
+                        send(tracking, target, entry)
                 return
             except Unavailable as error:
                 log.warning("run %s: %s", run_id, error)
@@ -176,7 +189,7 @@ class StudyRuns:
 
     def _append_once(self, run_id: str, entry: Entry) -> None:
         """Keep an entry; a file only once, since it is delivered as it is at that time."""
-        if isinstance(entry, File) and any(kept.entry == entry for kept in self.outbox.read(run_id)):
+        if isinstance(entry, File | Model) and any(kept.entry == entry for kept in self.outbox.read(run_id)):
             return
         self.outbox.append(run_id, [entry])
 

@@ -6,10 +6,23 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 from search.errors import StorageError, Unavailable
-from search.tracking.outbox import End, Entry, Outbox, Point, Status, Text, Write, count
+from search.tracking.outbox import (
+    DataUsed,
+    End,
+    Entry,
+    File,
+    Model,
+    Outbox,
+    Point,
+    Status,
+    Text,
+    Write,
+    count,
+)
 
 PAUSE_S = 2.0
 """Seconds between two writes of a run, at least: a call of MLflow's costs as much as a hundred metrics, and epochs of
@@ -25,6 +38,9 @@ class RunStore(Protocol):
 
     def write(self, run_id: str, points: Iterable[Point], tags: Mapping[str, str]) -> None: ...
     def log_text(self, run_id: str, text: str, file: str) -> None: ...
+    def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None: ...
+    def log_data(self, run_id: str, data: DataUsed) -> None: ...
+    def keep_model(self, run_id: str, model: Model) -> None: ...
     def end_run(
         self, run_id: str, status: Status, tags: Mapping[str, str], description: str, end_ms: int | None = None
     ) -> None: ...
@@ -46,6 +62,7 @@ class Writer(threading.Thread):
         self._points: list[Point] = []
         self._tags: dict[str, str] = {}
         self._texts: dict[str, str] = {}
+        self._others: list[File | DataUsed] = []
         self._end: End | None = None
         self._due = False
         self._closing = False
@@ -62,6 +79,7 @@ class Writer(threading.Thread):
         points: Iterable[Point] = (),
         tags: Mapping[str, str] | None = None,
         texts: Mapping[str, str] | None = None,
+        others: Iterable[File | DataUsed] = (),
         *,
         now: bool = False,
     ) -> None:
@@ -70,6 +88,7 @@ class Writer(threading.Thread):
             self._points.extend(points)
             self._tags.update(tags or {})
             self._texts.update(texts or {})
+            self._others.extend(others)
             if now and not self._due:
                 self._due = True
                 self._changed.notify()
@@ -138,6 +157,7 @@ class Writer(threading.Thread):
             if self._points or self._tags:
                 entries.append(Write(points=list(self._points), tags=dict(self._tags)))
             entries += [Text(text=text, file=file) for file, text in self._texts.items()]
+            entries += self._others
             if self._end is not None:
                 entries.append(self._end)
             return entries
@@ -152,6 +172,8 @@ class Writer(threading.Thread):
                         self._tags = {k: v for k, v in self._tags.items() if entry.tags.get(k) != v}
                     case Text() if self._texts.get(entry.file) == entry.text:
                         del self._texts[entry.file]
+                    case File() | DataUsed():
+                        self._others.remove(entry)
                     case End():
                         self._end = None
 
@@ -196,6 +218,15 @@ def send(store: RunStore, run_id: str, entry: Entry) -> None:
             store.write(run_id, entry.points, entry.tags)
         case Text():
             store.log_text(run_id, entry.text, entry.file)
+        case File():
+            path = Path(entry.path)
+            if path.is_file():  # otherwise it was deleted in the meantime
+                store.log_artifact(run_id, path, entry.folder)
+        case DataUsed():
+            store.log_data(run_id, entry)
+        case Model():
+            if Path(entry.path).is_dir():
+                store.keep_model(run_id, entry)
         case End():
             store.end_run(run_id, entry.status, entry.tags, entry.description, entry.end_ms)
         case _:

@@ -44,6 +44,10 @@ class Executor:
         """
         return None if self.kind == "ray" else next(iter(device_groups(gpus(), self.gpus_per_worker)), "")
 
+    def workers_here(self) -> int | None:
+        """Worker processes on this machine; None on Ray, whose nodes have their own."""
+        return None if self.kind == "ray" else self.workers or max(1, len(gpus()) // self.gpus_per_worker)
+
     def pool(self, databases: Mapping[str, str]) -> WorkerPool:
         """The worker processes, not yet started.
 
@@ -57,5 +61,5 @@ class Executor:
             from search.workers.ray_pool import RayPool
 
             return RayPool(self.workers, self.gpus_per_worker, self.ray_address, databases)
-        count = self.workers or max(1, len(gpus()) // self.gpus_per_worker)
+        count = self.workers_here() or 1
         return WorkerPool(count, max(1, len(os.sched_getaffinity(0)) // count), self.gpus_per_worker)

@@ -18,7 +18,9 @@ from typing import Any, Protocol
 
 from search.options import LOST_AFTER_S
 from search.places import Places
+from search.planning.prior import Prior
 from search.study import Study
+from search.verdict.leaders import Rules
 from trainer.data.dataset import Examined
 from trainer.events import EpochEnded, RunStarted, StepEnded
 
@@ -40,6 +42,8 @@ class Job:
     n_trials: int
     strategy: str
     pruner: str
+    prior: Prior | None = None
+    """Of good effective rates; None for the one that comes with the program."""
     examined: Examined
     threads: int
     """BLAS threads of a worker."""
@@ -49,6 +53,10 @@ class Job:
     """Trials that a worker trains at once; None for as many as pay and fit."""
     lost_after_s: float = LOST_AFTER_S
     """Seconds without a heartbeat after which other hosts take the trials over."""
+    confirm: Rules | None = None
+    """How the leaders are repeated once the search has nothing left; None if they are not."""
+    captions: int = 0
+    """Validation images that each trial which completes captions."""
     one_by_one: int = 0
     """Trials to be run alone first: those of a worker that died with several, one of which may have killed it."""
 

@@ -21,14 +21,17 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from search import diagnosis, pruning, records
+from search import captions, diagnosis, pruning, records
+from search.captions import Captioned
 from search.dashboards import notes
 from search.errors import DatabaseAway
 from search.records import Outcome
 from search.sampling import params, staged
 from search.storage import lifecycle, optuna_private
+from search.storage.searched import searched
 from search.workers.protocol import Notice, Order, Progress, TrialEnded, TrialStarted
 from search.workers.trial_tracking import TrialContext, TrialTracking
+from trainer.checkpoint import folder_of
 from trainer.events import Diverged, EpochEnded, Event, OutOfMemory, RunStarted, StepEnded
 from trainer.loop import history_of
 
@@ -46,7 +49,12 @@ class TrialRun:
         self.study = context.study
         overrides = {**trial.user_attrs.get(records.OVERRIDES, {}), **staged.stage_overrides(trial)}
         self.config = context.job.study.config(trial.params, overrides)
+        self.repeat_of: int | None = trial.user_attrs.get(records.REPEAT_OF)
+        """Number of the trial that this one repeats, with another seed: nothing stops it before its last epoch."""
+        self.last_epoch: int = trial.user_attrs.get(records.TRAINS_TO, self.config.num_epochs)
         self.folder = Path()
+        self._search = searched(context.study)
+        """The study as the pruner is to see it."""
         self.over = False
         """Whether nothing more is to be done for it here. A trial whose end could not be recorded is not over."""
         self.taken_over = False
@@ -59,6 +67,7 @@ class TrialRun:
         self._began = time.monotonic()
         self._last_shown = 0.0
         self._findings: tuple[diagnosis.Finding, ...] = ()
+        self._captioned: Captioned | None = None
 
     def begin(self) -> Outcome | None:
         """Record what is run, open its MLflow run, and take in what its checkpoint remembers.
@@ -73,16 +82,18 @@ class TrialRun:
             TrialStarted(
                 number=self.trial.number,
                 config=self.config.model_dump(mode="json"),
-                label=self.trial.user_attrs.get(records.LABEL),
+                label=self._tracking.label,
                 resumed_from_epoch=len(history),
             )
         )
         for epoch in history:  # nothing an epoch measured is lost, should its report have been
             self._tracking.record(epoch)
             outcome = self._epoch(epoch, from_checkpoint=True)
-            if outcome is not None:
+            if outcome is not None and (outcome.reason != records.PAUSED or self._may_pause_at(epoch, history)):
                 return outcome
-        return self._finished() if len(history) >= self.config.num_epochs else None
+        if records.GIVEN_UP in self.trial.user_attrs:
+            return pruning.settled(self.study, self._frozen(), self.trial.user_attrs[records.GIVEN_UP])
+        return self._finished() if len(history) >= self.last_epoch else None
 
     def take(self, event: Event) -> Outcome | None:
         """Record an event and judge it; the outcome if it ends the trial."""
@@ -100,7 +111,7 @@ class TrialRun:
                 outcome = self._epoch(event, from_checkpoint=False)
                 if outcome is not None:
                     return outcome
-                if event.epoch >= self.config.num_epochs:
+                if event.epoch >= self.last_epoch:
                     return self._finished()
                 if self._context.link.order() >= Order.END_AFTER_EPOCH:
                     return self.interrupted()
@@ -161,7 +172,7 @@ class TrialRun:
     def left_s(self) -> float:
         """Seconds that are left to train, by its last epoch."""
         epochs = [event for event in self._events if isinstance(event, EpochEnded)]
-        return (self.config.num_epochs - epochs[-1].epoch) * epochs[-1].timing.epoch_s if epochs else math.inf
+        return (self.last_epoch - epochs[-1].epoch) * epochs[-1].timing.epoch_s if epochs else math.inf
 
     def _prepare(self) -> Path:
         """Record what is run, and where its files lie."""
@@ -204,9 +215,13 @@ class TrialRun:
             self._reported[event.epoch] = event.val_loss
         self._send(event, from_checkpoint=from_checkpoint)
         # Judge.
-        if event.epoch >= self.config.num_epochs:
-            return None  # it has had all its epochs: nothing is left to save
-        return pruning.verdict(self.study, self._frozen())
+        if event.epoch >= self.last_epoch or self.repeat_of is not None:
+            return None  # it has had all its epochs, or is to have them: nothing is left to save
+        return pruning.verdict(self._search, self._frozen())
+
+    def _may_pause_at(self, epoch: EpochEnded, history: Sequence[EpochEnded]) -> bool:
+        """Whether a trial that goes on from its checkpoint may pause there: only if it ended before it could."""
+        return epoch is history[-1] and self.trial.user_attrs.get(records.PAUSED_AT) != epoch.epoch
 
     def _finished(self) -> Outcome:
         """The outcome of a trial that has had all its epochs."""
@@ -214,10 +229,16 @@ class TrialRun:
             return Outcome(state="PRUNED", reason=records.PROBE, detail="the probe of stability came through")
         if self._best() is None:
             return _constrained(records.NON_FINITE, "no epoch had a finite validation loss")
+        if self.repeat_of is not None:
+            detail = f"trial {self.repeat_of} again to its best epoch, {self.last_epoch}, with another seed"
+            return Outcome(state="PRUNED", reason=records.REPEAT, detail=detail)
         return Outcome(state="COMPLETE", reason=records.FINISHED, detail=f"{self.config.num_epochs} epochs done")
 
     def _best(self) -> tuple[float, int] | None:
-        """(lowest finite validation loss, its epoch)."""
+        """(lowest finite validation loss, its epoch); of a repeat that has had its epochs, the loss after the last."""
+        if self.repeat_of is not None and self.last_epoch in self._reported:
+            loss = self._reported[self.last_epoch]
+            return (loss, self.last_epoch) if math.isfinite(loss) else None
         finite = [(loss, epoch) for epoch, loss in self._reported.items() if math.isfinite(loss)]
         return min(finite) if finite else None
 
@@ -225,7 +246,9 @@ class TrialRun:
         """Tell Optuna the outcome. Attributes first: a finished trial takes none."""
         self._context.check()
         if outcome.state == "WAITING":
-            lifecycle.park(self.study, self.trial)
+            if outcome.reason == records.PAUSED:
+                self.trial.set_user_attr(records.PAUSED_AT, max(self._reported))
+            lifecycle.park(self.study, self.trial, outcome.reason)
             return
         best = self._best()
         curve = diagnosis.curve_from_events(self.config, self._events, reason=outcome.reason)
@@ -238,6 +261,7 @@ class TrialRun:
         if best is not None:
             self.trial.set_user_attr(records.BEST_EPOCH, best[1])
         params.mark_constraints(self.trial, outcome.violated)
+        self._caption(outcome)
         self._annotate(outcome, curve.epochs)
         if outcome.state == "COMPLETE":
             assert best is not None
@@ -250,6 +274,19 @@ class TrialRun:
         self.trial.set_user_attr(records.DETAIL, outcome.detail)
         self.study.tell(self.trial, state=TrialState.FAIL)
 
+    def _caption(self, outcome: Outcome) -> None:
+        """Caption a few images with the best adapter, if the trial is complete."""
+        captioning, best = self._context.captioning, self._best()
+        if captioning is None or best is None or outcome.state != "COMPLETE":
+            return
+        trained_s = sum(event.timing.epoch_s for event in self._events if isinstance(event, EpochEnded))
+        said = captioning.of(self.config, folder_of(self.folder, best[1]) / "adapter", trained_s)
+        if said is not None:
+            self._captioned = said
+            self.trial.set_user_attr(captions.CAPTIONS, list(said.captions))
+            self.trial.set_user_attr(captions.SECONDS, round(said.seconds, 4))
+            self._tracking.caption(said)
+
     def _annotate(self, outcome: Outcome, epochs: Sequence[records.EpochRecord]) -> None:
         """Write the trial's note and plot for optuna-dashboard."""
         try:
@@ -261,6 +298,7 @@ class TrialRun:
                 epochs=epochs,
                 config=self.config.model_dump(mode="json"),
                 run=self._tracking.page(),
+                captioned=self._captioned,
             )
         except Exception:  # a note is not worth a trial
             log.exception("trial %d: its note could not be written", self.trial.number)

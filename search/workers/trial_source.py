@@ -1,4 +1,4 @@
-"""Where a worker gets its trials: counted, asked for and sampled, by one worker at a time."""
+"""Where a worker gets its trials: counted, asked for, sampled and at last repeated, by one worker at a time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from search.sampling.staged import stage_overrides
 from search.storage import lifecycle
 from search.storage.database import exclusive
 from search.storage.optuna_private import latest
+from search.storage.queue import LongestFirst
 from search.storage.retry import RetryingStorage
 from search.storage.studies import check_definition
 from search.workers.protocol import Job
+from search.workers.repeats import Repeats
 from trainer.common.errors import ConfigError
 
 log = logging.getLogger("search.workers.trial_source")
@@ -48,7 +50,7 @@ class TrialSource:
 
     def __init__(
         self,
-        study: optuna.Study,
+        study: LongestFirst,
         storage: RetryingStorage,
         job: Job,
         identity: Mapping[str, Any],
@@ -62,6 +64,9 @@ class TrialSource:
         self._identity = dict(identity)
         self._say = say
         self._check = check
+        self._repeats = None
+        if job.confirm is not None:
+            self._repeats = Repeats(study, job.study, job.confirm, job.n_trials, job.examined)
         self._definition_is_kept = False
         """Whether a trial was asked for: from then on the study keeps its definition, which need not be checked."""
 
@@ -98,7 +103,7 @@ class TrialSource:
             with exclusive(self._storage):
                 if tries > 1:  # the database went away meanwhile, and may have handed out a trial before it did
                     lifecycle.put_back(self._study, self._identity, began)
-                if not lifecycle.needs_another(self._study, self._job.n_trials):
+                if not self._study.has_next(self._job.n_trials) and not (self._repeats and self._repeats.enqueue()):
                     return None, None
                 if not self._definition_is_kept:
                     check_definition(self._study, self._job.study)
@@ -106,6 +111,8 @@ class TrialSource:
                 trial = self._study.ask()
                 trial.set_user_attr(records.WORKER, self._identity)
                 lifecycle.heartbeat(self._study, trial)  # a trial that was parked has an old one
+                if self._study.given_up is not None:
+                    trial.set_user_attr(records.GIVEN_UP, self._study.given_up)
                 why = self._complete(trial)
                 if why is not None:
                     trial.set_user_attr(records.REASON, records.ERROR)

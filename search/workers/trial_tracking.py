@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import optuna
 
-from search import diagnosis, leaderboard, records
+from search import captions, diagnosis, leaderboard, records
 from search.diagnosis import messages
 from search.errors import StorageError
 from search.markdown import escape
 from search.records import Outcome
+from search.tracking.outbox import File
 from search.tracking.pages import pages_of, run_page
 from search.tracking.recorder import run_status
 from search.tracking.runs import StudyRuns
@@ -22,7 +24,9 @@ from trainer.config import TrainConfig
 from trainer.events import Event
 
 if TYPE_CHECKING:
+    from search.captions import Captioned
     from search.tracking.recorder import RunRecorder
+    from search.workers.captioning import Captioning
 
 COLOURS = (
     "#0072b2",
@@ -37,8 +41,14 @@ COLOURS = (
     "#a6761d",
 )
 """Colours of runs in MLflow's charts, which by itself gave two of five trials the same."""
-TAGGED = (records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT, records.SLOTS)
+TAGGED = (
+    *(records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT, records.SLOTS),
+    *(records.REPEAT_OF, records.BLOCK),
+)
 """User attributes that are also tags of the run."""
+
+LOGGED_TABLES = "mlflow.loggedArtifacts"
+"""Tag by which MLflow's pages find the tables among a run's artifacts."""
 
 log = logging.getLogger("search.workers.trial_tracking")
 
@@ -55,6 +65,8 @@ class TrialContext:
     """Trials that its worker trains at once; recorded with it."""
     check: Callable[[], None] = lambda: None
     """Raises StudyGone if the study is not there any more: its number may be another's by then."""
+    captioning: Captioning | None = None
+    """Captions a few images with each trial that completes; None for no captions."""
 
 
 class TrialTracking:
@@ -138,15 +150,36 @@ class TrialTracking:
         except StorageError:
             log.exception("trial %d: its run could not be ended", self._trial.number)
 
+    def caption(self, said: Captioned) -> None:
+        """Keep captions with the run: an artifact table with the images, and a page."""
+        assert self._recorder is not None
+        title = f"{self._context.job.study_name}, trial {self._trial.number}"
+        names = [f"images/{file.name}" for file in said.files]
+        texts = {
+            captions.TABLE: captions.table(said.pictured, said.captions, names),
+            captions.PAGE: captions.page(said.pictured, said.captions, said.pictures, title),
+        }
+        tags = {LOGGED_TABLES: json.dumps([{"path": captions.TABLE, "type": "table"}])}
+        files = [File(path=str(file.absolute()), folder="images") for file in said.files]
+        self._recorder.writer.put(tags=tags, texts=texts, others=files)
+
     def page(self) -> str | None:
         """Address of the run's page in MLflow, None if MLflow was away when it began."""
         assert self._recorder is not None
         server = pages_of(self._context.job.places.tracking_uri)
         return run_page(server, self._context.runs.experiment_id(), self._recorder.run_id)
 
+    @property
+    def label(self) -> str | None:
+        """What the trial is called beside its number: its label, or what it repeats with which seed."""
+        attrs = self._trial.user_attrs
+        if records.REPEAT_OF in attrs:
+            return f"repeat of {attrs[records.REPEAT_OF]}, seed {self._config.seed}"
+        return attrs.get(records.LABEL)
+
     def _name(self) -> str:
         """The run's name: legends of MLflow's charts show nothing else, so it holds what tells trials apart."""
-        label = self._trial.user_attrs.get(records.LABEL)
+        label = self.label
         config = self._config
         rate = leaderboard.show_value("learning_rate", config.learning_rate)
         what = f"lr={rate} r={config.lora_r} a={config.lora_alpha:g} b={config.batch_size}"

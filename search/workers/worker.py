@@ -19,14 +19,15 @@ from search import pruning, records
 from search.errors import DatabaseAway
 from search.processes import this_process
 from search.records import Outcome
-from search.sampling.make import make_sampler
-from search.sampling.params import fits
+from search.sampling.make import FREEZE_THAW, make_sampler
+from search.space import fits
 from search.storage import lifecycle, studies
 from search.storage.database import reopen_storage
 from search.storage.identity import Watch
 from search.storage.queue import LongestFirst
 from search.tracking.runs import StudyRuns
 from search.workers import slots
+from search.workers.captioning import Captioning
 from search.workers.hand_over import HandingOver
 from search.workers.heartbeat import beating
 from search.workers.protocol import Idle, Job, Link, Loading, Notice, Order, SlotsChosen
@@ -39,6 +40,8 @@ from trainer.common.errors import UserError
 from trainer.events import Event
 from trainer.loop import Pack, RunError
 from trainer.member import Member
+from trainer.model.base import fingerprint
+from trainer.model.locate import fetch
 from trainer.model.peft_format import resolve_targets
 from trainer.workbench import Workbench
 
@@ -66,12 +69,14 @@ class Worker:
         self.base = job.study.base_config()
         self.storage = reopen_storage(job.places.storage_url, grace_s=round(job.lost_after_s))
         self.storage.say = lambda text: link.send(Notice(text=text))
-        self.storage.fits = fits(job.study)
+        self.storage.fits = fits(job.study.space)
         self.study = LongestFirst(
             job.study_name,
             self.storage,
-            make_sampler(job.study, job.strategy, job.n_trials),
-            pruning.pruner_for(job.pruner, job.study),
+            make_sampler(job.study, job.strategy, job.n_trials, job.prior),
+            pruning.pruner_for(
+                job.pruner, job.study, job.n_trials, prior=job.prior, proposes=job.strategy == FREEZE_THAW
+            ),
             job.study,
             len(job.examined.rows),
         )
@@ -80,6 +85,7 @@ class Worker:
         self.bench = Workbench(job.examined, self.base.data)
         identity = {**this_process(), lifecycle.LOST_AFTER: job.lost_after_s}
         self.source = TrialSource(self.study, self.storage, job, identity, self._say, self.watch.check)
+        self._captioning = Captioning(self.study, self.base, self.bench, job.folder, job.captions)
         self._room = Room(Slots(1), one_by_one=job.one_by_one)
         self._handing_over = HandingOver(link)
         self._running: dict[Member, TrialRun] = {}
@@ -98,6 +104,7 @@ class Worker:
             link=self.link,
             slots=self._room.slots.most,
             check=self.watch.check,
+            captioning=self._captioning,
         )
 
     def run(self) -> None:
@@ -114,7 +121,10 @@ class Worker:
         for config in [self.base, *(self.job.study.config({}, fixed.config) for fixed in self.job.study.enqueue)]:
             if config.model == self.base.model:
                 resolve_targets(base.model, config.target_modules)
-        studies.check_fingerprints(self.study, data=self.job.examined.fingerprint, model=base.fingerprint)
+        others = [fingerprint(fetch(name)) for name in self.job.study.models() if name != self.base.model]
+        studies.check_fingerprints(
+            self.study, data=self.job.examined.fingerprint, model=base.fingerprint, others=others
+        )
         # How many trials at once.
         chosen = self._room.slots = slots.resolve(self.job.slots, self.job.study, self.bench)
         self.study.longest_first = chosen.most > 1 or self.job.workers > 1

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from tests.support.near_probe import NearProbe
 from trainer.common import cli
 from trainer.data import dataset
 from trainer.data.dataset import Examined
@@ -110,6 +111,7 @@ def search(arguments: Sequence[str]) -> Outcome:
 @contextmanager
 def no_workers() -> Iterator[None]:
     """No processes, no tuning log, the embedded data examined once."""
+    from search import preflight
     from search.report import keeper
     from search.workers import executor, supervisor
 
@@ -119,6 +121,7 @@ def no_workers() -> Iterator[None]:
         patch.setattr(supervisor, "Supervisor", _start)
         patch.setattr(keeper, "LogKeeper", _Keeper)
         patch.setattr(dataset, "examine", _examine)
+        patch.setattr(preflight, "Probe", NearProbe)
         yield
 
 

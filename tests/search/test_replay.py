@@ -22,13 +22,8 @@ from search.storage.database import close_storage, open_storage
 from search.storage.studies import find_study
 from search.tracking.client import open_tracking
 from tests.search.tracking.test_tracking import epoch, step
-from tests.support.small_study import FLOAT16, GOOD, NAME, STALLS, WORSE, Small, build
+from tests.support.small_study import FLOAT16, GOOD, NAME, STALLS, WORSE, Small
 from trainer.config import TrainConfig
-
-
-@pytest.fixture(scope="session")
-def small_study(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Small:
-    return build(tmp_path_factory, tiny_checkpoint)
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ def test_the_documents_example(tmp_path: Path) -> None:
 
 
 def test_stopped_and_continued(tmp_path: Path) -> None:
-    options = SearchOptions(trials=2, slots=1, settings=QUICK, places=Places.of(tmp_path))
+    options = SearchOptions(trials=2, slots=1, confirm=False, settings=QUICK, places=Places.of(tmp_path))
     first = Session("rsicap_mini", options)
     first.start()
     for message in first.watch():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import search_process
+from tests.support import once, search_process
 
 NAME = "small_real"
 LABEL = "too <b>slow</b> | `1e-5`"
@@ -60,17 +60,18 @@ class Small:
         return f"sqlite:///{self.runs / 'mlflow.db'}"
 
 
-_built: list[Small] = []
-
-
 def build(factory: pytest.TempPathFactory, model: Path) -> Small:
-    """The study on the model of `tiny_checkpoint`, searched at the first call. Its readers must not change it."""
-    if _built:
-        return _built[0]
-    folder = factory.mktemp("small")
-    file = folder / "small_real.py"
-    file.write_text(f"MODEL = {str(model)!r}\nLABEL = {LABEL!r}\n{FILE}", encoding="utf-8")
-    done = search_process.run(search_process.command(folder / "runs", "--slots", "1", study=str(file), settings=()))
-    assert done.returncode == 0, done.stdout + done.stderr
-    _built.append(Small(folder / "runs", done.stdout))
-    return _built[0]
+    """The study on the model of `tiny_checkpoint`, searched at the first call of any process. Its readers must not
+    change it."""
+
+    def search(folder: Path) -> None:
+        file = folder / "small_real.py"
+        file.write_text(f"MODEL = {str(model)!r}\nLABEL = {LABEL!r}\n{FILE}", encoding="utf-8")
+        done = search_process.run(
+            search_process.command(folder / "runs", "--slots", "1", study=str(file), settings=())
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (folder / "output.txt").write_text(done.stdout, encoding="utf-8")
+
+    folder = once.make(factory, "small", search)
+    return Small(folder / "runs", (folder / "output.txt").read_text(encoding="utf-8"))

@@ -5,22 +5,20 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-
-from PIL import Image
+from pathlib import Path
 
 from trainer.common.errors import DataError
-from trainer.data import duplicates
-from trainer.data.dataset import Examined, Row, examine
-from trainer.data.images import IMAGE_ERRORS, content_of, decode, identity
-from trainer.data.text import Text, captions_of, examine_text, words_of
+from trainer.config import TrainConfig
+from trainer.data.dataset import Examined, Row, Split, split, survey
+from trainer.data.images import content_of, decode
+from trainer.data.text import Text, text_of
 
+BOTH = "both sides"
 THUMBNAIL = 128
 """Longest side of a picture on the page."""
 MOST_SHOWN = 48
 """Pictures of the contact sheet, and groups of copies, that are shown."""
-THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,12 @@ class Copies:
     rows: tuple[Row, ...]
     identical: bool
     """The files are the same, byte by byte."""
+    sides: str
+    """The side of the split that all of them are on, `BOTH`, or `not used`."""
 
     @property
     def scenes(self) -> int:
-        """Number of scenes; with more than one, a split by scenes may put copies on both sides."""
+        """Number of scenes."""
         return len({row.scene for row in self.rows})
 
 
@@ -42,83 +42,112 @@ class Audit:
     """All findings on a data folder."""
 
     examined: Examined
+    parts: Split | None
+    """How a search would split it; None if it cannot be split, see `problems`."""
+    problems: tuple[str, ...]
+    """Why a search would not take this folder, but for single rows."""
     text: Text | None
     """None where the model's tokenizer is not at hand."""
     copies: tuple[Copies, ...]
     sizes: tuple[tuple[int, int], ...]
     """(width, height) of each row's image."""
+    skip_bad_rows: bool = False
+
+    @property
+    def name(self) -> str:
+        """The folder's own name, without the path that leads to it on this machine."""
+        return Path(self.examined.folder).resolve().name
 
     @property
     def refused(self) -> bool:
         """Whether a search would not take this folder as it is."""
-        return bool(self.examined.bad or len(self.examined.rows) < 2 or (self.text and self.text.problem()))
+        return bool(self.problems or (self.examined.bad and not self.skip_bad_rows))
 
     def warnings(self) -> list[str]:
         """What to look at, a sentence each."""
-        found = list(self.text.warnings()) if self.text else []
-        problem = self.text.problem() if self.text else None
-        if problem:
-            found.insert(0, problem)
-        if self.copies:
-            rows = sum(len(group.rows) for group in self.copies)
-            apart = sum(group.scenes > 1 for group in self.copies)
-            found.append(
-                f"{len(self.copies)} pictures have copies ({rows} rows; {apart} of them in several scenes, where a "
-                f"split may put them on both sides): {', '.join(row.image.name for row in self.copies[0].rows[:3])}"
-            )
+        found = list(self.problems)
+        found += self.text.warnings() if self.text else []
+        found += self.parts.facts.warnings if self.parts else ()
         return found
+
+    def split_lines(self) -> list[str]:
+        """How a search would split the rows, without what `warnings` has."""
+        return self.parts.facts.facts() if self.parts else []
 
     def counts(self) -> dict[str, int | float | str]:
         """The counts by name."""
         rows = self.examined.rows
-        text = self.text
+        facts = self.parts.facts if self.parts else None
+        split_counts: dict[str, int | float | str] = {}
+        if facts is not None:
+            known = {"scenes": facts.scenes, "classes": facts.classes}
+            split_counts = {
+                "split_by": facts.rule,
+                "rows_used": facts.rows,
+                "rows_that_train": facts.train,
+                "rows_that_validate": facts.val,
+                **{name: count or "none known" for name, count in known.items()},
+                **({"scenes_that_validate": facts.val_scenes} if facts.scenes else {}),
+                **({"classes_that_validate": facts.val_classes} if facts.classes else {}),
+            }
         return {
+            "layout": self.examined.layout,
             "rows": len(rows),
             "bad_rows": len(self.examined.bad),
+            "test_rows_left_alone": self.examined.test_rows,
             "images": len({row.image for row in rows}),
-            "scenes": len({row.scene for row in rows}),
+            **split_counts,
             "prompts": len({row.prompt for row in rows}),
+            **(self.text.counts() if self.text else {}),
             "copied_pictures": len(self.copies),
             "rows_of_copied_pictures": sum(len(group.rows) for group in self.copies),
+            "copied_pictures_on_both_sides": sum(group.sides == BOTH for group in self.copies),
+            "images_of_one_colour": len(self.examined.plain),
             "fingerprint": self.examined.fingerprint,
-            **({} if text is None else {"unknown_text": round(text.unknown, 4), "captions_cut": text.cut}),
-            **({} if text is None else {"captions_empty": text.empty, "captions_repeated": text.repeated}),
         }
 
 
-def audit(data: str, model: str, max_target_length: int, progress: Callable[[int, int], None]) -> Audit:
-    """Look at a data folder.
+def audit(config: TrainConfig, progress: Callable[[int, int], None]) -> Audit:
+    """Look at a data folder as a search with this configuration would; every image is decoded once.
 
     Args:
-        data: as the configuration's `data`.
-        model: the checkpoint whose tokenizer reads the captions.
-        max_target_length: as the configuration's.
+        config: its `data`, the `model` whose tokenizers read the text, and what decides the split.
         progress: called with (images looked at, all of them).
 
     Raises:
         UserError: the folder or the model cannot be read at all.
     """
-    examined = examine(data)
-    words = words_of(model)
-    pictures: dict[object, duplicates.Picture] = {}
-    images = list(dict.fromkeys(row.image for row in examined.rows))
-    with ThreadPoolExecutor(THREADS) as pool:
-        for image, seen in zip(images, pool.map(lambda path: _look(content_of(path)), images), strict=True):
-            pictures[image] = seen
-            progress(len(pictures), len(images))
-    groups = duplicates.find([pictures[image] for image in images])
-    by_image: dict[object, list[Row]] = {}
+    surveyed = survey(config.data, progress)
+    examined, pictures = surveyed.examined, surveyed.pictures
+    problems = []
+    text = text_of(examined.rows, config.model, config.max_target_length)
+    problem = text.problem() if text is not None else None
+    if problem is not None:
+        problems.append(problem)
+    parts = None
+    try:
+        parts = split(examined, config.model_copy(update={"skip_bad_rows": True}))
+    except DataError as error:
+        problems.append(str(error))
+    rows_of: dict[Path, list[Row]] = {}
     for row in examined.rows:
-        by_image.setdefault(row.image, []).append(row)
-    captions = captions_of(examined.rows)
+        rows_of.setdefault(row.image, []).append(row)
+    sides = {row.image: "training" for row in parts.train} if parts is not None else {}
+    sides |= {row.image: "validation" for row in parts.val} if parts is not None else {}
+    copies = []
+    for paths in examined.copies:
+        on = {sides[path] for path in paths if path in sides}
+        rows = tuple(row for path in paths for row in rows_of[path])
+        side = BOTH if len(on) > 1 else on.pop() if on else "not used"
+        copies.append(Copies(rows, len({pictures[path].digest for path in paths}) == 1, side))
     return Audit(
         examined=examined,
-        text=examine_text(captions, words, max_target_length) if words is not None and captions else None,
-        copies=tuple(
-            Copies(tuple(row for member in group.members for row in by_image[images[member]]), group.identical)
-            for group in groups
-        ),
+        parts=parts,
+        problems=tuple(problems),
+        text=text,
+        copies=tuple(copies),
         sizes=tuple((pictures[row.image].width, pictures[row.image].height) for row in examined.rows),
+        skip_bad_rows=config.skip_bad_rows,
     )
 
 
@@ -135,12 +164,3 @@ def spread(rows: Sequence[Row]) -> list[Row]:
     """At most MOST_SHOWN rows, evenly from first to last."""
     step = max(1, -(-len(rows) // MOST_SHOWN))
     return list(rows[::step])
-
-
-def _look(content: bytes) -> duplicates.Picture:
-    try:
-        decoded = decode(content)
-    except IMAGE_ERRORS as error:
-        raise DataError(f"an image was changed while the folder was looked at ({error})") from None
-    image: Image.Image = decoded.image
-    return duplicates.picture(image, identity(content, decoded))

@@ -17,7 +17,8 @@ from trainer.common.errors import DataError, ModelError
 from trainer.config import TrainConfig
 from trainer.data.dataset import Row
 from trainer.data.images import open_image
-from trainer.data.loading import check_shared_memory, end_with_parent
+from trainer.data.loading import check_shared_memory, end_with_parent, shared_need
+from trainer.data.words import IMAGE
 from trainer.model.batch import IGNORE, Batch
 
 PIXEL_CACHE_BYTES = 1 << 30
@@ -53,6 +54,7 @@ class Tokenizer:
         self.max_instruction = int(config.qformer_config.max_position_embeddings)
         if self.text.eos_token_id is None:
             raise ModelError("the checkpoint's tokenizer has no EOS token, so captions would never end")
+        self.image_id = self.text.get_vocab().get(IMAGE)
         # Tokenizers of SentencePiece put a space before a text by themselves, byte-level ones do not.
         joined = self.text.decode(self._ids("a") + self._ids("b"))
         self.separator = " " if self.decoder_only and "ab" in joined else ""
@@ -61,11 +63,18 @@ class Tokenizer:
         return list(self.text(text, add_special_tokens=False)["input_ids"])
 
     def __call__(self, row: Row, caption: str | None = None) -> Tokens:
-        """The row with this caption, or with its first."""
+        """The row with this caption, or with its first.
+
+        Raises:
+            DataError: its text holds the image token.
+        """
         instruction = self.qformer(row.prompt, truncation=True, max_length=self.max_instruction)["input_ids"]
         prompt = self.text(row.prompt)["input_ids"]
         # T5's tokenizer would add EOS by itself, Llama's would not: added by hand for both, after the cut.
         target = self._ids(self.separator + (row.caption if caption is None else caption))
+        if self.image_id is not None and self.image_id in (*prompt, *target):
+            # It would count as a picture's token, or lie beyond a Vicuna's embeddings.
+            raise DataError(f"{row.where}: the text holds {IMAGE!r}, which the model itself puts before it; remove it")
         return Tokens(
             tuple(instruction), tuple(prompt), (*target[: self.max_target_length - 1], self.text.eos_token_id)
         )
@@ -274,7 +283,9 @@ def _check_room(dataset: CaptionDataset, config: TrainConfig, batch_size: int) -
         first = dataset[0]
         if not isinstance(first, DataError):  # `batches` raises it
             size = first[0].numel() * first[0].element_size()
-            check_shared_memory(config.num_workers, config.prefetch_factor, min(batch_size, len(dataset)), size)
+            size = min(batch_size, len(dataset)) * size
+            need = shared_need(config.num_workers, config.prefetch_factor, 1, size)
+            check_shared_memory(need, f"{config.num_workers} DataLoader workers")
 
 
 def train_loader(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trainer.common import cli
+from trainer.common import cli, progress
 from trainer.common.errors import DataError
 from trainer.common.files import write_whole
 from trainer.config import EMBEDDED, TrainConfig
@@ -31,13 +29,15 @@ def main(
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     html: Annotated[str, typer.Option(metavar="FILE", help="Also write one page with pictures.")] = "",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field that decides the split, as split.")
+    ] = None,
 ) -> None:
     """Look at a data folder as a search would, and further. Exit code 2 if a search would refuse it."""
-    bar, close = _bar()
-    try:
-        found = audit(folder, model, max_target_length, bar)
-    finally:
-        close()
+    base = {"data": folder, "model": model, "max_target_length": max_target_length}
+    config = TrainConfig.parse_settings(settings or [], base)
+    with progress.bar("looking at images") as show:
+        found = audit(config, show)
     if html:
         from trainer.data.page import page
 
@@ -56,10 +56,11 @@ def as_text(found: Audit) -> str:
     lines += [f"  {name.replace('_', ' ')}: {value}" for name, value in found.counts().items()]
     if found.text is not None:
         lines.append(f"  {found.text.summary()}")
+    lines += [f"  {line}" for line in found.split_lines()]
     lines += [f"warning: {warning}" for warning in found.warnings()]
     for group in found.copies[:MOST_LINES]:
         kind = "identical files" if group.identical else "copies"
-        lines.append(f"{kind}: {', '.join(row.image.name for row in group.rows[:MOST_LINES])}")
+        lines.append(f"{kind} ({group.sides}): {', '.join(row.image.name for row in group.rows[:MOST_LINES])}")
     bad = found.examined.bad
     lines += [f"bad row: {problem}" for problem in bad[:MOST_LINES]]
     if len(bad) > MOST_LINES:
@@ -75,26 +76,19 @@ def as_data(found: Audit) -> dict[str, object]:
         "refused": found.refused,
         "counts": found.counts(),
         "warnings": found.warnings(),
+        "split": found.split_lines(),
         "bad": list(found.examined.bad),
         "copies": [
-            {"identical": group.identical, "scenes": group.scenes, "images": [str(row.image) for row in group.rows]}
+            {
+                "identical": group.identical,
+                "scenes": group.scenes,
+                "sides": group.sides,
+                "images": [str(row.image) for row in group.rows],
+            }
             for group in found.copies
         ],
         "caption_lengths": list(found.text.lengths) if found.text else [],
     }
-
-
-def _bar() -> tuple[Callable[[int, int], None], Callable[[], None]]:
-    """(a function that shows progress on a terminal, one that ends it)."""
-    if not sys.stderr.isatty():
-        return (lambda done, total: None), (lambda: None)
-    from rich.console import Console
-    from rich.progress import Progress
-
-    progress = Progress(console=Console(stderr=True), transient=True)
-    task = progress.add_task("looking at images", total=None)
-    progress.start()
-    return (lambda done, total: progress.update(task, completed=done, total=total)), progress.stop
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ import json
 import reprlib
 import stat
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from trainer.common.errors import DataError, shown
 from trainer.config import EMBEDDED, TrainConfig
@@ -27,6 +29,17 @@ from trainer.data.paths import Names, relative
 from trainer.data.splits import SplitFacts
 
 DEFAULT_PROMPT = "Describe this image in detail."
+THREADS = 4
+"""Images that are decoded at once."""
+Progress = Callable[[int, int], None]
+
+
+def quiet(done: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
+Part = Literal["search", "test", "all"]
+"""Which rows of a data folder are read: all but those of a given test split, those alone, or every one."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +81,14 @@ class Examined:
     """The layout of the caption file."""
     test_rows: int = 0
     """Rows of a given test split. They are counted and not otherwise read: neither searched on nor checked."""
+    scenes_by: str = ""
+    """What the scenes were taken from, empty where none are known."""
+    alike: str = ""
+    """What most file names begin with, where it may be the name of the whole set and so is taken for no scene."""
     copies: tuple[tuple[Path, ...], ...] = ()
     """Images that show the same picture, in groups (`trainer.data.duplicates`)."""
-    warnings: tuple[str, ...] = ()
-    """What is odd in the folder but no error. What is odd in a split is in `Split.facts`."""
+    plain: tuple[Path, ...] = ()
+    """Images of one colour."""
 
 
 @dataclass(frozen=True)
@@ -101,45 +118,67 @@ def resolve_folder(data: str) -> Path:
         raise DataError(f"the data folder {shown(data)} cannot be found: {error}") from None
 
 
-def examine(data: str) -> Examined:
+@dataclass(frozen=True)
+class Survey:
+    """A data folder after its one check, with what the audit shows besides."""
+
+    examined: Examined
+    pictures: Mapping[Path, duplicates.Picture]
+    """Of each image of a good row."""
+
+
+def examine(data: str, progress: Progress = quiet, *, part: Part = "search") -> Examined:
     """Read and check a whole data folder: every row, every image decoded once.
+
+    Args:
+        data: as the configuration's `data`.
+        progress: called with (images looked at, all of them).
+        part: the rows to read. A search reads no test row; captioning and evaluation do.
 
     Raises:
         DataError: the folder or its caption file is missing or unreadable, or has no rows.
     """
+    return survey(data, progress, part=part).examined
+
+
+def survey(data: str, progress: Progress = quiet, *, part: Part = "search") -> Survey:
+    """The same, and what was kept of each image. Arguments and errors as of `examine`."""
     folder = resolve_folder(data)
-    entries, images, problems, found, test_rows = _read(folder)
+    read = _read(folder, part)
+    problems = list(read.problems)
+    looked = _look_at(list(dict.fromkeys(row.image for row in read.rows)), read.found.images, progress)
     rows: list[Row] = []
-    digests: list[str] = []
-    with ThreadPoolExecutor(max_workers=4) as pool, warnings.catch_warnings():  # decoding releases the GIL
-        warnings.simplefilter("ignore")  # about files that are odd but readable
-        names = Names(images)
-        sketches: dict[Path, duplicates.Picture] = {}
-        for row, digest, sketch, problem in pool.map(lambda row: _check_image(row, names), entries):
-            if sketch is None:
-                problems.append(f"{row.where}: {problem}")
-            else:
-                rows.append(row)
-                digests.append(digest)
-                sketches[row.image] = sketch
-    paths = list(sketches)
-    copies = tuple(tuple(paths[n] for n in group.members) for group in duplicates.find(list(sketches.values())))
+    pictures: dict[Path, duplicates.Picture] = {}
+    for row in read.rows:
+        image, picture, problem = looked[row.image]
+        if picture is None:
+            problems.append(f"{row.where}: {problem}")
+        else:
+            rows.append(replace(row, image=image))
+            pictures[image] = picture
+    paths = list(pictures)
+    copies = tuple(tuple(paths[n] for n in group.members) for group in duplicates.find(list(pictures.values())))
     whole = hashlib.sha256()
-    for row, digest in zip(rows, digests, strict=True):
+    for row in rows:
         # Rows with one caption and no given split hash as they did before there were others.
         added = [list(row.more_captions), row.given] if row.more_captions or row.given is not None else []
+        digest = pictures[row.image].digest
         whole.update(json.dumps([row.prompt, row.caption, row.scene, digest, *added]).encode())
     if copies:  # they decide the split too, which earlier versions made without looking for them
         whole.update(json.dumps([len(copies), sum(map(len, copies))]).encode())
-    return Examined(
+    examined = Examined(
         folder=str(folder),
         rows=tuple(rows),
         bad=tuple(problems),
         fingerprint=whole.hexdigest()[:16],
-        layout=f"{found.layout} ({', '.join(found.files)})",
-        test_rows=test_rows,
+        layout=f"{read.found.layout} ({', '.join(read.found.files)})",
+        test_rows=read.tests,
+        scenes_by=read.scenes_by,
+        alike=read.alike,
         copies=copies,
+        plain=tuple(path for path, picture in pictures.items() if picture.plain),
     )
+    return Survey(examined, pictures)
 
 
 def usable(examined: Examined, config: TrainConfig) -> Examined:
@@ -169,26 +208,56 @@ def split(examined: Examined, config: TrainConfig) -> Split:
     """
     usable(examined, config)
     train, val, facts = splits.divide(examined, config)
-    return Split(train=train, val=val, facts=facts)
+    return Split(train=(*train, *val) if config.full_data else train, val=val, facts=facts)
 
 
-def _check_image(row: Row, names: Names) -> tuple[Row, str, duplicates.Picture | None, str]:
-    """(the row with its file as on disk, the image's identity, its sketch, "") or (row, "", None, the problem)."""
+def _look_at(
+    images: Sequence[Path], folder: Path, progress: Progress
+) -> dict[Path, tuple[Path, duplicates.Picture | None, str]]:
+    """For each image (its file as on disk, what is kept of it, "") or (the file, None, what is wrong with it)."""
+    names = Names(folder)
+    looked = {}
+    with ThreadPoolExecutor(THREADS) as pool, warnings.catch_warnings():  # decoding releases the GIL
+        warnings.simplefilter("ignore")  # about files that are odd but readable
+        for image, seen in zip(images, pool.map(lambda image: _look(image, names), images), strict=True):
+            looked[image] = seen
+            progress(len(looked), len(images))
+    return looked
+
+
+def _look(image: Path, names: Names) -> tuple[Path, duplicates.Picture | None, str]:
     try:
-        row = replace(row, image=names.on_disk(row.image))
-        content = content_of(row.image)
+        image = names.on_disk(image)
+        content = content_of(image)
         decoded = decode(content)
     except DataError as error:
-        return row, "", None, f"{row.image.name}: {error}"
+        return image, None, f"{image.name}: {error}"
     except IMAGE_ERRORS as error:
-        return row, "", None, f"{row.image.name}: {problem_of(error)}"
-    digest = identity(content, decoded)
-    return row, digest, duplicates.picture(decoded.image, digest), ""
+        return image, None, f"{image.name}: {problem_of(error)}"
+    return image, duplicates.picture(decoded.image, identity(content, decoded)), ""
 
 
-def _read(folder: Path) -> tuple[list[Row], Path, list[str], find.Found, int]:
-    """(rows whose entries are sound, the folder their images must lie in, problems of the other entries, the caption
-    file, number of rows of a test split)."""
+@dataclass(frozen=True)
+class _Read:
+    """What the caption file says."""
+
+    rows: list[Row]
+    """Whose entries are sound; their images were not looked at yet."""
+    problems: list[str]
+    """Of the other entries."""
+    found: find.Found
+    tests: int
+    """Rows of a test split."""
+    scenes_by: str
+    alike: str
+
+
+def _read(folder: Path, part: Part) -> _Read:
+    """The caption file of a folder, read.
+
+    Raises:
+        DataError: the folder or the file cannot be read, or has no rows of this part.
+    """
     try:
         kind = folder.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -205,8 +274,9 @@ def _read(folder: Path) -> tuple[list[Row], Path, list[str], find.Found, int]:
     given_scenes: list[str | None] = []
     tests = 0
     for entry in found.entries:
-        if splits.is_test(entry.split):
-            tests += 1
+        is_test = splits.is_test(entry.split)
+        tests += is_test
+        if part != "all" and is_test != (part == "test"):
             continue
         row = _row(entry, found.images, problems)
         if row is not None:
@@ -214,20 +284,26 @@ def _read(folder: Path) -> tuple[list[Row], Path, list[str], find.Found, int]:
             names.append(PurePosixPath(str(entry.name).replace("\\", "/")))
             given_scenes.append(None if entry.scene is None else str(entry.scene))
     if not rows and not problems:
+        if part == "test":
+            raise DataError(f"{folder}: no row is of a given test split ({found.layout})")
         if tests:
             raise DataError(
                 f"{folder}: all {tests} rows are a test set ({found.layout}), which a search never reads; "
                 "give it training data, and keep this folder for the result"
             )
         raise DataError(f"{folder}: the caption file has no rows")
-    return _with_scenes(rows, names, given_scenes, found), found.images, problems, found, tests
+    rows, scenes_by = _with_scenes(rows, names, given_scenes, found)
+    alike = "" if scenes_by else scenes.alike(names, found.tiles) or ""
+    return _Read(rows, problems, found, tests, scenes_by, alike)
 
 
-def _with_scenes(rows: list[Row], names: list[PurePosixPath], given: list[str | None], found: find.Found) -> list[Row]:
-    """The rows with their scenes and classes."""
+def _with_scenes(
+    rows: list[Row], names: list[PurePosixPath], given: list[str | None], found: find.Found
+) -> tuple[list[Row], str]:
+    """The rows with their scenes and classes, and what the scenes were taken from."""
     parts = scenes.scene_parts(names, found.tiles)
     labels = scenes.class_parts(names, [own or part for own, part in zip(given, parts, strict=True)])
-    return [
+    placed = [
         replace(
             row,
             scene=str(name.with_suffix("")) if own is None and part is None else own if own is not None else str(part),
@@ -235,6 +311,13 @@ def _with_scenes(rows: list[Row], names: list[PurePosixPath], given: list[str | 
         )
         for row, name, own, part, label in zip(rows, names, given, parts, labels, strict=True)
     ]
+    sources = ["the column 'scene'"] if any(own is not None for own in given) else []
+    named = next(
+        (n for n, own, part in zip(names, given, parts, strict=True) if own is None and part is not None), None
+    )
+    if named is not None:
+        sources.append(f"file names, as {str(named.with_suffix('')).rpartition('_')[0]} in {named}")
+    return placed, " and ".join(sources)
 
 
 def _row(entry: Entry, images: Path, problems: list[str]) -> Row | None:

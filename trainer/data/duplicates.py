@@ -7,14 +7,15 @@ Measured: among the 132 tiles of the real input and the 640 of the embedded data
 copies (correlation at most 0.75 and 0.99, the latter at a distance above 2). Of the real tiles, copies at JPEG quality
 20, at a third of the size, at one and a half times the size without interpolation, turned or mirrored are all found
 (correlation at least 0.971, distance at most 1.5). Of tiles of 64 pixels some recompressed ones are missed. Crops,
-shifts and changes of colour are not looked for. A sketch takes 0.1 ms for 224 x 224 pixels; the search takes 0.9 s for
-10,000 images.
+shifts and changes of colour are not looked for. A sketch takes 0.1 ms for 224 x 224 pixels, the search 0.3 s
+for 10,000 images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,10 +28,14 @@ CORRELATION = 0.97
 """Least correlation of the grey sketches of copies."""
 PLAIN = 1.0
 """Least standard deviation in levels: a picture of one colour says nothing, and is a copy of none."""
+SAME = 2
+"""Most difference of levels, in each channel, within a picture of one colour."""
 ASPECT = 0.06
 """Most difference of the logarithms of width over height: a resized copy is rounded to whole pixels."""
-BLOCK = 1024
-"""Rows of the distance matrix, and candidates, that are computed at once: some 40 MB with 10,000 images."""
+BLOCK = 256
+"""Rows of the distance matrix that are computed at once."""
+PAIRS = 1024
+"""Candidates that are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Picture:
     height: int
     sketch: bytes
     """SIZE x SIZE pixels, RGB."""
+    plain: bool = False
+    """The whole picture is of one colour."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,16 @@ class Group:
 
 def picture(image: Image.Image, digest: str) -> Picture:
     """What is kept of this image, RGB."""
-    small = image.resize((SIZE, SIZE), Image.Resampling.BOX)
-    return Picture(digest, image.width, image.height, small.tobytes())
+    # In two steps, whole numbers of pixels first: half the time, and at most one level of another result.
+    small = image.resize((SIZE, SIZE), Image.Resampling.BOX, reducing_gap=1.0)
+    # A ship on a dark sea vanishes in the sketch: where that is plain, the picture itself is asked.
+    plain = _one_colour(small) and _one_colour(image)
+    return Picture(digest, image.width, image.height, small.tobytes(), plain)
+
+
+def _one_colour(image: Image.Image) -> bool:
+    ranges: Any = image.getextrema()
+    return all(high - low <= SAME for low, high in ranges)
 
 
 def find(pictures: Sequence[Picture]) -> list[Group]:
@@ -118,17 +133,21 @@ def _candidates(sketches: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]
     mean = np.add.reduce([position for _, position in _positions(whole)]) / 8
     half = SIZE // 2  # the other quarters are the same
     features = mean[:, :half, :half].reshape(len(sketches), -1)
-    features = features - features.mean(0)
+    # Pictures that differ by so much in brightness differ by no less in their pixels: only neighbours are compared.
+    order = np.argsort(features.mean(1), kind="stable")
+    bright = features.mean(1)[order]
+    features = (features - features.mean(0))[order]
     squares = (features**2).sum(1)
     limit = DISTANCE**2 * features.shape[1]
     for start in range(0, len(features), BLOCK):
-        part = features[start : start + BLOCK]
-        apart = squares[start : start + BLOCK, None] + squares[None, start:] - 2 * part @ features[start:].T
+        stop = min(start + BLOCK, len(features))
+        end = int(np.searchsorted(bright, bright[stop - 1] + DISTANCE, side="right"))
+        apart = squares[start:stop, None] + squares[None, start:end] - 2 * features[start:stop] @ features[start:end].T
         left, right = np.nonzero(apart < limit)
         later = right > left
-        left, right = left[later] + start, right[later] + start
-        for at in range(0, len(left), BLOCK):
-            yield left[at : at + BLOCK], right[at : at + BLOCK]
+        left, right = order[left[later] + start], order[right[later] + start]
+        for at in range(0, len(left), PAIRS):
+            yield left[at : at + PAIRS], right[at : at + PAIRS]
 
 
 def _same(units: np.ndarray, aspects: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -9,9 +9,12 @@ import threading
 from pathlib import Path
 
 from trainer.common.errors import UserError
+from trainer.config import TrainConfig
 
 SHARED = Path("/dev/shm")  # noqa: S108 - its room is looked at, nothing is written
 """Where PyTorch puts tensors that pass from a process to another (on Linux)."""
+VISION_MODULES = ("qkv", "projection", "fc1", "fc2")
+"""Endings of the linear modules of InstructBLIP's vision tower; no other part has modules of these names."""
 SPARE = 1.1
 """Room asked for beside the pixels: ids, masks and labels."""
 
@@ -33,25 +36,55 @@ def end_with_parent(worker: int) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def check_shared_memory(workers: int, prefetch: int, batch_size: int, sample_bytes: int) -> None:
-    """Make sure that the batches which workers hold ready fit: without room they die of SIGBUS or wait for ever.
+def shared_need(workers: int, prefetch: int, batch_size: int, sample_bytes: int) -> int:
+    """Bytes of shared memory that the batches take which a loader's workers hold ready.
 
     Args:
         workers: processes of the loader; with 0 nothing is shared.
         prefetch: batches that each holds ready.
         batch_size: samples in a batch.
         sample_bytes: bytes of a sample's pixels.
+    """
+    return round(SPARE * (workers * prefetch + 1) * batch_size * sample_bytes) if workers else 0
+
+
+def run_need(config: TrainConfig, sample_bytes: int, train: int, val: int) -> int:
+    """The same of a whole run: its workers of training and of validation live side by side.
+
+    A run that takes vision outputs from disk has no such workers. Whether it does is judged by names here, without the
+    model: an adapter in the vision tower changes its outputs.
+
+    Args:
+        config: of the run.
+        sample_bytes: bytes of a sample's pixels.
+        train: number of training samples.
+        val: number of validation samples.
+    """
+    from_disk = config.cache_features and not any(
+        target.rpartition(".")[2] in VISION_MODULES for target in config.target_modules
+    )
+    if from_disk:
+        return 0
+    sizes = (min(config.batch_size, train), min(config.eval_batch_size, val))
+    return sum(shared_need(config.num_workers, config.prefetch_factor, size, sample_bytes) for size in sizes)
+
+
+def check_shared_memory(need: int, whose: str) -> None:
+    """Make sure that the batches which workers hold ready fit: without room they die of SIGBUS or wait for ever.
+
+    Args:
+        need: bytes.
+        whose: who needs them, the beginning of the message.
 
     Raises:
         UserError: there is less room, with the ways out.
     """
-    if workers == 0 or not SHARED.is_dir():
+    if need == 0 or not SHARED.is_dir():
         return
-    need = round(SPARE * (workers * prefetch + 1) * batch_size * sample_bytes)
     usage = shutil.disk_usage(SHARED)
     if usage.free < need:
         raise UserError(
-            f"{workers} DataLoader workers need {need / 1e6:.0f} MB of shared memory for their batches, but {SHARED} "
+            f"{whose} need {need / 1e6:.0f} MB of shared memory for their batches, but {SHARED} "
             f"has {usage.free / 1e6:.0f} of {usage.total / 1e6:.0f} MB free (64 MB is Docker's default); give the "
             "container more (docker run --shm-size=2g, or shm_size in a compose file), or use less: "
             "--set num_workers=0, or a smaller prefetch_factor or batch size"

@@ -14,7 +14,10 @@ BINS = 24
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }
 h2 { margin-top: 2rem; border-bottom: 1px solid #ccc }
-td { padding: .1rem 1.2rem .1rem 0 } td + td { text-align: right; font-variant-numeric: tabular-nums }
+.counts { columns: 3 16rem; column-gap: 2.5rem }
+.counts div { display: flex; justify-content: space-between; gap: 1rem }
+.counts b { font-weight: 600; overflow-wrap: anywhere; text-align: right } .charts { display: flex; flex-wrap: wrap }
+.charts > div { flex: 1 1 30rem }
 .sheet { display: flex; flex-wrap: wrap; gap: .8rem } figure { margin: 0; width: 8.5rem; overflow-wrap: anywhere }
 figcaption { font-size: 11px; line-height: 1.3 } img { max-width: 128px; max-height: 128px; display: block }
 .group { border: 1px solid #ccc; border-radius: 4px; padding: .6rem; margin-bottom: .6rem }
@@ -24,18 +27,19 @@ figcaption { font-size: 11px; line-height: 1.3 } img { max-width: 128px; max-hei
 
 def page(found: Audit) -> str:
     """The whole page."""
-    name = escape(found.examined.folder)
+    name = escape(_printable(found.name))
     verdict = "A search would refuse this folder." if found.refused else "A search would take this folder."
     parts = [
         f"<h1>{name}</h1><p class='{'bad' if found.refused else ''}'>{verdict}</p>",
         _table({key.replace("_", " "): value for key, value in found.counts().items()}),
+        "".join(f"<p>{escape(_printable(line))}</p>" for line in found.split_lines()),
         _list("Look at", found.warnings(), "warning"),
         _list("Rows that cannot be used", found.examined.bad, "bad"),
     ]
-    if found.text is not None:
-        parts.append(_histogram("Length of captions in tokens", found.text.lengths))
+    charts = [_histogram("Length of captions in tokens", found.text.lengths)] if found.text is not None else []
     if found.sizes:
-        parts.append(_histogram("Width of images in pixels", [width for width, _ in found.sizes]))
+        charts.append(_histogram("Width of images in pixels", [width for width, _ in found.sizes]))
+    parts.append(f"<div class=charts>{''.join(f'<div>{chart}</div>' for chart in charts)}</div>")
     if found.copies:
         shown = "".join(_group(group) for group in found.copies[:MOST_SHOWN])
         parts.append(f"<h2>The same picture under several names ({len(found.copies)})</h2>{shown}")
@@ -50,8 +54,8 @@ def page(found: Audit) -> str:
 
 
 def _table(values: dict[str, int | float | str]) -> str:
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in values.items())
-    return f"<table>{rows}</table>"
+    rows = "".join(f"<div>{escape(name)}<b>{escape(str(value))}</b></div>" for name, value in values.items())
+    return f"<div class=counts>{rows}</div>"
 
 
 def _list(title: str, items: Sequence[str], kind: str) -> str:
@@ -63,7 +67,7 @@ def _list(title: str, items: Sequence[str], kind: str) -> str:
 
 def _group(group: Copies) -> str:
     kind = "identical files" if group.identical else "copies"
-    told = f"{len(group.rows)} rows, {kind}, {group.scenes} scenes"
+    told = f"{len(group.rows)} rows, {kind}, {group.scenes} scenes, {group.sides}"
     return f"<div class=group>{told}<div class=sheet>{''.join(map(_figure, group.rows[:MOST_COPIES]))}</div></div>"
 
 

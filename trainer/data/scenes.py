@@ -5,8 +5,9 @@ A **scene** is a place: tiles cut from one picture look alike and may overlap, s
 one by one. Published names say which:
 
 - `P0378_0001.png`: a part with a digit in it before the running number is a scene, P0378. So it is in RSICap, RSIEval
-  and VRSBench. In other layouts such parts are scenes only if there are at least `FEWEST_SCENES` of them, with fewer
-  than half of all images in each: in `COCO_val2014_000000391895.jpg` the part is the name of the whole set.
+  and VRSBench, and in other layouts too. There a part that more than half of the images have may be the name of the
+  whole set, as in `COCO_val2014_000000391895.jpg`: with fewer than `SURELY_SCENES` parts in all, there are no scenes
+  then, and the split warns (`alike`).
 - `airport_12.jpg`: a word before the running number is a class. Only where there are many words with few images each
   (`FEWEST_PLACES`, `MOST_OF_PLACE`), as in `lisbon_1.png`, is it the name of a place, and so a scene.
 - A folder, as in `airport/12.jpg`, is a class.
@@ -21,8 +22,8 @@ from pathlib import PurePosixPath
 
 from trainer.data.layouts.entry import Tiles
 
-FEWEST_SCENES = 10
-"""Fewest numbered name parts that are taken for scenes in layouts that are not known to consist of tiles."""
+SURELY_SCENES = 4
+"""Numbered parts of names that are scenes however unevenly the images are spread over them. COCO's sets are three."""
 FEWEST_PLACES = 20
 """Fewest words that are taken for places."""
 MOST_OF_PLACE = 4
@@ -34,11 +35,19 @@ def scene_parts(names: Sequence[PurePosixPath], tiles: Tiles) -> list[str | None
     if tiles == "never":
         return [None] * len(names)
     parts = [_before_number(name) for name in names]
-    numbered = Counter(part for part in parts if part is not None and _has_digit(part))
     words = Counter(part for part in parts if part is not None and not _has_digit(part))
-    use_numbered = tiles == "always" or (len(numbered) >= FEWEST_SCENES and max(numbered.values()) <= len(names) / 2)
+    use_numbered = tiles == "always" or not alike(names, tiles)
     use_words = len(words) >= FEWEST_PLACES and words.total() <= MOST_OF_PLACE * len(words)
     return [part if part is not None and (use_numbered if _has_digit(part) else use_words) else None for part in parts]
+
+
+def alike(names: Sequence[PurePosixPath], tiles: Tiles) -> str | None:
+    """The numbered part that most names begin with, where it may be the name of the whole set and so is no scene."""
+    parts = Counter(part for part in map(_before_number, names) if part is not None and _has_digit(part))
+    if tiles != "likely" or not parts or len(parts) >= SURELY_SCENES:
+        return None
+    part, count = parts.most_common(1)[0]
+    return part if count > len(names) / 2 else None
 
 
 def class_parts(names: Sequence[PurePosixPath], scenes: Sequence[str | None]) -> list[str | None]:

@@ -52,17 +52,25 @@ class SplitFacts:
 
     def lines(self) -> list[str]:
         """For a terminal: the counts, what validates, the warnings."""
+        return [*self.facts(), *(f"warning: {warning}" for warning in self.warnings)]
+
+    def facts(self) -> list[str]:
+        """The counts and what validates, by which rule."""
         known = [f"{self.scenes} scenes" if self.scenes else "no scenes known"]
         known.append(f"{self.classes} classes" if self.classes else "no classes known")
         of = [f"{self.val_scenes} scenes"] * bool(self.scenes) + [f"{self.val_classes} classes"] * bool(self.classes)
         captions = f" with {self.captions} captions" if self.captions != self.rows else ""
+        drawn = (
+            f"captions: training draws one of an image's an epoch, by (seed, epoch, row); validation is the mean over "
+            f"all tokens of all {self.val_captions} of its images"
+        )
         test = f"; {self.test_rows} test rows are left alone" if self.test_rows else ""
         return [
             f"rows used: {self.rows}{captions}; {', '.join(known)}{test}",
             f"split by {self.rule}: {self.train} train, {self.val} validate"
             + (f" ({', '.join(of)})" if of else "")
             + f": {self.why}",
-            *(f"warning: {warning}" for warning in self.warnings),
+            *([drawn] if captions else []),
         ]
 
     def tags(self) -> dict[str, str]:
@@ -73,6 +81,9 @@ class SplitFacts:
             "split.captions": self.captions,
             "split.scenes": self.scenes,
             "split.classes": self.classes,
+            "split.train": self.train,
+            "split.val": self.val,
+            "split.val_captions": self.val_captions,
             "split.val_scenes": self.val_scenes,
             "split.val_classes": self.val_classes,
             "split.test_rows": self.test_rows,
@@ -104,7 +115,15 @@ def divide(examined: Examined, config: TrainConfig) -> tuple[tuple[Row, ...], tu
     else:
         unit = _image if rule == "random" and config.split == "random" else _scene
         train, val = _by_units(examined, config, _with_copies(examined, unit))
-    warnings += [*examined.warnings, *_copies_warning(examined, train, val), *_warnings(rule, train, val, examined)]
+    warnings += [
+        *_picture_warnings(examined, train, val),
+        *_warnings(rule, train, val, examined),
+    ]
+    if examined.alike and rule == "random" and config.split != "random":
+        warnings.append(
+            f"most file names begin with {shown(examined.alike)}: if these are tiles of one picture, neighbours are "
+            "on both sides of the split; name their scenes in a column 'scene', or say split=random"
+        )
     chosen = (*train, *val)
     facts = SplitFacts(
         rule=rule,
@@ -145,7 +164,8 @@ def _rule(examined: Examined, config: TrainConfig) -> tuple[str, str, list[str]]
                 f"{examined.folder}: split=scenes, but no scenes are known: each image stands for itself; name "
                 "them in a column 'scene', or use split=random"
             )
-        return "scenes", "whole scenes, as split=scenes says", []
+        by = f" (by {examined.scenes_by})" if examined.scenes_by else ""
+        return "scenes", f"whole scenes{by}, as split=scenes says", []
     if config.split == "random":
         return "random", "image by image, as split=random says", []
     if complete:
@@ -159,7 +179,8 @@ def _rule(examined: Examined, config: TrainConfig) -> tuple[str, str, list[str]]
         if set(given) == {"train"}:
             warnings = []  # a training split alone: validation is taken from it
     if known:
-        return "scenes", "whole scenes, since tiles of one scene look alike", warnings
+        by = f" (by {examined.scenes_by})" if examined.scenes_by else ""
+        return "scenes", f"whole scenes{by}, since tiles of one scene look alike", warnings
     return "random", "image by image, since no scenes are known", warnings
 
 
@@ -186,8 +207,11 @@ def _with_copies(examined: Examined, unit_of: Callable[[Row], str]) -> Callable[
     return lambda row: joined[unit_of(row)]
 
 
-def _copies_warning(examined: Examined, train: Sequence[Row], val: Sequence[Row]) -> Iterator[str]:
-    """What is to be said of pictures that are there more than once."""
+def _picture_warnings(examined: Examined, train: Sequence[Row], val: Sequence[Row]) -> Iterator[str]:
+    """What is to be said of pictures that are there more than once, or show nothing."""
+    if examined.plain:
+        names = ", ".join(path.name for path in examined.plain[:3])
+        yield f"{len(examined.plain)} images are of one colour (for example {names})"
     if not examined.copies:
         return
     trains, validates = {row.image for row in train}, {row.image for row in val}

@@ -1,48 +1,52 @@
-"""Captions as the language model reads them: what its tokenizer lacks, what is cut, what is empty or repeated.
+"""Captions and prompts as the model reads them: what its tokenizers lack, what is cut, what is empty or repeated.
 
 A tokenizer of SentencePiece's kind makes one `<unk>` of all characters that it has not seen: with Chinese captions in
-a T5 the loss falls as usual, and `<unk>` is what is learnt. Needs `tokenizers` alone: this is checked before torch is
-loaded (0.1 s for the 640 captions of the embedded data, 1.1 s for 10,000).
+a T5 the loss falls as usual, and `<unk>` is what is learnt. All of it is checked before torch is loaded (0.1 s for the
+640 captions of the embedded data, 1.1 s for 10,000).
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trainer.common.errors import DataError, ModelError, shown
-from trainer.config import EMBEDDED
+from trainer.common.errors import DataError, shown
+from trainer.data.words import (
+    IMAGE,
+    Count,
+    Lacking,
+    Words,
+    beginning,
+    qformer_words_of,
+    special_pattern,
+    words_of,
+)
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from trainer.data.dataset import Row
 
 REFUSED_ABOVE = 0.1
 """Share of unknown text with which nothing is trained."""
 WARNED_ABOVE = 0.01
-EXAMPLE = 60
-"""Most characters of an example."""
 
 
 @dataclass(frozen=True)
-class Words:
-    """A language model's tokenizer, as `batches.Tokenizer` uses it for captions."""
+class Special:
+    """Texts in which a special token is written out."""
 
-    tokenizer: Tokenizer
-    unknown: int | None
-    """Id of `<unk>`; None where every byte has a token."""
-    separator: str = ""
-    """What stands between prompt and caption."""
+    token: str
+    texts: int
+    example: str
+    what: str
+    """`captions` or `prompts`."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Counts of a set of captions under one tokenizer and `max_target_length`."""
+    """Counts of a set of captions and prompts under one model's tokenizers and `max_target_length`."""
 
     captions: int
     empty: int
@@ -53,39 +57,47 @@ class Text:
     """(caption, how many rows have it)."""
     tokens: int
     """Tokens of all captions, EOS and the cut not counted."""
-    unknown: float
-    """Share of the text that the tokenizer lacks: of the tokens or of the characters, whichever is more. Several
-    unknown characters may be one token, and where there is no such token they vanish."""
-    with_unknown: int
-    """Captions with at least one unknown token or character."""
-    example: str
-    """The beginning of the caption that has most of it."""
-    example_read: str
-    """What the language model reads in its place."""
+    lacking: Lacking
+    """Of the captions."""
     cut: int
     """Captions that are longer than `max_target_length`."""
     max_target_length: int
     lengths: tuple[int, ...] = field(repr=False)
     """Tokens of each caption, EOS included, before the cut."""
+    prompts: Lacking = field(default_factory=Lacking)
+    """Of the prompts in the language model's tokenizer."""
+    qformer: Lacking = field(default_factory=Lacking)
+    """Of the prompts in the Q-Former's, which sees nothing else of a row."""
+    special: tuple[Special, ...] = ()
+
+    @property
+    def unknown(self) -> float:
+        """Share of the captions' text that the tokenizer lacks."""
+        return self.lacking.share
 
     def problem(self) -> str | None:
-        """Why these captions must not be trained on, if so."""
-        if self.unknown <= REFUSED_ABOVE:
-            return None
-        return (
-            f"the model's tokenizer lacks {self.unknown:.0%} of the captions' text (limit {REFUSED_ABOVE:.0%}, "
-            f"{self.with_unknown} of {self.captions} captions): {shown(self.example)} is read as "
-            f"{shown(self.example_read)}; use a model whose tokenizer has this script, or translate the captions"
-        )
+        """Why this text must not be trained on, if so."""
+        for special in self.special:
+            if special.token == IMAGE:
+                return (
+                    f"{special.texts} {special.what} hold '{IMAGE}', which stands for the tokens of a picture and is "
+                    f"put there by the model itself (for example {shown(special.example)}); take it out of them"
+                )
+        for what, lacking, tokenizer in self._parts():
+            if lacking.share > REFUSED_ABOVE:
+                return (
+                    f"{_lacks(what, lacking, tokenizer, f'{lacking.share:.0%}', f'limit {REFUSED_ABOVE:.0%}, ')}; use "
+                    f"a model whose tokenizer has this script, or translate the {what}"
+                )
+        return None
 
     def warnings(self) -> list[str]:
-        """What is odd about these captions, a sentence each."""
-        found = []
-        if WARNED_ABOVE < self.unknown <= REFUSED_ABOVE:
-            found.append(
-                f"the model's tokenizer lacks {self.unknown:.1%} of the captions' text ({self.with_unknown} of "
-                f"{self.captions} captions): {shown(self.example)} is read as {shown(self.example_read)}"
-            )
+        """What is odd about this text, a sentence each."""
+        found = [
+            _lacks(what, lacking, tokenizer, f"{lacking.share:.1%}")
+            for what, lacking, tokenizer in self._parts()
+            if WARNED_ABOVE < lacking.share <= REFUSED_ABOVE
+        ]
         if self.cut:
             found.append(
                 f"{self.cut} of {self.captions} captions are cut at max_target_length={self.max_target_length} "
@@ -93,6 +105,12 @@ class Text:
             )
         if self.empty:
             found.append(f"{self.empty} of {self.captions} captions have no letter or digit")
+        found += [
+            f"{each.texts} {each.what} hold {shown(each.token)}, which the model's tokenizer reads as a token of its "
+            f"own and not as text (for example {shown(each.example)})"
+            for each in self.special
+            if each.token != IMAGE
+        ]
         return found
 
     def summary(self) -> str:
@@ -106,93 +124,60 @@ class Text:
             f"{self.max_target_length}; {self.unknown:.2%} unknown; {self.empty} empty; {repeated}"
         )
 
-    def counts(self) -> dict[str, str]:
-        """The counts by name, for MLflow's tags and records."""
+    def lines(self) -> list[str]:
+        """For a terminal and the log: the counts, the warnings."""
+        return [self.summary(), *(f"warning: {warning}" for warning in self.warnings())]
+
+    def counts(self) -> dict[str, int | float]:
+        """The counts by name."""
         return {
-            "captions": str(self.captions),
-            "captions_cut": str(self.cut),
-            "captions_empty": str(self.empty),
-            "captions_repeated": str(self.repeated),
-            "captions_unknown": f"{self.unknown:.4f}",
+            "captions": self.captions,
+            "captions_unknown": round(self.unknown, 4),
+            "captions_cut": self.cut,
+            "captions_empty": self.empty,
+            "captions_repeated": self.repeated,
+            "prompts_unknown": round(max(self.prompts.share, self.qformer.share), 4),
         }
 
+    def tags(self) -> dict[str, str]:
+        """For MLflow: one value a tag, the warnings as one text."""
+        found = {f"text.{name}": str(value) for name, value in self.counts().items()}
+        warnings = self.warnings()
+        return {**found, **({"text.warnings": "\n".join(warnings)} if warnings else {})}
 
-def examine_text(captions: Sequence[str], words: Words, max_target_length: int) -> Text:
-    """Count what the tokenizer makes of these captions, of which there is at least one."""
+    def _parts(self) -> Iterator[tuple[str, Lacking, str]]:
+        yield "captions", self.lacking, "the model's tokenizer"
+        yield "prompts", self.prompts, "the model's tokenizer"
+        yield "prompts", self.qformer, "the tokenizer of the model's Q-Former"
+
+
+def examine_text(
+    captions: Sequence[str],
+    words: Words,
+    max_target_length: int,
+    prompts: Sequence[str] = (),
+    qformer: Words | None = None,
+) -> Text:
+    """Count what the tokenizers make of these captions, of which there is at least one, and of the prompts."""
     assert captions
-    times = Counter(captions)
-    tokens = unknown_tokens = characters = lost = with_unknown = 0
-    lengths: dict[str, int] = {}
-    worst, example = 0.0, ("", "")
-    for caption, rows in times.items():
-        encoding = words.tokenizer.encode(words.separator + caption, add_special_tokens=False)
-        ids = encoding.ids
-        lengths[caption] = len(ids) + 1  # EOS
-        visible = len(caption) - caption.count(" ")
-        unknown = 0 if words.unknown is None else ids.count(words.unknown)
-        missing = 0
-        if unknown or words.unknown is None:
-            missing = _not_read(words.separator + caption, encoding, words.unknown)
-        tokens, unknown_tokens = tokens + rows * len(ids), unknown_tokens + rows * unknown
-        characters, lost = characters + rows * visible, lost + rows * missing
-        if unknown or missing:
-            with_unknown += rows
-            share = max(unknown / max(1, len(ids)), missing / max(1, visible))
-            if share > worst:
-                worst = share
-                read = words.tokenizer.decode(ids, skip_special_tokens=False)
-                example = (_beginning(caption), _beginning(read))
-    most = times.most_common(1)[0]
+    times, asked = Counter(captions), Counter(prompts)
+    count = Count(words)
+    lengths = {caption: count.add(caption, rows) + 1 for caption, rows in times.items()}  # with EOS
+    pattern = special_pattern(words)
     return Text(
         captions=len(captions),
         empty=sum(rows for caption, rows in times.items() if not any(map(str.isalnum, caption))),
         repeated=len(captions) - len(times),
-        most_repeated=most,
-        tokens=tokens,
-        unknown=max(unknown_tokens / max(1, tokens), lost / max(1, characters)),
-        with_unknown=with_unknown,
-        example=example[0],
-        example_read=example[1],
+        most_repeated=times.most_common(1)[0],
+        tokens=count.tokens,
+        lacking=count.result(),
         cut=sum(rows for caption, rows in times.items() if lengths[caption] > max_target_length),
         max_target_length=max_target_length,
         lengths=tuple(lengths[caption] for caption in captions),
+        prompts=_lacking(asked, words),
+        qformer=_lacking(asked, qformer) if qformer is not None else Lacking(),
+        special=(*_special(times, pattern, "captions"), *_special(asked, pattern, "prompts")),
     )
-
-
-def words_of(model: str) -> Words | None:
-    """The tokenizer of a checkpoint's language model, None where it has no tokenizer.json at hand.
-
-    Raises:
-        ModelError: the file cannot be read.
-    """
-    from tokenizers import Tokenizer
-
-    file, config = _file_of(model, "tokenizer.json"), _file_of(model, "config.json")
-    if file is None:
-        return None
-    try:
-        content = file.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(content)
-        model_part = json.loads(content)["model"]
-        whole = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
-    except Exception as error:  # noqa: BLE001 - the library raises Exception itself for a file that it cannot read
-        raise ModelError(f"the model {shown(model)}: its tokenizer.json cannot be read ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return words(tokenizer, model_part, decoder_only=bool(whole.get("use_decoder_only_language_model")))
-
-
-def words(tokenizer: Tokenizer, model: dict[str, Any], *, decoder_only: bool) -> Words:
-    """A tokenizer with what `examine_text` needs; `model` is the entry of that name in its tokenizer.json."""
-    unknown = None
-    if isinstance(model.get("unk_id"), int):  # Unigram
-        unknown = model["unk_id"]
-    elif isinstance(model.get("unk_token"), str):
-        unknown = tokenizer.token_to_id(model["unk_token"])
-    # As batches.Tokenizer: SentencePiece's kind puts a space before a text by itself, a byte-level one does not.
-    pair = [*tokenizer.encode("a", add_special_tokens=False).ids, *tokenizer.encode("b", add_special_tokens=False).ids]
-    separator = " " if decoder_only and "ab" in tokenizer.decode(pair) else ""
-    return Words(tokenizer, unknown, separator)
 
 
 def captions_of(rows: Sequence[Row]) -> list[str]:
@@ -200,44 +185,54 @@ def captions_of(rows: Sequence[Row]) -> list[str]:
     return [caption for row in rows for caption in row.captions]
 
 
-def check_text(captions: Sequence[str], model: str, max_target_length: int) -> Text | None:
-    """The counts, None where the checkpoint's tokenizer is not at hand.
+def text_of(rows: Sequence[Row], model: str, max_target_length: int) -> Text | None:
+    """The counts of these rows' captions and prompts, None where the checkpoint's tokenizer is not at hand.
 
     Raises:
-        DataError: more than `REFUSED_ABOVE` of the text is unknown.
-        ModelError: the tokenizer cannot be read.
+        ModelError: a tokenizer cannot be read.
     """
     found = words_of(model)
-    if found is None or not captions:
+    if found is None or not rows:
         return None
-    text = examine_text(captions, found, max_target_length)
-    problem = text.problem()
+    prompts = [row.prompt for row in rows]
+    return examine_text(captions_of(rows), found, max_target_length, prompts, qformer_words_of(model))
+
+
+def check_text(rows: Sequence[Row], model: str, max_target_length: int) -> Text | None:
+    """The same, if the text can be trained on.
+
+    Raises:
+        DataError: more than `REFUSED_ABOVE` of the text is unknown, or it holds `<image>`.
+        ModelError: a tokenizer cannot be read.
+    """
+    text = text_of(rows, model, max_target_length)
+    problem = text.problem() if text is not None else None
     if problem is not None:
         raise DataError(problem)
     return text
 
 
-def _file_of(model: str, name: str) -> Path | None:
-    """A file of a checkpoint that is a folder or lies in the hub's cache."""
-    from trainer.model.locate import locate
-
-    place = Path(locate(model))
-    if place.is_dir() or model == EMBEDDED:
-        return place / name if (place / name).is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(model, name)
-    return Path(cached) if isinstance(cached, str) else None
+def _lacking(texts: Counter[str], words: Words) -> Lacking:
+    count = Count(words)
+    for text, times in texts.items():
+        count.add(text, times)
+    return count.result()
 
 
-def _not_read(text: str, encoding: Any, unknown: int | None) -> int:
-    """Visible characters that no known token stands for."""
-    read = bytearray(len(text))
-    for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-        if number != unknown:
-            read[start:end] = b"\1" * (end - start)
-    return sum(not seen and not character.isspace() for seen, character in zip(read, text, strict=True))
+def _special(texts: Counter[str], pattern: re.Pattern[str], what: str) -> Iterator[Special]:
+    """The special tokens that these texts hold, the most frequent first."""
+    found: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for text, times in texts.items():
+        for token in set(pattern.findall(text)):
+            found[token] += times
+            examples.setdefault(token, beginning(text))
+    for token, times in found.most_common():
+        yield Special(token, times, examples[token], what)
 
 
-def _beginning(text: str) -> str:
-    return text if len(text) <= EXAMPLE else f"{text[:EXAMPLE]}..."
+def _lacks(what: str, lacking: Lacking, tokenizer: str, share: str, limit: str = "") -> str:
+    return (
+        f"{tokenizer} lacks {share} of the {what}' text ({limit}{lacking.with_unknown} of {lacking.texts} {what}): "
+        f"{shown(lacking.example)} is read as {shown(lacking.example_read)}"
+    )

@@ -69,11 +69,14 @@ class Forward:
         return self.token_losses.sum()
 
 
-def load_base(name: str, *, dtype: torch.dtype, device: torch.device, spread: bool = False) -> Base:
+def load_base(
+    name: str, *, dtype: torch.dtype, device: torch.device, spread: bool = False, fused: bool = True
+) -> Base:
     """Load an InstructBLIP checkpoint (folder, hub id or `mini`) frozen onto the device.
 
     With `spread`, Accelerate spreads it over all CUDA devices that the process sees, and moves tensors from layer
-    to layer; on a CPU or a single GPU, the whole base is there.
+    to layer; on a CPU or a single GPU, the whole base is there. Without `fused` every module is the library's own, so
+    that what it computes is to the last bit what Transformers computes.
 
     Config, processor, tokenizers and weights are all read from one folder. Only safetensors are read, never pickle,
     and no code that comes with the checkpoint is run.
@@ -108,7 +111,8 @@ def load_base(name: str, *, dtype: torch.dtype, device: torch.device, spread: bo
     weights.check_loaded(name, model, info, files.shapes(folder), untied=files.has_own_head(folder))
     # Freeze it, and put it on its device.
     model.requires_grad_(False)
-    fuse(model)
+    if fused:
+        fuse(model)
     if spread:
         _refuse_offloaded(name, model, device)
         device = next(model.qformer.parameters()).device

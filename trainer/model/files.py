@@ -101,6 +101,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def pixel_bytes(folder: Path) -> int:
+    """Bytes of one image as the model takes it: (3, size, size) in float32, by its config.json.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    vision = read_config(folder).get("vision_config")
+    size = vision.get("image_size", 224) if isinstance(vision, dict) else 224
+    return 3 * size * size * 4 if isinstance(size, int) else 0
+
+
 def has_own_head(folder: Path) -> bool:
     """Whether a checkpoint's config.json says that its language model's head is not tied to the embeddings.
 

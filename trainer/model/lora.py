@@ -228,7 +228,7 @@ class Hooks:
         self.model = model
         self.segments: Sequence[Segment] = ()
         self.training = False
-        self._covered: dict[str, tuple[nn.Module, str, Any]] = {}
+        self._covered: dict[str, tuple[nn.Module, str, Any, bool]] = {}
         self._anchor: torch.Tensor | None = None
 
     def cover(self, modules: Iterable[str]) -> None:
@@ -238,7 +238,8 @@ class Hooks:
                 module = self.model.get_submodule(name)
                 attribute = forward_attribute(module)
                 original = getattr(module, attribute)
-                self._covered[name] = (module, attribute, original)
+                # One that is there already, of other hooks, is put back by `remove`.
+                self._covered[name] = (module, attribute, original, attribute in vars(module))
                 setattr(module, attribute, partial(self._apply, name, module, original))
                 if self._anchor is None:
                     # The weights are not inputs of the graph (their gradients are written straight to their place), so
@@ -247,11 +248,11 @@ class Hooks:
 
     def remove(self) -> None:
         """Leave the base as it was."""
-        for module, attribute, original in self._covered.values():
-            if attribute == "forward":
-                delattr(module, attribute)  # uncovers the class's own
-            else:
+        for module, attribute, original, was_there in self._covered.values():
+            if was_there:
                 setattr(module, attribute, original)
+            else:
+                delattr(module, attribute)  # uncovers the class's own
         self._covered.clear()
 
     def _apply(self, name: str, module: nn.Linear, original: Callable[..., Any], x: torch.Tensor) -> Any:

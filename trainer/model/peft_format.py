@@ -12,6 +12,12 @@ from torch import nn
 from trainer.common.errors import ModelError, nearest
 from trainer.config import TrainConfig
 
+AUTO_MAPPING = {
+    "base_model_class": "InstructBlipForConditionalGeneration",
+    "parent_library": "transformers.models.instructblip.modeling_instructblip",
+}
+"""As PEFT writes it for a base without a task type: the class that `AutoPeftModel` loads."""
+
 
 def resolve_targets(model: nn.Module, target_modules: Sequence[str]) -> tuple[str, ...]:
     """Full names of the linear modules whose name ends in one of `target_modules`, sorted.
@@ -38,7 +44,7 @@ def lora_config(config: TrainConfig, modules: Sequence[str], base_name: str | No
     """PEFT's description of the adapter.
 
     `task_type` is left out: CAUSAL_LM made older PEFT versions pass `inputs_embeds` of their own, the clash that the
-    hand-run log met.
+    hand-run log met. `auto_mapping` takes its place for `AutoPeftModel`: the class of the base.
     """
     from peft import LoraConfig
 
@@ -49,6 +55,7 @@ def lora_config(config: TrainConfig, modules: Sequence[str], base_name: str | No
         target_modules=list(modules),
         bias="none",
         base_model_name_or_path=base_name,
+        auto_mapping=AUTO_MAPPING if base_name is not None else None,
     )
 
 

@@ -40,14 +40,10 @@ class Probe:
             devices: names of `TrainConfig.device` that there have to be.
             cuda: CUDA_VISIBLE_DEVICES where they have to be; None to leave it as it is.
         """
-        models = [
-            {"name": q.found.name, "folder": str(q.found.folder), "shapes": q.found.shapes, "targets": q.targets}
-            for q in questions
-        ]
-        asked = json.dumps({"models": models, "devices": list(devices)})
+        asked = json.dumps(as_asked(questions, devices))
         seen = {} if cuda is None else {"CUDA_VISIBLE_DEVICES": cuda}
         self._process: subprocess.Popen[str] | None = None
-        if not models and not devices:
+        if not questions and not devices:
             return
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from trainer.model.probe import main; main()"],
@@ -85,9 +81,23 @@ class Probe:
         return found
 
 
+def as_asked(questions: Sequence[Question], devices: Sequence[str]) -> dict[str, Any]:
+    """The questions as `answer_to` takes them, and as JSON has them."""
+    models = [
+        {"name": q.found.name, "folder": str(q.found.folder), "shapes": q.found.shapes, "targets": q.targets}
+        for q in questions
+    ]
+    return {"models": models, "devices": list(devices)}
+
+
 def main() -> None:
     """The process: questions from standard input as JSON, the answer as the last line of standard output."""
-    asked = json.load(sys.stdin)
+    print(json.dumps(answer_to(json.load(sys.stdin))), flush=True)
+    os._exit(0)  # without a second of taking torch's modules apart
+
+
+def answer_to(asked: dict[str, Any]) -> list[str]:
+    """Everything that is wrong, found in this process."""
     problems: list[str] = []
     for model in asked["models"]:
         problems += _model_problems(**model)
@@ -99,8 +109,7 @@ def main() -> None:
                 resolve_device(device)
             except UserError as error:
                 problems.append(str(error))
-    print(json.dumps(problems), flush=True)
-    os._exit(0)  # without a second of taking torch's modules apart
+    return problems
 
 
 def _model_problems(name: str, folder: str, shapes: Any, targets: Sequence[Sequence[str]]) -> list[str]:

@@ -7,14 +7,13 @@ import re
 import sqlite3
 import urllib.parse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import browser
 from tests.support.browser import Dashboards
-from tests.support.small_study import FLOAT16, LABEL, NAME, SLOW, STALLS, WORSE, Small, build
+from tests.support.small_study import FLOAT16, LABEL, NAME, SLOW, STALLS, WORSE, Small
 
 pytestmark = [
     pytest.mark.browser,
@@ -31,11 +30,6 @@ NOTE_RIGHT = """() => {
   }));
 }"""
 """The right edge, in pixels, of the texts of a note's findings."""
-
-
-@pytest.fixture(scope="module")
-def small_study(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Small:
-    return build(tmp_path_factory, tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")

@@ -113,6 +113,15 @@ class TestSections:
         text = re.sub(r"```.*?```|`[^`]*`|\(#[^)]*\)", "", markdown(hand, "zh", LINKS), flags=re.DOTALL)
         assert re.findall(r"\b(?:the|trials?|with|not|best|lowest|within|noise|validation)\b", _own_words(text)) == []
 
+    def test_several_captions_an_image_are_told_with_how_they_are_used(self) -> None:
+        tags = {"split.rows": "40", "split.captions": "200"}
+        facts = gather(study([trial(0, [(2.0, 1.9), (1.8, 1.7)], tags=tags)]))
+        english, chinese = (markdown(facts, lang, {}) for lang in LANGS)
+        assert "**Captions**: 200 of 40 images. Training draws one" in english
+        assert "mean over all tokens of every caption" in english and "40 张图像共 200 条" in chinese
+        one = gather(study([trial(0, [(2.0, 1.9)], tags={"split.rows": "40", "split.captions": "40"})]))
+        assert "**Captions**" not in markdown(one, "en", {})
+
     def test_configurations_can_be_pasted(self, hand: Facts) -> None:
         blocks = re.findall(r"```python\n(TRAINING_CONFIG.*?)```", markdown(hand, "en", LINKS), flags=re.DOTALL)
         assert len(blocks) == 7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from search.workers.pool import WorkerPool, device_groups
 from search.workers.ray_layout import Layout, Node, check_shared, lay_out, node_of
 from search.workers.ray_pool import RayPool, _reason
 from studies.rsicap_mini import STUDY as MINI
-from tests.support import search_process
+from tests.bad_input import harness
 
 SPREAD = replace(MINI, base={**MINI.base, "device_map": "auto"})
 FILES = {"--storage": "sqlite:///runs/optuna.db", "--tracking-uri": "sqlite:///runs/mlflow.db"}
@@ -57,8 +58,9 @@ def test_options_that_do_not_go_together() -> None:
 
 
 def test_the_command_line_says_so(tmp_path: Any) -> None:
-    done = search_process.run(search_process.command(tmp_path, "--gpus-per-worker", "2"))
-    assert done.returncode == 2 and "--set device_map=auto" in done.stderr
+    with harness.no_workers():
+        outcome = harness.search(["--study", "rsicap_mini", "--runs-dir", str(tmp_path), "--gpus-per-worker", "2"])
+    outcome.check_refused("--set device_map=auto")
     assert not any(tmp_path.iterdir())
 
 
@@ -120,28 +122,45 @@ def test_rays_reasons_are_one_line() -> None:
     assert _reason(RuntimeError("")) == "RuntimeError"
 
 
+def test_where_no_socket_can_be_made_workers_import_themselves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A socket's address has some hundred characters at most, and lies below TMPDIR."""
+    monkeypatch.setattr(pool, "gpus", list)
+    monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: str(tmp_path / ("x" * 100)))
+    workers = WorkerPool(1, 1)
+    with workers.importing():
+        pass
+    asked: list[str] = []
+    monkeypatch.setattr(pool.multiprocessing, "get_context", lambda method: Pretended(asked, method))
+    workers.take(0)[1].close()
+    assert asked == ["spawn"]
+
+
+class Pretended:
+    """A context of `multiprocessing` that starts nothing; `asked` takes the methods that it is asked for."""
+
+    def __init__(self, asked: list[str], method: str, fault: type[Exception] | None = None) -> None:
+        asked.append(method)
+        self.fault = fault if method == "forkserver" else None
+
+    def Pipe(self) -> tuple[Any, Any]:
+        return open("/dev/null"), open("/dev/null")
+
+    def Process(self, **_: Any) -> Any:
+        return self
+
+    def start(self) -> None:
+        if self.fault is not None:
+            raise self.fault
+
+
 @pytest.mark.parametrize("fault", [EOFError, ConnectionRefusedError])
 def test_a_fork_that_fails_is_a_spawn_instead(monkeypatch: pytest.MonkeyPatch, fault: type[Exception]) -> None:
     """The process that workers are forked from may be killed at this very moment."""
-    asked = []
-
-    class Context:
-        def __init__(self, method: str) -> None:
-            asked.append(method)
-            self.method = method
-
-        def Pipe(self) -> tuple[Any, Any]:
-            return open("/dev/null"), open("/dev/null")
-
-        def Process(self, **_: Any) -> Any:
-            return self
-
-        def start(self) -> None:
-            if self.method == "forkserver":
-                raise fault
-
+    asked: list[str] = []
     monkeypatch.setattr(pool, "gpus", list)
-    monkeypatch.setattr(pool.multiprocessing, "get_context", Context)
+    monkeypatch.setattr(pool.multiprocessing, "get_context", lambda method: Pretended(asked, method, fault))
     workers = WorkerPool(1, 1)
     for _ in range(2):
         _, link = workers.take(0)

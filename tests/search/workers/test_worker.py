@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,130 +13,33 @@ import torch
 
 from search import leaderboard, records
 from search.errors import DefinitionChanged
-from search.places import Places
 from search.processes import this_process
 from search.reading import read_study
-from search.records import TrialRecord
 from search.report.write import refresh
-from search.space import Float, Int
 from search.storage import lifecycle
-from search.storage import studies as store
-from search.storage.database import close_storage, open_storage
 from search.storage.optuna_private import backend
 from search.study import Study
 from search.study_file import load
-from search.tracking.client import open_tracking
 from search.workers import slots
 from search.workers.protocol import (
-    Idle,
-    Job,
     Message,
     Notice,
     Order,
-    Progress,
     SlotsChosen,
     TrialEnded,
     TrialStarted,
 )
 from search.workers.slots import Room, Slots
 from search.workers.trial import TrialRun
-from search.workers.worker import GaveUp, Worker
+from search.workers.worker import GaveUp
+from tests.search.workers.conftest import RecordingLink, Search, is_epoch
 from trainer import loop, member, runtime
 from trainer.common.disk import NoRoom
 from trainer.common.errors import DataError
-from trainer.data import dataset
 from trainer.events import EpochEnded, StepEnded
 from trainer.model.base import Forward, forward
 from trainer.model.batch import Batch
 from trainer.workbench import Workbench
-
-
-class RecordingLink:
-    """A worker's link that keeps its messages, and orders an end once it has nothing to do."""
-
-    def __init__(self, share_after: int | None = None) -> None:
-        self.heard: list[Message] = []
-        self.share = self.look = False
-        self.share_after = share_after
-        """Epochs after which half of the trials are wanted elsewhere."""
-
-    def send(self, message: Message) -> None:
-        self.heard.append(message)
-        if is_epoch(message) and self.share_after is not None:
-            self.share_after -= 1
-            self.share = self.share_after == 0
-
-    def alive(self) -> None:
-        """Do nothing: no supervisor watches."""
-
-    def order(self) -> Order:
-        return Order.END_AFTER_EPOCH if any(isinstance(message, Idle) for message in self.heard) else Order.GO_ON
-
-    def wait(self, timeout_s: float) -> None:
-        """Do nothing: nothing will come."""
-
-
-Search = Callable[..., tuple[tuple[TrialRecord, ...], list[Message]]]
-
-
-@pytest.fixture
-def search(tiny_checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Search:
-    """`search(trials=4, slots=2)`: the trials, and the worker's messages."""
-
-    def run(
-        trials: int = 4,
-        slots: int | None = 4,
-        fails: type[Exception] | None = None,
-        where: str = "runs",
-        share_after: int | None = None,
-        one_by_one: int = 0,
-        redefined: bool = False,
-        prepare: Callable[[optuna.Study], None] = lambda study: None,
-        **base: Any,
-    ) -> Any:
-        runs = tmp_path / where
-        runs.mkdir(exist_ok=True)
-        fixed = {"max_samples": 16, "num_epochs": 2, "warmup_steps": 0, "lora_dropout": 0.1, "device": "cpu"}
-        study = Study(
-            name="work",
-            description="a few quick trials",
-            base={"model": str(tiny_checkpoint), "data": "mini", "batch_size": 4, **fixed, **base},
-            space={"learning_rate": Float(1e-4, 1e-2, log=True), "lora_r": Int(2, 8)},
-            n_trials=trials,
-        )
-        urls = [f"sqlite:///{runs / name}" for name in ("optuna.db", "mlflow.db")]
-        storage = open_storage(urls[0])
-        opened = store.open_study(storage, study)
-        if redefined:  # by another search, in the moment before this one asks for its first trial
-            opened.set_user_attr(store.DEFINITION, {**opened.user_attrs[store.DEFINITION], "seed": 7})
-        prepare(opened)
-        tracking = open_tracking(urls[1], runs / "artifacts")
-        tracking.experiment("work")
-        tracking.parent_run("work", {})
-        job = Job(
-            study=study,
-            study_name="work",
-            places=Places.of(runs, urls[0], urls[1]),
-            n_trials=trials,
-            strategy="joint",
-            pruner="none",
-            examined=dataset.examine("mini"),
-            threads=1,
-            slots=slots,
-            one_by_one=one_by_one,
-        )
-        link = RecordingLink(share_after)
-        worker = Worker(job, link)  # type: ignore[arg-type]  # it has what a worker uses of one
-        request.addfinalizer(lambda: (close_storage(storage), close_storage(worker.storage)))
-        if fails is None:
-            worker.run()
-        else:
-            with pytest.raises(fails):
-                worker.run()
-        assert not worker._running
-        return lifecycle.read_trials(opened), link.heard
-
-    return run
 
 
 def most_at_once(heard: list[Message]) -> int:
@@ -336,11 +238,6 @@ def test_one_that_waits_for_its_turn_is_parked_when_the_worker_is_to_end(
     trials, _ = search(trials=3, slots=2)
     assert [t.state for t in trials] == ["WAITING", "WAITING"]
     assert len(trials[0].attrs["train_losses"]) == 1 and "train_losses" not in trials[1].attrs
-
-
-def is_epoch(message: Message) -> bool:
-    """Whether it reports an epoch."""
-    return isinstance(message, Progress) and isinstance(message.event, EpochEnded)
 
 
 def test_room() -> None:

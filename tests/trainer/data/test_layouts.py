@@ -38,7 +38,9 @@ def karpathy(folder: Path) -> None:
 
 
 def nwpu(folder: Path) -> None:
-    """Cheng et al. 2022: dataset_nwpu.json; the images of NWPU-RESISC45 lie in a folder for each class."""
+    """Cheng et al. 2022: dataset_nwpu.json, with the keys that CLIP/convert_dataset.py of
+    https://github.com/ezrafielding/PrioriSat reads (filename, split, raw, raw_1 to raw_4, by class); the images of
+    NWPU-RESISC45 lie in a folder for each class."""
     content: dict[str, Any] = {}
     for label in ("airport", "beach"):
         for i in range(1, 5):
@@ -171,6 +173,49 @@ def test_the_content_tells_the_layout_not_the_name(tmp_path: Path) -> None:
         assert examine(str(folder)).layout == f"RSICD/UCM/Sydney (Karpathy) ({name})"
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "all.jsonl", "captions.json"])
+def test_tiles_of_one_picture_stay_on_one_side_whatever_the_layout(name: str, tmp_path: Path) -> None:
+    names = [f"P{scene:04d}_{tile:04d}.png" for scene in range(6) for tile in range(4)]
+    for each in names:
+        picture(tmp_path / each)
+    if name == "captions.json":
+        images = [{"id": i, "file_name": each} for i, each in enumerate(names)]
+        write(
+            tmp_path / name, {"images": images, "annotations": [{"image_id": i, "caption": "A."} for i in range(24)]}
+        )
+    elif name == "metadata.csv":
+        (tmp_path / name).write_text("\n".join(["file_name,text", *(f"{each},A pier." for each in names)]))
+    else:
+        key = "file_name" if name == "metadata.jsonl" else "image"
+        (tmp_path / name).write_text("\n".join(json.dumps({key: each, "text": "A."}) for each in names))
+    parts = split(examine(str(tmp_path)), TrainConfig())
+    assert parts.facts.rule == "scenes" and parts.facts.scenes == 6
+    assert not {row.scene for row in parts.train} & {row.scene for row in parts.val}
+    assert "whole scenes (by file names, as P0000 in P0000_0000.png)" in parts.facts.why
+
+
+def test_names_that_begin_alike_may_be_tiles_of_one_picture(tmp_path: Path) -> None:
+    for i in range(10):
+        picture(tmp_path / f"P0001_{i:04d}.png")
+    lines = (json.dumps({"file_name": f"P0001_{i:04d}.png", "text": "A."}) for i in range(10))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    examined = examine(str(tmp_path))
+    facts = split(examined, TrainConfig()).facts
+    assert facts.rule == "random"
+    assert any("most file names begin with 'P0001': if these are tiles of one picture" in w for w in facts.warnings)
+    assert not any("begin with" in w for w in split(examined, TrainConfig(split="random")).facts.warnings)
+
+
+def test_images_may_lie_two_folders_deep(tmp_path: Path) -> None:
+    """VRSBench's archives, unpacked each into a folder of its name."""
+    vrsbench(tmp_path)
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "Images_train").rename(tmp_path / "outer" / "Images_train")
+    (tmp_path / "outer").rename(tmp_path / "Images_train")
+    examined = examine(str(tmp_path))
+    assert len(examined.rows) == 6 and not examined.bad
+
+
 def test_vrsbench_asks_as_its_conversations_do(tmp_path: Path) -> None:
     vrsbench(tmp_path)
     examined = examine(str(tmp_path))
@@ -182,15 +227,14 @@ def rsieval(folder: Path) -> None:
     annotations = []
     for i in range(3):
         picture(folder / "images" / f"P{i:04d}_0001.png")
-        qa = [{"ques_id": 1, "question": "Is there a ship?", "answer": "no"}]
+        qa = [{"question": "Does this image contains trees?", "answer": "Yes.", "type": "presence"}]
         annotations.append({"filename": f"P{i:04d}_0001.png", "caption": f"Tile {i}.", "qa_pairs": qa})
     write(folder / "annotations.json", {"annotations": annotations})
 
 
 def vrsbench_test(folder: Path) -> None:
-    rows = [
-        {"image_id": f"P{i}_1.png", "ground_truth": "A tile.", "question": "?", "type": "caption"} for i in range(3)
-    ]
+    told = {"question": "Describe the image in detail", "dataset": "RSBench", "type": "caption"}
+    rows = [{"image_id": f"P{i}_1.png", "ground_truth": "A tile.", "question_id": i, **told} for i in range(3)]
     write(folder / "VRSBench_EVAL_Cap.json", rows)
 
 

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
+import torch
 
 from trainer.common.errors import UserError
 from trainer.config import TrainConfig
 from trainer.data import batches as data
 from trainer.data.batches import CaptionDataset, Pixels
 from trainer.data.dataset import examine
-from trainer.data.loading import check_shared_memory
+from trainer.data.loading import VISION_MODULES, check_shared_memory, run_need, shared_need
 
 LOADS = """
 import multiprocessing, sys, time
@@ -68,10 +69,26 @@ class Usage(NamedTuple):
 
 def test_a_small_shared_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(64_000_000, 63_000_000, 1_000_000))
-    check_shared_memory(0, 2, 16, 3 * 224 * 224 * 4)
-    check_shared_memory(2, 2, 16, 8)  # row numbers of the vision store
+    check_shared_memory(shared_need(0, 2, 16, 3 * 224 * 224 * 4), "Workers")
+    check_shared_memory(shared_need(2, 2, 16, 8), "Workers")  # row numbers of the vision store
     with pytest.raises(UserError, match=r"need 53 MB .* has 1 of 64 MB free .*--shm-size=2g.*--set num_workers=0"):
-        check_shared_memory(2, 2, 16, 3 * 224 * 224 * 4)
+        check_shared_memory(shared_need(2, 2, 16, 3 * 224 * 224 * 4), "Workers")
+
+
+def test_a_run_needs_room_for_both_its_loaders() -> None:
+    config = TrainConfig(num_workers=2, batch_size=4, eval_batch_size=16, cache_features=False)
+    assert run_need(config, 1000, 100, 100) == shared_need(2, 2, 4, 1000) + shared_need(2, 2, 16, 1000)
+    assert run_need(config, 1000, 3, 1) == shared_need(2, 2, 3, 1000) + shared_need(2, 2, 1, 1000)
+    kept = config.model_copy(update={"cache_features": True})
+    assert run_need(kept, 1000, 100, 100) == 0
+    assert run_need(kept.model_copy(update={"target_modules": ("query", "self_attn.qkv")}), 1000, 100, 100) > 0
+
+
+def test_modules_of_these_names_are_in_the_vision_tower_alone(bench: Any) -> None:
+    model = bench.base(TrainConfig(model="mini")).model
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    inside = {name for name in linear if name.startswith("vision_model.")}
+    assert inside == {name for name in linear if name.rpartition(".")[2] in VISION_MODULES}
 
 
 def test_the_loaders_ask(monkeypatch: pytest.MonkeyPatch, bench: Any, small: Callable[..., TrainConfig]) -> None:

@@ -44,9 +44,12 @@ def test_many_words_with_few_images_each_are_places() -> None:
 
 def test_the_name_of_the_whole_set_is_not_a_scene() -> None:
     names = [f"COCO_val2014_{i:012d}.jpg" for i in range(40)]
-    assert {scene for scene, _ in parts(names, "many")} == {None}
-    tiles = [f"S{scene:02d}_{i}.png" for scene in range(10) for i in range(4)]
-    assert {scene for scene, _ in parts(tiles, "many")} == {f"S{scene:02d}" for scene in range(10)}
+    assert {scene for scene, _ in parts(names, "likely")} == {None}
+    assert {scene for scene, _ in parts([*names, "COCO_train2014_1.jpg"], "likely")} == {None}
+    tiles = [f"S{scene:02d}_{i}.png" for scene in range(3) for i in range(4)]
+    assert {scene for scene, _ in parts(tiles, "likely")} == {f"S{scene:02d}" for scene in range(3)}
+    uneven = [*names, *(f"P{scene}_1.png" for scene in range(3))]
+    assert {scene for scene, _ in parts(uneven, "likely")} == {"COCO_val2014", "P0", "P1", "P2"}
     assert {scene for scene, _ in parts(tiles, "never")} == {None}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,22 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import InstructBlipProcessor
+from transformers import InstructBlipConfig, InstructBlipProcessor
 
+from tests.support import checkpoints
 from trainer.common.errors import DataError, ModelError
 from trainer.data.batches import Tokenizer
 from trainer.data.dataset import Row
-from trainer.data.text import Words, check_text, examine_text, words, words_of
+from trainer.data.text import check_text, examine_text
+from trainer.data.words import Words, words, words_of
 from trainer.mini import CHECKPOINT
+from trainer.model import locate
+from trainer.model.base import open_processor
+
+
+def rows(captions: Sequence[str], prompt: str = "Describe it.") -> list[Row]:
+    return [Row(image=Path("a"), prompt=prompt, caption=caption, scene="s", where="row 1") for caption in captions]
+
 
 ENGLISH = ["There are two ships in the harbor.", "A river flows through the town.", "Some trees stand near the road."]
 CHINESE = ["机场旁边有三架飞机。", "港口里有两艘船。"]
@@ -38,7 +48,7 @@ def trained(model: Any, trainer: Any, *, byte_level: bool = False) -> Words:
     if byte_level:
         raw.decoder = decoders.ByteLevel()
     raw.train_from_iterator(ENGLISH * 3, trainer)
-    return words(raw, json.loads(raw.to_str())["model"], decoder_only=byte_level)
+    return words(raw, json.loads(raw.to_str()), decoder_only=byte_level)
 
 
 def kinds() -> dict[str, Words]:
@@ -72,7 +82,7 @@ def test_another_script_is_refused_where_the_tokenizer_lacks_it(kind: str) -> No
         assert (text.unknown, text.problem()) == (0, None)
         return
     assert text.unknown > 0.5
-    assert text.with_unknown == 2
+    assert text.lacking.with_unknown == 2
     problem = text.problem()
     assert problem is not None
     assert "limit 10%, 2 of 2 captions" in problem
@@ -122,25 +132,64 @@ def test_empty_and_repeated_captions_are_counted(mini: Words) -> None:
     assert (text.captions, text.empty, text.repeated, text.most_repeated) == (6, 2, 2, ("A pier.", 3))
     assert "2 of 6 captions have no letter or digit" in text.warnings()
     assert "2 repeated (most: 'A pier.', 3 times)" in text.summary()
-    assert text.counts()["captions_repeated"] == "2"
+    assert text.counts()["captions_repeated"] == 2
+    assert text.tags()["text.captions_empty"] == "2" and "no letter or digit" in text.tags()["text.warnings"]
+
+
+def test_prompts_are_read_too_by_both_tokenizers(tmp_path: Path) -> None:
+    """The Q-Former sees nothing of a row but its prompt."""
+    with pytest.raises(
+        DataError, match=r"the model's tokenizer lacks .* of the prompts' text .*translate the prompts"
+    ):
+        check_text(rows(ENGLISH, CHINESE[0]), "mini", 256)
+    text = check_text(rows(ENGLISH * 2) + rows(ENGLISH[:1], "Describe it 机."), "mini", 256)
+    assert text is not None and 0 < text.prompts.share < 0.1 and text.qformer.share > 0
+    assert [line.partition(" lacks")[0] for line in text.warnings()] == [
+        "the model's tokenizer",
+        "the tokenizer of the model's Q-Former",
+    ]
+
+
+@pytest.mark.parametrize("model", ["mini", "llama"])
+def test_an_image_token_in_the_text_is_refused_before_and_in_training(model: str, tmp_path: Path) -> None:
+    """It would count as a picture's token, or lie beyond the embeddings of a Vicuna."""
+    name = str(checkpoints.write(tmp_path, "llama")) if model == "llama" else model
+    for captions, prompt in ((["A <image> of a pier."], "Say."), (["A pier."], "<image> Say.")):
+        with pytest.raises(DataError, match=r"1 (captions|prompts) hold '<image>', .* take it out of them"):
+            check_text(rows(captions, prompt), name, 256)
+        _, processor = open_processor(name, locate.fetch(name))
+        config = InstructBlipConfig.from_pretrained(locate.fetch(name))
+        tokenizer = Tokenizer(processor, config, 256)
+        with pytest.raises(DataError, match="row 1: the text holds '<image>'"):
+            tokenizer(rows(captions, prompt)[0])
+
+
+def test_other_special_tokens_in_the_text_are_a_warning(mini: Words) -> None:
+    text = examine_text(["A pier.</s>", "A pier."], mini, 256)
+    assert text.problem() is None
+    (warning,) = text.warnings()
+    assert warning.startswith("1 captions hold '</s>', which the model's tokenizer reads as a token of its own")
 
 
 def test_check_text_refuses_and_names(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the model's tokenizer lacks"):
-        check_text(CHINESE, "mini", 256)
-    assert check_text(ENGLISH, "mini", 256) is not None
-    assert check_text([], "mini", 256) is None
+        check_text(rows(CHINESE), "mini", 256)
+    assert check_text(rows(ENGLISH), "mini", 256) is not None
+    assert check_text(rows([]), "mini", 256) is None
     (tmp_path / "config.json").write_text("{}")
-    assert check_text(CHINESE, str(tmp_path), 256) is None, "whether there must be a tokenizer is checked elsewhere"
+    assert check_text(rows(CHINESE), str(tmp_path), 256) is None, (
+        "whether there must be a tokenizer is checked elsewhere"
+    )
     for content in ("{", "[]", '{"model": 3}', "\xff"):
         (tmp_path / "tokenizer.json").write_text(content, encoding="latin-1")
         with pytest.raises(ModelError, match=r"its tokenizer\.json cannot be read"):
-            check_text(CHINESE, str(tmp_path), 256)
+            check_text(rows(CHINESE), str(tmp_path), 256)
 
 
 def test_torch_is_not_loaded() -> None:
     code = (
-        "import sys; from trainer.data.text import check_text; print(check_text(['A pier.'], 'mini', 256).tokens); "
+        "import sys; from trainer.data.text import check_text; from trainer.data.dataset import Row; "
+        "print(check_text([Row('a', 'Say.', 'A pier.', 's', '')], 'mini', 256).tokens); "
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

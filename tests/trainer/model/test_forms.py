@@ -11,12 +11,13 @@ import torch
 
 from tests.support import checkpoints
 from tests.support.checkpoints import edit_json
+from tests.support.near_probe import NearProbe
 from trainer.config import TrainConfig
 from trainer.events import EpochEnded
 from trainer.loop import train
 from trainer.model import locate
 from trainer.model.base import load_base
-from trainer.model.probe import Probe, Question
+from trainer.model.probe import Question
 from trainer.workbench import Workbench
 
 CPU: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
@@ -59,17 +60,19 @@ def test_float16_files_in_float32_and_in_shards(kind: str, shards: int, tmp_path
 
 @pytest.mark.parametrize("kind", ["t5-untied", "llama", "llama-gqa"])
 @pytest.mark.parametrize("change", [old_config, with_pad_token], ids=lambda each: each.__name__)
-def test_older_forms_train_as_the_others(kind: str, change: Callable[[Path], None], tmp_path: Path) -> None:
+def test_older_forms_train_as_the_others(
+    kind: str, change: Callable[[Path], None], embedded: Any, tmp_path: Path
+) -> None:
     losses = []
     for name in ("plain", "changed"):
         folder = checkpoints.write(tmp_path / name, kind)
         if name == "changed":
             change(folder)
-            with Probe([Question(locate.check(str(folder)), (("query",),))]) as probe:
+            with NearProbe([Question(locate.check(str(folder)), (("query",),))]) as probe:
                 assert probe.answer() == []
         fields = {"model": str(folder), "max_samples": 8, "num_epochs": 1, "batch_size": 3, "device": "cpu"}
         config = TrainConfig.parse({**fields, "lora_dropout": 0.0})
-        events = train(config, Workbench(), tmp_path / f"{name}-out")
+        events = train(config, Workbench(embedded, "mini"), tmp_path / f"{name}-out")
         losses.append([event.val_loss for event in events if isinstance(event, EpochEnded)])
     # A pad token's embedding takes a share of the softmax; nothing else may differ.
     assert losses[1] == pytest.approx(losses[0], rel=0 if change is old_config else 0.02)

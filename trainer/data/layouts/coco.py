@@ -50,7 +50,7 @@ COCO = Layout(
     name="COCO captions",
     source="https://cocodataset.org/#format-data",
     form='{"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}',
-    tiles="many",
+    tiles="likely",
     matches=_matches,
     read=_read,
 )

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-Tiles = Literal["always", "many", "never"]
-"""When a number in front of `_N.png` says which scene a tile is cut from: in RSICap and its kin `always`, in other
-layouts where there are `many` such scenes; `never` in image folders, whose rows each stand for themselves."""
+Tiles = Literal["always", "likely", "never"]
+"""Whether a number in front of `_N.png` says which scene a tile is cut from: in RSICap and its kin `always`, in NWPU's
+names of classes `never`; `likely` in other layouts, unless it is the name of the whole set (`scenes.scene_parts`)."""
 
 
 @dataclass(frozen=True)

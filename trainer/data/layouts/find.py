@@ -23,7 +23,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 MOST_FILES = 20
 """Most files that are looked into where none is named as in `FIRST`."""
 MOST_FOLDERS = 100
-"""Most folders in which images are looked for."""
+"""Most folders in which images are looked for, and most folders in these."""
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 
 
@@ -64,6 +64,20 @@ def read(folder: Path) -> Found:
     if layout not in (tables.IMAGE_FOLDER, tables.IMAGE_FOLDER_CSV):
         entries = list(_placed(entries, images))
     return Found(layout.name, names, images, tuple(entries), layout.tiles)
+
+
+def holds_captions(folder: Path) -> bool:
+    """Whether any file of a folder is a caption file in a layout known here: otherwise it is a folder of images."""
+    for path in _candidates(folder):
+        try:
+            content = _per_image(path) if path.is_dir() else files.parsed(path)
+        except DataError:
+            if path.name in FIRST:
+                return True  # it is meant to be one: whoever reads it says what is wrong
+            continue
+        if path.name in FIRST or _layout_of(str(path.relative_to(folder)), content) is not None:
+            return True
+    return False
 
 
 def split_in(name: str) -> str | None:
@@ -146,7 +160,9 @@ def _layout_of(name: str, content: Any) -> Layout | None:
 
 def _placed(entries: Sequence[Entry], images: Path) -> Iterator[Entry]:
     """The entries, each with the one place its image was found at, or the commonest if it is missing."""
-    homes = ["images/", "", *(f"{name}/" for name in _folders(images) if name != "images")]
+    outer = _folders(images)
+    inner = [f"{name}/{below}" for name in outer for below in _folders(images / name)][:MOST_FOLDERS]
+    homes = ["images/", "", *(f"{name}/" for name in (*outer, *inner) if name != "images")]
     places: list[str | None] = []
     for entry in entries:
         home, place = _found_at(entry, images, homes)

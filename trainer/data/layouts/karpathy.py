@@ -43,7 +43,7 @@ KARPATHY = Layout(
     name="RSICD/UCM/Sydney (Karpathy)",
     source="https://github.com/201528014227051/RSICD_optimal",
     form='{"images": [{"filename", "sentences": [{"raw"}, ...], "split"}, ...]}',
-    tiles="many",
+    tiles="likely",
     matches=_matches,
     read=_read,
 )

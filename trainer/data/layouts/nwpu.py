@@ -1,5 +1,8 @@
 """NWPU-Captions (Cheng et al. 2022, "NWPU-Captions Dataset and MLCA-Net for Remote Sensing Image Captioning",
-https://doi.org/10.1109/TGRS.2022.3201474, https://github.com/HaiyanHuang98/NWPU-Captions): `dataset_nwpu.json`."""
+https://doi.org/10.1109/TGRS.2022.3201474, https://github.com/HaiyanHuang98/NWPU-Captions): `dataset_nwpu.json`.
+
+The file itself is not in that repository; its keys (`filename`, `split`, `raw`, `raw_1` to `raw_4`, by class; images
+in a folder a class) are those that `CLIP/convert_dataset.py` of https://github.com/ezrafielding/PrioriSat reads."""
 
 from __future__ import annotations
 

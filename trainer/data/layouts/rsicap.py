@@ -1,5 +1,8 @@
 """RSICap and RSIEval (Hu et al. 2023, "RSGPT: A Remote Sensing Vision Language Model and Benchmark",
-https://arxiv.org/abs/2307.15266, https://github.com/Lavender105/RSGPT)."""
+https://arxiv.org/abs/2307.15266, https://github.com/Lavender105/RSGPT).
+
+The keys are those of that repository's `dataset/RSICap/captions.json` and `dataset/RSIEval/annotations.json`, whose
+`qa_pairs` its `test.py` reads."""
 
 from __future__ import annotations
 

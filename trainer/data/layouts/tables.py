@@ -108,7 +108,7 @@ IMAGE_FOLDER = Layout(
     name="image folder",
     source="https://huggingface.co/docs/datasets/image_dataset",
     form="metadata.jsonl or metadata.csv: file_name, text or caption, optionally prompt, scene, split",
-    tiles="never",
+    tiles="likely",
     matches=lambda content: isinstance(content, Lines),
     read=_read_folder,
 )
@@ -116,7 +116,7 @@ IMAGE_FOLDER_CSV = Layout(
     name="image folder",
     source=IMAGE_FOLDER.source,
     form=IMAGE_FOLDER.form,
-    tiles="never",
+    tiles="likely",
     matches=_is_table,
     read=_read_table,
 )
@@ -124,7 +124,7 @@ TABLE = Layout(
     name="table",
     source="https://github.com/mlfoundations/open_clip",
     form="JSONL, a JSON list or CSV: image, file, filename or path, and caption, text or sentence",
-    tiles="many",
+    tiles="likely",
     matches=_is_table,
     read=_read_table,
 )

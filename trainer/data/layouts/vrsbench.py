@@ -4,6 +4,10 @@ Understanding", https://arxiv.org/abs/2406.12384, https://huggingface.co/dataset
 It is published in three forms: conversations for training (`VRSBench_train.json`, of which those that ask for a
 caption are read), `VRSBench_EVAL_Cap.json` (a test set), and a JSON file an image (`Annotations_train/`,
 `Annotations_val/`), which `find` gives to this reader as one list.
+
+The keys are those that https://github.com/lx709/VRSBench writes: `prepare_eval_all.ipynb` the test set (`image_id`,
+`ground_truth`, `question`, `type`), `extract_patch_json.py` the files an image (`image`, `caption`). That the training
+conversations of a caption begin with `[caption]`, and have `image`, is by programs that read VRSBench_train.json.
 """
 
 from __future__ import annotations

@@ -1,0 +1,138 @@
+"""Configurations that could begin next: drawn around good effective rates, over the whole space, and near the best.
+
+What is drawn, sampled and recorded are always the study's own params; the effective rate only decides where.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from search.planning.coordinates import model_rate
+from search.planning.prior import Prior
+from search.space import Choice, Float, Int, Multiple, Param, Space, param_name, to_config
+
+SOUND = {"lora_r": 8, "lora_alpha": 16}
+"""The ladder's rank and alpha: the hand-run log's recommended start."""
+LADDER = 17
+"""Rungs of the ladder of effective rates, over two prior widths to either side."""
+DRAWN, UNIFORM, NEAR = 24, 12, 12
+"""Candidates drawn from the prior of the effective rate, from the whole space, and near the best trials."""
+NEAR_STEP = 0.15
+"""Standard deviation of a step from a good trial's params, in their ranges."""
+Values = dict[str, Any]
+
+
+class Candidates:
+    """Draws params of a space.
+
+    Args:
+        space: The study's space.
+        base: The resolved base configuration's values by field.
+    """
+
+    def __init__(self, space: Space, base: Mapping[str, Any]) -> None:
+        self._space, self._base = space, dict(base)
+        rate = space.get("learning_rate")
+        self._rate = rate if isinstance(rate, Float) and rate.low > 0 else None
+
+    def config(self, params: Mapping[str, Any]) -> Values:
+        """The resolved configuration's values of these params."""
+        return to_config(self._space, self._base, params)
+
+    def draw(self, rng: np.random.Generator, prior: Prior, good: Sequence[Mapping[str, Any]]) -> list[Values]:
+        """Params of candidates, without duplicates.
+
+        Args:
+            rng: Decides everything that is drawn.
+            prior: Of log10 of the effective rate.
+            good: Params of the best trials so far.
+        """
+        found: list[Values] = []
+        if self._rate is not None:
+            sound = self._sound()
+            ladder = np.linspace(prior.centre - 2 * prior.width, prior.centre + 2 * prior.width, LADDER)
+            found += [self._aimed(sound, float(z)) for z in ladder]
+            drawn = rng.normal(prior.centre, prior.width, DRAWN)
+            found += [self._aimed(self._uniform(rng), float(z)) for z in drawn]
+        found += [self._uniform(rng) for _ in range(UNIFORM if self._rate is not None else UNIFORM + DRAWN)]
+        found += [self._near(rng, good[i % len(good)]) for i in range(NEAR if good else 0)]
+        return list({key(params): params for params in found}.values())
+
+    def _sound(self) -> Values:
+        """Params of the base, with the ladder's rank and alpha, each moved into its range."""
+        values = {**self._base, **SOUND}
+        return {param_name(field, param): _nearest(param, field, values) for field, param in self._space.items()}
+
+    def _uniform(self, rng: np.random.Generator) -> Values:
+        return {param_name(field, param): _at(param, rng.random()) for field, param in self._space.items()}
+
+    def _near(self, rng: np.random.Generator, good: Mapping[str, Any]) -> Values:
+        found = {}
+        for field, param in self._space.items():
+            name = param_name(field, param)
+            if name not in good:
+                found[name] = _at(param, rng.random())
+            elif isinstance(param, Float | Int):
+                found[name] = _at(param, min(1.0, max(0.0, _place(param, good[name]) + rng.normal(0, NEAR_STEP))))
+            else:
+                found[name] = good[name] if rng.random() < 0.7 else _at(param, rng.random())
+        return found
+
+    def _aimed(self, params: Values, z: float) -> Values:
+        """The params with the learning rate that gives this effective rate, as near as its range allows."""
+        assert self._rate is not None
+        now = self.config({**params, "learning_rate": 1.0})
+        rate = 10.0 ** (z - model_rate({**now, "learning_rate": 1.0}))
+        return {**params, "learning_rate": min(max(rate, self._rate.low), self._rate.high)}
+
+
+def key(params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What tells configurations apart: the same params give equal keys."""
+    return tuple(sorted((name, repr(value)) for name, value in params.items()))
+
+
+def _at(param: Param, place: float) -> Any:
+    """The value at a place of the range, 0 to 1."""
+    match param:
+        case Float(low=low, high=high, log=log):
+            value = low * (high / low) ** place if log else low + (high - low) * place
+            return min(max(float(value), low), high)
+        case Int(low=low, high=high, log=log):
+            value = low * ((high + 1) / low) ** place if log else low + (high + 1 - low) * place
+            return min(int(value), high)
+        case Choice(values=values):
+            return values[min(int(place * len(values)), len(values) - 1)]
+        case Multiple(factors=factors):
+            return factors[min(int(place * len(factors)), len(factors) - 1)]
+    raise TypeError(param)
+
+
+def _place(param: Float | Int, value: float) -> float:
+    """Where a value lies in the range: the inverse of `_at`."""
+    low, high = param.low, param.high + isinstance(param, Int)
+    if high <= low:
+        return 0.0
+    value += 0.5 * isinstance(param, Int)
+    return math.log(value / low) / math.log(high / low) if param.log else (value - low) / (high - low)
+
+
+def _nearest(param: Param, field: str, values: Mapping[str, Any]) -> Any:
+    """The param's value that comes nearest to the field's value."""
+    match param:
+        case Float(low=low, high=high):
+            return min(max(float(values[field]), low), high)
+        case Int(low=low, high=high):
+            return int(min(max(values[field], low), high))
+        case Multiple(of=of, factors=factors):
+            wanted = values[field] / values[of] if values[of] else factors[0]
+            return min(factors, key=lambda factor: abs(factor - wanted))
+        case Choice(values=choices):
+            if values[field] in choices:
+                return values[field]
+            numbers = [c for c in choices if isinstance(c, int | float) and isinstance(values[field], int | float)]
+            return min(numbers, key=lambda c: abs(c - values[field])) if numbers else choices[0]
+    raise TypeError(param)

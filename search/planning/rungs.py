@@ -1,0 +1,62 @@
+"""Pausing by rungs: a trial waits after epochs 1, 3, 9, ... and goes on if it is among the best third there.
+
+ASHA of the promotion type (Li et al. 2018, arXiv 1810.05934): it compares raw losses of the same epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from optuna.trial import FrozenTrial
+
+from search.planning.plan import Plan, paused
+
+
+class RungPlan(Plan):
+    """Goes on with one in `one_of` of those that reached a rung.
+
+    Args:
+        num_epochs: Epochs of a full trial.
+        first: Epoch of the first rung.
+        one_of: One trial in this many goes on; each rung is this many times later than the one before.
+    """
+
+    def __init__(self, num_epochs: int, *, first: int = 1, one_of: int = 3) -> None:
+        self._rungs = []
+        epoch = first
+        while epoch < num_epochs:
+            self._rungs.append(epoch)
+            epoch *= one_of
+        self._one_of = one_of
+
+    def pause(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, *, new_left: bool) -> str | None:
+        """See `Plan.pause`: at a rung, unless it is among the best there."""
+        epoch = max(trial.intermediate_values)
+        if epoch not in self._rungs or self._is_among_best(trials, trial, epoch):
+            return None
+        return f"not among the best third of those that reached epoch {epoch}"
+
+    def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool) -> int | None:
+        """See `Plan.resume`: of those that are among the best of their rung, the one that has come furthest."""
+        worth = [(max(t.intermediate_values), -t.number) for t in paused(trials) if self._goes_on(trials, t)]
+        return -max(worth)[1] if worth else None
+
+    def give_up(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> str:
+        """See `Plan.give_up`."""
+        epoch = max(trial.intermediate_values)
+        return f"paused after epoch {epoch}, and not among the best third of those that reached it until the end"
+
+    def _goes_on(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
+        return self._is_among_best(trials, trial, max(trial.intermediate_values))
+
+    def _is_among_best(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, epoch: int) -> bool:
+        """Whether the trial is among the best `1 / one_of` at this epoch; the only one there is not."""
+        field = sorted(
+            t.intermediate_values[epoch] for t in trials if epoch in t.intermediate_values and t.number != trial.number
+        )
+        value = trial.intermediate_values[epoch]
+        if not math.isfinite(value):
+            return False
+        better = sum(other < value for other in field)
+        return better < (len(field) + 1) // self._one_of

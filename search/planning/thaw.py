@@ -1,0 +1,220 @@
+"""`FreezeThaw`: a slot always holds what is worth most: a trial that goes on, one that was paused, or a new one.
+
+After every epoch a trial's worth (`search.planning.worth`) is compared with that of the paused trials and of the best
+configuration that could begin. So nothing hopeless is trained on, and what leads early is not favoured for that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from optuna.trial import FrozenTrial, TrialState
+
+from search import records
+from search.planning.candidates import Candidates, Values, key
+from search.planning.coordinates import Coordinates
+from search.planning.plan import Plan, number_counted, paused
+from search.planning.prior import Prior
+from search.planning.worth import Known, Outlook, Worth
+from search.space import fits
+
+if TYPE_CHECKING:
+    from search.study import Study
+
+KEEP = 1.25
+"""A trial pauses for one whose epochs are worth so many times as much: a change costs a checkpoint's loading."""
+HOPELESS = 1e-3
+"""A trial is not trained on if that is expected to lower the study's best loss by less than this, relatively: a
+fraction of an evaluation's noise on a small split, which no one could tell from luck."""
+FEWEST = 3
+"""Other trials needed to find one hopeless."""
+APART = 0.2
+"""Decades of the effective rate within which a second trial that has not yet reported teaches little."""
+FAR = 10.0
+"""Ranges of a coordinate beyond which a configuration is another program's, and says nothing about the space."""
+BEST = 3
+"""Good trials near which candidates are drawn."""
+
+
+class FreezeThaw(Plan):
+    """Pauses and resumes by worth, and proposes the configurations that begin.
+
+    Args:
+        study: The definition.
+        prior: Of the effective rate.
+        proposes: Whether new configurations are this plan's own proposals (`sampling.aimed`), or come from elsewhere.
+    """
+
+    def __init__(self, study: Study, prior: Prior, *, proposes: bool = True) -> None:
+        self._study, self._prior, self._proposes = study, prior, proposes
+        self._coordinates = Coordinates(study.space)
+        self._fits = fits(study.space)
+        self._base = study.base_config().model_dump()
+        self._candidates = Candidates(study.space, self._base)
+        self._latest: tuple[tuple[Any, ...], Outlook] | None = None
+
+    # ------------------------------------------------------------------ Plan
+
+    def pause(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, *, new_left: bool) -> str | None:
+        """See `Plan.pause`."""
+        if _is_special(trial):
+            return None
+        others = [t for t in trials if t.number != trial.number]
+        rivals = paused(others)
+        own = self._known(trial)
+        outlook = self._outlook([*others, trial])
+        if outlook.empty or own is None or not any(map(math.isfinite, own.losses)):
+            return None  # the rule for non-finite losses ends it
+        (mine,) = outlook.of([own])
+        if mine.total < HOPELESS and len(others) >= FEWEST:
+            return f"after epoch {len(own.losses)}, with nothing to gain: expected to reach {_interval(mine)}"
+        if not rivals and not new_left:
+            return None
+        best = max((w.per_epoch for _, w in self._rivals(outlook, rivals)), default=-math.inf)
+        if new_left:
+            best = max(best, self._of_new(outlook, [*others, trial])[1])
+        if best <= KEEP * mine.per_epoch:
+            return None
+        return (
+            f"after epoch {len(own.losses)}, for one worth more: expected to reach {_interval(mine)} by epoch "
+            f"{own.num_epochs}; the lowest so far is {outlook.lowest_loss:.4f}"
+        )
+
+    def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool) -> int | None:
+        """See `Plan.resume`."""
+        waiting = paused(trials)
+        outlook = self._outlook(trials)
+        if not waiting or outlook.empty:
+            return None
+        worths = self._rivals(outlook, waiting)
+        if not worths:
+            return None
+        number, best = max(worths, key=lambda found: (found[1].per_epoch, -found[0]))
+        if new_left and self._of_new(outlook, trials)[1] >= best.per_epoch:
+            return None
+        if not new_left:
+            hopeful = [(w.per_epoch, -n) for n, w in worths if w.total >= HOPELESS]
+            return -max(hopeful)[1] if hopeful else None
+        return number
+
+    def give_up(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> str:
+        """See `Plan.give_up`."""
+        known, outlook = self._known(trial), self._outlook(trials)
+        epoch = max(trial.intermediate_values, default=0)
+        if known is None or outlook.empty:
+            return f"paused after epoch {epoch}, and never worth going on with"
+        (worth,) = outlook.of([known])
+        return (
+            f"paused after epoch {epoch}; expected to reach {_interval(worth)} by epoch {known.num_epochs}, "
+            f"where the lowest is {outlook.lowest_loss:.4f}"
+        )
+
+    # ------------------------------------------------------------------ proposals
+
+    def propose(self, trials: Sequence[FrozenTrial]) -> Values:
+        """Params of the configuration that should begin next.
+
+        Args:
+            trials: All trials of the study but the one that is to get the params.
+        """
+        return self._of_new(self._outlook(trials), trials)[0]
+
+    def _of_new(self, outlook: Outlook, trials: Sequence[FrozenTrial]) -> tuple[Values, float]:
+        """(params, worth of an epoch) of the best configuration that could begin; the mean worth of those that could,
+        if it is not this plan that proposes."""
+        number = number_counted(trials)
+        rng = np.random.default_rng((self._study.seed, number))
+        begun = {key(t.params) for t in trials}
+        drawn = self._candidates.draw(rng, self._prior, self._good(trials))
+        drawn = [params for params in drawn if key(params) not in begun] or drawn
+        known = []
+        for params in drawn:
+            config = self._candidates.config(params)
+            z, rest = self._coordinates.of(config)
+            known.append(Known(-1, z, tuple(rest), (), config["num_epochs"]))
+        silent = [k.z for t in trials if (k := self._known(t)) and t.state == TrialState.RUNNING and not k.losses]
+        if outlook.empty:
+            worth = [-(((k.z - self._prior.centre) / self._prior.width) ** 2) / 2 for k in known]
+            worth = [math.exp(w) for w in worth]
+        else:
+            worth = [w.per_epoch for w in outlook.of(known)]
+        for i, candidate in enumerate(known):
+            for z in silent:
+                worth[i] *= 1 - math.exp(-0.5 * ((candidate.z - z) / APART) ** 2)
+        if not self._proposes:
+            return {}, float(np.mean(worth))
+        best = int(np.argmax(worth))
+        return drawn[best], worth[best]
+
+    def _good(self, trials: Sequence[FrozenTrial]) -> list[Mapping[str, Any]]:
+        """Params of the best trials by lowest validation loss."""
+        lowest = [
+            (
+                min((v for v in t.intermediate_values.values() if math.isfinite(v)), default=math.inf),
+                t.number,
+                self._of_the_space(t.params),
+            )
+            for t in trials
+            if not _is_special(t)
+        ]
+        return [params for loss, _, params in sorted(lowest, key=lambda x: x[:2])[:BEST] if math.isfinite(loss)]
+
+    # ------------------------------------------------------------------ what is known
+
+    def _of_the_space(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a trial's params that the study's space has; another program may have stored any."""
+        return {name: value for name, value in params.items() if self._fits(name, value)}
+
+    def _rivals(self, outlook: Outlook, waiting: Sequence[FrozenTrial]) -> list[tuple[int, Worth]]:
+        known = [k for t in waiting if (k := self._known(t)) is not None]
+        return [(k.number, worth) for k, worth in zip(known, outlook.of(known), strict=True)]
+
+    def _outlook(self, trials: Sequence[FrozenTrial]) -> Outlook:
+        """The outlook of these trials; the latest is kept, since several questions are asked of it."""
+        key = tuple((t.number, t.state, len(t.intermediate_values)) for t in trials)
+        if self._latest is None or self._latest[0] != key:
+            known = [k for t in trials if not _is_superseded(t, trials) and (k := self._known(t)) is not None]
+            self._latest = (key, Outlook([k for k in known if k.losses], self._prior))
+        return self._latest[1]
+
+    def _known(self, trial: FrozenTrial) -> Known | None:
+        """The trial as the model sees it; None if it says nothing about its configuration, or is another program's."""
+        if _is_special(trial):
+            return None
+        config = trial.user_attrs.get(records.CONFIG)
+        if config is None:
+            if len(self._of_the_space(trial.params)) < len(self._study.space):
+                return None  # queued and not sampled yet, or with what the space does not have
+            overrides = trial.user_attrs.get(records.OVERRIDES, {})
+            config = {**self._candidates.config(trial.params), **overrides}
+        last = max(trial.intermediate_values, default=0)
+        try:
+            z, rest = self._coordinates.of(config)
+            if last > config["num_epochs"]:
+                return None
+        except (ArithmeticError, KeyError, TypeError, ValueError):
+            return None  # no configuration of ours
+        if not (math.isfinite(z) and np.all(np.abs(rest) <= FAR)):
+            return None
+        losses = tuple(trial.intermediate_values.get(epoch, math.nan) for epoch in range(1, last + 1))
+        if not losses and any(amount > 0 for amount in trial.constraints.values()):
+            losses = (math.nan,)  # out of memory or NaN before its first epoch ended
+        return Known(trial.number, z, tuple(rest), losses, config["num_epochs"])
+
+
+def _is_special(trial: FrozenTrial) -> bool:
+    """Whether the trial is none of the search's own: a repeat of another, or a probe of stability."""
+    return trial.user_attrs.get(records.STAGE) == "stability" or "repeat_of" in trial.user_attrs
+
+
+def _is_superseded(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
+    """Whether another trial has taken up this one's work, whose reports it then has too."""
+    return trial.state == TrialState.FAIL and any(t.user_attrs.get(records.RESUMES) == trial.number for t in trials)
+
+
+def _interval(worth: Worth) -> str:
+    """The loss expected at the last epoch, with its 80 % interval."""
+    return f"{worth.final:.4f} ({worth.low:.4f} to {worth.high:.4f})"

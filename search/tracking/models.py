@@ -1,0 +1,101 @@
+"""A run's data and its model in MLflow: a dataset input, a LoggedModel with its metrics, a version in the registry."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from search.tracking.errors import translated
+from search.tracking.library import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    Metric,
+    MlflowClient,
+    MlflowException,
+    Run,
+)
+from search.tracking.mlflow_private import ALREADY_EXISTS
+from search.tracking.outbox import DataUsed, Model
+
+CONTEXT = "mlflow.data.context"
+"""Tag of a dataset input that MLflow's pages show beside it."""
+TRIES = 5
+RACE = "IntegrityError"
+"""In MLflow's message where another process has added the same row meanwhile."""
+DIGEST = 36
+"""Most characters of a dataset's digest."""
+
+
+def log_data(client: MlflowClient, run_id: str, data: DataUsed) -> None:
+    """Name the data that a run trains on; MLflow keeps equal inputs once."""
+    dataset = Dataset(
+        name=data.name,
+        digest=data.digest[:DIGEST],
+        source_type="local",
+        source=json.dumps({"uri": data.source}),
+        profile=json.dumps(data.profile),
+    )
+    with translated(f"naming the data of run {run_id}"):
+        for left in reversed(range(TRIES)):
+            try:
+                client.log_inputs(run_id, datasets=[DatasetInput(dataset, [InputTag(CONTEXT, "training")])])
+                return
+            except MlflowException as error:
+                # MLflow looks whether it knows the data, and adds them if not: trials that begin at once all add them.
+                if not left or RACE not in str(error):
+                    raise
+
+
+def keep(client: MlflowClient, run_id: str, model: Model) -> None:
+    """Keep an adapter as the run's LoggedModel, and its version in the registry under the alias."""
+    with translated(f"keeping the model of run {run_id}"):
+        run: Run = client.get_run(run_id)
+        model_id = _logged(client, run, model)
+        try:
+            client.create_registered_model(model.name)
+        except MlflowException as error:
+            if error.error_code != ALREADY_EXISTS:
+                raise
+        found = [v for v in client.search_model_versions(f"name = '{model.name}'") if v.run_id == run_id]
+        version = found[0] if found else _version(client, run_id, model, model_id)
+        client.set_registered_model_alias(model.name, model.alias, version.version)
+
+
+def _logged(client: MlflowClient, run: Run, model: Model) -> str:
+    """Id of the run's LoggedModel, made unless it is there; one that was left unfinished is not used."""
+    run_id, experiment_id = run.info.run_id, run.info.experiment_id
+    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    for each in found:
+        if each.status == "READY" and each.tags.get("step") == str(model.step):
+            return str(each.model_id)
+    made = client.create_logged_model(
+        experiment_id,
+        name=model.name,
+        source_run_id=run_id,
+        tags={"step": str(model.step), "library": "peft"},
+        params=model.params,
+        model_type="lora",
+    )
+    client.log_model_artifacts(made.model_id, model.path)
+    client.log_outputs(run_id, [LoggedModelOutput(made.model_id, model.step)])
+    now = int(time.time() * 1000)
+    inputs = run.inputs.dataset_inputs if run.inputs is not None else []
+    data = inputs[0].dataset if inputs else None
+    about = {"dataset_name": data.name, "dataset_digest": data.digest} if data is not None else {}
+    metrics = [
+        Metric(key, value, now, model.step, model_id=made.model_id, run_id=run_id, **about)
+        for key, value in model.metrics.items()
+    ]
+    client.log_batch(run_id, metrics=metrics)
+    client.finalize_logged_model(made.model_id, "READY")
+    return str(made.model_id)
+
+
+def _version(client: MlflowClient, run_id: str, model: Model, model_id: str) -> Any:
+    # By its place: a database's registry looks a `models:/` address up in MLflow's global tracking store, which is
+    # never set here (mlflow/store/model_registry/sqlalchemy_store.py, `create_model_version`).
+    source = client.get_logged_model(model_id).artifact_location
+    return client.create_model_version(model.name, source, run_id=run_id, model_id=model_id, await_creation_for=0)

@@ -1,0 +1,147 @@
+"""From a study's trials to the race: who is a candidate, what its repeats came to, how much they may cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from search import records
+from search.diagnosis.noise import SIGNIFICANT, VAL_NOISE, relative
+from search.leaderboard import epochs_trained, is_repeat, ranked, sample_key, searched
+from search.records import TrialRecord, finite
+from search.verdict.race import FIRST, Candidate, Cell, Limits, Verdict, race
+from trainer.config import MACHINE_FIELDS
+
+TOP = 5
+"""Most candidates."""
+FEWEST = 3
+"""Candidates that the budget always has room for. With two, up to 11 % of made-up studies name a winner although
+another of their trials is better; with three at most 2.2 % (docs/search-quality.md)."""
+SHARE = 0.25
+"""Of the epochs that the search has trained: what repeats may cost by default."""
+APART = 2 * SIGNIFICANT * VAL_NOISE * 2**0.5
+"""Who lies further behind the best is no candidate (3.4 %): twice what counts as a difference on the recorded real
+runs, since trainings of small models on few samples are twice as noisy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How a study is decided."""
+
+    top: int | None = None
+    """Candidates, at most; None for `TOP`, and fewer where the budget has no room for the first blocks of so many."""
+    seeds: int | None = None
+    """Repeats of each, at most; None for what the budget has room for."""
+
+
+def leaders(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials that may be the best, the best first: complete, on the same samples, not clearly behind.
+
+    Two are always among them, if there are two. Of those that would be trained alike, only the first.
+    """
+    found: list[TrialRecord] = []
+    seen = set()
+    for trial in ranked(searched(trials)):
+        if trial.state != "COMPLETE" or trial.violated or not finite(trial.value) or trial.best_epoch is None:
+            continue
+        if trial.value <= 0 or not trial.config or (found and sample_key(trial.config) != sample_key(found[0].config)):
+            continue
+        same = _recipe(trial)
+        if same in seen:
+            continue
+        if len(found) >= 2 and relative(trial.value, found[0].value or 0.0) > APART:
+            break
+        seen.add(same)
+        found.append(trial)
+    return found
+
+
+def _recipe(trial: TrialRecord) -> str:
+    """What a repeat of the trial would train, its seed aside."""
+    left_out = ("seed", *MACHINE_FIELDS)
+    config = {name: value for name, value in trial.config.items() if name not in left_out}
+    if config.get("lr_scheduler_type") == "constant_with_warmup":
+        config["num_epochs"] = None  # it trains to its best epoch, which is the same for both only if this is too
+    return json.dumps([config, trial.best_epoch], sort_keys=True)
+
+
+def candidate(trial: TrialRecord) -> Candidate:
+    """A leader as the race knows it. Cheap is an adapter of few weights, then a short training."""
+    assert trial.best_epoch is not None
+    weights = float(trial.config.get("lora_r", 0)) * len(trial.config.get("target_modules", ()))
+    return Candidate(number=trial.number, epochs=trial.best_epoch, cost=(weights, float(trial.best_epoch)))
+
+
+def field(trials: Sequence[TrialRecord], rules: Rules) -> tuple[list[Candidate], Limits]:
+    """The candidates and what the race may cost."""
+    found = [candidate(trial) for trial in leaders(trials)][: rules.top or TOP]
+    if rules.seeds is not None:
+        return found, Limits(epochs=float("inf"), blocks=rules.seeds)
+    least = FIRST * sum(c.epochs for c in found[: rules.top or FEWEST])
+    budget = max(SHARE * epochs_trained(searched(trials)), least)
+    if rules.top is None:
+        while len(found) > FEWEST and FIRST * sum(c.epochs for c in found) > budget:
+            found.pop()
+    return found, Limits(epochs=budget)
+
+
+def cells(trials: Sequence[TrialRecord]) -> tuple[dict[Cell, float | None], set[Cell]]:
+    """(losses of the repeats that have ended, None for one without; cells of those that wait or run).
+
+    A repeat that was lost is what its successor comes to.
+    """
+    resumed = {t.attrs[records.RESUMES] for t in trials if records.RESUMES in t.attrs}
+    ended: dict[Cell, float | None] = {}
+    open_: set[Cell] = set()
+    for trial in trials:
+        if not is_repeat(trial) or trial.number in resumed:
+            continue
+        cell = (int(trial.attrs[records.REPEAT_OF]), int(trial.attrs[records.BLOCK]))
+        if trial.state in ("WAITING", "RUNNING") or _is_taken_up(trial):
+            open_.add(cell)
+        else:
+            value = trial.value if trial.reason == records.REPEAT and finite(trial.value) else None
+            ended[cell] = ended.get(cell) if value is None else value  # a copy of it that failed takes nothing away
+    return ended, open_
+
+
+def _is_taken_up(trial: TrialRecord) -> bool:
+    """Whether a repeat was lost just now, and has a successor in a moment."""
+    return trial.reason == records.LOST and trial.attrs.get(records.ATTEMPT, 0) < records.MAX_RETRIES
+
+
+def judge(trials: Sequence[TrialRecord], rules: Rules) -> Verdict:
+    """The verdict of a study so far; its `wanted` are the repeats that nobody has begun.
+
+    Args:
+        trials: All of the study's.
+        rules: How it is decided.
+    """
+    candidates, limits = field(trials, rules)
+    ended, open_ = cells(trials)
+    verdict = race(candidates, ended, limits)
+    return replace(verdict, wanted=tuple(cell for cell in verdict.wanted if cell not in open_))
+
+
+def verdict_of(trials: Sequence[TrialRecord], attrs: Mapping[str, Any]) -> Verdict | None:
+    """The verdict of a study as it is recorded; None if its leaders are not to be repeated.
+
+    Args:
+        trials: All of the study's.
+        attrs: The study's user attributes.
+    """
+    rules = attrs.get(records.CONFIRM)
+    if rules is None and not any(map(is_repeat, trials)):
+        return None
+    return judge(trials, Rules(**(rules or {})))
+
+
+def seed_of(block: int, first: int, taken: Collection[int]) -> int:
+    """The seed of a block: one after the other from the base's on, without those that the search has used."""
+    seed = first
+    while block:
+        seed = (seed + 1) % 2**32
+        block -= seed not in taken
+    return seed

@@ -1,0 +1,100 @@
+"""The verdict in words, in English and Chinese, for the terminal, the log, MLflow and the dashboard's note alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from search.diagnosis.messages import LANGS, Lang
+from search.verdict.race import ALPHA, LONGEST_FORECAST, TIE_ALPHA, Standing, Verdict
+
+# Each entry: (English, Chinese).
+SENTENCES: Final = {
+    "winner": (
+        "winner: trial {choice}, better than each of the other {rivals} on the same {blocks} seeds and splits "
+        "(paired t-test; a wrong winner in at most {alpha} of studies)",
+        "胜者：实验 {choice}，在相同的 {blocks} 组种子与划分上优于其余 {rivals} 个"
+        "（配对 t 检验；误判胜者的概率不超过 {alpha}）",
+    ),
+    "tied": (
+        "tied: trials {tied} are not told apart on the same {blocks} seeds and splits; the cheapest that is at most "
+        "{margin} worse than any of them (with {sure} confidence for each) is trial {choice}",
+        "平局：实验 {tied} 在相同的 {blocks} 组种子与划分上分不出高下；"
+        "其中最多差 {margin}（每一对的置信度 {sure}）而代价最低的是实验 {choice}",
+    ),
+    "undecided": (
+        "not decided: trial {choice} leads on {blocks} seeds and splits, within noise of the others; it would take "
+        "{more} more repeats",
+        "尚无定论：实验 {choice} 在 {blocks} 组种子与划分上领先，但与其他实验之差在噪声范围内；还需约 {more} 次重复",
+    ),
+    "failed": (
+        "not decided: none of the leaders came to a loss in each of its repeats",
+        "尚无定论：领先的实验重复时都未能每次得到 loss",
+    ),
+    "alone": (
+        "no comparison: trial {choice} is the only one that is complete",
+        "无从比较：只有实验 {choice} 完成",
+    ),
+    "running": (
+        "not decided yet: repeats of the leaders are still to be trained",
+        "尚无定论：领先实验的重复训练还未完成",
+    ),
+    "none": ("no verdict: no trial is complete", "没有结论：没有完成的实验"),
+    "many": ("more than {}", "{} 以上"),
+    "comma": (", ", "、"),
+}
+
+
+def _pick(name: str, lang: Lang) -> str:
+    return SENTENCES[name][LANGS.index(lang)]
+
+
+def share(value: float) -> str:
+    """A share of a loss in percent."""
+    return f"{100 * value:.2g} %"
+
+
+def listed(numbers: Iterable[int], lang: Lang = "en") -> str:
+    """Numbers of trials in a row."""
+    return _pick("comma", lang).join(map(str, sorted(numbers)))
+
+
+def sentence(verdict: Verdict, lang: Lang = "en") -> str:
+    """The verdict in one sentence, without a full stop."""
+    name = "failed" if verdict.kind == "undecided" and verdict.choice is None else verdict.kind
+    return _pick(name, lang).format(
+        choice=verdict.choice,
+        rivals=len(verdict.standings) - 1,
+        blocks=verdict.blocks,
+        alpha=share(ALPHA),
+        sure=share(1 - TIE_ALPHA),
+        tied=listed(verdict.tied, lang),
+        margin=share(verdict.margin),
+        more=_pick("many", lang).format(LONGEST_FORECAST) if verdict.more is None else verdict.more,
+    )
+
+
+def table(verdict: Verdict) -> list[str]:
+    """A line for each candidate, for the terminal."""
+    return [_line(standing) for standing in verdict.standings]
+
+
+def _line(standing: Standing) -> str:
+    text = f"trial {standing.number}: {standing.repeats} repeats"
+    if standing.mean is not None:
+        text += f", mean {standing.mean:.4f}"
+    if standing.behind is not None and standing.low is not None and standing.high is not None:
+        text += f", {100 * standing.behind:+.2f} % ({100 * standing.low:+.2f} to {100 * standing.high:+.2f} %)"
+    if standing.failed:
+        return f"{text}, out: a repeat came to no loss"
+    return f"{text}, out" if standing.out else text
+
+
+def tags(verdict: Verdict) -> dict[str, str]:
+    """For MLflow's run of the study."""
+    found = {"verdict": verdict.kind, "verdict.sentence": sentence(verdict), "verdict.epochs": str(verdict.epochs)}
+    if verdict.choice is not None:
+        found["verdict.trial"] = str(verdict.choice)
+    if verdict.noise is not None:
+        found["verdict.noise"] = f"{verdict.noise:.6f}"
+    return found

@@ -1,0 +1,135 @@
+"""`search.evaluate`: the rows it judges on, what it records, and where."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from search import evaluate
+from search.evaluation import candidates
+from search.evaluation.candidates import Evaluation, choose_rows
+from search.evaluation.metrics import score
+from search.options import opened
+from search.places import Places
+from search.tracking.delivery import Delivery
+from search.tracking.runs import StudyRuns
+from tests.support import small_study
+from trainer.common import cli
+from trainer.common.errors import DataError
+from trainer.config import TrainConfig
+from trainer.data import dataset
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """A copy of the small study, which the tests here add to."""
+    small = small_study.build(tmp_path_factory, tiny_checkpoint)
+    return Path(shutil.copytree(small.runs, tmp_path_factory.mktemp("evaluated") / "runs"))
+
+
+@pytest.fixture
+def call(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        command = ["evaluate", "--study", small_study.NAME, "--runs-dir", runs, "--max-new-tokens", 4, *arguments]
+        monkeypatch.setattr(sys, "argv", [str(each) for each in command])
+        code = 0
+        try:
+            cli.run(evaluate.app)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
+
+
+def test_figures_become_metrics_of_the_runs_also_while_mlflow_is_away(call: Call, runs: Path) -> None:
+    good = small_study.GOOD
+    code, out, _ = call("--trials", good, "--rows", "validation", "--json", "--tracking-uri", "http://127.0.0.1:1")
+    assert code == 0
+    found = json.loads(out)
+    assert set(found["candidates"]) == {"base", str(good)}
+    assert len(found["captions"]["base"]) == found["images"] == len(found["files"])
+    assert "by whose loss the search chose" in found["warnings"][0]
+    places = Places.of(runs)
+    study_runs = StudyRuns(places, small_study.NAME)
+    assert len(study_runs.outbox.runs()) == 2
+    Delivery(study_runs.outbox, small_study.NAME, study_runs.connect).once()
+    with opened(small_study.NAME, places) as (study, tracking):
+        run_id = study.get_trials()[good].user_attrs["run_id"]
+        run = tracking._client.get_run(run_id)
+        value = found["candidates"][str(good)]["cider_d"]
+        assert run.data.metrics["caption/validation/cider_d"] == value["value"]
+        assert run.data.metrics["caption/validation/cider_d_high"] == value["high"]
+        assert run.info.status == "FINISHED"
+        parent = tracking.find_parent(small_study.NAME)
+        assert parent is not None
+        metrics = tracking._client.get_run(parent).data.metrics
+        assert metrics["caption/validation/base/bleu_1"] == found["candidates"]["base"]["bleu_1"]["value"]
+        assert study.user_attrs[candidates.ATTRIBUTE]["validation"]["images"] == found["images"]
+    captions = json.loads((runs / small_study.NAME / "captions" / "validation.json").read_text())
+    assert captions[0]["base"] == found["captions"]["base"][0]
+
+
+def test_other_data_may_be_a_test_set_alone(call: Call, tmp_path: Path) -> None:
+    """RSIEval's layout, which a search refuses to read."""
+    rows = dataset.examine("mini").rows[:6]
+    (tmp_path / "RSIEval").mkdir()
+    listed = [{"filename": row.image.name, "caption": row.caption, "qa_pairs": []} for row in rows]
+    (tmp_path / "RSIEval" / "annotations.json").write_text(json.dumps({"annotations": listed}))
+    (tmp_path / "RSIEval" / "images").symlink_to(rows[0].image.parent)
+    code, out, err = call("--trials", small_study.GOOD, "--no-base", "--data", tmp_path / "RSIEval")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"6 test rows of {tmp_path / 'RSIEval'}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trials", "99"], "the study has no trial 99; it has 0 to 4"),
+        (["--trials", "x"], "--trials must be best, all, or numbers"),
+        (["--rows", "test"], "no row is of a given test split"),
+        (["--rows", "tset"], "--rows must be auto, test, validation or all"),
+        (["--data", "nowhere"], "the data folder 'nowhere' does not exist"),
+    ],
+)
+def test_wrong_input_is_one_message(call: Call, arguments: list[str], message: str) -> None:
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_rows_that_the_study_left_out_are_judged_on_where_there_is_no_test_split() -> None:
+    config = TrainConfig.parse({"max_samples": 100})
+    chosen = choose_rows(config, None, "auto")
+    used = dataset.split(dataset.examine("mini"), config)
+    assert chosen.name == "unused"
+    assert not {row.scene for row in chosen.rows} & {row.scene for row in (*used.train, *used.val)}
+    everything = choose_rows(TrainConfig.parse({}), None, "auto")
+    assert (everything.name, len(everything.warnings)) == ("validation", 1)
+    with pytest.raises(DataError, match="given test split"):
+        choose_rows(config, None, "test")
+
+
+def test_a_disagreement_of_cider_and_loss_is_told() -> None:
+    texts = ["a large airport with two runways", "three ships lie in a harbour", "a lake near the town"]
+    references = [[text] for text in texts]
+    rows: Any = SimpleNamespace(scenes=lambda: None)
+    found = Evaluation(
+        rows=rows,
+        captions={},
+        scores={"4": score(["a lake"] * 3, references), "2": score(texts, references)},
+        losses={"4": 0.3, "2": 0.4},
+    )
+    assert str(found.disagreement()).startswith("by validation loss trial 4 is best, by CIDEr-D trial 2 (10.000")
+    assert replace(found, losses={"4": 0.5, "2": 0.4}).disagreement() is None

@@ -1,0 +1,124 @@
+"""The verdict where it is shown: the log in both languages, MLflow's tags, the measured noise, the next steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from search import leaderboard, records
+from search.diagnosis.noise import VAL_NOISE
+from search.records import StudyRecord, TrialRecord
+from search.report.facts import gather
+from search.report.render import markdown
+from search.terminal import summary
+from search.verdict import text
+from search.verdict.leaders import verdict_of
+from search.verdict.race import LONGEST_FORECAST, Verdict
+from tests.support.report_data import study, trial
+
+RULES = {"top": 2, "seeds": 3}
+LOSSES = [(1.6, 1.5), (1.4, 1.41)]
+
+
+def repeat(number: int, of: int, block: int, value: float) -> TrialRecord:
+    attrs = {records.REPEAT_OF: of, records.BLOCK: block, records.TRAINS_TO: 2, records.TRAIN_LOSSES: [1.6, 1.4]}
+    values = {"learning_rate": (of + 1) * 1e-4, "seed": 42 + block, "split_seed": block}
+    found = trial(
+        number, [(1.6, 1.5), (1.4, value)], state="PRUNED", reason=records.REPEAT, attrs=attrs, values=values
+    )
+    return replace(found, value=value)
+
+
+def repeated(**losses: list[float]) -> StudyRecord:
+    """Two trials, each with its repeats: `repeated(a=[...], b=[...])`."""
+    own = [
+        trial(n, LOSSES, values={"learning_rate": (n + 1) * 1e-4}, attrs={records.TRAIN_LOSSES: [1.6, 1.4]})
+        for n in range(2)
+    ]
+    again = [
+        repeat(2 + 3 * n + block, n, block + 1, value)
+        for n, series in enumerate(losses.values())
+        for block, value in enumerate(series)
+    ]
+    found = study([*own, *again])
+    return replace(found, attrs={**found.attrs, records.CONFIRM: RULES})
+
+
+@pytest.mark.parametrize(
+    ("losses", "kind", "words"),
+    [
+        ({"a": [1.40, 1.45, 1.38], "b": [1.50, 1.55, 1.481]}, "winner", ("winner: trial 0", "胜者：实验 0")),
+        ({"a": [1.40, 1.45, 1.38], "b": [1.401, 1.449, 1.381]}, "tied", ("tied: trials 0, 1", "平局：实验 0、1")),
+        ({"a": [1.40, 1.45, 1.38], "b": [1.45, 1.39, 1.39]}, "undecided", ("not decided: trial", "尚无定论：实验")),
+        ({"a": [1.40], "b": []}, "running", ("not decided yet", "尚无定论：领先实验")),
+    ],
+)
+def test_every_kind_is_in_the_log_in_both_languages(
+    losses: dict[str, list[float]], kind: str, words: tuple[str, str]
+) -> None:
+    facts = gather(repeated(**losses))
+    assert facts.verdict is not None and facts.verdict.kind == kind
+    english, chinese = markdown(facts, "en", {}), markdown(facts, "zh", {})
+    assert "## ⚖️ Verdict" in english and words[0] in english
+    assert "## ⚖️ 结论" in chinese and words[1] in chinese
+    assert words[0] in text.sentence(facts.verdict)
+
+
+def test_repeats_are_no_experiments_and_count_nowhere_else() -> None:
+    record = repeated(a=[1.0, 1.01, 1.02], b=[1.1, 1.12, 1.13])
+    facts, without = gather(record), gather(study(record.trials[:2]))
+    assert [e.number for e in facts.experiments] == [0, 1] and len(facts.repeats) == 6
+    assert facts.best is not None and without.best is not None
+    assert facts.best.best.number == without.best.best.number == 0
+    assert facts.budget == without.budget and facts.states == without.states and not facts.incomparable
+    assert leaderboard.summary(record.trials).startswith("2 trials (2 COMPLETE), 4 epochs of 30")
+    assert leaderboard.summary(record.trials).endswith(", and 6 repeats, 12 epochs")
+    heads, rows = leaderboard.rows(record.trials)
+    assert "seed" not in heads and [row[1] for row in rows][2:5] == [f"{n} (repeat of 0)" for n in (2, 3, 4)]
+
+
+def test_noise_is_measured_by_repeats_beside_what_their_splits_have_in_common() -> None:
+    alone = gather(study(repeated().trials))
+    assert not alone.noise.is_measured and alone.next.repeats and alone.verdict is None
+    decided = repeated(a=[1.40, 1.45, 1.38, 1.52], b=[1.41, 1.45, 1.39, 1.52])
+    noise = gather(decided).noise
+    assert noise.is_measured and noise.freedoms == 3 and noise.deviation < VAL_NOISE
+    assert len(noise.trials) == 8
+
+
+def test_measuring_the_noise_is_advised_until_it_is_done_and_then_what_would_decide() -> None:
+    open_ = gather(repeated(a=[1.40, 1.45, 1.38], b=[1.44, 1.42, 1.39]), options=("--runs-dir", "my runs"))
+    assert open_.verdict is not None and open_.verdict.kind == "undecided" and open_.verdict.more
+    assert not open_.next.repeats and open_.next.confirm is not None
+    assert open_.next.confirm.startswith("python -m search.confirm --study rsicap --top 2 --seeds ")
+    assert open_.next.confirm.endswith("--runs-dir 'my runs'")
+    assert open_.next.confirm in markdown(open_, "en", {})
+    done = gather(repeated(a=[1.40, 1.45, 1.38], b=[1.401, 1.449, 1.381]))
+    assert not done.next.repeats and done.next.confirm is None
+
+
+def test_mlflow_has_it_as_tags_and_a_study_without_has_none() -> None:
+    record = repeated(a=[1.40, 1.45, 1.38], b=[1.50, 1.55, 1.481])
+    tags = summary.study_tags(record.trials, verdict_of(record.trials, record.attrs))
+    assert tags["verdict"] == "winner" and tags["verdict.trial"] == tags["best_trial"] == "0"
+    assert tags["verdict.epochs"] == "12" and 0 < float(tags["verdict.noise"]) < 0.01
+    plain = study(record.trials[:2])
+    assert verdict_of(plain.trials, plain.attrs) is None and "verdict" not in summary.study_tags(plain.trials)
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        Verdict(kind="none", choice=None),
+        Verdict(kind="alone", choice=3),
+        Verdict(kind="undecided", choice=None),
+        Verdict(kind="undecided", choice=1, more=None),
+    ],
+)
+def test_all_have_words(verdict: Verdict) -> None:
+    said: Any = [text.sentence(verdict, "en"), text.sentence(verdict, "zh")]
+    assert all("{" not in words and "None" not in words for words in said)
+    if verdict.choice == 1:
+        assert f"more than {LONGEST_FORECAST}" in said[0]

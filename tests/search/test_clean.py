@@ -1,0 +1,132 @@
+"""`search.clean` and the names of generations: what stays, what goes, and only with --yes."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+
+from search import clean, records
+from search.clean import list_pieces
+from search.options import find_study
+from search.places import Places
+from search.space import Float
+from search.storage import studies
+from search.storage.database import open_storage
+from search.study import Study
+from trainer.common import cli
+
+STUDY = Study(name="tidy_one", description="", space={"learning_rate": Float(1e-5, 1e-3, log=True)}, n_trials=6)
+
+
+def checkpoint(folder: Path, trial: int, epoch: int) -> Path:
+    made = folder / f"trials/{trial:04d}/checkpoints/epoch-{epoch:04d}"
+    (made / "adapter").mkdir(parents=True)
+    (made / "adapter" / "adapter_config.json").write_text("{}")
+    return made
+
+
+@pytest.fixture
+def runs(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "runs"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two generations: the first with two trials, the second with three that ended and two that did not."""
+    places = Places.of(tmp_path_factory.mktemp("clean") / "runs")
+    places.runs_dir.mkdir()
+    storage = open_storage(places.storage_url)
+    for fresh, values in ((False, (0.5, 0.4)), (True, (0.3, 0.2, 0.6))):
+        study = studies.open_study(storage, STUDY, fresh=fresh)
+        folder = places.study(study.study_name)
+        for value in values:
+            trial = study.ask()
+            trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True)
+            trial.set_user_attr(records.BEST_EPOCH, 2)
+            trial.set_user_attr("folder", f"trials/{trial.number:04d}")
+            checkpoint(folder, trial.number, 2)
+            checkpoint(folder, trial.number, 4)
+            study.tell(trial, value)
+    # A trial that was lost, whose work another is going to take up, and one that runs.
+    lost = study.ask()
+    checkpoint(folder, lost.number, 1)
+    lost.set_user_attr("folder", f"trials/{lost.number:04d}")
+    study.tell(lost, state=optuna.trial.TrialState.FAIL)
+    study.enqueue_trial({}, user_attrs={records.RESUMES: lost.number})
+    return places.runs_dir
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    def call(*arguments: object, study: str = "tidy-one") -> tuple[int, str, str]:
+        command = ["clean", "--study", study, "--runs-dir", str(runs), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        code = 0
+        try:
+            cli.run(clean.app)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
+
+
+def epochs(runs: Path) -> set[str]:
+    return {str(path.relative_to(runs)) for path in runs.glob("*/trials/*/checkpoints/*")}
+
+
+def test_nothing_goes_without_yes(call: Call, runs: Path) -> None:
+    before = epochs(runs)
+    code, out, _ = call()
+    assert code == 0
+    assert "--yes removes it" in out
+    assert epochs(runs) == before
+    assert len(before) == 11
+
+
+def test_what_waiting_trials_and_the_best_need_stays(call: Call, runs: Path) -> None:
+    code, out, _ = call("--keep", 1, "--yes")
+    assert code == 0
+    assert "removed: " in out
+    assert epochs(runs) == {
+        "tidy_one/trials/0001/checkpoints/epoch-0002",
+        "tidy_one-2/trials/0001/checkpoints/epoch-0002",
+        "tidy_one-2/trials/0003/checkpoints/epoch-0001",  # trial 4 is going to continue it
+    }
+
+
+def test_one_generation_by_its_name(call: Call, runs: Path) -> None:
+    code, out, _ = call("--yes", "--keep", 1, study="tidy-one-1")
+    assert code == 0
+    assert "tidy_one-2" not in out
+    assert {name.partition("/")[0] for name in epochs(runs)} == {"tidy_one", "tidy_one-2"}
+    assert len([name for name in epochs(runs) if name.startswith("tidy_one-2/")]) == 7
+
+
+def test_the_first_generation_is_found_by_name(runs: Path) -> None:
+    storage = open_storage(Places.of(runs).storage_url)
+    names = {given: find_study(storage, given) for given in ("tidy_one", "tidy-one", "tidy_one-1", "tidy-one-1")}
+    assert {given: study.study_name for given, study in names.items()} == {
+        "tidy_one": "tidy_one-2",
+        "tidy-one": "tidy_one-2",
+        "tidy_one-1": "tidy_one",
+        "tidy-one-1": "tidy_one",
+    }
+    assert studies.exact_name(names["tidy_one-1"]) == "tidy_one-1"
+    assert studies.exact_name(names["tidy_one"]) == "tidy_one-2"
+
+
+def test_links_are_left_alone(runs: Path, tmp_path: Path) -> None:
+    elsewhere = checkpoint(tmp_path / "elsewhere", 0, 9)
+    (runs / "tidy_one/trials/0000/checkpoints/epoch-0009").symlink_to(elsewhere)
+    study = find_study(open_storage(Places.of(runs).storage_url), "tidy_one-1")
+    assert not [p for p in list_pieces(study, runs / "tidy_one", 1) if "epoch-0009" in p.what]

@@ -1,0 +1,94 @@
+"""`trainer.run --from-study`: the winner again, on all rows; recorded under the study, compared with none of it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from search.errors import StudyError
+from search.options import opened
+from search.places import Places
+from search.reading import read_study
+from search.retrain import configuration
+from search.storage import lifecycle
+from search.study import Study
+from tests.support import small_study
+from trainer import run as trainer_run
+from trainer.common import cli
+from trainer.config import TrainConfig, without_later
+from trainer.data import dataset
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+        code = 0
+        try:
+            cli.run(trainer_run.app)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
+
+
+def test_the_winner_on_all_rows_is_recorded_under_the_study(
+    call: Call, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    small = small_study.build(tmp_path_factory, tiny_checkpoint)
+    runs = Path(shutil.copytree(small.runs, tmp_path / "runs"))
+    study = ("--from-study", small_study.NAME, "--runs-dir", runs)
+    with opened(small_study.NAME, Places.of(runs)) as (found, _):
+        trial = lifecycle.read_trials(found)[small_study.GOOD]
+    config = configuration(trial, ["max_samples=20"], full_data=True)
+    assert (config.num_epochs, config.full_data) == (trial.best_epoch, True)
+    # Trained, and a second call has nothing left to do.
+    options = ("--trial", small_study.GOOD, "--full-data", "--set", "max_samples=20", "--set", "num_epochs=1")
+    code, out, err = call(*study, *options)
+    assert (code, err) == (0, "")
+    assert "20 training and" in out
+    folder = runs / small_study.NAME / "retrained" / f"trial-{small_study.GOOD:04d}-full"
+    assert f"Trained on all rows: the adapter of the last epoch is in {folder}" in out
+    assert "(from the checkpoint)" in call(*study, *options)[1]
+    # In MLflow: a run of its own kind.
+    with opened(small_study.NAME, Places.of(runs)) as (found, tracking):
+        experiment = tracking.find_experiment(small_study.NAME)
+        assert experiment is not None
+        (made,) = [run for run in tracking.runs(experiment).values() if run.tags["kind"] == "retrained"]
+        assert (made.status, made.tags["from_trial"], len(made.epochs)) == ("FINISHED", str(small_study.GOOD), 1)
+        assert len(read_study(found, tracking).trials) == 5
+
+
+def test_full_data_trains_on_the_validation_rows_too() -> None:
+    examined = dataset.examine("mini")
+    plain = dataset.split(examined, TrainConfig.parse({"max_samples": 40}))
+    full = dataset.split(examined, TrainConfig.parse({"max_samples": 40, "full_data": True}))
+    assert set(full.train) == {*plain.train, *plain.val}
+    assert full.val == plain.val
+    assert "full_data" not in without_later(TrainConfig().model_dump())
+
+
+def test_a_study_may_not_learn_what_it_is_judged_by() -> None:
+    with pytest.raises(StudyError, match="full_data trains on the rows that trials are judged by"):
+        Study(name="x", description="", space={}, base={"full_data": True}, n_trials=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--full-data"], "belong to a study; name it with --from-study"),
+        (["--from-study", "x", "--runs-dir", "nowhere"], "there is no database"),
+    ],
+)
+def test_wrong_input_is_one_message(call: Call, arguments: list[str], message: str) -> None:
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err

@@ -1,0 +1,135 @@
+"""Data and models in MLflow: a dataset input, a LoggedModel with metrics, a registered version; by the outbox too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+from search.places import Places
+from search.tracking.delivery import Delivery
+from search.tracking.outbox import DataUsed, Model
+from search.tracking.recorder import RunRecorder
+from search.tracking.runs import StudyRuns
+from tests.search.tracking.test_tracking import started
+from trainer.config import TrainConfig
+
+LOAD = """
+import sys
+import mlflow
+mlflow.set_registry_uri(sys.argv[1])
+mlflow.set_tracking_uri(sys.argv[1])
+print(mlflow.artifacts.download_artifacts("models:/demo@best"))
+"""
+"""The lines of docs/captions.md."""
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def model(adapter: Path, step: int = 3) -> Model:
+    return Model(
+        path=str(adapter), name="demo", alias="best", step=step, metrics={"val_loss": 0.25}, params={"lora_r": "8"}
+    )
+
+
+def recorded(runs: StudyRuns, name: str = "trial 000") -> RunRecorder:
+    recorder = runs.begin(name, TrainConfig().model_dump(), {"trial": "0"})
+    recorder(replace(started(10), data="/data/mine", data_fingerprint="4266c1d312c59ac5"))
+    recorder.finish("FINISHED", state="COMPLETE")
+    return recorder
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_the_best_adapter_is_loadable_from_the_registry(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, away: bool
+) -> None:
+    places = Places.of(tmp_path / "runs")
+    places.runs_dir.mkdir()
+    runs = StudyRuns(places, "demo")
+    if away:
+        from search.errors import Unavailable
+
+        def refuse() -> None:
+            raise Unavailable("away")
+
+        monkeypatch.setattr(runs, "connect", refuse)
+    recorder = recorded(runs)
+    for _ in range(2):  # a search that is run again keeps the same
+        runs.keep_model(recorder.run_id, model(adapter))
+    fresh = StudyRuns(places, "demo")
+    if away:
+        assert fresh.outbox.runs()
+        Delivery(fresh.outbox, "demo", fresh.connect).once()
+    assert not fresh.outbox.runs()
+    tracking = fresh.connect()
+    client = tracking._client
+    run = client.get_run(tracking.resolve("demo", recorder.run_id))
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("mine", "4266c1d312c59ac5")
+    (version,) = client.search_model_versions("name = 'demo'")
+    assert version.run_id == run.info.run_id
+    (logged,) = client.search_logged_models([run.info.experiment_id])
+    assert [(m.key, m.value, m.step, m.dataset_name) for m in logged.metrics] == [("val_loss", 0.25, 3, "mine")]
+    assert logged.params == {"lora_r": "8"}
+    # By the lines of the documentation.
+    command = [sys.executable, "-c", LOAD, places.tracking_uri]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in Path(done.stdout.strip()).iterdir()} >= {f.name for f in adapter.iterdir()}
+
+
+def test_a_better_trial_takes_the_alias(tmp_path: Path, adapter: Path) -> None:
+    places = Places.of(tmp_path / "runs")
+    places.runs_dir.mkdir()
+    runs = StudyRuns(places, "demo")
+    first, second = recorded(runs), recorded(runs, "trial 001")
+    runs.keep_model(first.run_id, model(adapter))
+    runs.keep_model(second.run_id, model(adapter, step=5))
+    client = runs.connect()._client
+    assert client.get_model_version_by_alias("demo", "best").run_id == second.run_id
+    assert len(client.search_model_versions("name = 'demo'")) == 2
+
+
+def test_data_that_another_trial_has_just_named_is_named_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials that begin at once: MLflow lets one of them add the data, and fails the others."""
+    places = Places.of(tmp_path / "runs")
+    places.runs_dir.mkdir()
+    tracking = StudyRuns(places, "demo").connect()
+    experiment, parent = tracking.experiment("demo"), tracking.some_parent("demo", {})
+    run_id = tracking.start_run(experiment, parent, name="a", config={}, tags={})
+    tries = []
+    real = tracking._client.log_inputs
+
+    def log_inputs(*arguments: Any, **named: Any) -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name")
+        real(*arguments, **named)
+
+    monkeypatch.setattr(tracking._client, "log_inputs", log_inputs)
+    tracking.log_data(run_id, DataUsed(name="mine", digest="1", source="/mine", profile={}))
+    assert len(tries) == 3
+    assert len(tracking._client.get_run(run_id).inputs.dataset_inputs) == 1
+
+
+def test_what_the_outbox_keeps_is_read_back(tmp_path: Path) -> None:
+    from search.tracking.outbox import Outbox
+
+    entries = [DataUsed(name="a", digest="b", source="c", profile={"d": "e"}), model(tmp_path)]
+    outbox = Outbox(tmp_path / "outbox")
+    outbox.append("run", entries)
+    assert [kept.entry for kept in outbox.read("run")] == entries

@@ -1,0 +1,112 @@
+"""Which trials are candidates, and what their repeats may cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from search import records
+from search.records import TrialRecord
+from search.verdict.leaders import FEWEST, TOP, Rules, field, judge, leaders, seed_of
+
+BASE = {"seed": 42, "split_seed": 0, "lora_r": 8, "target_modules": ["query"], "lr_scheduler_type": "linear"}
+
+
+def trial(
+    number: int, value: float | None, state: str = "COMPLETE", *, best_epoch: int = 4, **more: Any
+) -> TrialRecord:
+    attrs = {records.TRAIN_LOSSES: [1.0] * 6, **more.pop("attrs", {})}
+    config = {**BASE, "learning_rate": (number + 1) * 1e-4, **more.pop("config", {})}
+    return TrialRecord(
+        number=number,
+        state=state,
+        value=value,
+        params={},
+        config=config,
+        reason=more.pop("reason", records.FINISHED),
+        detail=None,
+        best_epoch=best_epoch,
+        stopped_early=False,
+        attrs=attrs,
+        violated=more.pop("violated", ()),
+        start_s=None,
+        end_s=None,
+        run_id=None,
+    )
+
+
+def repeat(number: int, of: int, block: int, value: float | None, **more: Any) -> TrialRecord:
+    attrs = {records.REPEAT_OF: of, records.BLOCK: block, records.TRAINS_TO: 4, **more.pop("attrs", {})}
+    return trial(number, value, more.pop("state", "PRUNED"), attrs=attrs, reason=more.pop("reason", records.REPEAT))
+
+
+def numbers(trials: list[TrialRecord]) -> list[int]:
+    return [t.number for t in leaders(trials)]
+
+
+def test_complete_trials_on_the_same_samples_the_best_first() -> None:
+    trials = [
+        trial(0, 0.401),
+        trial(1, 0.4),
+        trial(2, 0.39, "PRUNED"),
+        trial(3, 0.39, violated=("non_finite",)),
+        trial(4, 0.402, config={"split_seed": 7}),
+        trial(5, 0.403),
+        repeat(6, 0, 1, 0.1),
+    ]
+    assert numbers(trials) == [1, 0, 5]
+
+
+def test_who_is_clearly_behind_is_none_but_two_there_are() -> None:
+    assert numbers([trial(0, 0.5), trial(1, 0.4), trial(2, 0.41), trial(3, 0.42)]) == [1, 2]
+    assert numbers([trial(0, 0.9), trial(1, 0.4), trial(2, 0.8)]) == [1, 2]
+
+
+def test_what_would_be_trained_alike_is_a_candidate_once() -> None:
+    alike = {"learning_rate": 1e-4}
+    assert numbers([trial(0, 0.4, config=alike), trial(1, 0.4, config={**alike, "seed": 3}), trial(2, 0.41)]) == [0, 2]
+    constant = {**alike, "lr_scheduler_type": "constant_with_warmup"}
+    one, other = (
+        trial(0, 0.4, config={**constant, "num_epochs": 6}),
+        trial(1, 0.4, config={**constant, "num_epochs": 9}),
+    )
+    assert numbers([one, other, trial(2, 0.41)]) == [0, 2]
+
+
+def test_the_budget_decides_how_many_and_three_are_always_affordable() -> None:
+    few = [trial(n, 0.4 + n * 1e-4) for n in range(8)]
+    found, limits = field(few, Rules())
+    assert len(found) == FEWEST and limits.epochs == 3 * 3 * 4
+    many = [trial(n, 0.4 + n * 1e-4) for n in range(60)]
+    found, limits = field(many, Rules())
+    assert len(found) == TOP and limits.epochs == 0.25 * 6 * 60
+    asked, limits = field(few, Rules(top=4, seeds=5))
+    assert len(asked) == 4 and limits.blocks == 5
+
+
+def test_repeats_that_wait_run_or_are_taken_up_again_are_not_wanted_twice() -> None:
+    search = [trial(0, 0.4), trial(1, 0.401)]
+    assert len(judge(search, Rules()).wanted) == 6
+    lost = {records.ATTEMPT: 1}
+    held = [
+        repeat(2, 0, 1, None, state="WAITING"),
+        repeat(3, 1, 1, None, state="RUNNING"),
+        repeat(4, 0, 2, None, state="FAIL", reason=records.LOST, attrs=lost),
+        repeat(5, 1, 2, 0.4),
+        repeat(6, 0, 3, 0.41, state="FAIL", reason=records.LOST),
+        repeat(7, 0, 3, 0.41, attrs={records.RESUMES: 6}),
+    ]
+    verdict = judge([*search, *held], Rules())
+    assert verdict.kind == "running" and verdict.wanted == ((1, 3),)
+
+
+def test_a_repeat_that_was_lost_for_good_ends_its_candidate() -> None:
+    search = [trial(0, 0.4), trial(1, 0.401)]
+    cells = [repeat(10 + 2 * b + n, n, b, 0.4 + n * 0.01 + b * 0.001) for n in range(2) for b in (1, 2, 3)]
+    assert judge([*search, *cells], Rules()).choice == 0
+    cells[0] = repeat(12, 0, 1, None, state="FAIL", reason=records.LOST, attrs={records.ATTEMPT: 2})
+    assert (judge([*search, *cells], Rules()).kind, judge([*search, *cells], Rules()).choice) == ("winner", 1)
+
+
+def test_seeds_are_those_after_the_base_that_the_search_has_not_used() -> None:
+    assert [seed_of(block, 42, {42, 44}) for block in (1, 2, 3)] == [43, 45, 46]
+    assert seed_of(1, 2**32 - 1, set()) == 0
