@@ -73,7 +73,8 @@ class FreezeThaw(Plan):
             return f"after epoch {len(own.losses)}, with nothing to gain: expected to reach {_interval(mine)}"
         if not rivals and not new_left:
             return None
-        best = max((w.per_epoch for _, w in self._rivals(outlook, rivals)), default=-math.inf)
+        hopeful = (w.per_epoch for _, w in self._rivals(outlook, rivals) if w.total >= HOPELESS)
+        best = max(hopeful, default=-math.inf)
         if new_left:
             best = max(best, self._of_new(outlook, [*others, trial])[1])
         if best <= KEEP * mine.per_epoch:
@@ -89,15 +90,12 @@ class FreezeThaw(Plan):
         outlook = self._outlook(trials)
         if not waiting or outlook.empty:
             return None
-        worths = self._rivals(outlook, waiting)
-        if not worths:
+        hopeful = [(n, w) for n, w in self._rivals(outlook, waiting) if w.total >= HOPELESS]
+        if not hopeful:
             return None
-        number, best = max(worths, key=lambda found: (found[1].per_epoch, -found[0]))
+        number, best = max(hopeful, key=lambda found: (found[1].per_epoch, -found[0]))
         if new_left and self._of_new(outlook, trials)[1] >= best.per_epoch:
             return None
-        if not new_left:
-            hopeful = [(w.per_epoch, -n) for n, w in worths if w.total >= HOPELESS]
-            return -max(hopeful)[1] if hopeful else None
         return number
 
     def give_up(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> str:

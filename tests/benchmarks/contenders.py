@@ -22,15 +22,15 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
-from search.pruning import default_pruner, pruner_for
+from search.pruning import default_pruner, pruner_for, settled
 from search.records import Outcome
 from search.sampling.make import FREEZE_THAW, default_strategy, make_sampler
 from search.sampling.params import distribution
 from search.space import param_name
-from search.storage.optuna_private import OrderedStudy
+from search.storage.optuna_private import OrderedStudy, latest
 from search.storage.queue import LongestFirst
 from search.study import Study
-from tests.benchmarks.replaying import Judge, Memory, Play
+from tests.benchmarks.replaying import Judge, Memory, Play, tell
 
 RUNGS = (1, 3, 9)
 ONE_OF = 3
@@ -85,7 +85,12 @@ def products(setting: Setting, sampler: str = "tpe", pruner: str = "rising", str
     study.longest_first = setting.slots > 1
 
     def ask() -> optuna.Trial | None:
-        return study.ask() if study.has_next(trials) else None
+        while study.has_next(trials):
+            trial = study.ask()
+            if study.given_up is None:
+                return trial
+            tell(study, trial, settled(study, latest(trial), study.given_up))
+        return None
 
     return Play(study=study, ask=ask if study.plan is not None else None)
 
