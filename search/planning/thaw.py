@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 KEEP = 1.25
 """A trial pauses for one whose epochs are worth so many times as much: a change costs a checkpoint's loading."""
-HOPELESS = 1e-3
+HOPELESS = 2e-3
 """A trial is not trained on if that is expected to lower the study's best loss by less than this, relatively: a
 fraction of an evaluation's noise on a small split, which no one could tell from luck."""
 FEWEST = 3
