@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow every process on a small machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow check audit install clean
+.PHONY: demo test test-slow check audit lock install clean
 
 install: .venv/installed
 
@@ -41,5 +41,16 @@ audit: .venv-audit/installed
 	.venv-audit/bin/pip install --quiet 'pip-audit>=2.9'
 	touch $@
 
+# The versions of constraints.txt with the hashes of their files: `pip install --require-hashes --no-deps -r
+# requirements.lock` installs nothing else. To be made again whenever constraints.txt changes; a test compares them.
+lock: .venv-lock/installed
+	.venv-lock/bin/uv pip compile constraints.txt --no-deps --generate-hashes --no-annotate --quiet \
+		--output-file requirements.lock
+
+.venv-lock/installed:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet 'uv>=0.9'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-audit build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-audit .venv-lock build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -6,6 +6,7 @@ trainer.common.errors.UserError
 └── StorageError      a database or tracking server that cannot be opened or reached
     ├── Unavailable   a store that does not answer now, or that another process holds
     └── DatabaseAway  Optuna's database, which has not answered for as long as a search waits
+        └── StudyGone the study, its database or its folder, deleted or replaced while a search ran
 """
 
 from typing import ClassVar
@@ -33,3 +34,9 @@ class DatabaseAway(StorageError):
     """Optuna's database has not answered for too long; the same command continues once it does."""
 
     exit_code: ClassVar[int] = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+class StudyGone(DatabaseAway):
+    """The study, its database or its folder was deleted or replaced while the search ran."""
+
+    exit_code: ClassVar[int] = 2

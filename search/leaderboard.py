@@ -63,9 +63,21 @@ def ranked(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def best(trials: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The COMPLETE trial with the lowest validation loss, None if there is none."""
-    complete = [t for t in ranked(trials) if t.state == "COMPLETE"]
+    """The COMPLETE trial with the lowest validation loss, None if there is none.
+
+    One that was added or told by hand has no epoch that measured its value, and no adapter: it is not the best.
+    """
+    complete = [t for t in ranked(trials) if t.state == "COMPLETE" and t.best_epoch is not None]
     return complete[0] if complete else None
+
+
+def all_failed(trials: Sequence[TrialRecord]) -> str | None:
+    """What to say if trials have ended, and each of them by a fault; None if one came to a result."""
+    ended = [t for t in trials if t.state in ("COMPLETE", "PRUNED", "FAIL")]
+    if not ended or any(t.state != "FAIL" for t in ended):
+        return None
+    last = ended[-1]
+    return f"every trial failed ({len(ended)}), the last with: {last.detail or last.reason or 'no reason given'}"
 
 
 def adapter(study_folder: Path, trial: TrialRecord) -> Path:
@@ -183,7 +195,10 @@ def summary(trials: Sequence[TrialRecord]) -> str:
     saved = sum(
         max(0, t.config["num_epochs"] - trained[t.number])
         for t in trials
-        if t.state in ("COMPLETE", "PRUNED") and t.reason != records.PROBE and t.number in trained
+        if "num_epochs" in t.config
+        and t.state in ("COMPLETE", "PRUNED")
+        and t.reason != records.PROBE
+        and t.number in trained
     )
     parts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     stopped = f" of {sum(trained.values()) + saved} ({saved} saved by stopping early)" if saved else ""

@@ -160,12 +160,14 @@ def opened(name: str, places: Places) -> Iterator[tuple[optuna.Study, Tracking]]
     Raises:
         UserError: there is no such study, or a database cannot be opened. None is created.
     """
+    from search.records import STUDY_ID
     from search.storage.database import close_storage, open_storage
     from search.tracking.client import open_tracking
 
     places.check_recorded()
     storage = open_storage(places.storage_url)
     try:
-        yield find_study(storage, name), open_tracking(places.tracking_uri, places.artifacts)
+        found = find_study(storage, name)
+        yield found, open_tracking(places.tracking_uri, places.artifacts, found.user_attrs.get(STUDY_ID))
     finally:
         close_storage(storage)

@@ -7,7 +7,7 @@ Optuna's storage is the truth about trials (state, value, params, reason); MLflo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -42,11 +42,16 @@ SLOTS = "slots"
 RESUMES = "resumes"
 """Number of the trial whose checkpoint this one continues."""
 ATTEMPT = "attempt"
-"""0 for a first run, then the number of times the work was taken up again without a new epoch between."""
+"""How often a worker has died, without a new epoch since, by what this work may be to blame for; 0 for a first run."""
 MAX_RETRIES = 2
-"""Largest attempt: work that was lost once more without a new epoch is given up."""
+"""Largest attempt: work that its worker died of once more without a new epoch is given up."""
+BLAMED = "blamed"
+"""Whether a lost trial may itself be why its worker died; False where more than the worker died, or none saw it."""
 WORKER = "worker"
 """Host, process id and start time of the process that runs the trial."""
+
+FOLDER = "folder"
+"""The trial's folder below the study's; one that resumes another's work shares it."""
 
 PAUSED_AT = "paused_at"
 """Epoch after which the plan last paused the trial."""
@@ -69,6 +74,11 @@ STOP_RULE = "stop_rule"
 """User attribute of study and trial: `Study.stop_rule()`, which ends trials early; MLflow has it as tags. In
 records of older versions it is part of the configuration."""
 
+STUDY_ID = "study_id"
+"""The study's own id: its user attribute, tag of its MLflow experiment and parent run, entry of `STUDY_FILE`."""
+STUDY_FILE = "study.json"
+"""In the study's folder: whose files are there."""
+
 # Reasons for a trial's end.
 FINISHED = "finished"
 RISING = "rising"
@@ -88,6 +98,49 @@ PAUSED = "paused"
 """Waits with its checkpoint because other trials are worth more; it goes on if they turn out not to be."""
 LOST = "lost"
 ERROR = "error"
+
+
+_NUMBERS = (int, float)
+_FORMS: dict[str, Callable[[Any, int], bool]] = {
+    CONFIG: lambda value, number: isinstance(value, dict),
+    RUN_ID: lambda value, number: isinstance(value, str),
+    REASON: lambda value, number: isinstance(value, str),
+    DETAIL: lambda value, number: isinstance(value, str),
+    BEST_EPOCH: lambda value, number: type(value) is int and value > 0,
+    TRAIN_LOSSES: lambda value, number: (
+        isinstance(value, list) and all(loss is None or type(loss) in _NUMBERS for loss in value)
+    ),
+    FINDINGS: lambda value, number: (
+        isinstance(value, list) and all(isinstance(f, dict) and isinstance(f.get("id"), str) for f in value)
+    ),
+    LABEL: lambda value, number: isinstance(value, str),
+    NOTE: lambda value, number: isinstance(value, str),
+    OVERRIDES: lambda value, number: isinstance(value, dict),
+    STAGE: lambda value, number: isinstance(value, str),
+    SLOTS: lambda value, number: type(value) is int,
+    # Only an earlier trial can be resumed: a chain of them comes to its end.
+    RESUMES: lambda value, number: type(value) is int and 0 <= value < number,
+    ATTEMPT: lambda value, number: type(value) is int,
+    WORKER: lambda value, number: isinstance(value, dict) and {"host", "pid"} <= value.keys(),
+    FOLDER: lambda value, number: isinstance(value, str),
+    STOP_RULE: lambda value, number: isinstance(value, dict),
+    PAUSED_AT: lambda value, number: type(value) is int,
+    GIVEN_UP: lambda value, number: isinstance(value, str),
+    REPEAT_OF: lambda value, number: type(value) is int and 0 <= value < number,
+    BLOCK: lambda value, number: type(value) is int and value > 0,
+    TRAINS_TO: lambda value, number: type(value) is int and value > 0,
+}
+"""Of each user attribute of a trial, whether a value has the form in which this program writes it, by trial number."""
+_OF_A_REPEAT = (REPEAT_OF, BLOCK, TRAINS_TO)
+"""A repeat has all of these, and no other trial has one of them."""
+
+
+def foreign(attrs: Mapping[str, Any], number: int) -> list[str]:
+    """Attributes of a trial that have our names, but were written by another program in another form."""
+    found = [key for key, fits in _FORMS.items() if attrs.get(key) is not None and not fits(attrs[key], number)]
+    if any(attrs.get(key) is None or key in found for key in _OF_A_REPEAT):
+        found += [key for key in _OF_A_REPEAT if key in attrs and key not in found]
+    return found
 
 
 def _column(en: str, zh: str, spec: str) -> dict[str, Any]:
@@ -111,6 +164,11 @@ class Outcome:
     violated: str | None = None
     """The constraint it violated: TPE sees it, and keeps away (a FAIL would be invisible to it)."""
     stopped_early: bool = False
+
+
+def folder_of(first: int) -> str:
+    """`FOLDER` of a trial, by the number of the first trial whose work it continues."""
+    return f"trials/{first:04d}"
 
 
 def finite(value: float | None) -> TypeGuard[float]:

@@ -9,13 +9,16 @@ from search.leaderboard import adapter, best
 from search.records import TrialRecord
 from search.verdict.race import Verdict
 
+INTERRUPTED = (129, 130, 143)
+"""Exit codes after SIGHUP, Ctrl-C and SIGTERM."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """What a search came to."""
 
     code: int
-    """Exit code: 0 done, 1 a fault, 2 wrong input, 75 the database is away, 130 or 143 interrupted."""
+    """Exit code: 0 done, 1 a fault, 2 wrong input, 75 the database is away, 129, 130 or 143 interrupted."""
     study_name: str
     """Optuna's, which tells generations apart."""
     trials: tuple[TrialRecord, ...]

@@ -163,7 +163,7 @@ def run_shown(session: Session) -> int:
     result = session.run(lambda read: LiveDisplay(console, read) if console.is_terminal else Plain(console))
     if result.code == DatabaseAway.exit_code:
         console.print("\nthe database is away; the same command continues the study once it answers", soft_wrap=True)
-    else:
+    elif result.trials or not result.code:
         summary.sum_up(console, result, session.options.places)
     return result.code
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.errors import DatabaseAway, StudyError, Unavailable
 from search.options import SearchOptions
-from search.result import Result
+from search.result import INTERRUPTED, Result
 from search.study import Study
 from search.study_file import load
 from search.verdict.leaders import Rules, verdict_of
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from search.preflight import Checked
     from search.records import TrialRecord
     from search.report.keeper import LogKeeper
+    from search.storage.identity import Watch
     from search.storage.lifecycle import Unfinished
     from search.storage.retry import RetryingStorage
     from search.tracking.delivery import DeliveryThread
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from search.workers.supervisor import Supervisor
     from trainer.data.dataset import Examined
 
-ENDS: dict[int, Status] = {0: "FINISHED", 130: "KILLED", 143: "KILLED"}
+ENDS: dict[int, Status] = {0: "FINISHED", **dict.fromkeys(INTERRUPTED, "KILLED")}
 """MLflow's status of the study's own run by exit code; FAILED for all others."""
 
 
@@ -91,8 +92,12 @@ class Session:
         self._rules: Rules | None = None
         """How the leaders are repeated at the end; None if they are not."""
         self._storage: RetryingStorage | None = None
+        self._runs: StudyRuns | None = None
+        self._watch: Watch | None = None
         self._supervisor: Supervisor | None = None
         self._stop: list[bool] = []
+        self._notes: list[str] = []
+        """To be said once there is where."""
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._result: Result | None = None
@@ -170,6 +175,9 @@ class Session:
             with pool:
                 try:
                     return self._run(pool, checked, display)
+                except BaseException as error:
+                    self._tell_mlflow(error)
+                    raise
                 finally:
                     self._close_storage()
 
@@ -198,6 +206,7 @@ class Session:
             from search.report.keeper import LogKeeper
             from search.storage import lifecycle
             from search.terminal import summary
+            from search.terminal.live import Logged
             from search.tracking.delivery import Delivery, DeliveryThread
             from search.tracking.runs import StudyRuns
             from search.urls import shown as shown_url
@@ -206,7 +215,7 @@ class Session:
         # Optuna's database, the study in it, and its folder.
         study = self._open_study()
         name = study.study_name
-        self._open_folder(name)
+        self._open_folder(study)
 
         # MLflow: what an earlier search left is delivered, and the study's own run set to RUNNING.
         runs = StudyRuns(places, name)
@@ -215,17 +224,18 @@ class Session:
         with suppress(Unavailable):
             caught_up = delivery.once().records > 0
         preflight.log_data(checked)
+        self._runs = runs
         away = runs.start_study(checked.tags())
 
         job = self._job(name, checked.examined, pool)
-        display: Display = make_display(lambda: lifecycle.read_trials(study))
+        display: Display = Logged(make_display(lambda: lifecycle.read_trials(study)))
         look = self._look_for_lost(study, runs, pool, display)
         keeper = LogKeeper(study, runs, job.folder, places.options())
         courier = DeliveryThread(delivery, shown_url(places.tracking_uri), display.say)
         assert self._storage is not None
         self._storage.say = display.say
         runs.close_dangling(is_gone)
-        left = look()
+        left = look(())
         done = lifecycle.counted(study)
 
         # The workers, to their end.
@@ -233,6 +243,8 @@ class Session:
             display.say(summary.headline(job, study, done))
             for warning in checked.warnings():
                 display.say(f"data: warning: {warning}")
+            for note in self._notes:
+                display.say(note)
             courier.start(away)
             code = 0
             if left.waiting or left.running or done < self.n_trials:
@@ -259,6 +271,7 @@ class Session:
 
         from search import pruning, records
         from search.sampling.make import default_strategy, make_sampler
+        from search.sampling.samplers import GridInOrder
         from search.storage import studies, warm_start
         from search.storage.database import open_storage
 
@@ -278,6 +291,8 @@ class Session:
             pruner=pruning.pruner_for(self.pruner, self.definition, self.n_trials),
         )
         studies.check_strategy(study, self.strategy)
+        if isinstance(study.sampler, GridInOrder):
+            self._cap(study.sampler.total(study))
         self.prior = studies.hold_prior(study, prior)
         study.set_user_attr(records.SETTINGS, list(options.settings))  # for the commands that the tuning log proposes
         if options.confirm:
@@ -287,6 +302,21 @@ class Session:
             study.set_user_attr(records.CONFIRM, asdict(self._rules))  # for the log, and for searches that go on
         return study
 
+    def _tell_mlflow(self, error: BaseException) -> None:
+        """End the study's own run, if it has begun, for a search that does not come to its end."""
+        killed = isinstance(error, KeyboardInterrupt | SystemExit)
+        if self._runs is not None:
+            with suppress(Exception):  # what ended the search is what is to be told
+                self._runs.end_study("KILLED" if killed else "FAILED", {})
+
+    def _cap(self, most: int) -> None:
+        """Ask for no more trials than a grid has points."""
+        if self.n_trials > most:
+            self._notes.append(
+                f"the grid has {most} trials, and {self.n_trials} were asked for: it ends once it is done"
+            )
+            self.n_trials = most
+
     def _close_storage(self) -> None:
         """Leave no connection to a later session of this process."""
         from search.storage.database import close_storage
@@ -295,11 +325,15 @@ class Session:
             close_storage(self._storage)
             self._storage = None
 
-    def _open_folder(self, name: str) -> None:
+    def _open_folder(self, study: optuna.Study) -> None:
+        from search.storage.identity import Watch, claim
         from search.workers.start import set_up_logging
 
+        name = study.study_name
         folder = self.options.places.study(name)
         _make_folder(folder)
+        claim(folder, study)
+        self._watch = Watch(study, self.options.places)
         self._end_logging = set_up_logging(folder)
         self.log_file = self.options.places.log(name)
 
@@ -324,7 +358,7 @@ class Session:
 
     def _look_for_lost(
         self, study: optuna.Study, runs: StudyRuns, pool: WorkerPool, display: Display
-    ) -> Callable[[], Unfinished]:
+    ) -> Callable[[Collection[int]], Unfinished]:
         """A function that takes up what dead workers left, and says how many trials wait and run."""
         from search import records
         from search.processes import is_gone
@@ -333,10 +367,12 @@ class Session:
 
         rules = self._rules
 
-        def look() -> Unfinished:
-            gone = lifecycle.requeue_lost(study, is_alive=pool.alive)
+        def look(blamed: Collection[int]) -> Unfinished:
+            gone = lifecycle.requeue_lost(study, is_alive=pool.alive, blamed=blamed)
             for lost in gone:
-                goes_on = "tried too often" if lost.successor is None else f"trial {lost.successor} takes up its work"
+                goes_on = (
+                    "it is not tried again" if lost.successor is None else f"trial {lost.successor} takes up its work"
+                )
                 display.say(f"trial {lost.number} was lost: {lost.detail}; {goes_on}")
                 if lost.run_id is not None:
                     runs.end(lost.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
@@ -353,18 +389,23 @@ class Session:
         self, code: int, study: optuna.Study, runs: StudyRuns, courier: DeliveryThread, keeper: LogKeeper
     ) -> Result:
         """Deliver, write the log, end the study's run in MLflow."""
+        from search import leaderboard
         from search.processes import is_gone
         from search.storage import lifecycle
         from search.terminal import summary
 
         folder = self.options.places.study(study.study_name)
-        if code == DatabaseAway.exit_code:  # neither trials nor log can be read now
-            runs.end_study("KILLED", {})
+        gone = self._watch.problem() if self._watch is not None else None
+        if code == DatabaseAway.exit_code or gone is not None:  # neither trials nor log can be read now
+            runs.end_study("KILLED" if gone is None else "FAILED", {})
             courier.close()
+            code = code if gone is None else gone.exit_code
             return Result(code=code, study_name=study.study_name, trials=(), logs=(), folder=folder)
         courier.close()  # first, so that the log has what MLflow has
         logs = keeper.close() if keeper.is_alive() else []
         trials = lifecycle.read_trials(study)
+        if code == 0 and leaderboard.all_failed(trials):
+            code = 1  # 0 says that the study has what was asked for
         verdict = verdict_of(trials, study.user_attrs)
         self._keep_best(trials, folder, study.study_name, runs)
         runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials, verdict))

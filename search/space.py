@@ -6,7 +6,7 @@ Pure descriptions: `search.sampling.params` turns them into Optuna's distributio
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -182,11 +182,18 @@ def contains(param: Param, value: Any) -> bool:
     """Whether the param can take this value (for a Multiple, this factor)."""
     match param:
         case Float() | Int():
-            return isinstance(value, int | float) and param.low <= value <= param.high
+            whole = isinstance(param, Float) or value == int(value) if _is_number(value) else False
+            return whole and param.low <= value <= param.high
         case Choice():
             return value in param.values
         case Multiple():
             return value in param.factors
+
+
+def fits(space: Space) -> Callable[[str, Any], bool]:
+    """Whether a value is one that the space has for the param of this name (Optuna's)."""
+    params = {param_name(field, param): param for field, param in space.items()}
+    return lambda name, value: name in params and contains(params[name], value)
 
 
 # What a space can give that TrainConfig does not accept.

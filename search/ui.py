@@ -106,9 +106,13 @@ def _unusable(places: Places) -> Iterator[str]:
     """Databases that exist but cannot be opened. Imports SQLAlchemy and Optuna, which takes a second."""
     from search.storage.database import close_storage, open_storage
     from search.tracking import address
+    from search.tracking.client import open_tracking
 
     try:
-        address.check(places.tracking_uri)
+        if places.tracking_uri.startswith("http"):
+            open_tracking(places.tracking_uri, places.artifacts)
+        else:
+            address.check(places.tracking_uri)
     except StorageError as error:
         yield str(error)
     try:

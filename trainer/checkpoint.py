@@ -6,8 +6,9 @@
         state.json       config, position, history of epochs, hashes of the other files
 
 There is no generator state to save: data order is a function of (seed, epoch), dropout of (seed, step) and the
-learning rate of the step. A checkpoint appears whole or not at all (`trainer.common.files`); only the last and the
-best are kept.
+learning rate of the step. A checkpoint appears whole or not at all (`trainer.common.files`). The last two and the
+best are kept: should the last be damaged on the disk, one epoch is trained again, not all since the best. Once a run
+has had all its epochs and its last checkpoint, read back, is sound, the one before it goes too.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def save(
     adapter: Adapter,
     instruction: str | None = None,
 ) -> Path:
-    """Write the checkpoint of `state.epoch` and drop all but the last and the best.
+    """Write the checkpoint of `state.epoch` and drop all but the last two and the best; see the module.
 
     `instruction` is kept beside the adapter (`USE`), for whoever captions with it.
 
@@ -117,8 +118,11 @@ def save(
         if out_of_room(error) and not isinstance(error, OSError):  # safetensors has an exception of its own
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
+    there = _epochs(out_dir)
     keep = {state.epoch, state.best_epoch()}
-    superseded = [path for epoch, path in _epochs(out_dir) if epoch not in keep]
+    if state.epoch < config.num_epochs or not _is_sound(folder):
+        keep |= set(sorted(epoch for epoch, _ in there if epoch < state.epoch)[-1:])
+    superseded = [path for epoch, path in there if epoch not in keep]
     for path in (*superseded, *folder.parent.glob(UNFINISHED)):  # the latter: of a process that was killed
         shutil.rmtree(path, ignore_errors=True)
     return folder
@@ -211,6 +215,14 @@ def _verified(folder: Path) -> dict[str, Any]:
         if _hash(folder / name) != digest:
             raise ValueError(f"{name} is damaged: its hash does not match")
     return data
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        _verified(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
 
 
 def _checksum(data: dict[str, Any]) -> str:

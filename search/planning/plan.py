@@ -56,8 +56,12 @@ def is_repeat(trial: FrozenTrial) -> bool:
 
 
 def is_paused(trial: FrozenTrial) -> bool:
-    """Whether the trial waits because the plan paused it, and not for any other reason."""
-    return trial.state == TrialState.WAITING and trial.user_attrs.get(records.REASON) == records.PAUSED
+    """Whether the trial waits because the plan paused it, after an epoch, and not for any other reason.
+
+    Other programs may queue a trial with a paused one's attributes, but no epochs.
+    """
+    reason = trial.user_attrs.get(records.REASON)
+    return trial.state == TrialState.WAITING and reason == records.PAUSED and bool(trial.intermediate_values)
 
 
 def paused(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:

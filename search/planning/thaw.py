@@ -19,6 +19,7 @@ from search.planning.coordinates import Coordinates
 from search.planning.plan import Plan, number_counted, paused
 from search.planning.prior import Prior
 from search.planning.worth import Known, Outlook, Worth
+from search.space import fits
 
 if TYPE_CHECKING:
     from search.study import Study
@@ -32,6 +33,8 @@ FEWEST = 3
 """Other trials needed to find one hopeless."""
 APART = 0.2
 """Decades of the effective rate within which a second trial that has not yet reported teaches little."""
+FAR = 10.0
+"""Ranges of a coordinate beyond which a configuration is another program's, and says nothing about the space."""
 BEST = 3
 """Good trials near which candidates are drawn."""
 
@@ -48,6 +51,7 @@ class FreezeThaw(Plan):
     def __init__(self, study: Study, prior: Prior, *, proposes: bool = True) -> None:
         self._study, self._prior, self._proposes = study, prior, proposes
         self._coordinates = Coordinates(study.space)
+        self._fits = fits(study.space)
         self._base = study.base_config().model_dump()
         self._candidates = Candidates(study.space, self._base)
         self._latest: tuple[tuple[Any, ...], Outlook] | None = None
@@ -149,7 +153,7 @@ class FreezeThaw(Plan):
             (
                 min((v for v in t.intermediate_values.values() if math.isfinite(v)), default=math.inf),
                 t.number,
-                t.params,
+                self._of_the_space(t.params),
             )
             for t in trials
             if not _is_special(t)
@@ -157,6 +161,10 @@ class FreezeThaw(Plan):
         return [params for loss, _, params in sorted(lowest, key=lambda x: x[:2])[:BEST] if math.isfinite(loss)]
 
     # ------------------------------------------------------------------ what is known
+
+    def _of_the_space(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a trial's params that the study's space has; another program may have stored any."""
+        return {name: value for name, value in params.items() if self._fits(name, value)}
 
     def _rivals(self, outlook: Outlook, waiting: Sequence[FrozenTrial]) -> list[tuple[int, Worth]]:
         known = [k for t in waiting if (k := self._known(t)) is not None]
@@ -171,17 +179,24 @@ class FreezeThaw(Plan):
         return self._latest[1]
 
     def _known(self, trial: FrozenTrial) -> Known | None:
-        """The trial as the model sees it; None if it says nothing about its configuration."""
+        """The trial as the model sees it; None if it says nothing about its configuration, or is another program's."""
         if _is_special(trial):
             return None
         config = trial.user_attrs.get(records.CONFIG)
         if config is None:
-            if len(trial.params) < len(self._study.space):
-                return None  # queued, and not sampled yet
+            if len(self._of_the_space(trial.params)) < len(self._study.space):
+                return None  # queued and not sampled yet, or with what the space does not have
             overrides = trial.user_attrs.get(records.OVERRIDES, {})
             config = {**self._candidates.config(trial.params), **overrides}
-        z, rest = self._coordinates.of(config)
         last = max(trial.intermediate_values, default=0)
+        try:
+            z, rest = self._coordinates.of(config)
+            if last > config["num_epochs"]:
+                return None
+        except (ArithmeticError, KeyError, TypeError, ValueError):
+            return None  # no configuration of ours
+        if not (math.isfinite(z) and np.all(np.abs(rest) <= FAR)):
+            return None
         losses = tuple(trial.intermediate_values.get(epoch, math.nan) for epoch in range(1, last + 1))
         if not losses and any(amount > 0 for amount in trial.constraints.values()):
             losses = (math.nan,)  # out of memory or NaN before its first epoch ended

@@ -32,6 +32,7 @@ def main(
     import optuna
 
     from search import reading
+    from search.records import STUDY_ID
     from search.report import write
     from search.report.facts import gather
     from search.storage.database import open_storage
@@ -44,7 +45,8 @@ def main(
     found = find_study(open_storage(places.storage_url), study)
     outbox = Outbox(places.outbox(found.study_name))
     try:
-        record = reading.read_study(found, open_tracking(places.tracking_uri, places.artifacts), outbox)
+        tracking = open_tracking(places.tracking_uri, places.artifacts, found.user_attrs.get(STUDY_ID))
+        record = reading.read_study(found, tracking, outbox)
     except Unavailable as error:
         print(f"{error}; writing the log from Optuna's records alone", file=sys.stderr)
         record = reading.read_study(found, None, outbox, away=True)

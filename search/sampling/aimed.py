@@ -11,8 +11,8 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from search.planning.thaw import FreezeThaw
-from search.sampling.params import distribution
-from search.sampling.samplers import SeededByTrial, root
+from search.sampling.params import distribution, root
+from search.sampling.samplers import SeededByTrial
 from search.space import param_name
 from search.study import Study
 

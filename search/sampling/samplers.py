@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import records
 from search.errors import StudyError
-from search.sampling.params import distribution
+from search.sampling.params import distribution, root
 from search.space import Choice, Multiple, param_name
 from search.storage.optuna_private import GridPoints, trial_id
 from search.study import Study
@@ -128,7 +128,8 @@ class GridInOrder(GridPoints):
 
     Optuna's own takes points by trial number, at random once numbers and points are out of step (trials given by hand,
     requeued ones), and calls `Study.stop`, which only `Study.optimize` allows. Here each point is visited once, in an
-    order that only the seed decides, with any number of workers. After the last point it begins again.
+    order that only the seed decides, with any number of workers. `total` says when all have been: a trial beyond them
+    would train a point again, with the same result.
 
     Args:
         study: A study whose params are all a Choice or a Multiple.
@@ -140,6 +141,11 @@ class GridInOrder(GridPoints):
     def __init__(self, study: Study) -> None:
         super().__init__(_grid(study), seed=study.seed)
         self._random = SeededByTrial(lambda seed: RandomSampler(seed=seed), study.seed)
+
+    def total(self, study: optuna.Study) -> int:
+        """How many trials the study has once each point has had one, those given by hand included."""
+        by_hand = sum("fixed_params" in t.system_attrs and _is_first(t) for t in study.get_trials(deepcopy=False))
+        return by_hand + self.n_points
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Give a new trial its point of the grid; one given by hand has none."""
@@ -170,14 +176,6 @@ def place(study: optuna.Study, trial: FrozenTrial) -> int:
     trials = {t.number: t for t in study.get_trials(deepcopy=False)}
     first = root(trials, trial)
     return sum(_is_first(t) for number, t in trials.items() if number < first)
-
-
-def root(trials: dict[int, FrozenTrial], trial: FrozenTrial) -> int:
-    """Number of the first trial in the chain of those whose work this one continues."""
-    first = trial
-    while not _is_first(first):
-        first = trials[first.user_attrs[records.RESUMES]]
-    return first.number
 
 
 def _is_first(trial: FrozenTrial) -> bool:

@@ -29,7 +29,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import records
 from search.pruning import best_value
-from search.sampling.samplers import SeededByTrial, base_sampler, root
+from search.sampling.params import root
+from search.sampling.samplers import SeededByTrial, base_sampler
 from search.space import Choice, Float, Int, Multiple, Param, param_name
 from search.storage.optuna_private import set_user_attr
 from search.study import Study

@@ -11,7 +11,7 @@ says in which order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -106,7 +106,8 @@ def put_back(study: optuna.Study, worker: Mapping[str, Any], since: datetime) ->
 def requeue_lost(
     study: optuna.Study,
     *,
-    is_alive: Callable[[dict[str, Any]], bool | None] = processes.alive,
+    is_alive: Callable[[Any], bool | None] = processes.alive,
+    blamed: Collection[int] = (),
     max_retries: int = records.MAX_RETRIES,
 ) -> tuple[Lost, ...]:
     """Fail the RUNNING trials whose worker is gone, and queue a successor that takes up the work of each.
@@ -117,28 +118,37 @@ def requeue_lost(
     slept.
 
     The successor has the params, reports, label, overrides and stage of the lost trial. Its `records.RESUMES` names
-    the lost one, its `records.ATTEMPT` counts the attempts since the last epoch that was completed: on hosts that come
-    and go a long trial is lost often, while one that kills its worker never completes an epoch. If this process dies
-    between the two steps, the next call queues the missing successor.
+    the lost one, its `records.ATTEMPT` counts the deaths since the last epoch that was completed for which the trial
+    may be to blame. Only the supervisor that saw its worker die, and lived on, can know of one: a trial that dies with
+    its supervisor, its process group or its host has not used an attempt. If this process dies between the two steps,
+    the next call queues the missing successor.
+
+    Args:
+        study: The study.
+        is_alive: Says of a trial's `records.WORKER` whether it lives; None if nothing is known.
+        blamed: Numbers of the trials that their own worker's death may be due to, see `search.workers.supervisor`.
+        max_retries: A trial with more such deaths is given up.
 
     Returns:
         The trials found by this call, by number.
     """
-    return _backend(study).retrying(lambda: _requeue_lost(study, is_alive, max_retries))
+    return _backend(study).retrying(lambda: _requeue_lost(study, is_alive, blamed, max_retries))
 
 
 def _requeue_lost(
-    study: optuna.Study, is_alive: Callable[[dict[str, Any]], bool | None], max_retries: int
+    study: optuna.Study, is_alive: Callable[[Any], bool | None], blamed: Collection[int], max_retries: int
 ) -> tuple[Lost, ...]:
     if not (_gone(study, is_alive) or _without_successor(study, max_retries)):
         return ()
     with exclusive(_backend(study)):
         gone = _gone(study, is_alive)
         for trial, detail in gone:
-            _fail_as_lost(study, trial, detail)
+            _fail_as_lost(study, trial, detail, trial.number in blamed)
         requeued = _without_successor(study, max_retries)
         for trial in requeued:
-            study.add_trial(_successor(trial, _attempt(study, trial)))
+            successor = _successor(trial, _attempt(study, trial, _was_blamed(trial)))
+            assert successor is not None  # or it would not be among them
+            study.add_trial(successor)
     details = {trial.number: detail for trial, detail in gone}
     details |= {t.number: t.user_attrs.get(records.DETAIL, "") for t in requeued if t.number not in details}
     successors = {t.user_attrs.get(records.RESUMES): t.number for t in study.get_trials(deepcopy=False)}
@@ -177,7 +187,7 @@ def _backend(study: optuna.Study) -> RetryingStorage:
     return backend
 
 
-def _gone(study: optuna.Study, is_alive: Callable[[dict[str, Any]], bool | None]) -> list[tuple[FrozenTrial, str]]:
+def _gone(study: optuna.Study, is_alive: Callable[[Any], bool | None]) -> list[tuple[FrozenTrial, str]]:
     """RUNNING trials whose worker is gone, each with the evidence."""
     found = []
     silent_s: dict[int, float] | None = None
@@ -219,12 +229,14 @@ def _silences(study: optuna.Study) -> dict[int, float]:
     return silences
 
 
-def _fail_as_lost(study: optuna.Study, trial: FrozenTrial, detail: str) -> None:
+def _fail_as_lost(study: optuna.Study, trial: FrozenTrial, detail: str, blamed: bool) -> None:
     """Tell a trial as FAIL, lost. The attributes come first: a finished trial takes none."""
-    attempt = trial.user_attrs.get(records.ATTEMPT, 0)
     try:
         set_user_attr(study, trial, records.REASON, records.LOST)
-        set_user_attr(study, trial, records.DETAIL, f"{detail} (attempt {attempt + 1})")
+        set_user_attr(study, trial, records.BLAMED, blamed)
+        if blamed:
+            detail += f" (attempt {_attempt(study, trial, blamed)})"
+        set_user_attr(study, trial, records.DETAIL, detail)
         set_state(study, trial, TrialState.FAIL)
     except optuna.exceptions.UpdateFinishedTrialError:
         return  # its worker finished it after all
@@ -240,34 +252,43 @@ def _without_successor(study: optuna.Study, max_retries: int) -> list[FrozenTria
         if t.state == TrialState.FAIL
         and t.user_attrs.get(records.REASON) == records.LOST
         and t.number not in resumed
-        and _attempt(study, t) <= max_retries
+        and _attempt(study, t, _was_blamed(t)) <= max_retries
+        and _successor(t, 0) is not None
     ]
 
 
-def _attempt(study: optuna.Study, lost: FrozenTrial) -> int:
+def _was_blamed(lost: FrozenTrial) -> bool:
+    """`records.BLAMED`; earlier versions, which lack it, counted every loss."""
+    return lost.user_attrs.get(records.BLAMED) is not False
+
+
+def _attempt(study: optuna.Study, lost: FrozenTrial, blamed: bool) -> int:
     """`records.ATTEMPT` of the successor of a lost trial."""
     before = lost.user_attrs.get(records.RESUMES)
-    began_with = 0 if before is None else len(study.get_trials(deepcopy=False)[before].intermediate_values)
-    further = len(lost.intermediate_values) > began_with
-    return 1 if further else lost.user_attrs.get(records.ATTEMPT, 0) + 1
+    reports = {t.number: t.intermediate_values for t in study.get_trials(deepcopy=False)}
+    further = len(lost.intermediate_values) > len(reports.get(-1 if before is None else before, ()))
+    return (0 if further else lost.user_attrs.get(records.ATTEMPT, 0)) + blamed
 
 
-def _successor(lost: FrozenTrial, attempt: int) -> FrozenTrial:
-    """A waiting trial that takes up the work of a lost one.
+def _successor(lost: FrozenTrial, attempt: int) -> FrozenTrial | None:
+    """A waiting trial that takes up the work of a lost one; None if Optuna refuses its params, as another program's.
 
     System attributes are kept (queued params, grid point, rungs), as in Optuna's RetryHeartbeatStaleTrialCallback, all
     but the constraints, which Optuna allows to be set only once.
     """
     attrs = {key: lost.user_attrs[key] for key in _CARRIED_OVER if key in lost.user_attrs}
     distributions: dict[str, BaseDistribution] = lost.distributions
-    return create_trial(
-        state=TrialState.WAITING,
-        params=lost.params,
-        distributions=distributions,
-        user_attrs={**attrs, records.RESUMES: lost.number, records.ATTEMPT: attempt},
-        system_attrs={key: value for key, value in lost.system_attrs.items() if not key.startswith("constraints")},
-        intermediate_values=lost.intermediate_values,
-    )
+    try:
+        return create_trial(
+            state=TrialState.WAITING,
+            params=lost.params,
+            distributions=distributions,
+            user_attrs={**attrs, records.RESUMES: lost.number, records.ATTEMPT: attempt},
+            system_attrs={key: value for key, value in lost.system_attrs.items() if not key.startswith("constraints")},
+            intermediate_values=lost.intermediate_values,
+        )
+    except ValueError:
+        return None
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:

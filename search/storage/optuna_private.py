@@ -7,7 +7,7 @@ tests/search/storage/test_optuna_private.py says which one is missing, and finds
     latest                         a running trial, without asking the database
     set_user_attr, set_system_attr, set_state    writing to a trial that is not `optuna.Trial`
     running_heartbeats             the heartbeats of all running trials, in one query
-    OrderedStudy, FilteredStudy, CreationHooks, GridPoints      where Optuna's steps are replaced or watched
+    OrderedStudy, FilteredStudy, CreationHooks, SharedStorage, GridPoints    where Optuna's steps are replaced, watched
 """
 
 from __future__ import annotations
@@ -140,6 +140,34 @@ class CreationHooks(RDBStorage):
     def _get_prepared_new_trial(self, *args: Any, **kwargs: Any) -> Any:
         self.before_creation_try()
         return super()._get_prepared_new_trial(*args, **kwargs)
+
+
+class SharedStorage(RDBStorage):
+    """RDBStorage for studies that other programs write into as well.
+
+    It shows each trial that it reads, which comes down to two methods, one of them for the cache. And it stores a
+    param whatever distribution another trial has it with: Optuna refuses that, so that one trial of another space
+    would end the study for good.
+    """
+
+    def read(self, trial: FrozenTrial) -> None:
+        """A trial has been read; it may be changed before anyone sees it."""
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        trial = super().get_trial(trial_id)
+        self.read(trial)
+        return trial
+
+    def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        trials: list[FrozenTrial] = super()._get_trials(*args, **kwargs)
+        for trial in trials:
+            self.read(trial)
+        return trials
+
+    def _set_trial_param_without_commit(
+        self, session: Any, trial_id: int, name: str, value: float, distribution: Any, _previous: Any = None
+    ) -> None:
+        super()._set_trial_param_without_commit(session, trial_id, name, value, distribution, distribution)
 
 
 class GridPoints(GridSampler):

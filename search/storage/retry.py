@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL
 
+from search import records
 from search.errors import DatabaseAway, StorageError
-from search.storage.optuna_private import CALLED_BY_THE_CACHE, CreationHooks
+from search.storage.optuna_private import CALLED_BY_THE_CACHE, CreationHooks, SharedStorage
 from search.urls import shown, without_secrets
 
 log = logging.getLogger("search.storage.retry")
@@ -112,7 +113,7 @@ def retrying(url: URL, do: Callable[[], T], say: Callable[[str], None]) -> T:
             return result
 
 
-class RetryingStorage(CreationHooks):
+class RetryingStorage(CreationHooks, SharedStorage):
     """RDBStorage that retries each call while the database is away, for `RETRY_S` seconds.
 
     A call that was not answered may have been done, so only calls that may be done twice are retried; setting a
@@ -125,6 +126,25 @@ class RetryingStorage(CreationHooks):
         self.say: Callable[[str], None] = log.warning
         """Tells the user that the database is away, and that it is back; the log by default."""
         self._inside = threading.local()
+        self.fits: Callable[[str, Any], bool] = lambda name, value: True
+        """Whether a param has a value of the study's space, by Optuna's name of it; whoever samples sets it."""
+        self._told_foreign: set[tuple[int, str]] = set()
+
+    def read(self, trial: FrozenTrial) -> None:
+        """Leave out what another program has written in another form than ours, on which all readers rely.
+
+        That is attributes of our names, and of trials that have ended params outside of the space: a sampler that
+        learns from them would end by an error, at every trial from then on.
+        """
+        if trial.state.is_finished() and not all(self.fits(*param) for param in trial.params.items()):
+            kept = {name for name, value in trial.params.items() if self.fits(name, value)}
+            trial.params = {name: value for name, value in trial.params.items() if name in kept}
+            trial.distributions = {name: d for name, d in trial.distributions.items() if name in kept}
+        for key in records.foreign(trial.user_attrs, trial.number):
+            value = trial.user_attrs.pop(key)
+            if (trial.number, key) not in self._told_foreign:
+                self._told_foreign.add((trial.number, key))
+                log.warning("trial %d: its attribute %r is not ours and is left out: %.100r", trial.number, key, value)
 
     def retrying(self, do: Callable[[], T]) -> T:
         """Retry several calls as one step: see the function `retrying`. Calls within are not retried by themselves.
@@ -172,7 +192,7 @@ class RetryingStorage(CreationHooks):
 
 
 def _retried(name: str) -> Callable[..., Any]:
-    original = getattr(RDBStorage, name)
+    original = getattr(RetryingStorage, name)  # with the hooks
 
     def method(self: RetryingStorage, *args: Any, **kwargs: Any) -> Any:
         return self.retrying(lambda: original(self, *args, **kwargs))

@@ -17,6 +17,7 @@ from search import records
 from search.errors import DefinitionChanged, StorageError, StudyError
 from search.planning.prior import Prior
 from search.storage.database import exclusive
+from search.storage.identity import EARLIER, new_id
 from search.storage.retry import RetryingStorage
 from search.study import Study, fixed_trial
 from trainer.common.errors import nearest
@@ -68,6 +69,8 @@ def open_study(
                 for held in (FINGERPRINTS, STRATEGY):
                     opened.set_user_attr(held, None)
                 opened.set_user_attr(DEFINITION, study.definition())
+        if records.STUDY_ID not in opened.user_attrs:
+            opened.set_user_attr(records.STUDY_ID, EARLIER + new_id())
         opened.set_user_attr(records.STOP_RULE, study.stop_rule())
         _enqueue_missing(opened, study)
     return opened
@@ -184,6 +187,7 @@ def _create(
         )
     created.set_user_attr(DEFINITION, study.definition())
     created.set_user_attr(GENERATION, generation)
+    created.set_user_attr(records.STUDY_ID, new_id())
     created.set_user_attr(NAME, study.name)
     return created
 

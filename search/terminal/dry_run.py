@@ -48,4 +48,22 @@ def show(study: Study, options: SearchOptions, n_trials: int, checked: Checked) 
     config = study.config(trial.params, staged.stage_overrides(trial))
     print("the first sampled trial would be")
     print(leaderboard.training_config(config.model_dump(mode="json")))
+    _ask_mlflow(options)
     print("nothing was run (--dry-run)")
+
+
+def _ask_mlflow(options: SearchOptions) -> None:
+    """Say whether an MLflow server answers, to the client that the search would use. A file would be created."""
+    from search.errors import Unavailable
+    from search.tracking.client import open_tracking
+    from search.urls import shown
+
+    uri = options.places.tracking_uri
+    if not uri.startswith("http"):
+        return
+    try:
+        open_tracking(uri, options.places.artifacts)
+    except Unavailable as error:
+        print(f"MLflow: {error} A search would keep its records until it answers.")
+    else:
+        print(f"MLflow: {shown(uri)} answers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from search import leaderboard
 from search.records import TrialRecord
 from search.workers.protocol import (
     Alive,
+    Display,
     Idle,
     Loading,
     Message,
@@ -26,6 +28,8 @@ from trainer.events import EpochEnded, RunStarted, StepEnded
 if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.live import Live
+
+log = logging.getLogger("search.terminal")
 
 SHOWN_ON_TERMINAL = 8
 """Rows of the leaderboard in the live view; the whole of it is printed at the end."""
@@ -74,6 +78,36 @@ class Running:
         return max(0.0, pace * (self.num_epochs - done))
 
 
+class Logged:
+    """Shows messages and keeps each line in search.log too: there they are if the terminal or pipe goes away."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+
+    def __enter__(self) -> Logged:
+        self._display.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._display.__exit__(*exception)
+
+    def say(self, text: str) -> None:
+        """Show a line, and keep it."""
+        log.info("%s", text)
+        self._display.say(text)
+
+    def __call__(self, message: Message) -> None:
+        """Show a worker's message, and keep its line."""
+        text = line(message)
+        if text:
+            log.info("%s", text)
+        self._display(message)
+
+    def refresh(self) -> None:
+        """Pass it on."""
+        self._display.refresh()
+
+
 class Plain:
     """One line for each event."""
 
@@ -92,9 +126,9 @@ class Plain:
 
     def __call__(self, message: Message) -> None:
         """Show a worker's message."""
-        line = _line(message)
-        if line:
-            self.say(line)
+        text = line(message)
+        if text:
+            self.say(text)
 
     def refresh(self) -> None:
         """Do nothing: plain output does not move."""
@@ -135,9 +169,9 @@ class LiveDisplay:
             case TrialEnded():
                 self._running.pop(message.number, None)
                 self._trials = self._read()
-                self.say(_line(message))
+                self.say(line(message))
             case Notice() | WorkerFailed() | Loading() | SlotsChosen():
-                self.say(_line(message))
+                self.say(line(message))
         self.refresh()
 
     def refresh(self) -> None:
@@ -186,7 +220,7 @@ def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _line(message: Message) -> str:
+def line(message: Message) -> str:
     """A message as one line; empty for those that only the live view shows."""
     match message:
         case Loading():

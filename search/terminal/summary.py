@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from search import leaderboard
 from search.planning.plan import is_repeat
 from search.records import TrialRecord
-from search.result import Result
+from search.result import INTERRUPTED, Result
 from search.urls import has_secret, shown
 from search.verdict import text
 from search.verdict.race import Verdict
@@ -82,7 +82,10 @@ def sum_up(console: Any, result: Result, places: Places) -> None:
     say("\nLook at it:")
     for line in _pages(places):
         say(line)
-    if result.code in (130, 143):
+    failed = leaderboard.all_failed(result.trials)
+    if failed:
+        say(f"\n{failed}")
+    if result.code in INTERRUPTED:
         say("\nInterrupted; the same command continues the study.")
     if result.undelivered is not None:
         by_hand = places.command("python", "-m", "search.deliver", "--study", result.study_name)

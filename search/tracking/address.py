@@ -1,32 +1,32 @@
 """What an MLflow tracking URI may be: checks before the store is opened, and the messages when it cannot be.
 
-MLflow retries a database it cannot open for 100 s and a server for minutes; these checks answer in seconds.
+MLflow retries a database that it cannot open for 100 s; these checks answer in seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import socket
+import ssl
 import tempfile
-import urllib.error
-import urllib.request
+import urllib.parse
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
 from search.errors import StorageError, Unavailable
 from search.storage.lock import locked
 from search.tracking.mlflow_private import EXPERIMENTS, OTHER_SCHEMA
-from search.urls import first_line, shown, without_secrets
+from search.urls import first_line, masked_in, shown, without_secrets
 from trainer.common.errors import shown as quoted
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 CONNECT_S = 10
-"""Longest wait for a database or server to answer."""
+"""Longest wait for a database to answer."""
 CREATE_S = 300
 """Longest wait for another process that creates the tables."""
 CREATE_KEY = int.from_bytes(hashlib.sha256(b"lora-search mlflow schema").digest()[:8], "big", signed=True)
@@ -60,24 +60,41 @@ def check(uri: str) -> None:
 
 
 def _check_server(uri: str) -> None:
-    """Ask for /health. Any answer will do, "not found" and "who are you" too: proxies in front of servers differ."""
+    """Read the address. Whether somebody answers there only MLflow's own client can tell: it has its own settings of
+    certificates, tokens and proxies."""
     try:
         url = sa.make_url(uri)
+        port = urllib.parse.urlsplit(uri).port or 80  # as requests reads it, which raises its errors as they are
     except (sa.exc.ArgumentError, ValueError) as error:
         raise StorageError(f"--tracking-uri {quoted(shown(uri))} is not an address: {first_line(error)}") from None
-    # Without user and password, which urllib would take for a part of the host's name.
-    port = f":{url.port}" if url.port else ""
-    health = f"{url.drivername}://{url.host}{port}/{(url.database or '').strip('/')}".rstrip("/") + "/health"
-    try:
-        with urllib.request.urlopen(health, timeout=CONNECT_S):  # noqa: S310 - http(s), see check()
-            pass
-    except urllib.error.HTTPError:
-        return
-    except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:  # OverflowError: the port
-        reason = getattr(error, "reason", None) or error
-        unknown = isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME
-        kind = StorageError if unknown or isinstance(error, ValueError) else Unavailable
-        raise kind(f"no MLflow server answers at {shown(uri)}: {reason}; is it running?") from error
+    if not url.host or not 0 < port < 65_536:
+        raise StorageError(f"--tracking-uri {quoted(shown(uri))} is not an address: no host, or no such port")
+
+
+def unreachable(uri: str, error: Exception) -> StorageError:
+    """Why MLflow's client does not get through to a server: `Unavailable` if it may later."""
+    causes = list(_causes(error))
+    first = causes[-1]
+    if any(isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME for cause in causes):
+        return StorageError(f"no MLflow server answers at {shown(uri)}: {first}; is the name right?")
+    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+        return StorageError(
+            f"the certificate of {shown(uri)} is not trusted: {first}; name its authority's with "
+            "MLFLOW_TRACKING_SERVER_CERT_PATH"
+        )
+    return Unavailable(f"no MLflow server answers at {shown(uri)}: {masked_in(first_line(first))}; is it running?")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it came from: MLflow, requests and urllib3 wrap errors each in its own way."""
+    seen: list[BaseException] = []
+    left: list[Any] = [error]
+    while left:
+        found = left.pop(0)
+        if isinstance(found, BaseException) and found not in seen:
+            seen.append(found)
+            yield found
+            left += [found.__cause__, found.__context__, getattr(found, "reason", None), *found.args]
 
 
 def _check_database(uri: str) -> None:

@@ -17,11 +17,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search import records
 from search.errors import StorageError, Unavailable
-from search.tracking import address, models
+from search.records import STUDY_ID
+from search.tracking import address, experiments, models
 from search.tracking.environment import here, run_tags
 from search.tracking.errors import translated
-from search.tracking.library import VERSION, Experiment, Metric, MlflowClient, MlflowException, Param, Run, RunTag
-from search.tracking.mlflow_private import ALREADY_EXISTS, AWAY, NOTE, OTHER_SCHEMA, PARENT_RUN
+from search.tracking.library import VERSION, Metric, MlflowClient, MlflowException, Param, Run, RunTag
+from search.tracking.mlflow_private import AWAY, NOTE, OTHER_SCHEMA, PARENT_RUN
 from search.tracking.outbox import DataUsed, Model, Outbox, Point, Status, is_local
 from search.tracking.reader import ClientReader, Reader, RunCurves, SqlReader, epoch_records, search, step_records
 from search.tracking.recorder import CLOSE_S, Logged, RunRecorder
@@ -49,13 +50,15 @@ def as_text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def open_tracking(uri: str, artifact_root: Path) -> Tracking:
+def open_tracking(uri: str, artifact_root: Path, study_id: str | None = None) -> Tracking:
     """Open the store of runs, and create its tables if it has none (seconds, once; others wait meanwhile).
 
     Args:
         uri: A database as SQLAlchemy writes it (`sqlite:///runs/mlflow.db`, `postgresql://...`), or the
             `http(s)://` address of an MLflow server.
         artifact_root: Folder of the files of runs; a server keeps them in its own place.
+        study_id: `records.STUDY_ID` of the study whose runs are meant: another of its name may be there too. None to
+            go by the name.
 
     Raises:
         Unavailable: a server or database that does not answer.
@@ -69,12 +72,14 @@ def open_tracking(uri: str, artifact_root: Path) -> Tracking:
             fill_in_one_go(uri, VERSION, _client)
             client = _client(uri)
         except MlflowException as error:
+            if isinstance(error.__context__, OSError):  # requests' errors are: it did not get through
+                raise address.unreachable(uri, error) from error
             away = error.error_code in AWAY and OTHER_SCHEMA not in str(error)
             raise (Unavailable if away else StorageError)(address.explain(uri, error)) from error
         except (SQLAlchemyError, sqlite3.Error) as error:  # while making tables MLflow passes them on as they are
             kind = Unavailable if "locked" in str(error) else StorageError
             raise kind(address.explain(uri, error)) from error
-    return Tracking(client, uri, artifact_root)
+    return Tracking(client, uri, artifact_root, study_id)
 
 
 def _client(uri: str) -> MlflowClient:
@@ -87,8 +92,9 @@ def _client(uri: str) -> MlflowClient:
 class Tracking:
     """Runs in one MLflow store: an experiment for a study, a parent run for the study, a child run for a trial."""
 
-    def __init__(self, client: MlflowClient, uri: str, artifact_root: Path) -> None:
+    def __init__(self, client: MlflowClient, uri: str, artifact_root: Path, study_id: str | None = None) -> None:
         self._client = client
+        self._study_id = study_id
         self.uri = uri
         self._artifact_root = artifact_root.resolve()
         self._on_server = uri.startswith("http")
@@ -101,32 +107,22 @@ class Tracking:
 
     def find_experiment(self, study_name: str) -> str | None:
         """Id of the study's experiment, None if there is none."""
-        with translated(f"looking for experiment {study_name!r}"):
-            found: Experiment | None = self._client.get_experiment_by_name(study_name)
-        if found is None:
-            return None
-        if found.lifecycle_stage != "active":
-            raise StorageError(
-                f"the MLflow experiment {study_name!r} was deleted; bring it back with "
-                f"`mlflow experiments restore -x {found.experiment_id}`, or start a new one with --fresh"
-            )
-        return str(found.experiment_id)
+        found = experiments.find(self._client, self.uri, study_name, self._study_id)
+        return None if found is None else str(found.experiment_id)
 
     def experiment(self, study_name: str) -> str:
         """Id of the study's experiment, created if there is none. Any number of processes may ask at once."""
-        found = self.find_experiment(study_name)
         location = None if self._on_server else (self._artifact_root / study_name).as_uri()
-        if found is not None:
-            if location is not None:
-                relocate(self.uri, found, location)
-            return found
-        with translated(f"creating experiment {study_name!r}"):
-            try:
-                return str(self._client.create_experiment(study_name, artifact_location=location))
-            except MlflowException as error:
-                if error.error_code != ALREADY_EXISTS:
-                    raise
-        return self.experiment(study_name)
+        found = experiments.find(self._client, self.uri, study_name, self._study_id)
+        if found is None:
+            experiments.create(self._client, study_name, self._study_id, location)
+            return self.experiment(study_name)
+        if self._study_id is not None and STUDY_ID not in found.tags:
+            with translated(f"marking experiment {study_name!r}"):
+                self._client.set_experiment_tag(found.experiment_id, STUDY_ID, self._study_id)
+        if location is not None:
+            relocate(self.uri, str(found.experiment_id), location)
+        return str(found.experiment_id)
 
     def find_parent(self, study_name: str) -> str | None:
         """Id of the study's parent run, None if there is none."""
@@ -152,6 +148,8 @@ class Tracking:
         found = self.find_parent(study_name)
         if found is None:
             mine = {**run_tags(), KIND: "study", STUDY: study_name, **tags}
+            if self._study_id is not None:
+                mine[STUDY_ID] = self._study_id
             created = self._create_run(self.experiment(study_name), study_name, mine)
             # Of several that were created at once all processes keep the same one: the first.
             found = self.find_parent(study_name)

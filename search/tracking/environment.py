@@ -7,12 +7,11 @@ import getpass
 import importlib.metadata
 import os
 import platform
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from search.processes import STARTED_TAG, started_tag
+from search import processes
 from search.tracking.mlflow_private import GIT_COMMIT, SOURCE_NAME, USER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,20 +42,18 @@ def run_tags() -> dict[str, str]:
 
 def here() -> dict[str, str]:
     """The tags that say where a run continues."""
-    return {key: value for key, value in environment().items() if key in ("host", "pid", STARTED_TAG, "gpu")}
+    return {**processes.tags(), **{key: value for key, value in _gpu().items() if key == "gpu"}}
 
 
 def environment() -> dict[str, str]:
     """What can be known without importing anything heavy; a fact that cannot be known is left out.
 
-    Keys: `host`, `pid`, `process_started` (see search.processes), `python`, `platform`, `cpu`, `cpu_count`,
-    `version.<package>`, `git_commit` and `git_dirty` (in a checkout), and `gpu`, `gpu_memory_gib`, `cuda` (where torch
-    is already imported and sees one).
+    Keys: those of `search.processes.tags`, `python`, `platform`, `cpu`, `cpu_count`, `version.<package>`,
+    `git_commit` and `git_dirty` (in a checkout), and `gpu`, `gpu_memory_gib`, `cuda` (where torch is already imported
+    and sees one).
     """
     facts = {
-        "host": socket.gethostname(),
-        "pid": str(os.getpid()),
-        STARTED_TAG: started_tag() or "",
+        **processes.tags(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),

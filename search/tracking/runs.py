@@ -14,6 +14,7 @@ from typing import Any
 
 from search.errors import Unavailable
 from search.places import Places
+from search.storage.identity import id_of
 from search.tracking import client as store
 from search.tracking.client import RECORD_ID, Tracking, as_text
 from search.tracking.environment import here, run_tags
@@ -51,6 +52,7 @@ class StudyRuns:
         self.uri, self.study = places.tracking_uri, study
         self.outbox = Outbox(places.outbox(study))
         self._artifact_root = places.artifacts
+        self._folder = places.study(study)
         self._tracking: Tracking | None = None
         self._place: tuple[str, str] | None = None
 
@@ -62,7 +64,7 @@ class StudyRuns:
             StorageError: it cannot be used.
         """
         if self._tracking is None:
-            self._tracking = store.open_tracking(self.uri, self._artifact_root)
+            self._tracking = store.open_tracking(self.uri, self._artifact_root, id_of(self._folder))
         return self._tracking
 
     def experiment_id(self) -> str | None:

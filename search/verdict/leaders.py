@@ -102,7 +102,8 @@ def cells(trials: Sequence[TrialRecord]) -> tuple[dict[Cell, float | None], set[
         if trial.state in ("WAITING", "RUNNING") or _is_taken_up(trial):
             open_.add(cell)
         else:
-            ended[cell] = trial.value if trial.reason == records.REPEAT and finite(trial.value) else None
+            value = trial.value if trial.reason == records.REPEAT and finite(trial.value) else None
+            ended[cell] = ended.get(cell) if value is None else value  # a copy of it that failed takes nothing away
     return ended, open_
 
 

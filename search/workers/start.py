@@ -21,6 +21,7 @@ from search.workers.protocol import Job, Link, Order, WorkerFailed
 from trainer.common.disk import no_room, out_of_room
 from trainer.common.errors import UserError
 from trainer.common.imports import without_collection
+from trainer.common.output import keep_going
 from trainer.preload import import_libraries
 
 log = logging.getLogger("search.workers.start")
@@ -64,8 +65,10 @@ def work(connection: Connection, gpu: str | None, threads: int) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     os.environ.update(environment(threads))
-    # Ctrl-C reaches the whole process group; the supervisor decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_going()
+    # Ctrl-C and a terminal that closes reach the whole process group; the supervisor decides what they mean.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     link = Link(connection)
     signal.signal(signal.SIGTERM, lambda *_: link.raise_to(Order.END_NOW))
     import_early()

@@ -1,8 +1,8 @@
 """The supervisor: starts worker processes, watches them, shows their messages, and sees to an orderly end.
 
-It loads no torch. Ctrl-C once: running trials finish their epoch, are saved and set back to waiting. Twice, or
-SIGTERM: they stop at the next step. If a worker dies, its trials are queued again and resume from their checkpoints;
-so are those of a worker that hangs: one that has been silent for too long is killed.
+It loads no torch. Ctrl-C once: running trials finish their epoch, are saved and set back to waiting. Twice, SIGTERM,
+or SIGHUP (the terminal closes): they stop at the next step. If a worker dies, its trials are queued again and resume
+from their checkpoints; so are those of a worker that hangs: one that has been silent for too long is killed.
 
 Every message is a sign of life, and all come from the thread that trains: a thread of its own would go on beating
 while a driver hangs. There is one before each forward pass, with each batch of vision outputs, and with each look of
@@ -17,7 +17,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
@@ -58,6 +58,8 @@ LOOK_S = 30.0
 IDLE_LOOK_S = 2.0
 """The same while all workers are idle."""
 REFRESH_S = 0.5
+AT_ONCE = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a search at the next step, with exit code 128 and their number."""
 
 log = logging.getLogger("search.workers.supervisor")
 
@@ -94,7 +96,7 @@ class Supervisor:
         timeout_s: float | None,
         hang_timeout_s: float,
         display: Display,
-        look: Callable[[], Unfinished],
+        look: Callable[[Collection[int]], Unfinished],
         trial_ended: Callable[[], None],
     ) -> None:
         """Set up; `run` starts the workers.
@@ -106,7 +108,8 @@ class Supervisor:
             hang_timeout_s: Seconds of silence after which a worker is killed and replaced.
             display: Where messages are shown.
             look: Fails the trials of workers that are gone, here or on other hosts, and queues them again; returns how
-                many trials are then waiting and running.
+                many trials are then waiting and running. It is given the numbers of the trials that a death may be
+                due to.
             trial_ended: Called after each trial that ended.
         """
         self.job = job
@@ -123,25 +126,33 @@ class Supervisor:
         self._orphans = Orphans()
         self._order = Order.GO_ON
         self._signals: list[int] = []
+        self._untold: list[str] = []
         self._deaths = 0
+        self._blamed: set[int] = set()
+        """Trials of workers that died alone, until a look has noted them."""
         self._waits_for_others = False
 
     def run(self) -> int:
         """Run until the study is done, the time is up or someone interrupts; returns the exit code."""
         before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():  # others can set no handlers, and `stop` instead
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, self._signalled)
+            for number in (signal.SIGINT, *AT_ONCE):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup it stays so
+                    before[number] = signal.signal(number, self._signalled)
         try:
             for index in range(self._pool.size):
                 self._start(index)
             code = self._watch()
         finally:
             self._stop_all()
+            self._tell()
             for caught, handler in before.items():
-                signal.signal(caught, handler)
-        if signal.SIGTERM in self._signals:
-            return 143
+                # A terminal that closes may send it twice, the second time while the study is being closed.
+                twice = caught == signal.SIGHUP and caught in self._signals
+                signal.signal(caught, signal.SIG_IGN if twice else handler)
+        for number in AT_ONCE:
+            if number in self._signals:
+                return 128 + number
         return 130 if self._signals else code
 
     def stop(self, *, now: bool = False) -> None:
@@ -165,6 +176,7 @@ class Supervisor:
             waited += [slot.link for slot in self._workers if not slot.link_closed]
             wait(waited, timeout=REFRESH_S)
             # What happened to each.
+            self._tell()
             self._forgive_a_pause()
             self._orphans.kill_hung()
             for slot in list(self._workers):
@@ -252,7 +264,9 @@ class Supervisor:
         if time.monotonic() - self._looked < every_s:
             return None
         try:
-            return self._find()
+            found = self._find(frozenset(self._blamed))
+            self._blamed.clear()
+            return found
         except Exception:  # the next look may get through; workers that need the database say so themselves
             log.exception("could not look for lost trials")
             return None
@@ -287,6 +301,9 @@ class Supervisor:
         if exit_code == DatabaseAway.exit_code:
             self._order = Order.END_AFTER_EPOCH
             return exit_code  # what is waiting cannot be known now; the next search will look
+        if exit_code not in (0, UNSEEN) and slot.failure is None and self._order != Order.END_NOW:
+            # It died alone. Not so if all are being ended, or the process that it was forked from died with it.
+            self._blamed |= slot.running
         left = self._look(0)
         if slot.failure is not None:
             # A mistake of the user's, or a fault that will be the same for every worker: end all of them.
@@ -337,12 +354,17 @@ class Supervisor:
 
     def _signalled(self, number: int, _frame: FrameType | None = None) -> None:
         self._signals.append(number)
-        if number == signal.SIGTERM or len(self._signals) > 1:
+        if number in AT_ONCE or len(self._signals) > 1:
             self._order = Order.END_NOW
-            self.display.say("Stopping at the next step; trials resume from their last completed epoch next time.")
+            self._untold.append("Stopping at the next step; trials resume from their last completed epoch next time.")
         else:
             self._order = max(self._order, Order.END_AFTER_EPOCH)
-            self.display.say("Finishing the current epoch; interrupt again (Ctrl-C) to stop at the next step.")
+            self._untold.append("Finishing the current epoch; interrupt again (Ctrl-C) to stop at the next step.")
+
+    def _tell(self) -> None:
+        """Show what came up in a signal's handler, which may have interrupted the display as it wrote."""
+        while self._untold:
+            self.display.say(self._untold.pop(0))
 
     def _stop_all(self) -> None:
         """Leave no worker behind."""

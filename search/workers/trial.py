@@ -39,8 +39,6 @@ log = logging.getLogger("search.workers.trial")
 
 SHOW_EVERY_S = 0.5
 """Least seconds between two steps of a trial that are sent to be shown."""
-FOLDER = "folder"
-"""User attribute: the trial's folder below the study's; one that resumes another's work shares it."""
 
 
 class TrialRun:
@@ -182,12 +180,12 @@ class TrialRun:
         self.trial.set_user_attr(records.CONFIG, self.config.model_dump(mode="json"))
         self.trial.set_user_attr(records.SLOTS, self._context.slots)
         self.trial.set_user_attr(records.STOP_RULE, self._context.job.study.stop_rule())
-        name = attrs.get(FOLDER)
+        name = attrs.get(records.FOLDER)
         if name is None:
             resumed = records.RESUMES in attrs  # without it, there is no need to read the trials
             first = lifecycle.lineage(self.study, self.trial.number)[-1] if resumed else self.trial.number
-            name = f"trials/{first:04d}"
-            self.trial.set_user_attr(FOLDER, name)
+            name = records.folder_of(first)
+            self.trial.set_user_attr(records.FOLDER, name)
         folder: Path = self._context.job.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.config.model_dump(mode="json"), indent=1)
@@ -210,6 +208,7 @@ class TrialRun:
             self._train_losses.append(event.train_loss)
             # Before the report, so that whoever sees the epoch has both of its losses. JSON has no NaN.
             safe = [loss if math.isfinite(loss) else None for loss in self._train_losses]
+            self._context.check()
             self.trial.set_user_attr(records.TRAIN_LOSSES, safe)
         if event.epoch not in self._reported:
             self.trial.report(event.val_loss, event.epoch)
@@ -245,6 +244,7 @@ class TrialRun:
 
     def _tell(self, outcome: Outcome) -> None:
         """Tell Optuna the outcome. Attributes first: a finished trial takes none."""
+        self._context.check()
         if outcome.state == "WAITING":
             if outcome.reason == records.PAUSED:
                 self.trial.set_user_attr(records.PAUSED_AT, max(self._reported))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,8 @@ class TrialContext:
     link: Link
     slots: int = 1
     """Trials that its worker trains at once; recorded with it."""
+    check: Callable[[], None] = lambda: None
+    """Raises StudyGone if the study is not there any more: its number may be another's by then."""
     captioning: Captioning | None = None
     """Captions a few images with each trial that completes; None for no captions."""
 

@@ -20,8 +20,10 @@ from search.errors import DatabaseAway
 from search.processes import this_process
 from search.records import Outcome
 from search.sampling.make import FREEZE_THAW, make_sampler
+from search.space import fits
 from search.storage import lifecycle, studies
 from search.storage.database import reopen_storage
+from search.storage.identity import Watch
 from search.storage.queue import LongestFirst
 from search.tracking.runs import StudyRuns
 from search.workers import slots
@@ -67,6 +69,7 @@ class Worker:
         self.base = job.study.base_config()
         self.storage = reopen_storage(job.places.storage_url, grace_s=round(job.lost_after_s))
         self.storage.say = lambda text: link.send(Notice(text=text))
+        self.storage.fits = fits(job.study.space)
         self.study = LongestFirst(
             job.study_name,
             self.storage,
@@ -78,9 +81,10 @@ class Worker:
             len(job.examined.rows),
         )
         self.runs = StudyRuns(job.places, job.study_name)
+        self.watch = Watch(self.study, job.places)
         self.bench = Workbench(job.examined, self.base.data)
         identity = {**this_process(), lifecycle.LOST_AFTER: job.lost_after_s}
-        self.source = TrialSource(self.study, self.storage, job, identity)
+        self.source = TrialSource(self.study, self.storage, job, identity, self._say, self.watch.check)
         self._captioning = Captioning(self.study, self.base, self.bench, job.folder, job.captions)
         self._room = Room(Slots(1), one_by_one=job.one_by_one)
         self._handing_over = HandingOver(link)
@@ -99,6 +103,7 @@ class Worker:
             runs=self.runs,
             link=self.link,
             slots=self._room.slots.most,
+            check=self.watch.check,
             captioning=self._captioning,
         )
 
@@ -257,6 +262,9 @@ class Worker:
             if out_of_room(error):
                 raise no_room(error, self.job.folder) from error
             log.exception("trial %d failed", number)
+            if (gone := self.watch.problem()) is not None:  # which no trial is to blame for
+                run.abandon(records.INTERRUPTED)
+                raise gone from error
             text = f"{type(error).__name__}: {error}"
             self._say(f"trial {number} failed: {text}; traceback in {self.job.folder / 'search.log'}")
         run.end(Outcome(state="FAIL", reason=records.ERROR, detail=text))

@@ -70,6 +70,26 @@ def test_no_container_is_root(services: dict[str, Any]) -> None:
             assert service["user"] not in ("root", "0"), name
 
 
+def test_containers_write_into_volumes_alone_and_have_a_limit_of_memory(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        assert service["read_only"] is True and "/tmp" in service["tmpfs"], name
+        assert re.fullmatch(r"\d+g", service["mem_limit"]), name
+
+
+def test_the_lock_has_hashes_of_every_version_that_is_tested() -> None:
+    locked: dict[str, int] = {}
+    for entry in re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text()):
+        if not entry.startswith("#"):
+            locked[entry.split()[0].lower()] = len(re.findall(r"--hash=sha256:[0-9a-f]{64}", entry))
+    pinned = [line.lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+
+    def same(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name)
+
+    assert sorted(map(same, locked)) == sorted(map(same, pinned)), "make lock"
+    assert all(locked.values())
+
+
 def test_passwords_are_in_no_command_and_no_url(services: dict[str, Any]) -> None:
     values = [FILLED[name] for name in SECRETS]
     for name, service in services.items():

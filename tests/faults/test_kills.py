@@ -34,6 +34,26 @@ def test_supervisor_and_worker_are_killed_at_once(
 
 
 @pytest.mark.slow
+def test_preemption_within_the_first_epoch_again_and_again(
+    tiny_checkpoint: Path, tmp_path: Path, start: Start, bench: Any
+) -> None:
+    """kill -9 of the whole group, more often than a trial has attempts: it has used none."""
+    place = Place(tmp_path / "runs")
+    base = {"max_samples": 160, "batch_size": 1, "num_epochs": 2}
+    command = place.command(write_study(tmp_path, tiny_checkpoint, trials=2, **base))
+    for _ in range(4):
+        search = start(command)
+        search.wait_for(": learning_rate=")
+        os.killpg(search.process.pid, signal.SIGKILL)
+        search.process.wait()
+    assert all(not reports for reports in place.reports.values()), "an epoch was done: the kills show nothing"
+    last = start(command)
+    assert last.end() == 0, last.output()
+    assert len(place.trials) == 2 + 4
+    check_records(place, bench, num_trials=2, num_epochs=2)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_fifty_kills_in_one_study(tiny_checkpoint: Path, tmp_path: Path, start: Start, bench: Any) -> None:
     rng = random.Random(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from search import leaderboard, records
@@ -85,3 +86,19 @@ def test_the_summary_says_how_many_epochs_were_saved() -> None:
     lost = trial(2, "FAIL", None, reason="lost", **losses(1))
     heir = trial(3, "COMPLETE", 1.0, attrs={records.RESUMES: 2, records.TRAIN_LOSSES: [1.0] * planned})
     assert leaderboard.summary((lost, heir)).endswith(f"{planned} epochs")
+
+
+def test_a_study_whose_trials_all_failed_has_not_what_was_asked_for() -> None:
+    failed = [replace(trial(n, "FAIL", None), detail=f"fault {n}", reason=records.ERROR) for n in range(2)]
+    assert leaderboard.all_failed(failed) == "every trial failed (2), the last with: fault 1"
+    assert leaderboard.all_failed([*failed, trial(2, "PRUNED", 1.0)]) is None
+    assert leaderboard.all_failed([trial(0, "WAITING", None)]) is None
+    assert leaderboard.all_failed([]) is None
+
+
+def test_a_value_that_no_epoch_measured_is_not_the_best() -> None:
+    by_hand = replace(trial(0, "COMPLETE", 0.001), best_epoch=None, config={})
+    ours = replace(trial(1, "COMPLETE", 1.0), best_epoch=2)
+    assert leaderboard.best([by_hand, ours]) == ours
+    assert leaderboard.best([by_hand]) is None
+    assert leaderboard.as_text([by_hand, ours]) and leaderboard.summary([by_hand, ours])

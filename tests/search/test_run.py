@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from search.storage.database import close_storage, open_storage
 from search.storage.studies import find_study
 from search.tracking.client import open_tracking
 from tests.bad_input import harness
-from tests.support.search_process import QUICK, Search, command, importer_of, run, workers_of
+from tests.support.search_process import QUICK, ROOT, Search, command, environment, importer_of, run, workers_of
 from tests.support.small_study import Small
 
 LONG = ("max_samples=24", "num_epochs=4", "warmup_steps=0", "batch_size=2")
@@ -274,11 +275,40 @@ def test_the_process_that_workers_are_forked_from_is_killed(
     running.wait_for("Lost track of worker 0; starting a replacement")
 
 
-def test_sigterm_to_the_whole_group_is_an_orderly_end(tmp_path: Path, search: Any) -> None:
-    """As Ctrl-C above."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_is_an_orderly_end(tmp_path: Path, search: Any, number: int) -> None:
+    """Schedulers and terminals signal every process, that from which workers are forked too. As Ctrl-C above."""
     running = search(command(tmp_path / "runs", "--trials", "1", settings=LONG))
     running.wait_for("epoch 1:")
-    stop_the_group(running, signal.SIGTERM, tmp_path / "runs")
+    stop_the_group(running, number, tmp_path / "runs")
+
+
+@pytest.mark.parametrize("gone", ["pipe", "terminal", "closed"])
+def test_output_that_goes_away_costs_no_trial(tmp_path: Path, gone: str) -> None:
+    """`| head -1`; ssh gone under nohup, which has SIGHUP ignored; `>&- 2>&-`."""
+    runs = tmp_path / "runs"
+    ours, theirs = os.openpty() if gone == "terminal" else os.pipe()
+    shell = 'trap "" HUP; exec "$@"' + (" >&- 2>&-" if gone == "closed" else "")
+    process = subprocess.Popen(
+        ["sh", "-c", shell, "sh", *command(runs, "--trials", "1", "--slots", "1")],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(),
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    if gone != "closed":
+        os.read(ours, 1)
+    os.close(ours)
+    assert process.wait(240) == 0
+    (trial,) = trials_of(runs)
+    assert trial.state == "COMPLETE"
+    assert {status for status, _ in runs_of(runs).values()} == {"FINISHED"}
+    kept = (runs / "rsicap_mini" / "search.log").read_text()
+    assert "trial 0: COMPLETE" in kept and "Traceback" not in kept
+    assert ("the output goes nowhere from now on" in kept) == (gone != "closed")
 
 
 def test_ctrl_c_while_imports_are_made(tmp_path: Path, search: Any) -> None:

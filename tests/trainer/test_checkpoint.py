@@ -62,18 +62,39 @@ def kept(out: Path) -> list[str]:
     ("val_losses", "expected"),
     [
         ((1.0,), [1]),
-        ((1.0, 0.9, 0.8), [3]),
-        ((1.0, 0.7, 0.8, 0.9), [2, 4]),
-        ((1.0, 0.7, 0.7), [2, 3]),  # the first of equals is the best
-        ((float("nan"), 0.9, float("nan"), float("inf")), [2, 4]),
-        ((float("nan"), float("nan")), [2]),
+        ((1.0, 0.9, 0.8), [2, 3]),
+        ((1.0, 0.7, 0.8, 0.9, 0.9), [2, 4, 5]),
+        ((1.0, 0.7, 0.7), [2, 3]),
+        ((1.0, 0.7, 0.8, 0.7, 0.9), [2, 4, 5]),  # the first of equals is the best
+        ((float("nan"), 0.9, float("nan"), float("inf")), [2, 3, 4]),
+        ((float("nan"), float("nan")), [1, 2]),
     ],
 )
-def test_only_the_last_and_the_best_are_kept(
+def test_the_last_two_and_the_best_are_kept(
     saved: Callable[..., checkpoint.State], tmp_path: Path, val_losses: tuple[float, ...], expected: list[int]
 ) -> None:
     saved(tmp_path, *val_losses)
     assert kept(tmp_path) == [f"epoch-{n:04d}" for n in expected]
+
+
+@pytest.mark.parametrize("last_is_sound", [True, False])
+def test_the_one_before_the_last_goes_once_the_last_of_all_is_sound(
+    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_is_sound: bool
+) -> None:
+    """A disk may keep other bits than it was given."""
+    write = checkpoint._write_state
+
+    def damaging(folder: Path, state: checkpoint.State, config: TrainConfig) -> None:
+        write(folder, state, config)
+        if state.epoch == 3 and not last_is_sound:
+            flip(folder / "optimizer.safetensors")
+
+    monkeypatch.setattr(checkpoint, "_write_state", damaging)
+    config = small(num_epochs=3, learning_rate=1e-12)  # so small a rate leaves the first epoch the best
+    list(train(config, bench, tmp_path))
+    assert kept(tmp_path) == [f"epoch-{n:04d}" for n in ([1, 3] if last_is_sound else [1, 2, 3])]
+    if not last_is_sound:
+        assert checkpoint.load(tmp_path, config).state.epoch == 2, "one epoch is lost, not two"
 
 
 def test_what_is_loaded_is_what_was_saved(

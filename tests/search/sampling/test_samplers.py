@@ -139,6 +139,20 @@ def test_a_grid_visits_each_point_once_whatever_is_queued_or_lost(storage):
     assert len({tuple(p.items()) for p in points}) == 12
 
 
+def test_a_grid_says_when_it_is_done(storage):
+    """A trial beyond would train a point again, with the same result."""
+    by_hand = Fixed(label="hand", config={"lora_r": 16})
+    study = replace(GRID, enqueue=(by_hand,))
+    run = restarted(storage, study, "joint", N)
+    sampler = make_sampler(study)
+    assert sampler.total(run) == 1 + 12
+    run.enqueue_trial({"lora_r": 8})  # by another program: it takes no point
+    assert sampler.total(run) == 2 + 12
+    run.ask().set_user_attr(records.WORKER, {"host": "here", "pid": 1, "started_s": 0.0})
+    requeue_lost(run, is_alive=lambda worker: False)
+    assert sampler.total(run) == 2 + 12
+
+
 def test_workers_at_once_take_different_points():
     run = in_memory(GRID)
     trials = [run.ask() for _ in range(12)]

@@ -64,14 +64,15 @@ def test_a_parked_trial_comes_before_what_is_queued(storage):
     assert study.ask().number == trial.number
 
 
-def test_a_lost_trial_is_taken_up_twice_at_most(storage):
+def test_a_trial_that_its_workers_die_of_is_taken_up_twice_at_most(storage):
     study = open_study(storage, replace(STUDY, enqueue=BY_HAND[:1]))
     trial = started(study, worker=GONE, train_losses=[2.1, 2.0], stage="rate", run_id="r", config={})
     params = trial.params
     for attempt in (1, 2):
-        (lost,) = requeue_lost(study, is_alive=lambda worker: False)
+        (lost,) = requeue_lost(study, is_alive=lambda worker: False, blamed={attempt - 1})
         assert (lost.number, lost.successor) == (attempt - 1, attempt)
         assert lost.detail == "process 1 on here is gone"
+        assert study.trials[attempt - 1].user_attrs[records.DETAIL] == f"{lost.detail} (attempt {attempt})"
         failed, successor = study.trials[attempt - 1], study.trials[attempt]
         assert failed.state == TrialState.FAIL
         assert failed.user_attrs[records.REASON] == records.LOST
@@ -90,7 +91,7 @@ def test_a_lost_trial_is_taken_up_twice_at_most(storage):
         assert again.number == attempt
         assert suggest_all(again) == params
         again.set_user_attr(records.WORKER, GONE)
-    (lost,) = requeue_lost(study, is_alive=lambda worker: False)
+    (lost,) = requeue_lost(study, is_alive=lambda worker: False, blamed={2})
     assert (lost.number, lost.successor) == (2, None)
     assert requeue_lost(study, is_alive=lambda worker: False) == ()
     assert [t.state for t in study.trials] == [TrialState.FAIL] * 3
@@ -100,12 +101,30 @@ def test_a_lost_trial_is_taken_up_twice_at_most(storage):
     assert len(study.trials) == 3
 
 
+def test_a_trial_that_dies_with_its_supervisor_group_or_host_has_used_no_attempt(storage):
+    """kill -9 of everything every two minutes, epochs of three: the study ends with all its trials all the same."""
+    study = open_study(storage, STUDY)
+    started(study, epochs=0, worker=GONE)
+    for death in range(12):
+        blamed = {death} if death in (3, 7) else {death + 1}  # of another number: another worker's
+        (lost,) = requeue_lost(study, is_alive=lambda worker: False, blamed=blamed)
+        assert lost.successor == death + 1
+        again = study.ask()
+        assert again.number == lost.successor
+        assert again.user_attrs[records.ATTEMPT] == (0 if death < 3 else 1 if death < 7 else 2)
+        suggest_all(again)
+        again.set_user_attr(records.WORKER, GONE)
+    (lost,) = requeue_lost(study, is_alive=lambda worker: False, blamed={12})
+    assert lost.successor is None
+    assert counted(study) == 1
+
+
 def test_an_epoch_further_is_a_new_first_attempt(storage):
     """On hosts that come and go, a long trial is lost more than three times, and must still come to its end."""
     study = open_study(storage, STUDY)
     started(study, worker=GONE)
     for epoch in range(3, 8):
-        (lost,) = requeue_lost(study, is_alive=lambda worker: False)
+        (lost,) = requeue_lost(study, is_alive=lambda worker: False, blamed={epoch - 3})
         again = study.ask()
         assert again.number == lost.successor
         assert again.user_attrs[records.ATTEMPT] == 1

@@ -35,6 +35,7 @@ USED = (
     ("RDBStorage", "_get_trials"),
     ("RDBStorage", "_get_best_trial_id"),
     ("RDBStorage", "_set_trial_param"),
+    ("RDBStorage", "_set_trial_param_without_commit"),
     ("a grid sampler", "_all_grids"),
     ("a grid sampler", "_search_space"),
     ("optuna.storages", "_rdb"),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from search.places import Places
@@ -74,6 +75,7 @@ def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest
         one_by_one: int = 0,
         redefined: bool = False,
         confirm: Rules | None = None,
+        prepare: Callable[[optuna.Study], None] = lambda study: None,
         **base: Any,
     ) -> Any:
         runs = tmp_path / where
@@ -91,6 +93,7 @@ def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest
         opened = store.open_study(storage, study)
         if redefined:  # by another search, in the moment before this one asks for its first trial
             opened.set_user_attr(store.DEFINITION, {**opened.user_attrs[store.DEFINITION], "seed": 7})
+        prepare(opened)
         tracking = open_tracking(urls[1], runs / "artifacts")
         tracking.experiment("work")
         tracking.parent_run("work", {})

@@ -8,8 +8,11 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from search.storage.lifecycle import Unfinished
-from search.workers.protocol import Message
+from search.workers.multiprocessing_private import UNSEEN
+from search.workers.protocol import Message, Order
 from search.workers.supervisor import Supervisor, WorkerSlot
 
 LINGERS_S = 1.5
@@ -64,7 +67,7 @@ def test_the_supervisor_sleeps_while_a_worker_ends(monkeypatch: Any) -> None:
         timeout_s=None,
         hang_timeout_s=60.0,
         display=rounds,
-        look=lambda: Unfinished(waiting=0, running=0),
+        look=lambda blamed: Unfinished(waiting=0, running=0),
         trial_ended=lambda: None,
     )
     assert supervisor.run() == 0
@@ -76,27 +79,68 @@ def test_the_supervisor_sleeps_while_a_worker_ends(monkeypatch: Any) -> None:
 
 def test_workers_out_of_sight_are_not_dead(monkeypatch: Any) -> None:
     """The process they were forked from was killed: all seem to end at once, with the library's 255, and live."""
-    said: list[str] = []
-
-    class Shown(Rounds):
-        def say(self, text: str) -> None:
-            said.append(text)
-
-    display: Any = Shown()
-    supervisor = Supervisor(
-        Any,  # type: ignore[arg-type]
-        Any,  # type: ignore[arg-type]
-        timeout_s=None,
-        hang_timeout_s=60.0,
-        display=display,
-        look=lambda: None,  # type: ignore[arg-type,return-value]
-        trial_ended=lambda: None,
-    )
-    started: list[int] = []
-    monkeypatch.setattr(supervisor, "_start", lambda index, one_by_one=0: started.append(index))
+    stage = Stage(monkeypatch)
     for index in range(6):
-        process: Any = SimpleNamespace(pid=os.getpid(), exitcode=255, close=lambda: None)
-        link: Any = SimpleNamespace(close=lambda: None)
-        assert supervisor._ended(WorkerSlot(index, process, link)) == 0
-    assert started == list(range(6)) and supervisor._deaths == 0
-    assert said[0] == "Lost track of worker 0; starting a replacement that resumes its trials." and len(said) == 6
+        assert stage.supervisor._ended(ended(index, 255, os.getpid())) == 0
+    assert stage.started == list(range(6)) and stage.supervisor._deaths == 0
+    assert stage.said[0] == "Lost track of worker 0; starting a replacement that resumes its trials."
+    assert len(stage.said) == 6 and stage.blamed == []
+
+
+class Stage:
+    """A supervisor without processes, and what it does."""
+
+    def __init__(self, monkeypatch: Any) -> None:
+        self.said: list[str] = []
+        self.blamed: list[set[int]] = []
+        """Trials that each look was told of."""
+        self.started: list[int] = []
+
+        class Shown(Rounds):
+            def say(_, text: str) -> None:
+                self.said.append(text)
+
+        def look(blamed: Any) -> Any:
+            self.blamed.append(set(blamed))
+            return Unfinished(waiting=0, running=0)
+
+        display: Any = Shown()
+        nothing: Any = None
+        self.supervisor = Supervisor(
+            nothing,
+            nothing,
+            timeout_s=None,
+            hang_timeout_s=60.0,
+            display=display,
+            look=look,
+            trial_ended=lambda: None,
+        )
+        monkeypatch.setattr(self.supervisor, "_start", lambda index, one_by_one=0: self.started.append(index))
+
+
+def ended(index: int, exit_code: int, pid: int = 2**22 + 1, running: tuple[int, ...] = (3, 4)) -> WorkerSlot:
+    """The place of a worker that has ended with some trials running."""
+    process: Any = SimpleNamespace(pid=pid, exitcode=exit_code, close=lambda: None)
+    link: Any = SimpleNamespace(close=lambda: None)
+    return WorkerSlot(index, process, link, running=set(running))
+
+
+@pytest.mark.parametrize(
+    ("what", "exit_code", "order", "blamed"),
+    [
+        ("killed alone", -9, Order.GO_ON, {3, 4}),
+        ("out of memory in a library", -6, Order.END_AFTER_EPOCH, {3, 4}),
+        ("ended by itself", 0, Order.GO_ON, set()),
+        ("killed while all are being ended", -9, Order.END_NOW, set()),
+        ("with the process that it was forked from", UNSEEN, Order.GO_ON, set()),
+    ],
+)
+def test_a_death_is_blamed_on_trials_only_if_their_worker_died_alone(
+    monkeypatch: Any, what: str, exit_code: int, order: Order, blamed: set[int]
+) -> None:
+    stage = Stage(monkeypatch)
+    stage.supervisor._order = order
+    stage.supervisor._ended(ended(0, exit_code))
+    assert stage.blamed == [blamed], what
+    stage.supervisor._look(0)
+    assert stage.blamed[1] == set(), "told once"

@@ -1,0 +1,195 @@
+"""Which study is which: ids in Optuna, in the runs folder and in MLflow, compared on both sides."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from search import records
+from search.errors import StorageError, StudyError, StudyGone
+from search.places import Places
+from search.storage.database import close_storage, open_storage
+from search.storage.identity import EARLIER, Watch, claim, id_of
+from search.storage.studies import open_study
+from search.tracking.client import open_tracking
+from search.tracking.runs import StudyRuns
+from tests.search.storage.databases import STUDY
+
+
+class Somebody:
+    """A person with a runs folder and an Optuna database."""
+
+    def __init__(self, folder: Path) -> None:
+        self.places = Places.of(folder)
+        folder.mkdir(exist_ok=True)
+        self.open()
+
+    def open(self) -> None:
+        self.storage = open_storage(self.places.storage_url)
+        self.study = open_study(self.storage, STUDY)
+        self.folder = self.places.study(self.study.study_name)
+        self.folder.mkdir(exist_ok=True)
+
+    def close(self) -> None:
+        close_storage(self.storage)
+
+    def trained(self) -> None:
+        """A trial of the study, with its folder."""
+        trial = self.study.ask()
+        trial.set_user_attr(records.CONFIG, {"lora_r": 4})
+        folder = self.folder / records.folder_of(trial.number)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"lora_r": 4}))
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Iterator[Somebody]:
+    somebody = Somebody(tmp_path / "runs")
+    yield somebody
+    somebody.close()
+
+
+def test_a_folder_belongs_to_one_study(one: Somebody) -> None:
+    claim(one.folder, one.study)
+    assert id_of(one.folder) == one.study.user_attrs[records.STUDY_ID]
+    one.trained()
+    one.close()
+    one.open()  # as every later search does
+    claim(one.folder, one.study)
+
+
+@pytest.mark.parametrize("how", ["the database is deleted", "the study is deleted"])
+def test_old_files_are_never_the_new_studys(one: Somebody, how: str) -> None:
+    claim(one.folder, one.study)
+    one.trained()
+    if how == "the study is deleted":
+        optuna.delete_study(study_name=one.study.study_name, storage=one.storage)
+    one.close()
+    if how == "the database is deleted":
+        for file in one.places.runs_dir.glob("optuna.db*"):
+            file.unlink()
+    one.open()
+    with pytest.raises(StudyError, match=r"holds the files of another study 'rsicap'.*mv .*--runs-dir"):
+        claim(one.folder, one.study)
+    one.folder.rename(one.folder.with_name("rsicap-old"))  # as it advises
+    one.folder.mkdir()
+    claim(one.folder, one.study)
+
+
+def test_a_folder_of_an_earlier_version_is_known_by_its_trials(one: Somebody) -> None:
+    one.trained()
+    claim(one.folder, one.study)
+    (one.folder / records.STUDY_FILE).unlink()
+    config = one.folder / "trials/0000/config.json"
+    config.write_text(json.dumps({"lora_r": 5}))
+    with pytest.raises(StudyError, match="another study"):
+        claim(one.folder, one.study)
+    config.write_text('{"lora_r": ')  # torn by a power cut
+    claim(one.folder, one.study)
+
+
+def test_an_earlier_versions_study_gets_an_id_once(one: Somebody) -> None:
+    with one.storage.engine.begin() as connection:
+        connection.exec_driver_sql("delete from study_user_attributes where key = 'study_id'")
+    ids = {open_study(one.storage, STUDY).user_attrs[records.STUDY_ID] for _ in range(2)}
+    assert len(ids) == 1 and ids.pop().startswith(EARLIER)
+
+
+class TestWhileASearchRuns:
+    @pytest.fixture
+    def watch(self, one: Somebody) -> Watch:
+        claim(one.folder, one.study)
+        watch = Watch(one.study, one.places)
+        watch.check()
+        return watch
+
+    def test_the_study_is_deleted_and_another_has_its_number(self, one: Somebody, watch: Watch) -> None:
+        optuna.delete_study(study_name=one.study.study_name, storage=one.storage)
+        with pytest.raises(StudyGone, match="the study 'rsicap' was deleted from"):
+            watch.check()
+        again = open_study(one.storage, STUDY)
+        assert again._study_id == one.study._study_id, "SQLite gives numbers again"
+        with pytest.raises(StudyGone, match="the study 'rsicap' was deleted from"):
+            watch.check()
+
+    def test_the_database_is_deleted_or_replaced(self, one: Somebody, watch: Watch) -> None:
+        file = one.places.runs_dir / "optuna.db"
+        shutil.copy(file, file.with_suffix(".copy"))
+        file.unlink()
+        for _ in range(2):
+            problem = watch.problem()
+            assert problem is not None and "optuna.db was deleted or replaced while the search ran" in str(problem)
+            assert problem.exit_code == 2
+            file.with_suffix(".copy").replace(file) if not file.exists() else None
+
+    def test_the_runs_folder_is_deleted(self, one: Somebody, watch: Watch) -> None:
+        shutil.rmtree(one.folder)
+        with pytest.raises(StudyGone, match=r"the folder .*rsicap was deleted or replaced"):
+            watch.check()
+
+
+def test_two_studies_of_one_name_keep_apart_in_one_mlflow(tmp_path: Path) -> None:
+    tracking = f"sqlite:///{tmp_path}/mlflow.db"
+    found: list[tuple[str, str]] = []
+    people = [Somebody(tmp_path / who) for who in "ab"]
+    for who in people:
+        claim(who.folder, who.study)
+        runs = StudyRuns(replace(who.places, tracking_uri=tracking), who.study.study_name)
+        assert runs.start_study({}) is None
+        runs.begin("trial 0", {"lora_r": 4}, {"trial": "0"}).finish("FINISHED", state="COMPLETE")
+        runs.end_study("FINISHED", {"best_trial": who.folder.parent.name})
+    for who in people:
+        store = open_tracking(tracking, who.places.artifacts, who.study.user_attrs[records.STUDY_ID])
+        parent = store.find_parent("rsicap")
+        experiment = store.find_experiment("rsicap")
+        assert parent is not None and experiment is not None
+        tags = store.tags(parent)
+        assert tags["best_trial"] == who.folder.parent.name
+        assert tags[records.STUDY_ID] == who.study.user_attrs[records.STUDY_ID]
+        assert len(store.runs(experiment)) == 2
+        found.append((parent, experiment))
+        who.close()
+    assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
+
+
+def test_experiments_of_earlier_versions_stay_their_studies(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    before = open_tracking(uri, tmp_path).experiment("rsicap")
+    new = open_tracking(uri, tmp_path, "0123456789abcdef")
+    assert new.experiment("rsicap") != before
+    upgraded = open_tracking(uri, tmp_path, EARLIER + "fedcba9876543210")
+    assert upgraded.experiment("rsicap") == before
+    assert open_tracking(uri, tmp_path, EARLIER + "00000000").experiment("rsicap") != before, "it is taken"
+    assert open_tracking(uri, tmp_path).experiment("rsicap") == before, "the name alone"
+
+
+def test_the_advice_for_a_deleted_experiment_works_as_pasted(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tmp_path / "it's here"
+    folder.mkdir()
+    uri = f"sqlite:///{folder}/mlflow.db"
+    store = open_tracking(uri, tmp_path, "0123456789abcdef")
+    found = store.experiment("rsicap")
+    store._client.delete_experiment(found)
+    with pytest.raises(StorageError) as refused:
+        store.find_experiment("rsicap")
+    advised = re.search(r"^  (.*)$", str(refused.value), re.MULTILINE)
+    assert advised is not None
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    subprocess.run(["bash", "-c", advised[1]], cwd=elsewhere, check=True, capture_output=True, timeout=240)
+    assert store.find_experiment("rsicap") == found
+    assert not list(elsewhere.iterdir()), "it went to MLflow's default store"
+    with pytest.raises(StorageError) as secret:
+        store.uri = "https://user:S3CRET@host"
+        store._client.delete_experiment(found)
+        store.find_experiment("rsicap")
+    assert "S3CRET" not in str(secret.value) and "MLFLOW_TRACKING_URI" in str(secret.value)
