@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search import records
 from search.records import Outcome
 from search.sampling.params import suggest
+from search.storage.optuna_private import set_state
 from tests.benchmarks import contenders, judged, recorded_rules, stored_tables, strategies
 from tests.benchmarks.contenders import STRATEGIES, Rungs, Screening, Setting, pausing
 from tests.benchmarks.replaying import Memory, Play, Replay, replay
@@ -92,7 +93,7 @@ def test_a_trial_that_was_parked_is_found_whatever_waits_behind_it() -> None:
     study = optuna.create_study(storage=Memory())
     trials = [study.ask() for _ in range(3)]
     for trial in (trials[2], trials[0]):
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        set_state(study, trial, TrialState.WAITING)
         study.get_trials(states=(TrialState.WAITING,))
     assert [t.number for t in study.get_trials(states=(TrialState.WAITING,))] == [0, 2]
 
