@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 KEEP = 1.25
 """A trial pauses for one whose epochs are worth so many times as much: a change costs a checkpoint's loading."""
-HOPELESS = 2e-3
+HOPELESS = 1e-3
 """A trial is not trained on if that is expected to lower the study's best loss by less than this, relatively: a
 fraction of an evaluation's noise on a small split, which no one could tell from luck."""
 FEWEST = 3
@@ -83,6 +83,14 @@ class FreezeThaw(Plan):
             f"after epoch {len(own.losses)}, for one worth more: expected to reach {_interval(mine)} by epoch "
             f"{own.num_epochs}; the lowest so far is {outlook.lowest_loss:.4f}"
         )
+
+    def may_gain(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
+        """See `Plan.may_gain`."""
+        others = [t for t in trials if t.number != trial.number]
+        own, outlook = self._known(trial), self._outlook([*others, trial])
+        if own is None or outlook.empty or len(others) < FEWEST:
+            return False
+        return outlook.of([own])[0].total >= HOPELESS
 
     def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool) -> int | None:
         """See `Plan.resume`."""
