@@ -27,6 +27,9 @@ class Plan(Protocol):
             new_left: Whether another configuration could begin in its place.
         """
 
+    def may_gain(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
+        """Whether more epochs of a running trial may lower the study's lowest loss, though its own rises."""
+
     def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool) -> int | None:
         """Number of the paused trial that goes on now; None to begin a new configuration, or for nothing at all.
 

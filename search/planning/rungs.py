@@ -37,6 +37,10 @@ class RungPlan(Plan):
             return None
         return f"not among the best third of those that reached epoch {epoch}"
 
+    def may_gain(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
+        """See `Plan.may_gain`: this rule knows nothing but losses."""
+        return False
+
     def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool) -> int | None:
         """See `Plan.resume`: of those that are among the best of their rung, the one that has come furthest."""
         worth = [(max(t.intermediate_values), -t.number) for t in paused(trials) if self._goes_on(trials, t)]

@@ -84,6 +84,14 @@ class FreezeThaw(Plan):
             f"{own.num_epochs}; the lowest so far is {outlook.lowest_loss:.4f}"
         )
 
+    def may_gain(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
+        """See `Plan.may_gain`."""
+        others = [t for t in trials if t.number != trial.number]
+        own, outlook = self._known(trial), self._outlook([*others, trial])
+        if own is None or outlook.empty or len(others) < FEWEST:
+            return False
+        return outlook.of([own])[0].total >= HOPELESS
+
     def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool) -> int | None:
         """See `Plan.resume`."""
         waiting = paused(trials)

@@ -133,8 +133,8 @@ def _embedded() -> Examined:
     return _real_examine("mini")
 
 
-def _examine(data: str) -> Examined:
-    return _embedded() if data == "mini" else _real_examine(data)
+def _examine(data: str, *more: Any, **named: Any) -> Examined:
+    return _embedded() if data == "mini" else _real_examine(data, *more, **named)
 
 
 def _start(*_: Any, **__: Any) -> None:

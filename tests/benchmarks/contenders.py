@@ -272,6 +272,11 @@ STRATEGIES = {
         ),
         Strategy("staged", "--strategy staged, rising rule", lambda s: products(s, strategy="staged")),
         Strategy("today", "TPE with 5 random trials, rising rule", products),
+        Strategy(
+            "aimed+rungs",
+            "our proposals, pausing at 1, 3, 9",
+            lambda s: products(s, strategy=FREEZE_THAW, pruner="rungs"),
+        ),
         Strategy("ours", "the product's default", ours),
     )
 }

@@ -18,9 +18,11 @@ QUICK = ("max_samples=24", "num_epochs=2", "warmup_steps=0")
 
 
 def command(runs: Path, *arguments: str, study: str = "rsicap_mini", settings: tuple[str, ...] = QUICK) -> list[str]:
-    """The command line of a search on few samples; without repeats, unless they are asked for."""
+    """The command line of a search on few samples; without repeats and pauses, unless they are asked for."""
     if "--confirm" not in arguments:
         arguments = (*arguments, "--no-confirm")
+    if "--strategy" not in arguments:
+        arguments = (*arguments, "--strategy", "joint")
     sets = [part for setting in settings for part in ("--set", setting)]
     return [sys.executable, "-m", "search.run", "--study", study, "--runs-dir", str(runs), *sets, *arguments]
 

@@ -22,6 +22,7 @@ STYLE = Path(__file__).parent.parent / "log.mplstyle"
 PLOTS: dict[str, Callable[[Facts], Any]] = {
     "loss-curves": curves.loss_curves,
     "learning-rate": by_parameter.rate_against_loss,
+    "effective-rate": by_parameter.effective_rate_against_loss,
     "rank-alpha": by_parameter.rank_by_alpha,
     "gradient-norms": curves.gradient_norms,
     "parallel-coordinates": by_parameter.parallel_coordinates,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from search.diagnosis.messages import rate
 from search.leaderboard import show_value
+from search.planning.coordinates import effective_rate
 from search.report.experiment import Experiment, by_loss
 from search.report.facts import Facts
 from search.report.plots.canvas import BEST, BROKE, GOOD, GROUPS, OTHER, group, key, new, outcome
@@ -29,7 +30,23 @@ Span = tuple[float, float, bool]
 
 def rate_against_loss(facts: Facts) -> Figure | None:
     """Learning rate against lowest validation loss; trials without a loss lie on a line above."""
-    points = [(e.record.config["learning_rate"], e) for e in facts.experiments if e.record.config.get("learning_rate")]
+    return _against_loss(facts, lambda config: config.get("learning_rate"), "learning_rate")
+
+
+def effective_rate_against_loss(facts: Facts) -> Figure | None:
+    """The same for the effective rate, a search's one steep direction (`search.planning.coordinates`)."""
+    return _against_loss(facts, _effective, "effective rate = learning_rate x lora_alpha / sqrt(batch_size)")
+
+
+def _effective(config: Mapping[str, Any]) -> float | None:
+    """The effective rate of a configuration; None for records that lack a part of it."""
+    parts = {"gradient_accumulation_steps": 1, **config}
+    known = all(parts.get(name) for name in ("learning_rate", "lora_alpha", "batch_size"))
+    return float(10.0 ** effective_rate(parts)) if known else None
+
+
+def _against_loss(facts: Facts, read: Callable[[Mapping[str, Any]], float | None], label: str) -> Figure | None:
+    points = [(x, e) for e in facts.experiments if (x := read(e.record.config))]
     points = [(x, e) for x, e in points if outcome(e) != "open"]
     valued = [(x, e.value, e) for x, e in points if e.value is not None and not e.record.violated]
     if not valued:
@@ -51,9 +68,8 @@ def rate_against_loss(facts: Facts) -> Figure | None:
         y = e.value if known and e.value is not None else beyond
         (artist,) = axes.plot(x, y, marker, color=colour, markersize=8, markeredgecolor="#333333", markeredgewidth=0.6)
         handles.setdefault(group(e, facts), artist)
-    if best is not None and best.record.config.get("learning_rate"):
-        x = best.record.config["learning_rate"]
-        (artist,) = axes.plot(x, best.value, "*", color=BEST, markersize=17, markeredgecolor="black", zorder=6)
+    if best is not None and (at := read(best.record.config)):
+        (artist,) = axes.plot(at, best.value, "*", color=BEST, markersize=17, markeredgecolor="black", zorder=6)
         handles[f"trial {best.number} (best)"] = artist
     if any(e.value is None or e.record.violated or e.value > top for _, e in points):
         axes.axhline(top + step / 2, color="#444444", linewidth=0.8, linestyle=(0, (4, 3)))
@@ -70,7 +86,7 @@ def rate_against_loss(facts: Facts) -> Figure | None:
         )
         axes.set_ylim(top=beyond + 1.6 * step)
     axes.set_xscale("log")
-    axes.set(xlabel="learning_rate", ylabel="lowest val_loss")
+    axes.set(xlabel=label, ylabel="lowest val_loss")
     _rates_on(axes)
     key(axes, handles)
     return figure
