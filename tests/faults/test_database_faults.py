@@ -25,6 +25,7 @@ from search.processes import this_process
 from search.space import Float
 from search.storage import database, retry
 from search.storage.database import close_storage, open_storage, reopen_storage
+from search.storage.queue import LongestFirst
 from search.storage.retry import RetryingStorage
 from search.storage.studies import open_study
 from search.study import Study
@@ -66,15 +67,16 @@ def opened() -> Iterator[Callable[[str], RetryingStorage]]:
 
 def run_trials(storage: RetryingStorage, study: optuna.Study, pause_s: float = 0.0) -> None:
     """What a worker does with its trials, but the training."""
-    job: Any = SimpleNamespace(n_trials=12, study=STUDY)
-    source = TrialSource(study, storage, job, this_process())
+    job: Any = SimpleNamespace(n_trials=12, study=STUDY, confirm=None)
+    mine = LongestFirst(study.study_name, storage, study.sampler, study.pruner, STUDY, 40)
+    source = TrialSource(mine, storage, job, this_process())
     while (trial := source.ask()) is not None:
         trial.set_user_attr(records.CONFIG, {"learning_rate": trial.params["learning_rate"]})
         for epoch in range(1, EPOCHS + 1):
             trial.report(loss(trial.number, epoch), epoch)
             trial.set_user_attr(records.TRAIN_LOSSES, [1.0] * epoch)
             time.sleep(pause_s)
-        study.tell(trial, loss(trial.number, EPOCHS))
+        mine.tell(trial, loss(trial.number, EPOCHS))
 
 
 def loss(number: int, epoch: int) -> float:
