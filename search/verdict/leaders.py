@@ -108,8 +108,9 @@ def cells(trials: Sequence[TrialRecord]) -> tuple[dict[Cell, float | None], set[
 
 
 def _is_taken_up(trial: TrialRecord) -> bool:
-    """Whether a repeat was lost just now, and has a successor in a moment."""
-    return trial.reason == records.LOST and trial.attrs.get(records.ATTEMPT, 0) < records.MAX_RETRIES
+    """Whether a repeat was lost just now, and has a successor in a moment, as `search.storage.lifecycle` has it."""
+    attempt = trial.attrs.get(records.ATTEMPT, 0) + (trial.attrs.get(records.BLAMED) is not False)
+    return trial.reason == records.LOST and attempt <= records.MAX_RETRIES
 
 
 def judge(trials: Sequence[TrialRecord], rules: Rules) -> Verdict:

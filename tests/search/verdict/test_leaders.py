@@ -97,6 +97,10 @@ def test_repeats_that_wait_run_or_are_taken_up_again_are_not_wanted_twice() -> N
     ]
     verdict = judge([*search, *held], Rules())
     assert verdict.kind == "running" and verdict.wanted == ((1, 3),)
+    # One that died with its host has used no attempt, and has a successor however often that happened.
+    with_its_host = {records.ATTEMPT: records.MAX_RETRIES, records.BLAMED: False}
+    held[2] = repeat(4, 0, 2, None, state="FAIL", reason=records.LOST, attrs=with_its_host)
+    assert judge([*search, *held], Rules()).wanted == ((1, 3),)
 
 
 def test_a_repeat_that_was_lost_for_good_ends_its_candidate() -> None:
@@ -105,6 +109,14 @@ def test_a_repeat_that_was_lost_for_good_ends_its_candidate() -> None:
     assert judge([*search, *cells], Rules()).choice == 0
     cells[0] = repeat(12, 0, 1, None, state="FAIL", reason=records.LOST, attrs={records.ATTEMPT: 2})
     assert (judge([*search, *cells], Rules()).kind, judge([*search, *cells], Rules()).choice) == ("winner", 1)
+
+
+def test_a_copy_of_a_repeat_that_failed_takes_no_loss_away() -> None:
+    """Another program may queue one with the same attributes, which is refused."""
+    search = [trial(0, 0.4), trial(1, 0.401)]
+    cells = [repeat(10 + 2 * b + n, n, b, 0.4 + n * 0.01 + b * 0.001) for n in range(2) for b in (1, 2, 3)]
+    copy = repeat(20, 0, 1, None, state="FAIL", reason=records.ERROR)
+    assert judge([*search, *cells, copy], Rules()) == judge([*search, *cells], Rules())
 
 
 def test_seeds_are_those_after_the_base_that_the_search_has_not_used() -> None:

@@ -354,8 +354,9 @@ def poison(study: optuna.Study) -> None:
     storage.set_trial_param(left, "learning_rate", 0.5, RATE)
 
 
-def test_what_other_programs_queue_costs_no_other_trial(search: Search, tmp_path: Path) -> None:
-    trials, heard = search(trials=len(QUEUED) + len(SOUND) + 8, slots=2, num_epochs=1, prepare=poison)
+@pytest.mark.parametrize("how", [{}, {"strategy": "freeze-thaw", "pruner": "freeze-thaw"}], ids=["joint", "planned"])
+def test_what_other_programs_queue_costs_no_other_trial(search: Search, how: dict[str, str]) -> None:
+    trials, heard = search(trials=len(QUEUED) + len(SOUND) + 8, slots=2, num_epochs=1, prepare=poison, **how)
     said = [m.text for m in heard if isinstance(m, Notice)]
     for number, (what, (_, _, why)) in enumerate(QUEUED.items()):
         assert (trials[number].state, trials[number].reason) == ("FAIL", records.ERROR), what

@@ -1,0 +1,174 @@
+"""Trials that other programs wrote into the study: the plan learns nothing from them, and goes on."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from search import pruning, records
+from search.planning.plan import is_paused
+from search.planning.prior import Prior
+from search.planning.rungs import RungPlan
+from search.planning.thaw import FreezeThaw
+from search.sampling.make import FREEZE_THAW, make_sampler
+from search.sampling.params import distribution, suggest
+from search.space import Choice, Float, Int, Multiple, contains, fits, param_name
+from search.storage import lifecycle
+from search.storage.database import close_storage, open_storage
+from search.storage.queue import LongestFirst
+from search.storage.studies import open_study
+from search.study import Study
+
+STUDY = Study(
+    name="shared",
+    description="a study that others write into",
+    base={"max_samples": 40, "num_epochs": 6, "data": "mini", "model": "mini"},
+    space={
+        "learning_rate": Float(1e-5, 1e-3, log=True),
+        "lora_r": Int(2, 16, log=True),
+        "lora_alpha": Multiple("lora_r", (1.0, 2.0)),
+        "batch_size": Choice((2, 4)),
+    },
+    n_trials=30,
+)
+OURS = {"learning_rate": 2e-4, "lora_r": 8, "lora_alpha_per_lora_r": 2.0, "batch_size": 4}
+CONFIG = STUDY.config({}).model_dump(mode="json")
+WORDS: Any = CategoricalDistribution(("slow", "fast"))
+ANY = FloatDistribution(-1e6, 1e6)
+FOREIGN: dict[str, dict[str, Any]] = {
+    "a name that the space does not have": {"params": {"speed": 3.0}},
+    "as many names as the space, others": {"params": {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}},
+    "a negative rate": {"params": {**OURS, "learning_rate": -1.0}},
+    "a rate of nothing": {"params": {**OURS, "learning_rate": 0.0}},
+    "a word for a number": {"params": {**OURS, "learning_rate": "slow"}},
+    "some of the params": {"params": {"lora_r": 8}},
+    "no params": {},
+    "an empty configuration": {"user_attrs": {records.CONFIG: {}}},
+    "a configuration of words": {"user_attrs": {records.CONFIG: dict.fromkeys(CONFIG, "high")}},
+    "a configuration of nothing": {"user_attrs": {records.CONFIG: dict.fromkeys(CONFIG)}},
+    "a negative rate in its configuration": {"user_attrs": {records.CONFIG: {**CONFIG, "learning_rate": -1.0}}},
+    "no samples at all": {"user_attrs": {records.CONFIG: {**CONFIG, "batch_size": 0}}},
+    "far outside": {"user_attrs": {records.CONFIG: {**CONFIG, "lora_alpha": 1e200}}},
+    "a rate without end": {"user_attrs": {records.CONFIG: {**CONFIG, "learning_rate": math.inf}}},
+    "losses by step and not by epoch": {"params": OURS, "intermediate_values": {10**9: 1.2}},
+    "overrides of another kind": {"params": OURS, "user_attrs": {records.OVERRIDES: {"num_epochs": "many"}}},
+}
+
+
+def of(what: str, state: TrialState) -> FrozenTrial:
+    given = FOREIGN[what]
+    losses = {} if state == TrialState.WAITING else given.get("intermediate_values", {1: 1.3, 2: 0.5})
+    return made(state, given.get("params", {}), given.get("user_attrs", {}), losses)
+
+
+def made(
+    state: TrialState, params: dict[str, Any], attrs: dict[str, Any], losses: dict[int, float], number: int = -1
+) -> FrozenTrial:
+    found = create_trial(
+        state=state,
+        value=min(losses.values(), default=0.5) if state == TrialState.COMPLETE else None,
+        params=params,
+        distributions={name: _holding(name, value) for name, value in params.items()},
+        user_attrs=attrs,
+        intermediate_values=losses,
+    )
+    found.number = number
+    return found
+
+
+def _holding(name: str, value: Any) -> BaseDistribution:
+    """A distribution that has the value: the study's own if it does."""
+    if fits(STUDY.space)(name, value):
+        return {param_name(*item): distribution(item[1]) for item in STUDY.space.items()}[name]
+    return WORDS if isinstance(value, str) else ANY
+
+
+def ours() -> list[FrozenTrial]:
+    """Three of the search's own: one has ended, one is paused, one runs."""
+    found = []
+    states = (TrialState.COMPLETE, TrialState.WAITING, TrialState.RUNNING)
+    for number, (state, low, rate) in enumerate(zip(states, (1.30, 1.28, 1.35), (1e-4, 3e-4, 9e-5), strict=True)):
+        params = {**OURS, "learning_rate": rate}
+        attrs: dict[str, Any] = {records.CONFIG: STUDY.config(params).model_dump(mode="json")}
+        if state == TrialState.WAITING:
+            attrs[records.REASON] = records.PAUSED
+        found.append(made(state, params, attrs, {epoch: low + 0.1 / epoch for epoch in range(1, 4)}, number))
+    return found
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_foreign_trial_changes_nothing_that_the_plan_says_of_others(what: str) -> None:
+    plan, before = FreezeThaw(STUDY, Prior()), ours()
+    trials = [*before, *(of(what, state) for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING))]
+    for number, trial in enumerate(trials):
+        trial.number = number
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan.pause(trials, before[2], new_left=True)
+        assert plan.pause(trials, before[2], new_left=False) == plan.pause(before, before[2], new_left=False)
+        assert plan.resume(trials, new_left=False) == plan.resume(before, new_left=False)
+        assert plan.give_up(trials, before[1]) == plan.give_up(before, before[1])
+        proposed = plan.propose(trials)
+    assert all(contains(param, proposed[param_name(field, param)]) for field, param in STUDY.space.items())
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[LongestFirst]:
+    """The study as a worker has it, with those trials of its own."""
+    storage = open_storage(f"sqlite:///{tmp_path / 'optuna.db'}")
+    name = open_study(storage, STUDY).study_name
+    storage.fits = fits(STUDY.space)
+    pruner = pruning.pruner_for(FREEZE_THAW, STUDY, prior=Prior(), proposes=True)
+    study = LongestFirst(name, storage, make_sampler(STUDY, FREEZE_THAW), pruner, STUDY, 40)
+    study.add_trials(ours())
+    yield study
+    close_storage(storage)
+
+
+def test_what_waits_of_others_is_taken_and_then_the_search_goes_on(shared: LongestFirst) -> None:
+    for state in (TrialState.COMPLETE, TrialState.RUNNING):
+        shared.add_trials([of(what, state) for what in FOREIGN])
+    shared.add_trials([of(what, TrialState.WAITING) for what in [*FOREIGN][::4]])
+    theirs = [t.number for t in shared.get_trials() if t.state == TrialState.WAITING and t.number != 1]
+    total = len(shared.trials) + 2
+    for number in theirs:
+        assert shared.has_next(total)
+        assert shared.ask().number == number
+    # What is left: the paused one, and two new configurations.
+    taken = set()
+    while shared.has_next(total):
+        trial = shared.ask()
+        STUDY.config(suggest(trial, STUDY))
+        taken.add(trial.number)
+    assert {total - 2, total - 1} <= taken <= {1, total - 2, total - 1}
+
+
+@pytest.mark.parametrize("plan", [FreezeThaw(STUDY, Prior()), RungPlan(6)], ids=["freeze-thaw", "rungs"])
+def test_one_that_calls_itself_paused_without_an_epoch_just_waits(
+    shared: LongestFirst, plan: FreezeThaw | RungPlan
+) -> None:
+    shared.plan = plan
+    shared.enqueue_trial({}, user_attrs={records.REASON: records.PAUSED, records.PAUSED_AT: 3})
+    queued = shared.get_trials()[-1]
+    assert not is_paused(queued)
+    assert shared.has_next(STUDY.n_trials) and shared.ask().number == queued.number
+
+
+def test_an_incomplete_repeat_is_none(shared: LongestFirst) -> None:
+    """Attributes of a repeat that lack the others, or name no trial before it, are not ours."""
+    for attrs in (
+        {records.REPEAT_OF: 0},
+        {records.REPEAT_OF: 0, records.BLOCK: 0, records.TRAINS_TO: 3},
+        {records.REPEAT_OF: 99, records.BLOCK: 1, records.TRAINS_TO: 3},
+        {records.BLOCK: 1, records.TRAINS_TO: 10**6},
+    ):
+        shared.enqueue_trial({}, user_attrs=attrs)
+        (read,) = [t for t in lifecycle.read_trials(shared) if t.number == len(shared.trials) - 1]
+        assert not {records.REPEAT_OF, records.BLOCK, records.TRAINS_TO} & read.attrs.keys()
