@@ -31,6 +31,8 @@ def run(code: Path, folder: Path, *words: str, interrupt_after_s: float | None =
     """Run a module of a checkout in a folder of its own; its exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "PYTHONPATH": str(code), "OMP_WAIT_POLICY": "PASSIVE"}
+    if code == HERE and words[0] == "search.run":  # what earlier versions do, of which these are no options
+        words = (*words, "--strategy", "joint", "--no-confirm", "--captions", "0")
     with (folder / "output.txt").open("a") as output:
         process = subprocess.Popen([sys.executable, "-m", *words], cwd=folder, env=env, stdout=output, stderr=output)
         try:

@@ -88,6 +88,8 @@ class Bench:
         """The search, with an empty cache: features are computed within the time."""
         runs = self.folder / name
         command = ["-m", "search.run", "--study", self.study_file, "--trials", self.trials, "--runs-dir", runs]
+        # What the peer does not do: repeats, captions, configurations of our own.
+        command += ["--strategy", "joint", "--no-confirm", "--captions", "0"]
         ran = self._timed(name, [*command, "--pruner", pruner, *self.ours, *options])
         trials = read(runs, configs.NAME, lambda number, run: run == str(number), "trial", "step/loss")
         return Ran(wall_s=ran.wall_s, load=ran.load, trials=trials)
