@@ -64,8 +64,7 @@ class Group:
 
 def picture(image: Image.Image, digest: str) -> Picture:
     """What is kept of this image, RGB."""
-    # In two steps, whole numbers of pixels first: half the time, and at most one level of another result.
-    small = image.resize((SIZE, SIZE), Image.Resampling.BOX, reducing_gap=1.0)
+    small = image.resize((SIZE, SIZE), Image.Resampling.BOX)
     # A ship on a dark sea vanishes in the sketch: where that is plain, the picture itself is asked.
     plain = _one_colour(small) and _one_colour(image)
     return Picture(digest, image.width, image.height, small.tobytes(), plain)
