@@ -74,14 +74,16 @@ def main(
         print(json.dumps(config.model_dump(mode="json"), indent=1))
         return
     examined, text = check(config)
-    for line in text.lines() if text is not None else ():
-        print(line)
-    if follow(config, out or Path("runs/train"), examined):
+    if follow(config, out or Path("runs/train"), examined, text=text):
         raise typer.Exit(3)
 
 
 def follow(
-    config: TrainConfig, out: Path, examined: Examined, record: Callable[[Event], None] = lambda event: None
+    config: TrainConfig,
+    out: Path,
+    examined: Examined,
+    record: Callable[[Event], None] = lambda event: None,
+    text: Text | None = None,
 ) -> bool:
     """Train a configuration to its end and print its losses; whether it ended early.
 
@@ -90,6 +92,7 @@ def follow(
         out: folder for checkpoints.
         examined: the data folder, see `check`.
         record: called with each event, those of a checkpoint's epochs included.
+        text: what the tokenizers make of the captions, printed once training begins.
 
     Raises:
         UserError: model, data or checkpoint cannot be used.
@@ -111,6 +114,8 @@ def follow(
         line = _line(event)
         if line:
             print(line, flush=True)
+        if isinstance(event, events.RunStarted) and text is not None:
+            print("\n".join(text.lines()), flush=True)
         if isinstance(event, events.EpochEnded):
             epochs.append(event)
         ended_early = isinstance(event, events.Diverged | events.OutOfMemory)

@@ -138,7 +138,8 @@ class TestCommandLine:
     @pytest.fixture
     def runs(self, study: optuna.Study, tmp_path: Path) -> Path:
         """A runs folder with one trial in both databases."""
-        tracking = open_tracking(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "artifacts")
+        study_id = study.user_attrs[records.STUDY_ID]
+        tracking = open_tracking(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "artifacts", study_id)
         parent = tracking.parent_run("rsicap", {})
         run_id = tracking.start_run(tracking.experiment("rsicap"), parent, name="trial 000", config={}, tags={})
         tracking.end_run(run_id, "FINISHED", {"state": "COMPLETE"})
@@ -162,7 +163,8 @@ class TestCommandLine:
 
     def test_the_command_line_and_the_search_write_the_same(self, runs: Path, study: optuna.Study) -> None:
         CliRunner().invoke(app, ["--study", "rsicap", "--runs-dir", str(runs)])
-        tracking = open_tracking(f"sqlite:///{runs / 'mlflow.db'}", runs / "artifacts")
+        study_id = study.user_attrs[records.STUDY_ID]
+        tracking = open_tracking(f"sqlite:///{runs / 'mlflow.db'}", runs / "artifacts", study_id)
         written = (runs / "rsicap" / "tuning-log.md").read_bytes()
         again = write.refresh(read_study(study, tracking), runs / "b", options=["--runs-dir", str(runs)])
         assert again[0].read_bytes() == written
