@@ -78,7 +78,9 @@ def test_a_run_of_the_embedded_model_and_its_continuation(tmp_path: Path, call: 
 
 def of_the_run(printed: str) -> list[str]:
     """The lines printed, without those about data and split, which come before."""
-    return [line for line in printed.splitlines() if not re.match("rows used|split by|captions: |prompts: |warning", line)]
+    return [
+        line for line in printed.splitlines() if not re.match("rows used|split by|captions: |prompts: |warning", line)
+    ]
 
 
 def without_seconds(told: list[str], printed: list[str]) -> list[str]:
