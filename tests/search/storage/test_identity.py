@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -185,7 +187,9 @@ def test_the_advice_for_a_deleted_experiment_works_as_pasted(tmp_path: Path, mon
     assert advised is not None
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    subprocess.run(["bash", "-c", advised[1]], cwd=elsewhere, check=True, capture_output=True, timeout=240)
+    # The advice is for an environment that is active: its programs are found.
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", advised[1]], cwd=elsewhere, env=env, check=True, capture_output=True, timeout=240)
     assert store.find_experiment("rsicap") == found
     assert not list(elsewhere.iterdir()), "it went to MLflow's default store"
     with pytest.raises(StorageError) as secret:
