@@ -117,11 +117,13 @@ class Curves:
             target = self._target(scale)[some] - drift
             for noise in NOISES:
                 # Of log losses: the density of the scaled and bent values times the Jacobian of both.
-                density = self._solve(gram, target, noise / scale)[2] - len(target) * math.log(scale) - bent_away
+                density = self._evidence(gram, target, noise / scale) - len(target) * math.log(scale) - bent_away
                 best = max(best, (density - self._prior_cost(scale, noise), scale, noise))
         self.evidence, self.scale, self.noise = best
         target = self._target(self.scale) - self._mean(points)
-        self._chol, self._weights, _ = self._solve(self._kernel(points, points), target, self.noise / self.scale)
+        # The inverse of the Cholesky factor: each forecast multiplies by it, where solving would cost as much as a fit.
+        self._half = np.linalg.inv(self._factor(self._kernel(points, points), self.noise / self.scale))
+        self._weights = self._half.T @ (self._half @ target)
 
     @staticmethod
     def _prior_cost(scale: float, noise: float) -> float:
@@ -131,12 +133,16 @@ class Curves:
     def _target(self, scale: float) -> Array:
         return self.shape.bend * np.log1p(np.minimum(self._raw, CLIP) / self.shape.bend) / scale
 
-    def _solve(self, gram: Array, target: Array, noise: float) -> tuple[Array, Array, float]:
-        chol = np.linalg.cholesky(gram + (noise**2 + 1e-8) * np.eye(len(target))).astype(np.float64)
+    @staticmethod
+    def _factor(gram: Array, noise: float) -> Array:
+        """The Cholesky factor of what is observed with this noise."""
+        return np.linalg.cholesky(gram + (noise**2 + 1e-8) * np.eye(len(gram))).astype(np.float64)
+
+    def _evidence(self, gram: Array, target: Array, noise: float) -> float:
+        """The logarithm of the density of observed values."""
+        chol = self._factor(gram, noise)
         half = np.linalg.solve(chol, target)
-        evidence = -0.5 * half @ half - np.log(np.diag(chol)).sum() - 0.5 * len(target) * np.log(2 * np.pi)
-        weights: Array = np.linalg.solve(chol.T, half)
-        return chol, weights, float(evidence)
+        return float(-0.5 * half @ half - np.log(np.diag(chol)).sum() - 0.5 * len(target) * np.log(2 * np.pi))
 
     def _mean(self, at: Points) -> Array:
         away = np.minimum(((at.z - self._centre) / self._width) ** 2, 9.0)
@@ -185,7 +191,7 @@ class Curves:
         """
         cross = self._kernel(at, self._points, drift=False)
         mean = self._mean(at) + cross @ self._weights
-        half = np.linalg.solve(self._chol, cross.T)
+        half = self._half @ cross.T
         variance = np.maximum(self._variance(at) - (half**2).sum(axis=0), 1e-8)
         return self.scale * mean, self.scale * np.sqrt(variance)
 

@@ -14,6 +14,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from search import records
+from search.leaderboard import SAMPLE_FIELDS
 from search.planning.candidates import Candidates, Values, key
 from search.planning.coordinates import Coordinates
 from search.planning.plan import Plan, number_counted, paused
@@ -30,7 +31,7 @@ HOPELESS = 1e-3
 """A trial is not trained on if that is expected to lower the study's best loss by less than this, relatively: a
 fraction of an evaluation's noise on a small split, which no one could tell from luck."""
 FEWEST = 3
-"""Other trials needed to find one hopeless."""
+"""Other trials with a loss needed to find one hopeless."""
 APART = 0.2
 """Decades of the effective rate within which a second trial that has not yet reported teaches little."""
 FAR = 10.0
@@ -52,9 +53,11 @@ class FreezeThaw(Plan):
         self._study, self._prior, self._proposes = study, prior, proposes
         self._coordinates = Coordinates(study.space)
         self._fits = fits(study.space)
-        self._base = study.base_config().model_dump()
-        self._candidates = Candidates(study.space, self._base)
-        self._latest: tuple[tuple[Any, ...], Outlook] | None = None
+        base = study.base_config().model_dump(mode="json")
+        # The data are the study's own, whatever their folder is called on another host.
+        self._samples = {name: base[name] for name in SAMPLE_FIELDS if name != "data" and name not in study.space}
+        self._candidates = Candidates(study.space, base)
+        self._latest: tuple[tuple[Known, ...], Outlook] | None = None
 
     # ------------------------------------------------------------------ Plan
 
@@ -69,7 +72,7 @@ class FreezeThaw(Plan):
         if outlook.empty or own is None or not any(map(math.isfinite, own.losses)):
             return None  # the rule for non-finite losses ends it
         (mine,) = outlook.of([own])
-        if mine.total < HOPELESS and len(others) >= FEWEST:
+        if mine.total < HOPELESS and _others(outlook, own) >= FEWEST:
             return f"after epoch {len(own.losses)}, with nothing to gain: expected to reach {_interval(mine)}"
         if not rivals and not new_left:
             return None
@@ -86,9 +89,8 @@ class FreezeThaw(Plan):
 
     def may_gain(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
         """See `Plan.may_gain`."""
-        others = [t for t in trials if t.number != trial.number]
-        own, outlook = self._known(trial), self._outlook([*others, trial])
-        if own is None or outlook.empty or len(others) < FEWEST:
+        own, outlook = self._known(trial), self._outlook([*(t for t in trials if t.number != trial.number), trial])
+        if own is None or outlook.empty or _others(outlook, own) < FEWEST:
             return False
         return outlook.of([own])[0].total >= HOPELESS
 
@@ -164,7 +166,7 @@ class FreezeThaw(Plan):
                 self._of_the_space(t.params),
             )
             for t in trials
-            if not _is_special(t)
+            if self._known(t) is not None
         ]
         return [params for loss, _, params in sorted(lowest, key=lambda x: x[:2])[:BEST] if math.isfinite(loss)]
 
@@ -180,14 +182,16 @@ class FreezeThaw(Plan):
 
     def _outlook(self, trials: Sequence[FrozenTrial]) -> Outlook:
         """The outlook of these trials; the latest is kept, since several questions are asked of it."""
-        key = tuple((t.number, t.state, len(t.intermediate_values)) for t in trials)
-        if self._latest is None or self._latest[0] != key:
-            known = [k for t in trials if not _is_superseded(t, trials) and (k := self._known(t)) is not None]
-            self._latest = (key, Outlook([k for k in known if k.losses], self._prior))
+        known = [k for t in trials if not _is_superseded(t, trials) and (k := self._known(t)) is not None]
+        # By number: the same trials are the same sums, whoever asks and whichever of them runs.
+        seen = tuple(sorted((k for k in known if k.losses), key=lambda k: k.number))
+        if self._latest is None or self._latest[0] != seen:
+            self._latest = (seen, Outlook(seen, self._prior))
         return self._latest[1]
 
     def _known(self, trial: FrozenTrial) -> Known | None:
-        """The trial as the model sees it; None if it says nothing about its configuration, or is another program's."""
+        """The trial as the model sees it; None if it says nothing about its configuration, has its losses from other
+        samples, or is another program's."""
         if _is_special(trial):
             return None
         config = trial.user_attrs.get(records.CONFIG)
@@ -196,6 +200,8 @@ class FreezeThaw(Plan):
                 return None  # queued and not sampled yet, or with what the space does not have
             overrides = trial.user_attrs.get(records.OVERRIDES, {})
             config = {**self._candidates.config(trial.params), **overrides}
+        if any(config.get(name, value) != value for name, value in self._samples.items()):
+            return None
         last = max(trial.intermediate_values, default=0)
         try:
             z, rest = self._coordinates.of(config)
@@ -214,6 +220,11 @@ class FreezeThaw(Plan):
 def _is_special(trial: FrozenTrial) -> bool:
     """Whether the trial is none of the search's own: a repeat of another, or a probe of stability."""
     return trial.user_attrs.get(records.STAGE) == "stability" or "repeat_of" in trial.user_attrs
+
+
+def _others(outlook: Outlook, own: Known) -> int:
+    """How many trials beside this one have a loss."""
+    return sum(known.number != own.number for known in outlook.trials)
 
 
 def _is_superseded(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
