@@ -29,13 +29,28 @@ LOG_FIELDS = (
 """The fields of the hand-run log's TRAINING_CONFIG, in its order."""
 
 
-SAMPLE_FIELDS = ("data", "max_samples", "val_fraction", "split_seed", "max_target_length", "skip_bad_rows")
-"""Trials that differ in one of these are validated on different samples: their losses cannot be compared."""
+SAMPLE_FIELDS = ("max_samples", "val_fraction", "split_seed", "max_target_length", "skip_bad_rows")
+"""Trials that differ in one of these are validated on different samples: their losses cannot be compared. So are those
+on other data, see `sample_key`."""
 
 
-def sample_key(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What decides the samples that a trial was validated on."""
-    return tuple(config.get(name) for name in SAMPLE_FIELDS)
+def sample_key(trial: TrialRecord) -> tuple[Any, ...]:
+    """What decides the samples that a trial was validated on.
+
+    The data are the study's, wherever a host has them, unless the trial itself names others.
+    """
+    return (own_path(trial.attrs, "data"), *(trial.config.get(name) for name in SAMPLE_FIELDS))
+
+
+def own_path(attrs: Mapping[str, Any], field: str) -> Any:
+    """The `data` or `model` that a trial names itself; None for the study's, whose path differs by host.
+
+    Args:
+        attrs: The trial's user attributes.
+        field: `data` or `model`.
+    """
+    given = attrs.get(records.OVERRIDES)
+    return given.get(field) if isinstance(given, Mapping) else None
 
 
 def is_repeat(trial: TrialRecord) -> bool:

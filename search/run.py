@@ -149,7 +149,7 @@ def main(
 
         with progress.bar("looking at images") as looked:
             checked = _session.check(looked)
-        show(_session.definition, _session.options, _session.n_trials, checked)
+        show(_session.definition, _session.options, _session.n_trials, checked, _session.prior)
         return
     raise typer.Exit(run_shown(_session))
 

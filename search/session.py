@@ -86,6 +86,7 @@ class Session:
         self.strategy, self.pruner = self.options.strategy or "", self.options.pruner or ""
         """What the study is run with, known once it is open."""
         self.prior: Prior | None = None
+        """What earlier runs say of good effective rates: those of `--warm-start`, or that the study was begun with."""
         self.log_file: Path | None = None
         """Takes all log lines and tracebacks; None until the study is open."""
         self._end_logging: Callable[[], None] | None = None
@@ -182,7 +183,8 @@ class Session:
                     self._close_storage()
 
     def check(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Checked:
-        """Check what needs more than the definition: the pruner's name, the model, the data, room for its batches.
+        """Check what needs more than the definition: the pruner's name, the runs that a study begins with, the model,
+        the data, room for its batches.
 
         Args:
             progress: called with (images looked at, all of them).
@@ -194,6 +196,10 @@ class Session:
 
         if self.options.pruner is not None:
             pruning.check_name(self.options.pruner)
+        if self.options.warm_start:
+            from search.storage import warm_start
+
+            self.prior = warm_start.read(self.options.warm_start, self.options.places)
         workers = self._executor.workers_here()
         at_once = None if workers is None else workers * (self.options.slots or 1)
         return preflight.check(self.definition, self._executor.sees(), at_once, progress)
@@ -270,16 +276,15 @@ class Session:
         import optuna
 
         from search import pruning, records
-        from search.sampling.make import default_strategy, make_sampler
+        from search.sampling.make import FREEZE_THAW, default_strategy, make_sampler
         from search.sampling.samplers import GridInOrder
-        from search.storage import studies, warm_start
+        from search.storage import studies
         from search.storage.database import open_storage
 
         options = self.options
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         _make_folder(options.places.runs_dir)
         self._storage = open_storage(options.places.storage_url, grace_s=round(options.lost_after_s))
-        prior = warm_start.read(options.warm_start, self._storage)
         begun_with = None if options.fresh else studies.held_strategy(self._storage, self.definition.name)
         self.strategy = options.strategy or begun_with or default_strategy(self.definition)
         self.pruner = options.pruner or pruning.default_pruner(self.strategy)
@@ -293,7 +298,14 @@ class Session:
         studies.check_strategy(study, self.strategy)
         if isinstance(study.sampler, GridInOrder):
             self._cap(study.sampler.total(study))
-        self.prior = studies.hold_prior(study, prior)
+        given, self.prior = self.prior, studies.hold_prior(study, self.prior)
+        if given is not None and given != self.prior:
+            self._notes.append(
+                f"--warm-start is left out: the study {study.study_name!r} has begun without these runs; a new one, with "
+                "--fresh, begins with them"
+            )
+        elif given is not None and not {self.strategy, self.pruner} & {FREEZE_THAW}:
+            self._notes.append(f"--warm-start is of no use here: it is for --strategy or --pruner {FREEZE_THAW}")
         study.set_user_attr(records.SETTINGS, list(options.settings))  # for the commands that the tuning log proposes
         if options.confirm:
             held = study.user_attrs.get(records.CONFIRM)

@@ -121,7 +121,7 @@ class Curves:
                 best = max(best, (density - self._prior_cost(scale, noise), scale, noise))
         self.evidence, self.scale, self.noise = best
         target = self._target(self.scale) - self._mean(points)
-        # The inverse of the Cholesky factor: each forecast multiplies by it, where solving would cost as much as a fit.
+        # The inverse of the Cholesky factor: a forecast multiplies by it, where solving costs as much as a fit.
         self._half = np.linalg.inv(self._factor(self._kernel(points, points), self.noise / self.scale))
         self._weights = self._half.T @ (self._half @ target)
 

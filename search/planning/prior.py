@@ -32,9 +32,9 @@ def from_runs(runs: Iterable[tuple[float, float]]) -> Prior | None:
         runs: (log10 of the effective rate, lowest validation loss) of each, losses comparable with each other.
 
     Returns:
-        None without a finite loss.
+        None without a run whose rate and loss are finite.
     """
-    known = [(z, math.log(loss)) for z, loss in runs if math.isfinite(loss) and loss > 0]
+    known = [(z, math.log(loss)) for z, loss in runs if math.isfinite(z) and math.isfinite(loss) and loss > 0]
     if not known:
         return None
     lowest = min(loss for _, loss in known)

@@ -14,7 +14,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from search import records
-from search.leaderboard import SAMPLE_FIELDS
+from search.leaderboard import SAMPLE_FIELDS, own_path
 from search.planning.candidates import Candidates, Values, key
 from search.planning.coordinates import Coordinates
 from search.planning.plan import Plan, number_counted, paused
@@ -54,8 +54,7 @@ class FreezeThaw(Plan):
         self._coordinates = Coordinates(study.space)
         self._fits = fits(study.space)
         base = study.base_config().model_dump(mode="json")
-        # The data are the study's own, whatever their folder is called on another host.
-        self._samples = {name: base[name] for name in SAMPLE_FIELDS if name != "data" and name not in study.space}
+        self._samples = {name: base[name] for name in SAMPLE_FIELDS if name not in study.space}
         self._candidates = Candidates(study.space, base)
         self._latest: tuple[tuple[Known, ...], Outlook] | None = None
 
@@ -201,6 +200,8 @@ class FreezeThaw(Plan):
             overrides = trial.user_attrs.get(records.OVERRIDES, {})
             config = {**self._candidates.config(trial.params), **overrides}
         if any(config.get(name, value) != value for name, value in self._samples.items()):
+            return None
+        if own_path(trial.user_attrs, "data") is not None:
             return None
         last = max(trial.intermediate_values, default=0)
         try:

@@ -115,7 +115,7 @@ class Experiment:
     @property
     def samples(self) -> tuple[Any, ...]:
         """What decides the samples that it was validated on."""
-        return sample_key(self.record.config)
+        return sample_key(self.record)
 
     @property
     def analysis(self) -> tuple[tuple[Finding, tuple[Advice, ...]], ...]:
@@ -166,7 +166,7 @@ def _reference(trial: TrialRecord, before: Sequence[Experiment]) -> tuple[Experi
         if e.record.config and (trial.start_s is None or e.record.end_s is None or e.record.end_s <= trial.start_s)
     ]
     complete = [e for e in earlier if e.record.state == "COMPLETE" and e.value is not None]
-    same = [e for e in complete if e.samples == sample_key(trial.config)]
+    same = [e for e in complete if e.samples == sample_key(trial)]
     best = min(same or complete, key=by_loss, default=None)
     return best, (earlier[-1] if earlier else None)
 
@@ -293,7 +293,7 @@ def _compared(trial: TrialRecord, best: Experiment | None, noise: Noise) -> Lear
     if best is None or best.value is None:
         return Learnt(kind="first", values={"value": trial.value})
     values = {"reference": best.number, "value": trial.value, "before": best.value}
-    if best.samples != sample_key(trial.config):
+    if best.samples != sample_key(trial):
         return Learnt(kind="incomparable", values=values)
     share = relative(trial.value, best.value)
     values["share"] = abs(share)

@@ -12,6 +12,7 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
+from optuna.trial import TrialState
 
 from search import records
 from search.errors import DefinitionChanged, StorageError, StudyError
@@ -153,8 +154,9 @@ def held_strategy(storage: RetryingStorage, name: str) -> str | None:
 
 
 def hold_prior(study: optuna.Study, prior: Prior | None) -> Prior | None:
-    """Hold a study to the prior that it was begun with: stored at the first call, returned at each later one."""
-    if PRIOR not in study.user_attrs:
+    """Hold a study to the prior that it was begun with: until its first trial has begun, one that is given counts."""
+    begun = any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
+    if PRIOR not in study.user_attrs or (prior is not None and not begun):
         study.set_user_attr(PRIOR, None if prior is None else {"centre": prior.centre, "width": prior.width})
     held = study.user_attrs[PRIOR]
     return None if held is None else Prior(**held)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,31 @@ import optuna
 
 from search.diagnosis import recorded
 from search.errors import StudyError
+from search.leaderboard import sample_key, searched
+from search.places import Places, sqlite_file
 from search.planning.coordinates import RATE_FIELDS, model_rate
 from search.planning.prior import Prior, combined, from_runs
 from search.records import finite
 from search.storage import lifecycle, studies
+from search.storage.database import close_storage, open_storage
 from search.storage.retry import RetryingStorage
 from trainer.common.errors import shown
 from trainer.config import TrainConfig
 
 
-def read(sources: Sequence[str], storage: RetryingStorage) -> Prior | None:
-    """The prior of several sources; None without any.
+def read(sources: Sequence[str], places: Places) -> Prior | None:
+    """The prior of several sources; None without any. Creates nothing: a database that is not there is said.
 
     Args:
-        sources: Names of studies in the storage, or paths of JSON files that `search.diagnose` reads.
-        storage: Optuna's, opened.
+        sources: Names of studies in the database, or paths of JSON files that `search.diagnose` reads.
+        places: Where the database is.
 
     Raises:
         UserError: a source cannot be read, or has no run with a loss.
     """
     found = []
     for source in sources:
-        runs = _of_file(Path(source)) if source.endswith(".json") else _of_study(source, storage)
+        runs = _of_file(Path(source)) if source.endswith(".json") else _of_study(source, places)
         prior = from_runs(runs)
         if prior is None:
             raise StudyError(
@@ -57,12 +61,29 @@ def _of_file(path: Path) -> list[tuple[float, float]]:
     ]
 
 
-def _of_study(name: str, storage: RetryingStorage) -> list[tuple[float, float]]:
-    study: optuna.Study = studies.find_study(storage, name)
-    trials = [t for t in lifecycle.read_trials(study) if t.config and t.value is not None and not t.violated]
-    return [(_rate(t.config), t.value) for t in trials if t.value is not None]
+def _of_study(name: str, places: Places) -> list[tuple[float, float]]:
+    """The same of a study's trials on the samples that most have. Repeats are on splits of their own."""
+    file = sqlite_file(places.storage_url)
+    if file is not None and not file.is_file():
+        raise StudyError(
+            f"--warm-start {shown(name)}: there is no study yet, nor a database {shown(str(file))}; "
+            "name that of an earlier study with --storage, or a .json file"
+        )
+    storage: RetryingStorage = open_storage(places.storage_url)
+    try:
+        study: optuna.Study = studies.find_study(storage, name)
+        trials = [t for t in searched(lifecycle.read_trials(study)) if t.config and not t.violated]
+    finally:
+        close_storage(storage)
+    known = [(trial, trial.value) for trial in trials if trial.value is not None]
+    usual = Counter(sample_key(trial) for trial, _ in known).most_common(1)
+    return [(_rate(trial.config), loss) for trial, loss in known if sample_key(trial) == usual[0][0]]
 
 
-def _rate(config: dict[str, Any]) -> float:
+def _rate(config: Mapping[str, Any]) -> float:
+    """log10 of the rate; NaN, which counts as no run, where the configuration has no positive number."""
     defaults = TrainConfig().model_dump()
-    return model_rate({name: config.get(name, defaults[name]) for name in RATE_FIELDS})
+    values = {name: config.get(name, defaults[name]) for name in RATE_FIELDS}
+    if not all(type(value) in (int, float) and finite(value) and value > 0 for value in values.values()):
+        return math.nan
+    return model_rate(values)

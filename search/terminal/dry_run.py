@@ -6,12 +6,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from search.options import SearchOptions
+    from search.planning.prior import Prior
     from search.preflight import Checked
     from search.study import Study
 
 
-def show(study: Study, options: SearchOptions, n_trials: int, checked: Checked) -> None:
-    """Print what would run, and the configuration of the first sampled trial."""
+def show(study: Study, options: SearchOptions, n_trials: int, checked: Checked, prior: Prior | None) -> None:
+    """Print what would run, and the configuration of the first sampled trial.
+
+    Args:
+        study: The definition.
+        options: How it would be run.
+        n_trials: Configurations in total.
+        checked: The model and the data.
+        prior: Of a new study, by `--warm-start`.
+    """
     import optuna
 
     from search import leaderboard
@@ -42,7 +51,7 @@ def show(study: Study, options: SearchOptions, n_trials: int, checked: Checked) 
         print(f"given by hand: {fixed.label}: {dict(fixed.config)}")
 
     # A study in memory samples what the first trial would be.
-    dry = optuna.create_study(sampler=make_sampler(study, strategy, n_trials))
+    dry = optuna.create_study(sampler=make_sampler(study, strategy, n_trials, prior))
     trial = dry.ask()
     params.suggest(trial, study)
     config = study.config(trial.params, staged.stage_overrides(trial))

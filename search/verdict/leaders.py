@@ -9,8 +9,9 @@ from typing import Any
 
 from search import records
 from search.diagnosis.noise import SIGNIFICANT, VAL_NOISE, relative
-from search.leaderboard import epochs_trained, is_repeat, ranked, sample_key, searched
+from search.leaderboard import epochs_trained, is_repeat, own_path, ranked, sample_key, searched
 from search.records import TrialRecord, finite
+from search.study import LOCATION_FIELDS
 from search.verdict.race import FIRST, Candidate, Cell, Limits, Verdict, race
 from trainer.config import MACHINE_FIELDS
 
@@ -46,7 +47,7 @@ def leaders(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     for trial in ranked(searched(trials)):
         if trial.state != "COMPLETE" or trial.violated or not finite(trial.value) or trial.best_epoch is None:
             continue
-        if trial.value <= 0 or not trial.config or (found and sample_key(trial.config) != sample_key(found[0].config)):
+        if trial.value <= 0 or not trial.config or (found and sample_key(trial) != sample_key(found[0])):
             continue
         same = _recipe(trial)
         if same in seen:
@@ -60,8 +61,9 @@ def leaders(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 def _recipe(trial: TrialRecord) -> str:
     """What a repeat of the trial would train, its seed aside."""
-    left_out = ("seed", *MACHINE_FIELDS)
+    left_out = ("seed", *MACHINE_FIELDS, *LOCATION_FIELDS)
     config = {name: value for name, value in trial.config.items() if name not in left_out}
+    config |= {name: own_path(trial.attrs, name) for name in LOCATION_FIELDS}
     if config.get("lr_scheduler_type") == "constant_with_warmup":
         config["num_epochs"] = None  # it trains to its best epoch, which is the same for both only if this is too
     return json.dumps([config, trial.best_epoch], sort_keys=True)

@@ -37,6 +37,8 @@ def trial(
     """One trial as Optuna has it; `changed` are overrides of its configuration."""
     params = {"learning_rate": rate, "lora_r": 8, "lora_alpha_per_lora_r": 2.0}
     attrs: dict[str, Any] = {records.CONFIG: STUDY.config(params, changed).model_dump(mode="json")}
+    if changed:
+        attrs[records.OVERRIDES] = changed
     if reason is not None:
         attrs[records.REASON] = reason
     made = create_trial(
@@ -71,12 +73,13 @@ def test_the_best_that_still_falls_goes_on_and_what_has_nothing_to_gain_does_not
         assert (plan.pause([*done, waits], waits, new_left=False) is not None) is pauses
 
 
-def test_a_trial_on_other_samples_says_nothing_of_what_can_be_reached() -> None:
+@pytest.mark.parametrize("changed", [{"max_samples": 400}, {"data": "/other"}], ids=str)
+def test_a_trial_on_other_samples_says_nothing_of_what_can_be_reached(changed: dict[str, Any]) -> None:
     """Its losses are of another validation split: with ten times the samples they are lower for everyone."""
     ours = [trial(i, TrialState.COMPLETE, falling(6, 1.05), rate) for i, rate in enumerate((1e-4, 3e-4, 4e-4))]
     ours.append(paused(3, falling(4)))
     running = trial(4, TrialState.RUNNING, falling(3), 2.5e-4)
-    other = trial(5, TrialState.COMPLETE, falling(10, 0.5), max_samples=400)
+    other = trial(5, TrialState.COMPLETE, falling(10, 0.5), **changed)
     plan = FreezeThaw(STUDY, Prior())
     assert plan.resume([*ours, other], new_left=False) == plan.resume(ours, new_left=False) == 3
     assert plan.may_gain([*ours, running, other], running)

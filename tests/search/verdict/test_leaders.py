@@ -61,6 +61,17 @@ def test_who_is_clearly_behind_is_none_but_two_there_are() -> None:
     assert numbers([trial(0, 0.9), trial(1, 0.4), trial(2, 0.8)]) == [1, 2]
 
 
+def test_hosts_have_data_and_model_where_they_like() -> None:
+    """A trial records the paths of its host; another's on the same samples is a candidate as well, and once."""
+    here, there = {"data": "/data", "model": "/m"}, {"data": "/mnt/data", "model": "/home/m"}
+    found = [trial(0, 0.4, config=here), trial(1, 0.401, config=there), trial(2, 0.402, config=here)]
+    alike = {"learning_rate": 1e-4}
+    assert numbers([*found, trial(3, 0.4, config={**there, **alike}), trial(4, 0.405, config=there)]) == [0, 1, 2, 4]
+    # What a trial names itself is another matter.
+    given: dict[str, Any] = {"attrs": {records.OVERRIDES: {"data": "/other"}}, "config": {**here, "data": "/other"}}
+    assert numbers([*found, trial(3, 0.403, **given)]) == [0, 1, 2]
+
+
 def test_what_would_be_trained_alike_is_a_candidate_once() -> None:
     alike = {"learning_rate": 1e-4}
     assert numbers([trial(0, 0.4, config=alike), trial(1, 0.4, config={**alike, "seed": 3}), trial(2, 0.41)]) == [0, 2]
