@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import optuna
 
     from search.records import TrialRecord
+    from search.verdict.race import Verdict
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -98,10 +99,11 @@ def list_pieces(study: optuna.Study, folder: Path, keep: int) -> list[Piece]:
         keep: best trials whose best adapters stay.
     """
     from search.storage import lifecycle
+    from search.verdict.leaders import verdict_of
 
     trials = lifecycle.read_trials(study)
     needed = _needed(study, trials)
-    best = _best(trials, keep)
+    best = _best(trials, keep) | _judged(trials, verdict_of(trials, study.user_attrs))
     found = []
     for run in sorted((folder / "trials").glob("*")):
         for checkpoint in sorted((run / "checkpoints").glob("epoch-*")):
@@ -158,12 +160,37 @@ def _best(trials: Sequence[TrialRecord], keep: int) -> dict[tuple[str, str], str
     from search import leaderboard
 
     complete = [trial for trial in leaderboard.ranked(trials) if trial.state == "COMPLETE"]
-    found = {}
+    found: dict[tuple[str, str], str] = {}
     for place, trial in enumerate(complete[:keep], start=1):
-        if trial.best_epoch is not None and "folder" in trial.attrs:
-            key = (str(trial.attrs["folder"]), f"epoch-{trial.best_epoch:04d}")
-            found[key] = f"adapter of trial {trial.number}, number {place} of the generation"
+        found |= _adapter(trial, f"number {place} of the generation")
     return found
+
+
+def _judged(trials: Sequence[TrialRecord], verdict: Verdict | None) -> dict[tuple[str, str], str]:
+    """Like `_best`, of whom the verdict names, and before it is reached of all that it may name."""
+    from search.verdict.leaders import leaders
+
+    if verdict is None:
+        return {}
+    decided = verdict.kind in ("winner", "tied")
+    left = {standing.number for standing in verdict.standings if not standing.out}
+    if not left and not decided:  # no repeat has ended yet
+        left = {trial.number for trial in leaders(trials)}
+    found: dict[tuple[str, str], str] = {}
+    for trial in trials:
+        if trial.number == verdict.choice:
+            found |= _adapter(trial, "named by the verdict" if decided else "it leads so far")
+        elif trial.number in left and not decided:
+            found |= _adapter(trial, "the verdict may name it")
+    return found
+
+
+def _adapter(trial: TrialRecord, why: str) -> dict[tuple[str, str], str]:
+    """Where a trial's best adapter is, and why it stays; nothing for a trial without one."""
+    if trial.best_epoch is None or "folder" not in trial.attrs:
+        return {}
+    key = (str(trial.attrs["folder"]), f"epoch-{trial.best_epoch:04d}")
+    return {key: f"adapter of trial {trial.number}, {why}"}
 
 
 def size_of(path: Path) -> int:

@@ -30,7 +30,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     study: StudyOption,
     out: Annotated[Path, typer.Option(help="The folder to make.")],
-    trial: Annotated[int | None, typer.Option(min=0, help="The study's best by default.")] = None,
+    trial: Annotated[int | None, typer.Option(min=0, help="The study's winner by default.")] = None,
     model: Annotated[str | None, typer.Option(help="The base, under a name that its users have.")] = None,
     merge: Annotated[bool, typer.Option(help="Also write the whole model, the adapter merged in: merged/.")] = False,
     storage: StorageOption = None,
@@ -81,15 +81,15 @@ def read(study: optuna.Study, places: Places) -> StudyRecord:
 
 
 def choose(record: StudyRecord, number: int | None) -> TrialRecord:
-    """The trial of this number, the study's best without one.
+    """The trial of this number; without one the trial that the study's verdict names, or its best.
 
     Raises:
         StudyError: there is none.
     """
-    from search import leaderboard
+    from search.verdict.leaders import verdict_of, winner
 
     if number is None:
-        best = leaderboard.best(record.trials)
+        best = winner(record.trials, verdict_of(record.trials, record.attrs))
         if best is None:
             raise StudyError(f"no trial of the study {record.name!r} has completed yet; name one with --trial")
         return best
