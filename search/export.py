@@ -44,8 +44,7 @@ def main(
     from search.storage.database import open_storage
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StudyError(f"the folder {shown(str(out))} is there already and not empty; name another with --out")
+    _check_free(out)
     places = Places.of(runs_dir, storage, tracking_uri)
     places.check_recorded()
     found = find_study(open_storage(places.storage_url), study)
@@ -57,13 +56,21 @@ def main(
             write(folder, record, chosen, places, model)
             if merge:
                 write_merged(folder, chosen, places.study(record.name), model)
+            _check_free(out)  # a merge takes minutes, and what lies there by now is not ours
     except OSError as error:
-        raise StudyError(f"the folder {shown(str(out))} cannot be written: {error}") from None
+        raise StudyError(f"the folder {shown(str(out))} cannot be written: {error.strerror or error}") from None
     print(out)
     if Path(described(model or str(chosen.config["model"]))[0]).is_dir():
         print("the base is a folder of this machine; with --model HUB-ID the export loads elsewhere", file=sys.stderr)
     words = ["hf", "upload", f"YOUR-NAME/{record.name}-{chosen.number}", str(out)]
     print(f"look at README.md, fill in licence and data, then: {shlex.join(words)}", file=sys.stderr)
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise StudyError(f"{shown(str(out))} is there already and no folder; name another with --out")
+    if out.exists() and any(out.iterdir()):
+        raise StudyError(f"the folder {shown(str(out))} is there already and not empty; name another with --out")
 
 
 def read(study: optuna.Study, places: Places) -> StudyRecord:
