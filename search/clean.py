@@ -6,20 +6,26 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from search.errors import StudyError
 from search.options import RunsOption, StorageOption, StudyOption, find_study
 from search.places import RUNS, Places
 from trainer.common import cli
+from trainer.common.errors import shown
+from trainer.common.files import UNFINISHED as UNFINISHED_FILES
+from trainer.common.files import unfinished_name
 
 if TYPE_CHECKING:
     import optuna
 
     from search.records import TrialRecord
+    from search.verdict.race import Verdict
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -74,11 +80,26 @@ def main(
     pieces += shared_pieces()
     removed = [piece for piece in pieces if not piece.keep] if yes else []
     for piece in removed:
-        shutil.rmtree(piece.path)
+        _remove(Path(piece.path))
     if as_json:
         print(json.dumps({"removed": yes, "pieces": [asdict(piece) for piece in pieces]}, indent=1))
     else:
         print(describe(pieces, removed=yes))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint at once for whoever looks for it, then file by file; one that is gone by then is no fault.
+
+    Raises:
+        StudyError: it cannot be removed.
+    """
+    going = unfinished_name(folder)
+    try:
+        with suppress(FileNotFoundError):  # another `clean`
+            going = folder if folder.match(UNFINISHED_FILES) else folder.rename(going)
+            shutil.rmtree(going)
+    except OSError as error:
+        raise StudyError(f"{shown(str(folder))} cannot be removed: {error.strerror}; what comes before it in the list is gone") from None
 
 
 def _check_storage(places: Places) -> None:
@@ -98,17 +119,23 @@ def list_pieces(study: optuna.Study, folder: Path, keep: int) -> list[Piece]:
         keep: best trials whose best adapters stay.
     """
     from search.storage import lifecycle
+    from search.verdict.leaders import verdict_of
 
+    runs = sorted((folder / "trials").glob("*"))  # first: who begins meanwhile is not among them
     trials = lifecycle.read_trials(study)
     needed = _needed(study, trials)
-    best = _best(trials, keep)
+    best = _best(trials, keep) | _judged(trials, verdict_of(trials, study.user_attrs))
+    known = {f"trials/{trial.number:04d}" for trial in trials}
     found = []
-    for run in sorted((folder / "trials").glob("*")):
-        for checkpoint in sorted((run / "checkpoints").glob("epoch-*")):
-            if checkpoint.is_symlink() or (run / "checkpoints").is_symlink() or not checkpoint.is_dir():
+    for run in runs:
+        inside = run / "checkpoints"
+        for checkpoint in sorted([*inside.glob("epoch-*"), *inside.glob(UNFINISHED_FILES)]):
+            if checkpoint.is_symlink() or inside.is_symlink() or not checkpoint.is_dir():
                 continue  # of someone else's making
             name = f"trials/{run.name}"
             reason = needed.get(name) or best.get((name, checkpoint.name)) or ""
+            if name not in known:
+                reason = "the database has no such trial"
             found.append(
                 Piece(
                     generation=study.study_name,
@@ -150,6 +177,9 @@ def _needed(study: optuna.Study, trials: Sequence[TrialRecord]) -> dict[str, str
                 found[f"trials/{number:04d}"] = f"trial {trial.number} is {trial.state}"
             if "folder" in trial.attrs:
                 found[str(trial.attrs["folder"])] = f"trial {trial.number} is {trial.state}"
+    for lost in lifecycle.untaken(study):
+        for number in lifecycle.lineage(study, lost):
+            found[f"trials/{number:04d}"] = f"trial {lost} was lost, and the next search goes on with it"
     return found
 
 
@@ -158,12 +188,37 @@ def _best(trials: Sequence[TrialRecord], keep: int) -> dict[tuple[str, str], str
     from search import leaderboard
 
     complete = [trial for trial in leaderboard.ranked(trials) if trial.state == "COMPLETE"]
-    found = {}
+    found: dict[tuple[str, str], str] = {}
     for place, trial in enumerate(complete[:keep], start=1):
-        if trial.best_epoch is not None and "folder" in trial.attrs:
-            key = (str(trial.attrs["folder"]), f"epoch-{trial.best_epoch:04d}")
-            found[key] = f"adapter of trial {trial.number}, number {place} of the generation"
+        found |= _adapter(trial, f"number {place} of the generation")
     return found
+
+
+def _judged(trials: Sequence[TrialRecord], verdict: Verdict | None) -> dict[tuple[str, str], str]:
+    """Like `_best`, of whom the verdict names, and before it is reached of all that it may name."""
+    from search.verdict.leaders import leaders
+
+    if verdict is None:
+        return {}
+    decided = verdict.kind in ("winner", "tied")
+    left = {standing.number for standing in verdict.standings if not standing.out}
+    if not left and not decided:  # no repeat has ended yet
+        left = {trial.number for trial in leaders(trials)}
+    found: dict[tuple[str, str], str] = {}
+    for trial in trials:
+        if trial.number == verdict.choice:
+            found |= _adapter(trial, "named by the verdict" if decided else "it leads so far")
+        elif trial.number in left and not decided:
+            found |= _adapter(trial, "the verdict may name it")
+    return found
+
+
+def _adapter(trial: TrialRecord, why: str) -> dict[tuple[str, str], str]:
+    """Where a trial's best adapter is, and why it stays; nothing for a trial without one."""
+    if trial.best_epoch is None or "folder" not in trial.attrs:
+        return {}
+    key = (str(trial.attrs["folder"]), f"epoch-{trial.best_epoch:04d}")
+    return {key: f"adapter of trial {trial.number}, {why}"}
 
 
 def size_of(path: Path) -> int:

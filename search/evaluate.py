@@ -26,7 +26,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     study: StudyOption,
-    trials: Annotated[str, typer.Option(help="best (the two best), all, or numbers such as 3,7.")] = "best",
+    trials: Annotated[
+        str, typer.Option(help="best (the winner and the best other), all, or numbers such as 3,7.")
+    ] = "best",
     data: Annotated[str | None, typer.Option(help="Another data folder, in any layout of docs/data.md.")] = None,
     rows: Annotated[
         str, typer.Option(help="test, validation or all; auto takes a given test split where there is one.")
@@ -49,6 +51,7 @@ def main(
     from search.evaluation import candidates
     from search.storage import lifecycle
     from search.storage.database import open_storage
+    from search.verdict.leaders import verdict_of
     from trainer.config import TrainConfig
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -58,7 +61,8 @@ def main(
     _check_storage(places)
     found = find_study(open_storage(places.storage_url), study)
     folder = places.study(found.study_name)
-    chosen = candidates.choose_trials(lifecycle.read_trials(found), trials, folder)
+    listed = lifecycle.read_trials(found)
+    chosen = candidates.choose_trials(listed, trials, folder, verdict_of(listed, found.user_attrs))
     config = TrainConfig.parse(chosen[0].config)
     judged = candidates.choose_rows(config, data, rows)  # type: ignore[arg-type]
 

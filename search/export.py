@@ -30,7 +30,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     study: StudyOption,
     out: Annotated[Path, typer.Option(help="The folder to make.")],
-    trial: Annotated[int | None, typer.Option(min=0, help="The study's best by default.")] = None,
+    trial: Annotated[int | None, typer.Option(min=0, help="The study's winner by default.")] = None,
     model: Annotated[str | None, typer.Option(help="The base, under a name that its users have.")] = None,
     merge: Annotated[bool, typer.Option(help="Also write the whole model, the adapter merged in: merged/.")] = False,
     storage: StorageOption = None,
@@ -44,8 +44,7 @@ def main(
     from search.storage.database import open_storage
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StudyError(f"the folder {shown(str(out))} is there already and not empty; name another with --out")
+    _check_free(out)
     places = Places.of(runs_dir, storage, tracking_uri)
     places.check_recorded()
     found = find_study(open_storage(places.storage_url), study)
@@ -57,13 +56,21 @@ def main(
             write(folder, record, chosen, places, model)
             if merge:
                 write_merged(folder, chosen, places.study(record.name), model)
+            _check_free(out)  # a merge takes minutes, and what lies there by now is not ours
     except OSError as error:
-        raise StudyError(f"the folder {shown(str(out))} cannot be written: {error}") from None
+        raise StudyError(f"the folder {shown(str(out))} cannot be written: {error.strerror or error}") from None
     print(out)
     if Path(described(model or str(chosen.config["model"]))[0]).is_dir():
         print("the base is a folder of this machine; with --model HUB-ID the export loads elsewhere", file=sys.stderr)
     words = ["hf", "upload", f"YOUR-NAME/{record.name}-{chosen.number}", str(out)]
     print(f"look at README.md, fill in licence and data, then: {shlex.join(words)}", file=sys.stderr)
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise StudyError(f"{shown(str(out))} is there already and no folder; name another with --out")
+    if out.exists() and any(out.iterdir()):
+        raise StudyError(f"the folder {shown(str(out))} is there already and not empty; name another with --out")
 
 
 def read(study: optuna.Study, places: Places) -> StudyRecord:
@@ -81,15 +88,15 @@ def read(study: optuna.Study, places: Places) -> StudyRecord:
 
 
 def choose(record: StudyRecord, number: int | None) -> TrialRecord:
-    """The trial of this number, the study's best without one.
+    """The trial of this number; without one the trial that the study's verdict names, or its best.
 
     Raises:
         StudyError: there is none.
     """
-    from search import leaderboard
+    from search.verdict.leaders import verdict_of, winner
 
     if number is None:
-        best = leaderboard.best(record.trials)
+        best = winner(record.trials, verdict_of(record.trials, record.attrs))
         if best is None:
             raise StudyError(f"no trial of the study {record.name!r} has completed yet; name one with --trial")
         return best

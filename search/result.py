@@ -7,6 +7,7 @@ from pathlib import Path
 
 from search.leaderboard import adapter, best
 from search.records import TrialRecord
+from search.verdict.leaders import winner
 from search.verdict.race import Verdict
 
 INTERRUPTED = (129, 130, 143)
@@ -35,6 +36,11 @@ class Result:
     def best(self) -> TrialRecord | None:
         """The completed trial with the lowest validation loss."""
         return best(self.trials)
+
+    @property
+    def winner(self) -> TrialRecord | None:
+        """The trial that the verdict names, else the best."""
+        return winner(self.trials, self.verdict)
 
     @property
     def adapter(self) -> Path | None:

@@ -45,19 +45,20 @@ def run(
     """
     import optuna
 
-    from search import leaderboard
     from search.errors import StudyError
     from search.storage import lifecycle
     from search.storage.database import open_storage
     from search.tracking.runs import StudyRuns
+    from search.verdict.leaders import verdict_of, winner
     from trainer import preload
     from trainer.run import check, follow
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     places.check_recorded()
     opened = find_study(open_storage(places.storage_url), study)
-    trials = {trial.number: trial for trial in lifecycle.read_trials(opened)}
-    trial = trials.get(number) if number is not None else leaderboard.best([*trials.values()])
+    listed = lifecycle.read_trials(opened)
+    trials = {trial.number: trial for trial in listed}
+    trial = trials.get(number) if number is not None else winner(listed, verdict_of(listed, opened.user_attrs))
     if trial is None and number is not None:
         has = f"it has {min(trials)} to {max(trials)}" if trials else "it has none yet"
         raise StudyError(f"the study {study!r} has no trial {number}; {has}")

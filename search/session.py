@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from search.options import SearchOptions
 from search.result import INTERRUPTED, Result
 from search.study import Study
 from search.study_file import load
-from search.verdict.leaders import Rules, verdict_of
+from search.verdict.leaders import Rules, verdict_of, winner
 from search.workers.executor import Executor
 from search.workers.protocol import Display, Job, Message, Notice
 from trainer.common import progress
@@ -56,7 +56,7 @@ ENDS: dict[int, Status] = {0: "FINISHED", **dict.fromkeys(INTERRUPTED, "KILLED")
 
 
 BEST = "best"
-"""Alias of the version of the registered model that the best trial made: `models:/STUDY@best`."""
+"""Alias of the version of the registered model that the winner made: `models:/STUDY@best`."""
 
 
 class Session:
@@ -419,7 +419,7 @@ class Session:
         if code == 0 and leaderboard.all_failed(trials):
             code = 1  # 0 says that the study has what was asked for
         verdict = verdict_of(trials, study.user_attrs)
-        self._keep_best(trials, folder, study.study_name, runs)
+        self._keep_winner(winner(trials, verdict), folder, study.study_name, runs)
         runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials, verdict))
         undelivered = courier.close(0)
         runs.close_dangling(is_gone)
@@ -433,25 +433,24 @@ class Session:
             undelivered=undelivered,
         )
 
-    def _keep_best(self, trials: Sequence[TrialRecord], folder: Path, name: str, runs: StudyRuns) -> None:
-        """The best adapter as its run's model in MLflow, registered under the study's name."""
+    def _keep_winner(self, trial: TrialRecord | None, folder: Path, name: str, runs: StudyRuns) -> None:
+        """The winner's adapter as its run's model in MLflow, registered under the study's name."""
         from search import leaderboard
         from search.tracking.outbox import Model
 
-        best = leaderboard.best(trials)
-        if best is None or best.run_id is None or best.value is None or best.best_epoch is None:
+        if trial is None or trial.run_id is None or trial.value is None or trial.best_epoch is None:
             return
-        adapter = leaderboard.adapter(folder, best)
+        adapter = leaderboard.adapter(folder, trial)
         if adapter.is_dir():
             model = Model(
                 path=str(adapter.absolute()),
                 name=name,
                 alias=BEST,
-                step=best.best_epoch,
-                metrics={"val_loss": best.value},
-                params={key: str(value) for key, value in best.params.items()},
+                step=trial.best_epoch,
+                metrics={"val_loss": trial.value},
+                params={key: str(value) for key, value in trial.params.items()},
             )
-            runs.keep_model(best.run_id, model)
+            runs.keep_model(trial.run_id, model)
 
 
 class _Mailbox:

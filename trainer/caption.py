@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -53,8 +54,12 @@ def main(
     captioned nevertheless.
     """
     # All that can be wrong is found before the base is loaded.
-    if repetition_penalty is not None and repetition_penalty <= 0:
-        raise ConfigError(f"--repetition-penalty must be greater than 0, but got {repetition_penalty}")
+    if repetition_penalty is not None and not 0 < repetition_penalty < math.inf:
+        raise ConfigError(f"--repetition-penalty must be greater than 0 and finite, but got {repetition_penalty}")
+    if length_penalty is not None and not math.isfinite(length_penalty):
+        raise ConfigError(f"--length-penalty must be finite, but got {length_penalty}")
+    if instruction is not None and not instruction.strip():
+        raise ConfigError("--instruction is empty; leave it out for the data's own, or what the adapter learnt")
     if adapter is None and model is None:
         raise ConfigError("name an adapter (--adapter), or a model to caption without one (--model)")
     items, problems = items_of(images)
@@ -68,8 +73,11 @@ def main(
     if name is None:
         raise ConfigError(f"the adapter {str(adapter)!r} does not say which base it was trained on; name it: --model")
     locate.check(name)
+    longest = max_new_tokens or use.max_new_tokens
+    if min_new_tokens is not None and min_new_tokens > longest:
+        raise ConfigError(f"--min-new-tokens is {min_new_tokens}, more than the longest caption has: {longest}")
     decoding = Decoding(
-        max_new_tokens=max_new_tokens or use.max_new_tokens,
+        max_new_tokens=longest,
         min_new_tokens=min_new_tokens,
         num_beams=num_beams,
         length_penalty=length_penalty,

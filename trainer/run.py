@@ -37,9 +37,9 @@ def main(
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the resolved configuration and stop.")] = False,
     from_study: Annotated[
-        str | None, typer.Option(help="Begin from the configuration of a study's best trial; recorded in MLflow.")
+        str | None, typer.Option(help="Begin from the configuration of a study's winner; recorded in MLflow.")
     ] = None,
-    trial: Annotated[int | None, typer.Option(min=0, help="With --from-study: another trial than the best.")] = None,
+    trial: Annotated[int | None, typer.Option(min=0, help="With --from-study: another trial than the winner.")] = None,
     full_data: Annotated[
         bool, typer.Option("--full-data", help="With --from-study: all rows, for the epochs that the study found.")
     ] = False,

@@ -12,6 +12,7 @@ from search import leaderboard
 from search.errors import StudyError
 from search.evaluation import compare
 from search.evaluation.metrics import NAMES, Scores, score
+from search.verdict.leaders import winner
 from trainer.common.errors import DataError, shown
 from trainer.config import TrainConfig
 from trainer.data import dataset
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from search.records import TrialRecord
+    from search.verdict.race import Verdict
     from trainer.captions.generate import Decoding
     from trainer.data.dataset import Row
 
@@ -116,15 +118,19 @@ def _refuse_bad(found: dataset.Examined, config: TrainConfig) -> None:
         )
 
 
-def choose_trials(trials: Sequence[TrialRecord], which: str, folder: Path) -> list[TrialRecord]:
-    """The trials of `--trials`: `best` is the two best that completed, `all` every one with an adapter.
+def choose_trials(
+    trials: Sequence[TrialRecord], which: str, folder: Path, verdict: Verdict | None = None
+) -> list[TrialRecord]:
+    """The trials of `--trials`: `best` is the study's winner and the best other one that completed, `all` every one
+    with an adapter.
 
     Raises:
         StudyError: a trial that there is not, or whose adapter is gone.
     """
-    complete = [trial for trial in leaderboard.ranked(trials) if trial.state == "COMPLETE"]
     if which == "best":
-        chosen = complete[:2]
+        first = winner(trials, verdict)
+        complete = [trial for trial in leaderboard.ranked(trials) if trial.state == "COMPLETE" and trial is not first]
+        chosen = [] if first is None else [first, *complete][:2]
     elif which == "all":
         chosen = [trial for trial in leaderboard.ranked(trials) if has_adapter(trial, folder)]
     else:

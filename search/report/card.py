@@ -14,6 +14,8 @@ from search.markdown import escape
 from search.records import TrialRecord
 from search.report.facts import Facts
 from search.tracking.client import as_text
+from search.verdict import text
+from search.verdict.leaders import winner
 from trainer.config import TrainConfig
 
 TEMPLATE = Path(__file__).with_name("templates") / "model-card.md.jinja"
@@ -57,7 +59,7 @@ def card(facts: Facts, handed: Handed) -> str:
     title = f"{facts.record.name}: trial {trial.number}"
     environment = Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
     found = facts.experiment(trial.number).findings
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    body = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         study=facts.record.name,
         trial=trial,
@@ -74,7 +76,7 @@ def card(facts: Facts, handed: Handed) -> str:
         config=json.dumps(trial.config, indent=1),
         train=command(trial),
     )
-    return f"---\n{_metadata(facts, handed)}---\n\n{text}"
+    return f"---\n{_metadata(facts, handed)}---\n\n{body}"
 
 
 def usage(handed: Handed) -> str:
@@ -104,13 +106,19 @@ def _quoted(text: str) -> str:
 
 
 def verdict(facts: Facts, trial: TrialRecord) -> str:
-    """Why this trial, with what is not known."""
-    best = facts.best
+    """Why this trial, with what is not known, and what the study's repeats say."""
+    best, named = facts.best, winner(facts.record.trials, facts.verdict)
     if trial.value is None:
         return f"Trial {trial.number} was named by hand; it has no validation loss."
     told = f"Lowest validation loss {trial.value:.4f} at epoch {trial.best_epoch}"
-    if best is None or best.best.number != trial.number:
+    if named is None or best is None or trial.number not in (named.number, best.best.number):
         return f"{told}. Trial {trial.number} was named by hand; it is not the study's best."
+    if trial.number != best.best.number:
+        lines = [
+            f"{told}. That of trial {best.best.number} is the lowest of {best.compared} trials that completed on the "
+            f"same rows ({best.best.value or 0:.4f}), but repeats decided for trial {trial.number}."
+        ]
+        return "\n".join([*lines, *_repeated(facts)])
     lines = [f"{told}: the lowest of {best.compared} trials that completed on the same rows."]
     if best.runner_up is not None and best.gap is not None:
         lines.append(
@@ -120,7 +128,16 @@ def verdict(facts: Facts, trial: TrialRecord) -> str:
     if best.within_noise:
         listed = ", ".join(map(str, best.within_noise))
         lines.append(f"Not shown to be better than trial {listed}: the difference is within that noise.")
-    return " ".join(lines)
+    return "\n".join([" ".join(lines), *_repeated(facts)])
+
+
+def _repeated(facts: Facts) -> list[str]:
+    """The verdict, with each candidate's interval of how far it lies behind the one that is named."""
+    found = facts.verdict
+    if found is None or not found.standings:
+        return []
+    about = f"The leaders were trained again with other seeds and splits. Verdict: {text.sentence(found)}."
+    return ["", about, "", *(f"- {line}" for line in text.table(found))]
 
 
 def command(trial: TrialRecord) -> str:

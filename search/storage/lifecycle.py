@@ -156,6 +156,11 @@ def _requeue_lost(
     return tuple(Lost(number, details[number], successors.get(number), runs[number]) for number in sorted(details))
 
 
+def untaken(study: optuna.Study) -> list[int]:
+    """Numbers of lost trials whose successor is still to be queued: a process died in between."""
+    return [trial.number for trial in _without_successor(study, records.MAX_RETRIES)]
+
+
 def counted(study: optuna.Study) -> int:
     """Count the trials towards the study's total, see `plan.number_counted`."""
     return number_counted(study.get_trials(deepcopy=False))

@@ -70,8 +70,8 @@ def sum_up(console: Any, result: Result, places: Places) -> None:
         say(f"\nVerdict: {text.sentence(result.verdict)}")
         for line in text.table(result.verdict):
             say(f"  {line}")
-        named = next((t for t in result.trials if t.number == result.verdict.choice), None)
-        if named is not None and named is not best and result.verdict.kind in ("winner", "tied"):
+        named = result.winner
+        if named is not None and named is not best:
             say(f"  adapter of trial {named.number}: {leaderboard.adapter(result.folder, named)}")
         say()
     say(f"files    {result.folder}")

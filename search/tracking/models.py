@@ -81,17 +81,28 @@ def _logged(client: MlflowClient, run: Run, model: Model) -> str:
     )
     client.log_model_artifacts(made.model_id, model.path)
     client.log_outputs(run_id, [LoggedModelOutput(made.model_id, model.step)])
-    now = int(time.time() * 1000)
     inputs = run.inputs.dataset_inputs if run.inputs is not None else []
     data = inputs[0].dataset if inputs else None
     about = {"dataset_name": data.name, "dataset_digest": data.digest} if data is not None else {}
     metrics = [
-        Metric(key, value, now, model.step, model_id=made.model_id, run_id=run_id, **about)
+        Metric(key, *_recorded(client, run_id, key, value, model.step), model_id=made.model_id, run_id=run_id, **about)
         for key, value in model.metrics.items()
     ]
     client.log_batch(run_id, metrics=metrics)
     client.finalize_logged_model(made.model_id, "READY")
     return str(made.model_id)
+
+
+def _recorded(client: MlflowClient, run_id: str, key: str, value: float, step: int) -> tuple[float, int, int]:
+    """(value, time in ms, step) of a metric as the run has it, the value given, now, if it has none.
+
+    A metric of a model is written into its run's curve too, unless it is there to the digit and millisecond
+    (mlflow/store/tracking/sqlalchemy_store.py, `_log_metrics`): charts would show the epoch twice.
+    """
+    for point in client.get_metric_history(run_id, key):
+        if point.step == step:
+            return point.value, point.timestamp, step
+    return value, int(time.time() * 1000), step
 
 
 def _version(client: MlflowClient, run_id: str, model: Model, model_id: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from search import records
 from search.diagnosis.noise import SIGNIFICANT, VAL_NOISE, relative
-from search.leaderboard import epochs_trained, is_repeat, own_path, ranked, sample_key, searched
+from search.leaderboard import best, epochs_trained, is_repeat, own_path, ranked, sample_key, searched
 from search.records import TrialRecord, finite
 from search.study import LOCATION_FIELDS
 from search.verdict.race import FIRST, Candidate, Cell, Limits, Verdict, race
@@ -139,6 +139,22 @@ def verdict_of(trials: Sequence[TrialRecord], attrs: Mapping[str, Any]) -> Verdi
     if rules is None and not any(map(is_repeat, trials)):
         return None
     return judge(trials, Rules(**(rules or {})))
+
+
+def winner(trials: Sequence[TrialRecord], verdict: Verdict | None) -> TrialRecord | None:
+    """What a study has come to: the trial that its verdict names, else the one with the lowest validation loss.
+
+    Who only leads, or is to be repeated further, is not named.
+
+    Args:
+        trials: All of the study's.
+        verdict: `verdict_of` them.
+    """
+    if verdict is not None and verdict.kind in ("winner", "tied"):
+        for trial in trials:
+            if trial.number == verdict.choice:
+                return trial
+    return best(trials)
 
 
 def seed_of(block: int, first: int, taken: Collection[int]) -> int:

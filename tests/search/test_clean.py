@@ -6,6 +6,8 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import optuna
 import pytest
@@ -15,9 +17,10 @@ from search.clean import list_pieces
 from search.options import find_study
 from search.places import Places
 from search.space import Float
-from search.storage import studies
+from search.storage import lifecycle, studies
 from search.storage.database import open_storage
 from search.study import Study
+from tests.search.verdict import test_leaders as leaders
 from trainer.common import cli
 
 STUDY = Study(name="tidy_one", description="", space={"learning_rate": Float(1e-5, 1e-3, log=True)}, n_trials=6)
@@ -130,3 +133,28 @@ def test_links_are_left_alone(runs: Path, tmp_path: Path) -> None:
     (runs / "tidy_one/trials/0000/checkpoints/epoch-0009").symlink_to(elsewhere)
     study = find_study(open_storage(Places.of(runs).storage_url), "tidy_one-1")
     assert not [p for p in list_pieces(study, runs / "tidy_one", 1) if "epoch-0009" in p.what]
+
+
+def test_what_the_verdict_names_or_may_name_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--keep 1` alone would keep the lowest only, and an export of the winner would find nothing."""
+    trials = [
+        leaders.trial(n, value, attrs={"folder": f"trials/{n:04d}"}) for n, value in enumerate((0.4, 0.401, 0.402))
+    ]
+    for trial in trials:
+        checkpoint(tmp_path, trial.number, 4)
+    known = [*trials]
+    study: Any = SimpleNamespace(study_name="judged", user_attrs={records.CONFIRM: {"top": 3, "seeds": 3}})
+    monkeypatch.setattr(lifecycle, "read_trials", lambda _: known)
+
+    def kept() -> dict[str, str]:
+        pieces = list_pieces(study, tmp_path, 1)
+        return {p.what.removesuffix(" epoch-0004"): p.keep.partition(", ")[2] for p in pieces if "of trial" in p.keep}
+
+    may = "the verdict may name it"
+    assert kept() == {"trials/0000": "it leads so far", "trials/0001": may, "trials/0002": may}
+    for n, losses in enumerate(((0.42, 0.421, 0.425), (0.40, 0.402, 0.404), (0.41, 0.413, 0.414))):
+        known += [leaders.repeat(3 + 3 * n + b, n, b, value) for b, value in enumerate(losses, start=1)]
+    assert kept() == {"trials/0000": "number 1 of the generation", "trials/0001": "named by the verdict"}
+    study.user_attrs = {}
+    known[3:] = []
+    assert kept() == {"trials/0000": "number 1 of the generation"}

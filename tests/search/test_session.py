@@ -5,15 +5,22 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
-from search import SearchOptions, Session
+from search import SearchOptions, Session, records
 from search.errors import StudyError
+from search.leaderboard import adapter
 from search.places import Places
+from search.storage import lifecycle
+from search.tracking.outbox import Model
 from search.workers.protocol import Notice, TrialEnded
+from tests.search.verdict import test_leaders as leaders
 from tests.support.search_process import ROOT, environment
 
 QUICK = ("max_samples=24", "num_epochs=2", "warmup_steps=0")
@@ -77,3 +84,31 @@ def test_what_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> None:
         with pytest.raises(StudyError, match=words):
             session.result()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_model_that_mlflow_calls_best_is_the_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of each search, and of search.confirm, which is one: the alias is the winner's, not the lowest's."""
+    places = Places.of(tmp_path / "runs")
+    trials = [
+        replace(leaders.trial(n, value, attrs={"folder": f"trials/{n:04d}"}), run_id=f"run-{n}")
+        for n, value in enumerate((0.4, 0.401))
+    ]
+    for trial in trials:
+        adapter(places.study("rsicap_mini"), trial).mkdir(parents=True)
+    known = [*trials]
+    kept: list[tuple[str, Model]] = []
+    stub: Any = MagicMock()
+    stub.is_alive.return_value = False
+    stub.keep_model.side_effect = lambda run_id, model: kept.append((run_id, model))
+    study: Any = SimpleNamespace(study_name="rsicap_mini", user_attrs={records.CONFIRM: {"top": 2, "seeds": 3}})
+    monkeypatch.setattr(lifecycle, "read_trials", lambda _: tuple(known))
+    session = Session("rsicap_mini", SearchOptions(trials=2, places=places))
+    assert session._close(0, study, stub, stub, stub).winner == trials[0]
+    for n, loss in ((0, 0.42), (1, 0.40)):
+        known += [leaders.repeat(2 + 3 * n + block, n, block, loss + block / 1000) for block in (1, 2, 3)]
+    result = session._close(0, study, stub, stub, stub)
+    assert (result.winner, result.best) == (trials[1], trials[0])
+    assert [(run_id, model.alias, model.metrics) for run_id, model in kept] == [
+        ("run-0", "best", {"val_loss": 0.4}),
+        ("run-1", "best", {"val_loss": 0.401}),
+    ]

@@ -22,7 +22,7 @@ def write_whole(file: Path, content: bytes | str) -> None:
     Raises:
         OSError: it cannot be written; what was there is intact.
     """
-    temporary = _beside(file)
+    temporary = unfinished_name(file)
     try:
         with temporary.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
@@ -48,7 +48,7 @@ def whole_folder(target: Path, *, replace: bool, flush: bool = True) -> Iterator
     Raises:
         OSError: it cannot be written. What was there is intact then, as it is after an error within the block.
     """
-    temporary = _beside(target)
+    temporary = unfinished_name(target)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -90,6 +90,6 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _beside(path: Path) -> Path:
+def unfinished_name(path: Path) -> Path:
     """A name in the same folder that is this thread's alone; `UNFINISHED` finds it."""
     return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")

@@ -44,7 +44,8 @@ def main(
         try:
             write_whole(Path(html).expanduser(), page(found))
         except (OSError, RuntimeError, ValueError) as error:
-            raise DataError(f"the page {html!r} cannot be written: {error}") from None
+            why = getattr(error, "strerror", None) or error
+            raise DataError(f"the page {html!r} cannot be written: {why}") from None
     print(json.dumps(as_data(found), ensure_ascii=False, indent=2) if as_json else as_text(found))
     if found.refused:
         raise typer.Exit(2)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from search import evaluate
+from search import evaluate, leaderboard
 from search.evaluation import candidates
 from search.evaluation.candidates import Evaluation, choose_rows
 from search.evaluation.metrics import score
@@ -21,6 +21,8 @@ from search.options import opened
 from search.places import Places
 from search.tracking.delivery import Delivery
 from search.tracking.runs import StudyRuns
+from search.verdict.race import Verdict
+from tests.search.verdict import test_leaders as leaders
 from tests.support import small_study
 from trainer.common import cli
 from trainer.common.errors import DataError
@@ -133,3 +135,16 @@ def test_a_disagreement_of_cider_and_loss_is_told() -> None:
     )
     assert str(found.disagreement()).startswith("by validation loss trial 4 is best, by CIDEr-D trial 2 (10.000")
     assert replace(found, losses={"4": 0.5, "2": 0.4}).disagreement() is None
+
+
+def test_the_verdicts_trial_is_the_first_that_is_evaluated(tmp_path: Path) -> None:
+    trials = [
+        leaders.trial(n, value, attrs={"folder": f"trials/{n:04d}"}) for n, value in enumerate((0.4, 0.401, 0.402))
+    ]
+    for trial in trials:
+        folder = leaderboard.adapter(tmp_path, trial)
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").touch()
+    verdict = Verdict(kind="tied", choice=2, tied=(0, 1, 2))
+    assert [t.number for t in candidates.choose_trials(trials, "best", tmp_path, verdict)] == [2, 0]
+    assert [t.number for t in candidates.choose_trials(trials, "best", tmp_path)] == [0, 1]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from search import leaderboard, records
+from search import export, leaderboard, records
 from search.diagnosis.noise import VAL_NOISE
 from search.records import StudyRecord, TrialRecord
+from search.report import card
 from search.report.facts import gather
 from search.report.render import markdown
 from search.terminal import summary
@@ -122,3 +124,24 @@ def test_all_have_words(verdict: Verdict) -> None:
     assert all("{" not in words and "None" not in words for words in said)
     if verdict.choice == 1:
         assert f"more than {LONGEST_FORECAST}" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "named"),
+    [
+        ({"a": [1.40, 1.45, 1.38], "b": [1.50, 1.55, 1.481]}, 0),
+        ({"a": [1.50, 1.55, 1.481], "b": [1.40, 1.45, 1.38]}, 1),
+    ],
+)
+def test_the_card_of_an_export_tells_the_verdict_that_chose_it(losses: dict[str, list[float]], named: int) -> None:
+    record = repeated(**losses)
+    assert export.choose(record, None).number == named
+    facts = gather(record)
+    assert facts.best is not None and facts.best.best.number == 0
+    told = card.verdict(facts, record.trials[named])
+    assert f"Verdict: winner: trial {named}, better than each of the other 1" in told
+    assert re.search(rf"^- trial {1 - named}: 3 repeats, mean 1.51\d\d, \+7.\d\d % \(.* to .* %\), out$", told, re.M)
+    assert ("repeats decided for trial 1" in told) == (named == 1)
+    assert "named by hand" not in told
+    if named == 1:
+        assert "the lowest of 2 trials that completed on the same rows (1.4100)" in told

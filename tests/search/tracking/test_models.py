@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from search.places import Places
 from search.tracking.delivery import Delivery
-from search.tracking.outbox import DataUsed, Model
+from search.tracking.outbox import DataUsed, Model, Point
 from search.tracking.recorder import RunRecorder
 from search.tracking.runs import StudyRuns
 from tests.search.tracking.test_tracking import started
@@ -38,9 +38,9 @@ def adapter(tmp_path: Path) -> Path:
     return folder
 
 
-def model(adapter: Path, step: int = 3) -> Model:
+def model(adapter: Path, step: int = 3, value: float = 0.25) -> Model:
     return Model(
-        path=str(adapter), name="demo", alias="best", step=step, metrics={"val_loss": 0.25}, params={"lora_r": "8"}
+        path=str(adapter), name="demo", alias="best", step=step, metrics={"val_loss": value}, params={"lora_r": "8"}
     )
 
 
@@ -100,6 +100,21 @@ def test_a_better_trial_takes_the_alias(tmp_path: Path, adapter: Path) -> None:
     client = runs.connect()._client
     assert client.get_model_version_by_alias("demo", "best").run_id == second.run_id
     assert len(client.search_model_versions("name = 'demo'")) == 2
+
+
+def test_a_models_metric_is_no_second_point_of_its_runs_curve(tmp_path: Path, adapter: Path) -> None:
+    places = Places.of(tmp_path / "runs")
+    places.runs_dir.mkdir()
+    runs = StudyRuns(places, "demo")
+    recorder = recorded(runs)
+    runs.add(recorder.run_id, [Point("val_loss", 0.1 + 0.2 * n, n, 1000 + n) for n in (1, 2, 3)], {})
+    runs.keep_model(recorder.run_id, model(adapter, value=0.1 + 0.2 * 3))
+    client = runs.connect()._client
+    run_id = runs.connect().resolve("demo", recorder.run_id)
+    history = client.get_metric_history(run_id, "val_loss")
+    assert [(point.step, point.timestamp) for point in history] == [(1, 1001), (2, 1002), (3, 1003)]
+    (logged,) = client.search_logged_models([client.get_run(run_id).info.experiment_id])
+    assert [(m.key, m.value, m.step) for m in logged.metrics] == [("val_loss", 0.1 + 0.2 * 3, 3)]
 
 
 def test_data_that_another_trial_has_just_named_is_named_once_more(

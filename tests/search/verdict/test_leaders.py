@@ -6,7 +6,7 @@ from typing import Any
 
 from search import records
 from search.records import TrialRecord
-from search.verdict.leaders import FEWEST, TOP, Rules, field, judge, leaders, seed_of
+from search.verdict.leaders import FEWEST, TOP, Rules, field, judge, leaders, seed_of, winner
 
 BASE = {"seed": 42, "split_seed": 0, "lora_r": 8, "target_modules": ["query"], "lr_scheduler_type": "linear"}
 
@@ -133,3 +133,20 @@ def test_a_copy_of_a_repeat_that_failed_takes_no_loss_away() -> None:
 def test_seeds_are_those_after_the_base_that_the_search_has_not_used() -> None:
     assert [seed_of(block, 42, {42, 44}) for block in (1, 2, 3)] == [43, 45, 46]
     assert seed_of(1, 2**32 - 1, set()) == 0
+
+
+def test_the_winner_is_whom_the_verdict_names_and_the_lowest_until_it_names_one() -> None:
+    trials = [trial(0, 0.4), trial(1, 0.401)]
+    rules = Rules(top=2, seeds=3)
+    found = winner(trials, judge(trials, rules))
+    assert found is not None and found.number == 0
+    first = [repeat(2 + block, 0, block, 0.42 + block / 1000) for block in (1, 2, 3)]
+    second = [repeat(5 + block, 1, block, 0.40 + block / 1000) for block in (1, 2, 3)]
+    found = winner(trials, judge([*trials, *first, second[0]], rules))
+    assert found is not None and found.number == 0, "the repeats are not over"
+    verdict = judge([*trials, *first, *second], rules)
+    found = winner(trials, verdict)
+    assert verdict.kind == "winner" and found is not None and found.number == 1
+    found = winner(trials, None)
+    assert found is not None and found.number == 0
+    assert winner([], None) is None

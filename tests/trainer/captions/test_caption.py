@@ -178,6 +178,13 @@ def test_a_bad_image_is_named_and_the_others_are_captioned(
             ["{pictures}", "--model", "mini", "--repetition-penalty", "0"],
             "--repetition-penalty must be",
         ),
+        (["{pictures}", "--model", "mini", "--repetition-penalty", "nan"], "--repetition-penalty must be"),
+        (["{pictures}", "--model", "mini", "--length-penalty", "inf"], "--length-penalty must be finite"),
+        (["{pictures}", "--model", "mini", "--instruction", " "], "--instruction is empty"),
+        (
+            ["{pictures}", "--model", "mini", "--min-new-tokens", "9", "--max-new-tokens", "8"],
+            "--min-new-tokens is 9, more than the longest caption has: 8",
+        ),
     ],
 )
 def test_wrong_input_is_one_message(
