@@ -118,6 +118,11 @@ class FreezeThaw(Plan):
             f"where the lowest is {outlook.lowest_loss:.4f}"
         )
 
+    def named(self, trials: Sequence[FrozenTrial]) -> tuple[int, int] | None:
+        """(number of the trial, epoch) that is best by the curves, not by its luckiest epoch; None without a loss."""
+        outlook = self._outlook(trials)
+        return None if outlook.empty else outlook.named()
+
     # ------------------------------------------------------------------ proposals
 
     def propose(self, trials: Sequence[FrozenTrial]) -> Values:

@@ -22,6 +22,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
+from search.planning.thaw import FreezeThaw
 from search.pruning import default_pruner, pruner_for, settled
 from search.records import Outcome
 from search.sampling.make import FREEZE_THAW, default_strategy, make_sampler
@@ -92,7 +93,9 @@ def products(setting: Setting, sampler: str = "tpe", pruner: str = "rising", str
             tell(study, trial, settled(study, latest(trial), study.given_up))
         return None
 
-    return Play(study=study, ask=ask if study.plan is not None else None)
+    plan = study.plan
+    named = (lambda s: plan.named(s.get_trials(deepcopy=False))) if isinstance(plan, FreezeThaw) else None
+    return Play(study=study, ask=ask if plan is not None else None, named=named)
 
 
 def _with(setting: Setting, sampler: str) -> Study:
