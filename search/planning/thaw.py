@@ -65,7 +65,7 @@ class FreezeThaw(Plan):
         others = [t for t in trials if t.number != trial.number]
         rivals = paused(others)
         own = self._known(trial)
-        outlook = self._outlook([*others, trial])
+        outlook = self.outlook([*others, trial])
         if outlook.empty or own is None or not any(map(math.isfinite, own.losses)):
             return None  # the rule for non-finite losses ends it
         (mine,) = outlook.of([own])
@@ -87,7 +87,7 @@ class FreezeThaw(Plan):
     def may_gain(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
         """See `Plan.may_gain`."""
         others = [t for t in trials if t.number != trial.number]
-        own, outlook = self._known(trial), self._outlook([*others, trial])
+        own, outlook = self._known(trial), self.outlook([*others, trial])
         if own is None or outlook.empty or len(others) < FEWEST:
             return False
         return outlook.of([own])[0].total >= HOPELESS
@@ -95,7 +95,7 @@ class FreezeThaw(Plan):
     def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool) -> int | None:
         """See `Plan.resume`."""
         waiting = paused(trials)
-        outlook = self._outlook(trials)
+        outlook = self.outlook(trials)
         if not waiting or outlook.empty:
             return None
         hopeful = [(n, w) for n, w in self._rivals(outlook, waiting) if w.total >= HOPELESS]
@@ -108,7 +108,7 @@ class FreezeThaw(Plan):
 
     def give_up(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> str:
         """See `Plan.give_up`."""
-        known, outlook = self._known(trial), self._outlook(trials)
+        known, outlook = self._known(trial), self.outlook(trials)
         epoch = max(trial.intermediate_values, default=0)
         if known is None or outlook.empty:
             return f"paused after epoch {epoch}, and never worth going on with"
@@ -118,11 +118,6 @@ class FreezeThaw(Plan):
             f"where the lowest is {outlook.lowest_loss:.4f}"
         )
 
-    def named(self, trials: Sequence[FrozenTrial]) -> tuple[int, int] | None:
-        """(number of the trial, epoch) that is best by the curves, not by its luckiest epoch; None without a loss."""
-        outlook = self._outlook(trials)
-        return None if outlook.empty else outlook.named()
-
     # ------------------------------------------------------------------ proposals
 
     def propose(self, trials: Sequence[FrozenTrial]) -> Values:
@@ -131,7 +126,7 @@ class FreezeThaw(Plan):
         Args:
             trials: All trials of the study but the one that is to get the params.
         """
-        return self._of_new(self._outlook(trials), trials)[0]
+        return self._of_new(self.outlook(trials), trials)[0]
 
     def _of_new(self, outlook: Outlook, trials: Sequence[FrozenTrial]) -> tuple[Values, float]:
         """(params, worth of an epoch) of the best configuration that could begin; the mean worth of those that could,
@@ -183,7 +178,7 @@ class FreezeThaw(Plan):
         known = [k for t in waiting if (k := self._known(t)) is not None]
         return [(k.number, worth) for k, worth in zip(known, outlook.of(known), strict=True)]
 
-    def _outlook(self, trials: Sequence[FrozenTrial]) -> Outlook:
+    def outlook(self, trials: Sequence[FrozenTrial]) -> Outlook:
         """The outlook of these trials; the latest is kept, since several questions are asked of it."""
         key = tuple((t.number, t.state, len(t.intermediate_values)) for t in trials)
         if self._latest is None or self._latest[0] != key:

@@ -85,12 +85,8 @@ class Outlook:
     def named(self) -> tuple[int, int]:
         """(number of the trial, epoch) whose loss is lowest by the curves: of what was trained, freed of noise."""
         begun = [trial for trial in self.trials if trial.losses]
-        epochs = [
-            [epoch for epoch, loss in enumerate(trial.losses, 1) if math.isfinite(loss)] or [1] for trial in begun
-        ]
-        at = _points(begun, epochs)
-        mean, _ = self.curves.predict(at)
-        best = int(np.argmin(mean))
+        at = _points(begun, [range(1, len(trial.losses) + 1) for trial in begun])
+        best = int(np.argmin(self.curves.predict(at)[0]))
         return begun[at.owner[best]].number, int(at.epoch[best])
 
     def of(self, trials: Sequence[Known]) -> list[Worth]:
