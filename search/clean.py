@@ -99,7 +99,9 @@ def _remove(folder: Path) -> None:
             going = folder if folder.match(UNFINISHED_FILES) else folder.rename(going)
             shutil.rmtree(going)
     except OSError as error:
-        raise StudyError(f"{shown(str(folder))} cannot be removed: {error.strerror}; what comes before it in the list is gone") from None
+        raise StudyError(
+            f"{shown(str(folder))} cannot be removed: {error.strerror}; what comes before it in the list is gone"
+        ) from None
 
 
 def _check_storage(places: Places) -> None:

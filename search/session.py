@@ -301,8 +301,8 @@ class Session:
         given, self.prior = self.prior, studies.hold_prior(study, self.prior)
         if given is not None and given != self.prior:
             self._notes.append(
-                f"--warm-start is left out: the study {study.study_name!r} has begun without these runs; a new one, with "
-                "--fresh, begins with them"
+                f"--warm-start is left out: the study {study.study_name!r} has begun without these runs; a new one, "
+                "with --fresh, begins with them"
             )
         elif given is not None and not {self.strategy, self.pruner} & {FREEZE_THAW}:
             self._notes.append(f"--warm-start is of no use here: it is for --strategy or --pruner {FREEZE_THAW}")

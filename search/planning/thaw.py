@@ -67,7 +67,7 @@ class FreezeThaw(Plan):
         others = [t for t in trials if t.number != trial.number]
         rivals = paused(others)
         own = self._known(trial)
-        outlook = self._outlook([*others, trial])
+        outlook = self.outlook([*others, trial])
         if outlook.empty or own is None or not any(map(math.isfinite, own.losses)):
             return None  # the rule for non-finite losses ends it
         (mine,) = outlook.of([own])
@@ -88,7 +88,7 @@ class FreezeThaw(Plan):
 
     def may_gain(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
         """See `Plan.may_gain`."""
-        own, outlook = self._known(trial), self._outlook([*(t for t in trials if t.number != trial.number), trial])
+        own, outlook = self._known(trial), self.outlook([*(t for t in trials if t.number != trial.number), trial])
         if own is None or outlook.empty or _others(outlook, own) < FEWEST:
             return False
         return outlook.of([own])[0].total >= HOPELESS
@@ -96,7 +96,7 @@ class FreezeThaw(Plan):
     def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool) -> int | None:
         """See `Plan.resume`."""
         waiting = paused(trials)
-        outlook = self._outlook(trials)
+        outlook = self.outlook(trials)
         if not waiting or outlook.empty:
             return None
         hopeful = [(n, w) for n, w in self._rivals(outlook, waiting) if w.total >= HOPELESS]
@@ -109,7 +109,7 @@ class FreezeThaw(Plan):
 
     def give_up(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> str:
         """See `Plan.give_up`."""
-        known, outlook = self._known(trial), self._outlook(trials)
+        known, outlook = self._known(trial), self.outlook(trials)
         epoch = max(trial.intermediate_values, default=0)
         if known is None or outlook.empty:
             return f"paused after epoch {epoch}, and never worth going on with"
@@ -127,7 +127,7 @@ class FreezeThaw(Plan):
         Args:
             trials: All trials of the study but the one that is to get the params.
         """
-        return self._of_new(self._outlook(trials), trials)[0]
+        return self._of_new(self.outlook(trials), trials)[0]
 
     def _of_new(self, outlook: Outlook, trials: Sequence[FrozenTrial]) -> tuple[Values, float]:
         """(params, worth of an epoch) of the best configuration that could begin; the mean worth of those that could,
@@ -179,7 +179,7 @@ class FreezeThaw(Plan):
         known = [k for t in waiting if (k := self._known(t)) is not None]
         return [(k.number, worth) for k, worth in zip(known, outlook.of(known), strict=True)]
 
-    def _outlook(self, trials: Sequence[FrozenTrial]) -> Outlook:
+    def outlook(self, trials: Sequence[FrozenTrial]) -> Outlook:
         """The outlook of these trials; the latest is kept, since several questions are asked of it."""
         known = [k for t in trials if not _is_superseded(t, trials) and (k := self._known(t)) is not None]
         # By number: the same trials are the same sums, whoever asks and whichever of them runs.

@@ -83,6 +83,13 @@ class Outlook:
         self.lowest = float(mean.min())
         """Of what has been trained, bent: the model's, since the lowest of many noisy epochs is luck."""
 
+    def named(self) -> tuple[int, int]:
+        """(number of the trial, epoch) whose loss is lowest by the curves: of what was trained, freed of noise."""
+        begun = [trial for trial in self.trials if trial.losses]
+        at = _points(begun, [range(1, len(trial.losses) + 1) for trial in begun])
+        best = int(np.argmin(self.curves.predict(at)[0]))
+        return begun[at.owner[best]].number, int(at.epoch[best])
+
     def of(self, trials: Sequence[Known]) -> list[Worth]:
         """The worth of going on with these; those that have not begun have no losses and the number -1."""
         if not trials:

@@ -22,7 +22,8 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
-from search.pruning import default_pruner, pruner_for, settled
+from search.planning.thaw import FreezeThaw
+from search.pruning import default_pruner, plan_of, pruner_for, settled
 from search.records import Outcome
 from search.sampling.make import FREEZE_THAW, default_strategy, make_sampler
 from search.sampling.params import distribution
@@ -30,7 +31,7 @@ from search.space import param_name
 from search.storage.optuna_private import OrderedStudy, latest
 from search.storage.queue import LongestFirst
 from search.study import Study
-from tests.benchmarks.replaying import Judge, Memory, Play, tell
+from tests.benchmarks.replaying import Judge, Memory, Play, Winner, tell
 
 RUNGS = (1, 3, 9)
 ONE_OF = 3
@@ -93,6 +94,19 @@ def products(setting: Setting, sampler: str = "tpe", pruner: str = "rising", str
         return None
 
     return Play(study=study, ask=ask if study.plan is not None else None)
+
+
+def by_curves(setting: Setting) -> Play:
+    """The product's default, its best so far named by its model of all curves and not by the luckiest epoch."""
+    play = ours(setting)
+    plan = plan_of(play.study.pruner)
+    assert isinstance(plan, FreezeThaw)
+
+    def named(study: optuna.Study) -> Winner | None:
+        outlook = plan.outlook(study.get_trials(deepcopy=False))
+        return None if outlook.empty else outlook.named()
+
+    return replace(play, named=named)
 
 
 def _with(setting: Setting, sampler: str) -> Study:
@@ -278,6 +292,7 @@ STRATEGIES = {
             lambda s: products(s, strategy=FREEZE_THAW, pruner="rungs"),
         ),
         Strategy("ours", "the product's default", ours),
+        Strategy("ours by curves", "the same, its best so far named by the curves", by_curves),
     )
 }
 """By name; the first of the comparison first."""

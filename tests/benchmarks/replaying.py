@@ -60,6 +60,8 @@ class Play:
     asked at a trial's last epoch."""
     winner: Callable[[optuna.Study], Winner | None] | None = None
     """The trial and epoch that the strategy names at the end; by default those of the lowest validation loss."""
+    named: Callable[[optuna.Study], Winner | None] | None = None
+    """The trial and epoch that the strategy names meanwhile; by default those of the lowest validation loss so far."""
     over: Callable[[optuna.Study], bool] = lambda study: False
     """Whether the strategy has decided and ends before the budget is spent."""
 
@@ -124,11 +126,16 @@ def replay(play: Play, definition: Study, curve_of: CurveOf, *, slots: int, budg
             found.spent += 1
             outcome = _epoch(play, run)
             number = run.trial.number
-            if run.done and _comparable(run) and run.curve.val[run.done - 1] < lowest:
+            if play.named is not None:
+                now = play.named(play.study)
+            elif run.done and _comparable(run) and run.curve.val[run.done - 1] < lowest:
                 lowest = float(run.curve.val[run.done - 1])
-                at = run.done - 1
-                losses = float(run.curve.expected[at]), float(run.curve.test[at])
-                found.steps.append(Step(found.spent, (number, run.done), *losses))
+                now = (number, run.done)
+            else:
+                now = None
+            if now is not None and (not found.steps or found.steps[-1].winner != now):
+                curve, at = found.runs[now[0]].curve, now[1] - 1
+                found.steps.append(Step(found.spent, now, float(curve.expected[at]), float(curve.test[at])))
             if outcome is not None:
                 tell(play.study, run.trial, outcome)
                 found.ends[number] = outcome

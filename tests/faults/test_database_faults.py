@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,16 +66,20 @@ def opened() -> Iterator[Callable[[str], RetryingStorage]]:
         close_storage(storage)
 
 
-def run_trials(storage: RetryingStorage, study: optuna.Study, pause_s: float = 0.0) -> None:
+def run_trials(
+    storage: RetryingStorage, study: optuna.Study, pause_s: float = 0.0, after_step: Callable[[], object] = object
+) -> None:
     """What a worker does with its trials, but the training."""
     job: Any = SimpleNamespace(n_trials=12, study=STUDY, confirm=None)
     mine = LongestFirst(study.study_name, storage, study.sampler, study.pruner, STUDY, 40)
     source = TrialSource(mine, storage, job, this_process())
     while (trial := source.ask()) is not None:
+        after_step()
         trial.set_user_attr(records.CONFIG, {"learning_rate": trial.params["learning_rate"]})
         for epoch in range(1, EPOCHS + 1):
             trial.report(loss(trial.number, epoch), epoch)
             trial.set_user_attr(records.TRAIN_LOSSES, [1.0] * epoch)
+            after_step()
             time.sleep(pause_s)
         mine.tell(trial, loss(trial.number, EPOCHS))
 
@@ -122,22 +127,27 @@ def test_commits_that_fail_at_random_before_or_after_they_are_done(
 
 
 def test_connections_cut(postgres: Postgres, opened: Callable[[str], RetryingStorage]) -> None:
+    """Once after each step, at any moment: by the clock, a machine too slow for a step would be cut off for ever."""
     storage = opened(postgres.new_database())
     study = open_study(storage, STUDY)
-    done = threading.Event()
+    steps, done = threading.Semaphore(0), threading.Event()
 
-    def cut() -> None:
-        while not done.wait(0.05):
-            postgres.cut()
+    def cut() -> int:
+        chance, cuts = random.Random(0), 0
+        while not done.wait(chance.uniform(0, 0.05)):
+            if steps.acquire(timeout=1):
+                cuts += 1
+                postgres.cut()
+        return cuts
 
-    cutter = threading.Thread(target=cut)
-    cutter.start()
-    try:
-        run_trials(storage, study, pause_s=0.02)
-    finally:
-        done.set()
-        cutter.join()
+    with ThreadPoolExecutor(1) as cutter:
+        cuts = cutter.submit(cut)
+        try:
+            run_trials(storage, study, after_step=steps.release)
+        finally:
+            done.set()
     check(study)
+    assert cuts.result() > 5
 
 
 @pytest.mark.slow
