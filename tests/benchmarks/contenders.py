@@ -52,6 +52,8 @@ class Setting:
     slots: int = 8
     budget: int
     seed: int = 0
+    trials: int | None = None
+    """Configurations of a study of the product's; by default as many as the budget trains in full, 40 at least."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def optunas(setting: Setting, sampler: BaseSampler, pruner: BasePruner) -> Play:
 def products(setting: Setting, sampler: str = "tpe", pruner: str = "rising", strategy: str = "joint") -> Play:
     """A study as a worker of the product opens it."""
     definition = _with(setting, sampler)
-    trials = max(40, setting.budget // definition.base_config().num_epochs)
+    trials = setting.trials or max(40, setting.budget // definition.base_config().num_epochs)
     proposes = strategy == FREEZE_THAW
     made = make_sampler(definition, strategy, trials), pruner_for(pruner, definition, trials, proposes=proposes)
     study = LongestFirst(*_stored(setting.seed), *made, definition, definition.base_config().max_samples or 0)

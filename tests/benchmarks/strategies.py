@@ -49,14 +49,15 @@ def study(name: str, seed: int, slots: int, budget: int) -> judged.Study:
     return judged.judge(found, world.best, seed)
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """No warnings, no lines of Optuna's log."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
 
 
 def _study(job: tuple[str, int, int, int]) -> tuple[str, judged.Study]:
-    _quiet()
+    quiet()
     return job[0], study(*job)
 
 
@@ -151,7 +152,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="folder for the plots of regret")
     parser.add_argument("--curves", type=Path, help="replay the stopping rules alone on these recorded runs")
     args = parser.parse_args()
-    _quiet()
+    quiet()
     if args.curves:
         from tests.benchmarks import recorded_rules
 

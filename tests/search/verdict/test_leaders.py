@@ -43,17 +43,21 @@ def numbers(trials: list[TrialRecord]) -> list[int]:
     return [t.number for t in leaders(trials)]
 
 
-def test_complete_trials_on_the_same_samples_the_best_first() -> None:
+def test_trials_on_the_same_samples_the_best_first() -> None:
+    """One that was paused and given up has come to a loss as well; a probe was trained otherwise."""
     trials = [
         trial(0, 0.401),
         trial(1, 0.4),
-        trial(2, 0.39, "PRUNED"),
+        trial(2, 0.39, "PRUNED", reason=records.PROBE),
         trial(3, 0.39, violated=("non_finite",)),
         trial(4, 0.402, config={"split_seed": 7}),
         trial(5, 0.403),
         repeat(6, 0, 1, 0.1),
+        trial(7, 0.4005, "PRUNED", reason=records.SUPERSEDED),
+        trial(8, 0.39, "WAITING", reason="paused"),
+        trial(9, 0.39, "FAIL"),
     ]
-    assert numbers(trials) == [1, 0, 5]
+    assert numbers(trials) == [1, 7, 0, 5]
 
 
 def test_who_is_clearly_behind_is_none_but_two_there_are() -> None:
