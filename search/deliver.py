@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +22,7 @@ def main(
     study: Annotated[str, typer.Option(help="The study, or one generation of it, e.g. rsicap or rsicap-2.")],
     tracking_uri: TrackingOption = None,
     runs_dir: RunsOption = RUNS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Deliver the records of a study that MLflow did not take. The command of the search delivers them too."""
     from search.errors import StudyError
@@ -32,7 +34,9 @@ def main(
     if not places.study(name).is_dir():
         raise StudyError(f"there is no folder {str(places.study(study))!r}; name the search's with --runs-dir")
     runs = StudyRuns(places, name)
-    print(describe(Delivery(runs.outbox, name, runs.connect).once(), len(runs.outbox.runs())))
+    done = Delivery(runs.outbox, name, runs.connect).once()
+    left = len(runs.outbox.runs())
+    print(json.dumps({**done._asdict(), "left": left}, indent=1) if as_json else describe(done, left))
 
 
 def describe(done: Delivered, left: int) -> str:

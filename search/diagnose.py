@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -21,15 +22,23 @@ def main(
         Path, typer.Argument(metavar="FILE.json", help="Recorded curves: {runs: [{name, config, epochs}]}.")
     ],
     lang: Annotated[str, typer.Option(help="Language of the evidence: en or zh.")] = "en",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the findings of recorded curves, one per line: name<TAB>finding id<TAB>evidence."""
     chosen = next((known for known in messages.LANGS if known == lang), None)
     if chosen is None:
         raise UserError(f"--lang must be one of {', '.join(messages.LANGS)}, but got {shown(lang)}")
-    for name, curve in curves(read_runs(file)):
-        for finding in diagnose(curve):
-            # A name with a tab or a line break would break the columns.
-            print("\t".join((" ".join(name.split()), finding.id, messages.sentence(finding, chosen))))
+    found = [
+        (name, finding.id, messages.sentence(finding, chosen))
+        for name, curve in curves(read_runs(file))
+        for finding in diagnose(curve)
+    ]
+    if as_json:
+        print(json.dumps([dict(zip(("run", "finding", "evidence"), each, strict=True)) for each in found], indent=1))
+        return
+    for name, finding_id, evidence in found:
+        # A name with a tab or a line break would break the columns.
+        print("\t".join((" ".join(name.split()), finding_id, evidence)))
 
 
 if __name__ == "__main__":

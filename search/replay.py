@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,6 +116,7 @@ def main(
     runs_dir: RunsOption = RUNS,
     data: Annotated[str | None, typer.Option(help="The data folder, if it lies elsewhere now.")] = None,
     model: Annotated[str | None, typer.Option(help="The model, if it lies elsewhere now.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Train a trial again and compare every recorded loss; exit code 0 if all came again, 1 if not."""
     from search.storage import lifecycle
@@ -127,7 +129,10 @@ def main(
         moved = {key: value for key, value in (("data", data), ("model", model)) if value}
         config = TrainConfig.parse({**record.config, **moved})
         result = replay(record, config, tracking)
-    print(describe(trial, result))
+    if as_json:
+        print(json.dumps({"trial": trial, "identical": result.identical, **asdict(result)}, indent=1))
+    else:
+        print(describe(trial, result))
     raise typer.Exit(0 if result.identical else 1)
 
 

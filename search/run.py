@@ -103,14 +103,22 @@ def main(
     ] = True,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start a new study, under a new name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show what would run, stop.")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the studies: those defined, and what the database has of them.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --list or --dry-run: print JSON.")] = False,
 ) -> None:
     """Search hyperparameters of LoRA fine-tunings of InstructBLIP. Run again to continue a study."""
     global _session
     from search import study_file
 
+    if as_json and not (list_ or dry_run):
+        raise StudyError("--json goes with --list or --dry-run; of a study that was run, search.result has the facts")
     if list_:
-        _list()
+        from search.terminal import listing
+
+        defined = [study_file.load(name) for name in study_file.available()]
+        listing.show(defined, Places.of(runs_dir, storage, tracking_uri), as_json=as_json)
         return
     if study is None:
         raise StudyError("name a study with --study; known studies: " + ", ".join(study_file.available()))
@@ -149,7 +157,7 @@ def main(
 
         with progress.bar("looking at images") as looked:
             checked = _session.check(looked)
-        show(_session.definition, _session.options, _session.n_trials, checked, _session.prior)
+        show(_session.definition, _session.options, _session.n_trials, checked, _session.prior, as_json=as_json)
         return
     raise typer.Exit(run_shown(_session))
 
@@ -166,15 +174,6 @@ def run_shown(session: Session) -> int:
     elif result.trials or not result.code:
         summary.sum_up(console, result, session.options.places)
     return result.code
-
-
-def _list() -> None:
-    from search import study_file
-
-    names = study_file.available()
-    width = max(map(len, names))
-    for name in names:
-        print(f"{name:<{width}}  {study_file.load(name).description}")
 
 
 def _console() -> Any:

@@ -213,6 +213,7 @@ class Session:
             from search.storage import lifecycle
             from search.terminal import summary
             from search.terminal.live import Logged
+            from search.terminal.pace import Pace
             from search.tracking.delivery import Delivery, DeliveryThread
             from search.tracking.runs import StudyRuns
             from search.urls import shown as shown_url
@@ -234,7 +235,11 @@ class Session:
         away = runs.start_study(checked.tags())
 
         job = self._job(name, checked.examined, pool)
-        display: Display = Logged(make_display(lambda: lifecycle.read_trials(study)))
+
+        def read() -> tuple[TrialRecord, ...]:
+            return lifecycle.read_trials(study)
+
+        display: Display = Logged(make_display(read), Pace(read, self.n_trials, self._rules))
         look = self._look_for_lost(study, runs, pool, display)
         keeper = LogKeeper(study, runs, job.folder, places.options())
         courier = DeliveryThread(delivery, shown_url(places.tracking_uri), display.say)
@@ -470,6 +475,9 @@ class _Mailbox:
 
     def __call__(self, message: Message) -> None:
         self._messages.put(message)
+
+    def progress(self, text: str) -> None:
+        self._messages.put(Notice(text=text))
 
     def refresh(self) -> None:
         pass

@@ -13,6 +13,9 @@ from trainer.common.errors import nearest, shown
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
 
+DATA_FILES = (".yaml", ".yml", ".json", ".toml")
+"""What other programs describe a sweep in."""
+
 MOST_SAID = 1000
 """Characters shown of the message of a study file's exception."""
 
@@ -33,6 +36,12 @@ def load(name_or_path: str) -> Study:
     path = names.get(stem)
     if path is None:
         path = Path(name_or_path)
+        if path.suffix.lower() in DATA_FILES:
+            raise StudyError(
+                f"the study {shown(name_or_path)} is a {path.suffix} file, and a study is Python, so that an editor "
+                "and a type checker know its fields and a space can be computed: write STUDY = Study(...) in a "
+                f".py file, as {STUDIES / 'rsicap_mini.py'} does"
+            )
         if path.suffix != ".py":
             raise StudyError(
                 f"there is no study {shown(name_or_path)}{nearest(stem, names)}; "

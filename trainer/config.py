@@ -37,6 +37,37 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+OTHER_NAMES = {
+    **dict.fromkeys(("lr", "peak_lr", "max_lr", "base_lr", "step_size"), "learning_rate"),
+    **dict.fromkeys(("r", "rank", "lora_rank", "lora_dim"), "lora_r"),
+    **dict.fromkeys(("alpha", "scaling"), "lora_alpha"),
+    **dict.fromkeys(("dropout", "lora_drop"), "lora_dropout"),
+    **dict.fromkeys(("targets", "modules", "lora_target_modules", "target"), "target_modules"),
+    **dict.fromkeys(("epochs", "num_train_epochs", "n_epochs", "max_epochs", "epoch"), "num_epochs"),
+    **dict.fromkeys(("bs", "batch", "per_device_train_batch_size", "train_batch_size"), "batch_size"),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_bs", "val_batch_size"), "eval_batch_size"),
+    **dict.fromkeys(
+        ("accumulate", "grad_accum", "grad_accumulation", "accumulate_grad_batches"), "gradient_accumulation_steps"
+    ),
+    **dict.fromkeys(("warmup", "num_warmup_steps", "warmup_ratio"), "warmup_steps"),
+    **dict.fromkeys(("scheduler", "lr_scheduler", "schedule"), "lr_scheduler_type"),
+    **dict.fromkeys(("wd", "decay"), "weight_decay"),
+    **dict.fromkeys(("clip", "grad_clip", "gradient_clip_val", "max_norm", "clip_grad_norm"), "max_grad_norm"),
+    **dict.fromkeys(("eps", "epsilon"), "adam_epsilon"),
+    **dict.fromkeys(("dtype", "precision", "fp16", "bf16", "half"), "torch_dtype"),
+    **dict.fromkeys(("tf32", "allow_tf32"), "matmul_precision"),
+    **dict.fromkeys(("model_name", "model_name_or_path", "base_model", "base", "checkpoint"), "model"),
+    **dict.fromkeys(("dataset", "data_dir", "data_path", "images"), "data"),
+    **dict.fromkeys(("samples", "max_train_samples", "limit", "n_samples"), "max_samples"),
+    **dict.fromkeys(("val_split", "validation_split", "val_ratio", "val_size", "test_size"), "val_fraction"),
+    **dict.fromkeys(("max_length", "max_len", "max_seq_length", "max_new_tokens"), "max_target_length"),
+    **dict.fromkeys(("workers", "dataloader_num_workers"), "num_workers"),
+    **dict.fromkeys(("gpu", "cuda"), "device"),
+    **dict.fromkeys(("random_seed", "random_state", "manual_seed"), "seed"),
+}
+"""What other programs, or people in a hurry, call a field of TrainConfig: Transformers, PEFT, Lightning."""
+
+
 class TrainConfig(BaseModel):
     """One training run of an InstructBLIP with LoRA, fully resolved.
 
@@ -191,6 +222,14 @@ def _listed(what: str, errors: Iterable[str]) -> str:
     return "\n".join([head, *(f"  - {line}" for line in lines)])
 
 
+def field_hint(name: str, valid: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for a name that TrainConfig does not have: what others call it, or the nearest."""
+    valid = list(valid)
+    plain = name.lower().replace("-", "_").replace(".", "_")
+    other = OTHER_NAMES.get(plain)
+    return f"; did you mean {other!r}?" if other in valid else nearest(plain, valid)
+
+
 def _problems(error: ValidationError, valid: Iterable[str]) -> list[str]:
     """One line for each thing wrong with a configuration: the field, the rule and the value."""
     lines = []
@@ -204,7 +243,7 @@ def _problems(error: ValidationError, valid: Iterable[str]) -> list[str]:
             )
             continue
         if problem["type"] == "extra_forbidden":
-            lines.append(f"TrainConfig has no {shown(name)}{nearest(name, valid)}")
+            lines.append(f"TrainConfig has no {shown(name)}{field_hint(name, valid)}")
             continue
         message = problem["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]

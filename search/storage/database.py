@@ -102,6 +102,38 @@ def open_storage(url: str, *, grace_s: int | None = None) -> RetryingStorage:
     return storage
 
 
+def open_existing(url: str, to_come: Path | None = None) -> RetryingStorage | None:
+    """Like `open_storage`, for whoever only reads: None where no study has been stored yet. Nothing is created.
+
+    Args:
+        url: as `open_storage` takes it.
+        to_come: A folder that a search creates; a file in it need not be there.
+
+    Raises:
+        StorageError: as `open_storage`.
+    """
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite":
+        file = _file(parsed)
+        if to_come is not None and file.parent == to_come and not to_come.exists():
+            return None
+        _check_file(parsed)
+        if not file.is_file():
+            return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SAWarning)
+            engine = sqlalchemy.create_engine(parsed, **_engine_options(parsed))
+        try:
+            if not sqlalchemy.inspect(engine).has_table("studies"):
+                return None
+        finally:
+            engine.dispose()
+    except (SQLAlchemyError, TypeError, ValueError, ImportError):
+        pass  # `open_storage` says what is wrong
+    return open_storage(url)
+
+
 def reopen_storage(url: str, *, grace_s: int | None = None) -> RetryingStorage:
     """Open a database that was there a moment ago: as `open_storage`, but retried as calls are.
 

@@ -77,6 +77,31 @@ def open_study(
     return opened
 
 
+def existing(storage: RetryingStorage, study: Study, strategy: str | None, data: str) -> optuna.Study | None:
+    """The study that a search would continue, for reading; None if it would create one.
+
+    Args:
+        storage: Optuna's.
+        study: The definition.
+        strategy: `--strategy`; None for what the study was begun with.
+        data: Fingerprint of the base configuration's data.
+
+    Raises:
+        DefinitionChanged: the search would refuse it.
+    """
+    generations = _generations(storage, study.name)
+    if not generations:
+        return None
+    opened = optuna.load_study(study_name=generations[max(generations)], storage=storage)
+    if opened.get_trials(deepcopy=False):
+        _refuse_changed(opened, study, 1 + max(generations))
+        for key, name, value in ((FINGERPRINTS, "data", data), (STRATEGY, "strategy", strategy)):
+            held = opened.user_attrs.get(key)
+            if held is not None and value is not None:
+                _hold(opened, key, {**held, name: value})
+    return opened
+
+
 def find_study(storage: RetryingStorage, name: str) -> optuna.Study:
     """The latest generation of the study of this name, or the very generation named, e.g. `rsicap-2`.
 

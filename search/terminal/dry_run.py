@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import optuna
+
+from search.pruning import default_pruner
+from search.sampling import params, staged
+from search.sampling.make import default_strategy, make_sampler
+from search.storage import studies
+from search.storage.database import close_storage, open_existing
+from search.terminal import listing
+from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
     from search.options import SearchOptions
@@ -11,8 +24,16 @@ if TYPE_CHECKING:
     from search.study import Study
 
 
-def show(study: Study, options: SearchOptions, n_trials: int, checked: Checked, prior: Prior | None) -> None:
-    """Print what would run, and the configuration of the first sampled trial.
+def show(
+    study: Study,
+    options: SearchOptions,
+    n_trials: int,
+    checked: Checked,
+    prior: Prior | None,
+    *,
+    as_json: bool = False,
+) -> None:
+    """Print what would run, what has run already, and the configuration of the next sampled trial.
 
     Args:
         study: The definition.
@@ -20,28 +41,56 @@ def show(study: Study, options: SearchOptions, n_trials: int, checked: Checked, 
         n_trials: Configurations in total.
         checked: The model and the data.
         prior: Of a new study, by `--warm-start`.
-    """
-    import optuna
+        as_json: Print one JSON object instead of text.
 
+    Raises:
+        UserError: a search would refuse the database, or the definition for the study that is there.
+    """
     from search import leaderboard
-    from search.pruning import default_pruner
-    from search.sampling import params, staged
-    from search.sampling.make import default_strategy, make_sampler
     from trainer.model import memory
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with _existing(study, options, checked) as (found, strategy):
+        pruner = options.pruner or default_pruner(strategy)
+        config = _first(study, strategy, n_trials, prior)
+        base, examined = study.base_config(), checked.examined
+        need = memory.needed(base.model, base.torch_dtype)
+        state = None if found is None else listing.state_of_study(found)
+    facts: dict[str, Any] = {
+        "study": study.name,
+        "description": study.description,
+        "trials": n_trials,
+        "strategy": strategy,
+        "sampler": study.sampler,
+        "pruner": pruner,
+        "seed": study.seed,
+        "data": {
+            "folder": str(examined.folder),
+            "layout": str(examined.layout),
+            "rows": len(examined.rows),
+            "bad_rows": len(examined.bad),
+            "fingerprint": examined.fingerprint,
+            "notes": checked.lines()[1:],
+            "warnings": checked.warnings(),
+        },
+        "model": {"name": base.model, "dtype": base.torch_dtype, "size": None if need is None else str(need)},
+        "space": {name: str(param) for name, param in study.space.items()},
+        "given_by_hand": [{"label": fixed.label, "config": dict(fixed.config)} for fixed in study.enqueue],
+        "first_sampled": config.model_dump(mode="json"),
+        "continues": state,
+        "mlflow": _ask_mlflow(options),
+    }
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False, indent=2, default=str))
+        return
+    data = facts["data"]
     print(f"study {study.name}: {study.description}")
-    strategy = options.strategy or default_strategy(study)
-    pruner = options.pruner or default_pruner(strategy)
     print(f"{n_trials} trials, strategy {strategy}, sampler {study.sampler}, pruner {pruner}, seed {study.seed}")
-    examined = checked.examined
     skipped = f", {len(examined.bad)} bad ones skipped" if examined.bad else ""
     print(f"data {examined.folder}: {len(examined.rows)} rows{skipped}, fingerprint {examined.fingerprint}")
     print(f"layout: {examined.layout}")
-    for line in checked.lines()[1:]:
+    for line in data["notes"]:
         print(f"  {line}")
-    base = study.base_config()
-    need = memory.needed(base.model, base.torch_dtype)
     if need is not None:
         print(f"base {base.model}: {need} in {base.torch_dtype}")
     print("search space:")
@@ -49,30 +98,54 @@ def show(study: Study, options: SearchOptions, n_trials: int, checked: Checked, 
         print(f"  {name}: {param}")
     for fixed in study.enqueue:
         print(f"given by hand: {fixed.label}: {dict(fixed.config)}")
-
-    # A study in memory samples what the first trial would be.
-    dry = optuna.create_study(sampler=make_sampler(study, strategy, n_trials, prior))
-    trial = dry.ask()
-    params.suggest(trial, study)
-    config = study.config(trial.params, staged.stage_overrides(trial))
-    print("the first sampled trial would be")
-    print(leaderboard.training_config(config.model_dump(mode="json")))
-    _ask_mlflow(options)
+    print("the first trial of a new study, sampled, would be" if state else "the first sampled trial would be")
+    print(leaderboard.training_config(facts["first_sampled"]))
+    if state is not None:
+        print(f"it would go on with the study {listing.as_line(state)}")
+        left = max(0, n_trials - state["counted"])
+        print(
+            f"{left} more trials would be sampled" if left else "no more trials would be sampled; more with --trials"
+        )
+    if facts["mlflow"]:
+        print(facts["mlflow"])
     print("nothing was run (--dry-run)")
 
 
-def _ask_mlflow(options: SearchOptions) -> None:
-    """Say whether an MLflow server answers, to the client that the search would use. A file would be created."""
+@contextmanager
+def _existing(study: Study, options: SearchOptions, checked: Checked) -> Iterator[tuple[optuna.Study | None, str]]:
+    """The study that is there, if it would be continued, and the strategy that would be used."""
+    places = options.places
+    storage = open_existing(places.storage_url, to_come=places.runs_dir)
+    try:
+        found, held = None, None
+        if storage is not None and not options.fresh:
+            found = studies.existing(storage, study, options.strategy, checked.examined.fingerprint)
+            held = studies.held_strategy(storage, study.name)
+        yield found, options.strategy or held or default_strategy(study)
+    finally:
+        if storage is not None:
+            close_storage(storage)
+
+
+def _first(study: Study, strategy: str, n_trials: int, prior: Prior | None) -> TrainConfig:
+    """The first trial that would be sampled, by a study in memory."""
+    dry = optuna.create_study(sampler=make_sampler(study, strategy, n_trials, prior))
+    trial = dry.ask()
+    params.suggest(trial, study)
+    return study.config(trial.params, staged.stage_overrides(trial))
+
+
+def _ask_mlflow(options: SearchOptions) -> str | None:
+    """Whether an MLflow server answers, to the client that the search would use. A file would be created."""
     from search.errors import Unavailable
     from search.tracking.client import open_tracking
     from search.urls import shown
 
     uri = options.places.tracking_uri
     if not uri.startswith("http"):
-        return
+        return None
     try:
         open_tracking(uri, options.places.artifacts)
     except Unavailable as error:
-        print(f"MLflow: {error} A search would keep its records until it answers.")
-    else:
-        print(f"MLflow: {shown(uri)} answers")
+        return f"MLflow: {error} A search would keep its records until it answers."
+    return f"MLflow: {shown(uri)} answers"

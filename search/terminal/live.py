@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from search import leaderboard
 from search.records import TrialRecord
+from search.terminal.pace import Pace
 from search.workers.protocol import (
     Alive,
     Display,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("search.terminal")
 
+SHOWN = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "batch_size", "warmup_steps")
+"""Of a trial's configuration: what the hand-run log tunes."""
 SHOWN_ON_TERMINAL = 8
 """Rows of the leaderboard in the live view; the whole of it is printed at the end."""
 
@@ -47,7 +50,6 @@ class Running:
     total_steps: int = 0
     train_loss: float | None = None
     val_loss: float | None = None
-    learning_rate: float | None = None
     epoch_seconds: list[float] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     since: float = field(default_factory=time.monotonic)
@@ -60,7 +62,7 @@ class Running:
                 self.total_steps = event.total_steps
             case StepEnded():
                 self.step, self.epoch = event.step, event.epoch
-                self.train_loss, self.learning_rate = event.loss, event.learning_rate
+                self.train_loss = event.loss
             case EpochEnded():
                 self.step, self.epoch = event.step, event.epoch
                 self.train_loss, self.val_loss = event.train_loss, event.val_loss
@@ -81,8 +83,8 @@ class Running:
 class Logged:
     """Shows messages and keeps each line in search.log too: there they are if the terminal or pipe goes away."""
 
-    def __init__(self, display: Display) -> None:
-        self._display = display
+    def __init__(self, display: Display, pace: Pace) -> None:
+        self._display, self._pace = display, pace
 
     def __enter__(self) -> Logged:
         self._display.__enter__()
@@ -101,7 +103,15 @@ class Logged:
         text = line(message)
         if text:
             log.info("%s", text)
+        self._pace.take(message)
         self._display(message)
+        if isinstance(message, TrialEnded) and (progress := self._pace.line()):
+            log.info("%s", progress)
+            self._display.progress(progress)
+
+    def progress(self, text: str) -> None:
+        """Show how far the study is."""
+        self._display.progress(text)
 
     def refresh(self) -> None:
         """Pass it on."""
@@ -130,6 +140,10 @@ class Plain:
         if text:
             self.say(text)
 
+    def progress(self, text: str) -> None:
+        """Print how far the study is."""
+        self.say(text)
+
     def refresh(self) -> None:
         """Do nothing: plain output does not move."""
 
@@ -144,6 +158,7 @@ class LiveDisplay:
         self._read = read
         self._trials: Sequence[TrialRecord] = ()
         self._running: dict[int, Running] = {}
+        self._progress = ""
         self._live: Live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> LiveDisplay:
@@ -174,6 +189,10 @@ class LiveDisplay:
                 self.say(line(message))
         self.refresh()
 
+    def progress(self, text: str) -> None:
+        """Show how far the study is, above the tables."""
+        self._progress = text
+
     def refresh(self) -> None:
         """Redraw, so that clocks move on."""
         self._live.update(self._view(), refresh=True)
@@ -182,8 +201,10 @@ class LiveDisplay:
         from rich.console import Group
         from rich.table import Table
 
-        table = Table(title="Running", title_justify="left", header_style="bold", box=None, padding=(0, 1))
-        for head in ("trial", "epoch", "step", "train", "val", "rate", "r", "alpha", "batch", "time", "left"):
+        title = f"Running: {self._progress}" if self._progress else "Running"
+        table = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 1))
+        heads = ("trial", "epoch", "step", "train", "val", "lr", "r", "alpha", "drop", "batch", "warm", "time", "left")
+        for head in heads:
             table.add_column(head, justify="right", no_wrap=True)
         for running in self._running.values():
             config = running.config
@@ -193,10 +214,7 @@ class LiveDisplay:
                 f"{running.step}/{running.total_steps}" if running.total_steps else "-",
                 _loss(running.train_loss),
                 _loss(running.val_loss),
-                "-" if running.learning_rate is None else f"{running.learning_rate:.1e}",
-                str(config["lora_r"]),
-                leaderboard.show_value("lora_alpha", config["lora_alpha"]),
-                str(config["batch_size"]),
+                *(leaderboard.show_value(name, config[name]) for name in SHOWN),
                 clock(time.monotonic() - running.began),
                 clock(running.left_s()),
             )
@@ -232,16 +250,14 @@ def line(message: Message) -> str:
             filled = f", until a pass has {message.samples:.0f} samples" if message.auto else ""
             return f"up to {message.most} trials train at once on one base{filled}{auto}"
         case TrialStarted():
-            shown = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "batch_size", "warmup_steps")
-            values = ", ".join(f"{name}={leaderboard.show_value(name, message.config[name])}" for name in shown)
+            values = ", ".join(f"{name}={leaderboard.show_value(name, message.config[name])}" for name in SHOWN)
             label = f" ({message.label})" if message.label else ""
             resumed = f", resumed after epoch {message.resumed_from_epoch}" if message.resumed_from_epoch else ""
             return f"trial {message.number}{label}: {values}{resumed}"
-        case Progress(event=EpochEnded() as epoch):
-            again = "  (from the checkpoint)" if message.from_checkpoint else ""
+        case Progress(event=EpochEnded() as epoch) if not message.from_checkpoint:
             return (
                 f"trial {message.number}: epoch {epoch.epoch}: Train={epoch.train_loss:.4f}, "
-                f"Val={epoch.val_loss:.4f}  ({epoch.timing.epoch_s:.1f} s){again}"
+                f"Val={epoch.val_loss:.4f}  ({epoch.timing.epoch_s:.1f} s)"
             )
         case TrialEnded():
             value = "" if message.value is None else f", best Val={message.value:.4f}"

@@ -175,6 +175,9 @@ class Display(Protocol):
     def __call__(self, message: Message) -> None:
         """Show a worker's message."""
 
+    def progress(self, text: str) -> None:
+        """Show how far the study is."""
+
     def refresh(self) -> None:
         """Redraw what moves with the clock."""
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from trainer.common.errors import ConfigError, UserError
-from trainer.config import LATER, MACHINE_FIELDS, RETIRED, TrainConfig, identity_of, read_settings, without_retired
+from trainer.config import (
+    LATER,
+    MACHINE_FIELDS,
+    OTHER_NAMES,
+    RETIRED,
+    TrainConfig,
+    identity_of,
+    read_settings,
+    without_retired,
+)
 
 
 def test_all_errors_come_in_one_message() -> None:
@@ -49,6 +58,28 @@ def test_all_errors_come_in_one_message() -> None:
 def test_one_error_is_called_one() -> None:
     with pytest.raises(ConfigError, match=r"^the configuration has one error:\n  - TrainConfig has no 'lora_rank'"):
         TrainConfig.parse({"lora_rank": 4})
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("lr", "learning_rate"),
+        ("rank", "lora_r"),
+        ("epochs", "num_epochs"),
+        ("bs", "batch_size"),
+        ("num-train-epochs", "num_epochs"),
+        ("LR", "learning_rate"),
+        ("lora_alpa", "lora_alpha"),
+    ],
+)
+def test_what_others_call_a_field(name: str, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"has no '{name}'; did you mean '{field}'"):
+        TrainConfig.parse({name: 1})
+
+
+def test_other_names_are_of_fields_and_none_is_a_field() -> None:
+    assert set(OTHER_NAMES.values()) <= set(TrainConfig.model_fields)
+    assert not set(OTHER_NAMES) & {*TrainConfig.model_fields, *RETIRED}
 
 
 def test_settings_become_values() -> None:

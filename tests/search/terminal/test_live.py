@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
-from search.terminal.live import LiveDisplay, Plain
+from search import records
+from search.terminal.live import LiveDisplay, Logged, Plain
+from search.terminal.pace import Pace, about, left_epochs
+from search.verdict.leaders import Rules
 from search.workers.protocol import (
     Alive,
     Idle,
@@ -19,6 +23,7 @@ from search.workers.protocol import (
     TrialStarted,
     WorkerFailed,
 )
+from tests.support.candidate_trials import repeat, trial
 from tests.support.made_up_events import epoch, started, step
 from trainer.config import TrainConfig
 
@@ -58,12 +63,56 @@ def test_lines() -> None:
     ]
     assert lines[3].startswith("trial 3 (by hand): learning_rate=") and lines[3].endswith(", resumed after epoch 1")
     assert lines[4:] == [
-        "trial 3: epoch 1: Train=0.5000, Val=0.4000  (3.0 s)  (from the checkpoint)",
         "trial 3: epoch 2: Train=0.5000, Val=0.3000  (3.0 s)",
         "trial 3: COMPLETE (finished), best Val=0.3000 in 1:01: 2 epochs done; ok",
         "no [markup] here",
         "a worker failed: out of luck",
     ]
+
+
+def test_how_far_the_study_is_follows_each_trial() -> None:
+    """By the lines of all epochs that were trained here, and by the trials as the database has them."""
+    now = [100.0]
+    done = [trial(n, 0.4 - n / 100) for n in range(3)]
+    pace = Pace(lambda: done, 12, None, lambda: now[0])
+    out = io.StringIO()
+    with Logged(Plain(Console(file=out, width=300)), pace) as display:
+        display(Progress(number=3, event=epoch(1), from_checkpoint=True))
+        display(Progress(number=3, event=started()))
+        now[0] += 20.0
+        for number in range(1, 4):
+            display(Progress(number=3, event=epoch(number)))
+        display(ENDED)
+    # Nine trials of the six epochs that each of the three took, and 20 s for three epochs.
+    assert out.getvalue().splitlines()[-1] == "3 of 12 trials, best 0.3800 (trial 2), about 6 min left"
+
+
+def test_what_is_left() -> None:
+    done = [trial(n, 0.4 + n / 1000) for n in range(4)]
+    assert left_epochs(done[:2], 12, None) is None
+    assert left_epochs(done, 12, None) == 8 * 6
+    begun = trial(4, None, "RUNNING")
+    paused = trial(5, 0.5, "WAITING", reason=records.PAUSED)
+    assert left_epochs([*done, begun], 12, None) == 8 * 6 - 6
+    assert left_epochs([*done, paused], 12, None) == 7 * 6
+    # Three blocks of three candidates up to their best epochs, less what their repeats have trained.
+    repeats = 3 * 3 * 4
+    assert left_epochs(done, 4, Rules()) == repeats
+    assert left_epochs([*done, repeat(4, 0, 1, 0.4)], 4, Rules()) == repeats - 6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (5, "less than a minute"),
+        (170, "about 3 min"),
+        (5000, "about 83 min"),
+        (9000, "about 2.5 h"),
+        (1e5, "about 28 h"),
+    ],
+)
+def test_estimates_are_as_exact_as_they_can_be(seconds: float, said: str) -> None:
+    assert about(seconds) == said
 
 
 def shown(display: LiveDisplay) -> str:
@@ -78,14 +127,16 @@ def test_a_row_of_the_table() -> None:
     with LiveDisplay(console, lambda: ()) as display:
         display(Progress(number=9, event=step(1)))  # a trial whose start was not seen
         display(BEGUN)
-        assert "3 0/2 - - - - " in shown(display)
+        assert "3 0/2 - - - 2e-4 " in shown(display)
         display(Progress(number=3, event=epoch(1), from_checkpoint=True))
         display(Progress(number=3, event=started(total_steps=8)))
-        assert "3 1/2 4/8 0.5000 0.4000 - " in shown(display)
+        assert "3 1/2 4/8 0.5000 0.4000 2e-4 " in shown(display)
         display(Progress(number=3, event=step(5, epoch=2)))
-        assert "3 2/2 5/8 0.5000 0.4000 1.0e-03 " in shown(display)
+        assert "3 2/2 5/8 0.5000 0.4000 2e-4 8 16 " in shown(display)
         assert display._running[3].left_s() is None, "an epoch from the checkpoint says nothing of the pace"
         display(Progress(number=3, event=epoch(2, val_loss=0.3)))
-        assert "3 2/2 8/8 0.5000 0.3000 1.0e-03 " in shown(display) and display._running[3].left_s() == 0
+        assert "3 2/2 8/8 0.5000 0.3000 2e-4 " in shown(display) and display._running[3].left_s() == 0
         display(ENDED)
         assert "3 2/2" not in shown(display)
+        display.progress("9 of 12 trials")
+        assert "Running: 9 of 12 trials" in shown(display)

@@ -1,0 +1,85 @@
+"""`--list` and `--dry-run` beside a study that is there: what has been run, what would be refused, nothing created."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from search import records
+from search.errors import DefinitionChanged, StorageError
+from search.options import SearchOptions
+from search.places import Places
+from search.session import Session
+from search.storage.database import close_storage, open_storage
+from search.storage.studies import open_study
+from search.study_file import load
+from search.terminal import dry_run, listing
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    return Places.of(tmp_path / "runs")
+
+
+@pytest.fixture
+def stored(places: Places) -> Places:
+    """A study of two trials, one of them paused."""
+    places.runs_dir.mkdir()
+    storage = open_storage(places.storage_url)
+    study = open_study(storage, load("rsicap_mini"))
+    attrs = {records.BEST_EPOCH: 2, records.CONFIG: load("rsicap_mini").base_config().model_dump(mode="json")}
+    study.add_trial(create_trial(value=0.4, intermediate_values={1: 0.5, 2: 0.4}, user_attrs=attrs))
+    study.enqueue_trial({}, user_attrs={records.REASON: records.PAUSED})
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE, TrialState.WAITING]
+    close_storage(storage)
+    return places
+
+
+def dry(places: Places, *settings: str, as_json: bool = False, **options: object) -> None:
+    session = Session("rsicap_mini", SearchOptions(places=places, settings=settings, **options))  # type: ignore[arg-type]
+    dry_run.show(session.definition, session.options, session.n_trials, session.check(), None, as_json=as_json)
+
+
+def test_nothing_is_there_and_nothing_is_made(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
+    listing.show([load("rsicap_mini")], places)
+    assert capsys.readouterr().out.splitlines() == [f"rsicap_mini  {load('rsicap_mini').description}"]
+    dry(places, as_json=True)
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["continues"] is None and facts["first_sampled"]["learning_rate"] > 0
+    assert not places.runs_dir.exists()
+
+
+def test_an_empty_database_is_left_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "empty.db"
+    file.touch()
+    places = Places.of(tmp_path / "runs", f"sqlite:///{file}")
+    listing.show([], places, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"definitions": {}, "studies": []}
+    dry(places)
+    assert file.read_bytes() == b""
+
+
+def test_what_a_study_has_come_to(stored: Places, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "rsicap_mini: 2 trials (1 complete, 1 waiting), best 0.4000 (trial 0)"
+    listing.show([load("rsicap_mini")], stored)
+    assert capsys.readouterr().out.splitlines()[1].strip() == line
+    listing.show([], stored)  # of a study file that lies elsewhere
+    assert line in capsys.readouterr().out
+    dry(stored, trials=5)
+    said = capsys.readouterr().out
+    assert f"it would go on with the study {line}\n3 more trials would be sampled\n" in said
+    dry(stored, fresh=True)
+    assert "go on" not in capsys.readouterr().out
+
+
+def test_what_a_search_would_refuse_a_dry_run_refuses(stored: Places, tmp_path: Path) -> None:
+    with pytest.raises(DefinitionChanged, match="num_epochs: 6 -> 5"):
+        dry(stored, "num_epochs=5")
+    for url, why in (("redis://x", "keep no heartbeats"), (f"sqlite:///{tmp_path}/no/o.db", "does not exist")):
+        with pytest.raises(StorageError, match=why):
+            dry(Places.of(stored.runs_dir, url))
+    with pytest.raises(StorageError, match="keep no heartbeats"):
+        listing.show([], Places.of(stored.runs_dir, "redis://x"))
