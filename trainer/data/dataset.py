@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import reprlib
 import stat
 import warnings
@@ -31,6 +32,9 @@ from trainer.data.splits import SplitFacts
 DEFAULT_PROMPT = "Describe this image in detail."
 THREADS = 4
 """Images that are decoded at once."""
+AT_ONCE = 16
+"""Images in one job of a thread: a job costs 0.1 ms, a fifth of a small image's decoding."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 Progress = Callable[[int, int], None]
 
 
@@ -216,11 +220,14 @@ def _look_at(
 ) -> dict[Path, tuple[Path, duplicates.Picture | None, str]]:
     """For each image (its file as on disk, what is kept of it, "") or (the file, None, what is wrong with it)."""
     names = Names(folder)
-    looked = {}
+    looked: dict[Path, tuple[Path, duplicates.Picture | None, str]] = {}
+    parts = [images[start : start + AT_ONCE] for start in range(0, len(images), AT_ONCE)]
     with ThreadPoolExecutor(THREADS) as pool, warnings.catch_warnings():  # decoding releases the GIL
         warnings.simplefilter("ignore")  # about files that are odd but readable
-        for image, seen in zip(images, pool.map(lambda image: _look(image, names), images), strict=True):
-            looked[image] = seen
+        for part, seen in zip(
+            parts, pool.map(lambda part: [_look(image, names) for image in part], parts), strict=True
+        ):
+            looked.update(zip(part, seen, strict=True))
             progress(len(looked), len(images))
     return looked
 
@@ -334,7 +341,7 @@ def _row(entry: Entry, images: Path, problems: list[str]) -> Row | None:
         if not isinstance(value, str) or not value.strip():
             problems.append(f"{where}: {key!r} must be a text, but is {reprlib.repr(value)}")
             return None
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        if _SURROGATE.search(value):
             problems.append(f"{where}: {key!r} holds half a surrogate pair, which is not text")
             return None
     if "\0" in name:

@@ -64,7 +64,10 @@ class Group:
 
 def picture(image: Image.Image, digest: str) -> Picture:
     """What is kept of this image, RGB."""
-    small = image.resize((SIZE, SIZE), Image.Resampling.BOX)
+    if image.width % SIZE or image.height % SIZE:
+        small = image.resize((SIZE, SIZE), Image.Resampling.BOX)
+    else:  # the same to a level, in half the time
+        small = image.reduce((image.width // SIZE, image.height // SIZE))
     # A ship on a dark sea vanishes in the sketch: where that is plain, the picture itself is asked.
     plain = _one_colour(small) and _one_colour(image)
     return Picture(digest, image.width, image.height, small.tobytes(), plain)
