@@ -55,7 +55,7 @@ class Postgres:
 
         pgexec(
             "pg_ctl",
-            ("-D", str(self._data), *arguments),
+            ("-D", str(self._data), "-t", "300", *arguments),
             bin_path=self._server.bin_path,
             user=self._server.system_user,
         )

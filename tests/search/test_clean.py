@@ -20,7 +20,7 @@ from search.space import Float
 from search.storage import lifecycle, studies
 from search.storage.database import open_storage
 from search.study import Study
-from tests.search.verdict import test_leaders as leaders
+from tests.support import candidate_trials as leaders
 from trainer.common import cli
 
 STUDY = Study(name="tidy_one", description="", space={"learning_rate": Float(1e-5, 1e-3, log=True)}, n_trials=6)
@@ -145,6 +145,7 @@ def test_what_the_verdict_names_or_may_name_stays(tmp_path: Path, monkeypatch: p
     known = [*trials]
     study: Any = SimpleNamespace(study_name="judged", user_attrs={records.CONFIRM: {"top": 3, "seeds": 3}})
     monkeypatch.setattr(lifecycle, "read_trials", lambda _: known)
+    monkeypatch.setattr(lifecycle, "untaken", lambda _: [])
 
     def kept() -> dict[str, str]:
         pieces = list_pieces(study, tmp_path, 1)

@@ -278,7 +278,8 @@ def test_the_process_that_workers_are_forked_from_is_killed(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_is_an_orderly_end(tmp_path: Path, search: Any, number: int) -> None:
     """Schedulers and terminals signal every process, that from which workers are forked too. As Ctrl-C above."""
-    running = search(command(tmp_path / "runs", "--trials", "1", settings=LONG))
+    # So long that no machine is too slow to stop it.
+    running = search(command(tmp_path / "runs", "--trials", "1", settings=(LONG[0], "num_epochs=100", *LONG[2:])))
     running.wait_for("epoch 1:")
     stop_the_group(running, number, tmp_path / "runs")
 

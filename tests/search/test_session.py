@@ -20,7 +20,7 @@ from search.places import Places
 from search.storage import lifecycle
 from search.tracking.outbox import Model
 from search.workers.protocol import Notice, TrialEnded
-from tests.search.verdict import test_leaders as leaders
+from tests.support import candidate_trials as leaders
 from tests.support.search_process import ROOT, environment
 
 QUICK = ("max_samples=24", "num_epochs=2", "warmup_steps=0")

@@ -22,7 +22,7 @@ from search.places import Places
 from search.tracking.delivery import Delivery
 from search.tracking.runs import StudyRuns
 from search.verdict.race import Verdict
-from tests.search.verdict import test_leaders as leaders
+from tests.support import candidate_trials as leaders
 from tests.support import small_study
 from trainer.common import cli
 from trainer.common.errors import DataError
