@@ -24,11 +24,13 @@ from optuna.trial import TrialState
 from search import captions, diagnosis, pruning, records
 from search.captions import Captioned
 from search.dashboards import notes
+from search.diagnosis.noise import relative
 from search.errors import DatabaseAway
 from search.records import Outcome
 from search.sampling import params, staged
 from search.storage import lifecycle, optuna_private
 from search.storage.searched import searched
+from search.verdict.leaders import APART
 from search.workers.protocol import Notice, Order, Progress, TrialEnded, TrialStarted
 from search.workers.trial_tracking import TrialContext, TrialTracking
 from trainer.checkpoint import folder_of
@@ -275,9 +277,9 @@ class TrialRun:
         self.study.tell(self.trial, state=TrialState.FAIL)
 
     def _caption(self, outcome: Outcome) -> None:
-        """Caption a few images with the best adapter, if the trial is complete."""
+        """Caption a few images with the best adapter, if the trial may be its study's winner."""
         captioning, best = self._context.captioning, self._best()
-        if captioning is None or best is None or outcome.state != "COMPLETE":
+        if captioning is None or best is None or not self._may_win(outcome, best[0]):
             return
         trained_s = sum(event.timing.epoch_s for event in self._events if isinstance(event, EpochEnded))
         said = captioning.of(self.config, folder_of(self.folder, best[1]) / "adapter", trained_s)
@@ -286,6 +288,14 @@ class TrialRun:
             self.trial.set_user_attr(captions.CAPTIONS, list(said.captions))
             self.trial.set_user_attr(captions.SECONDS, round(said.seconds, 4))
             self._tracking.caption(said)
+
+    def _may_win(self, outcome: Outcome, value: float) -> bool:
+        """Whether it is complete, or was paused and given up not clearly behind the best, see `leaders.leaders`."""
+        if outcome.state == "COMPLETE" or records.GIVEN_UP not in self.trial.user_attrs:
+            return outcome.state == "COMPLETE"
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        values = [trial.value for trial in complete if records.finite(trial.value) and trial.value > 0]
+        return not values or relative(value, min(values)) <= APART
 
     def _annotate(self, outcome: Outcome, epochs: Sequence[records.EpochRecord]) -> None:
         """Write the trial's note and plot for optuna-dashboard."""

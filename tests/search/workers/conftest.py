@@ -77,6 +77,7 @@ def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest
         confirm: Rules | None = None,
         strategy: str = "joint",
         pruner: str = "none",
+        captions: int = 0,
         prepare: Callable[[optuna.Study], None] = lambda study: None,
         **base: Any,
     ) -> Any:
@@ -109,6 +110,7 @@ def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest
             examined=embedded,
             threads=1,
             slots=slots,
+            captions=captions,
             one_by_one=one_by_one,
             confirm=confirm,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from search.planning.plan import Plan, is_paused
 from search.planning.rungs import RungPlan
 from search.records import TrialRecord
 from search.sampling import make
+from search.workers import trial as trial_module
+from search.workers.captioning import Captioning
 from search.workers.protocol import Order, TrialStarted
 from tests.search.workers.conftest import RecordingLink, Search
 
@@ -46,6 +49,22 @@ def test_paused_trials_go_on_or_are_given_up(rungs: None, search: Search) -> Non
     assert all(t.attrs[records.REASON] in (records.SUPERSEDED, records.SETTLED) for t in given_up)
     # Optuna's best is the lowest of all.
     assert min(t.value for t in complete if t.value) == min(t.value for t in trials if t.value)
+
+
+@pytest.mark.parametrize("apart", [-1.0, 1e9], ids=["all are behind", "none is"])
+def test_who_may_be_the_winner_is_captioned(
+    rungs: None, search: Search, monkeypatch: pytest.MonkeyPatch, apart: float
+) -> None:
+    """A paused trial that is given up near the best as well: the verdict may name it."""
+    asked: list[Path] = []
+    monkeypatch.setattr(Captioning, "of", lambda self, config, adapter, trained_s: asked.append(adapter))
+    monkeypatch.setattr(trial_module, "APART", apart)
+    trials, _ = search(trials=4, slots=1, num_epochs=4, captions=1)
+    may_win = [t for t in trials if t.state == "COMPLETE" or apart > 0]
+    assert {str(path.parents[2].relative_to(path.parents[4])) for path in asked} == {
+        t.attrs["folder"] for t in may_win
+    }
+    assert len(may_win) < len(trials) or apart > 0
 
 
 def test_a_trial_that_paused_reaches_what_one_that_did_not_reaches(
