@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,14 +119,28 @@ def save(
         if out_of_room(error) and not isinstance(error, OSError):  # safetensors has an exception of its own
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
-    there = _epochs(out_dir)
-    keep = {state.epoch, state.best_epoch()}
-    if state.epoch < config.num_epochs or not _is_sound(folder):
-        keep |= set(sorted(epoch for epoch, _ in there if epoch < state.epoch)[-1:])
-    superseded = [path for epoch, path in there if epoch not in keep]
-    for path in (*superseded, *folder.parent.glob(UNFINISHED)):  # the latter: of a process that was killed
+    there = dict(_epochs(out_dir))
+    final = state.epoch >= config.num_epochs and _is_sound(folder)
+    gone = [there[epoch] for epoch in superseded(there, state.epoch, state.best_epoch(), final=final)]
+    for path in (*gone, *folder.parent.glob(UNFINISHED)):  # the latter: of a process that was killed
         shutil.rmtree(path, ignore_errors=True)
     return folder
+
+
+def superseded(there: Iterable[int], epoch: int, best: int | None, *, final: bool) -> list[int]:
+    """Epochs whose checkpoints go once this epoch's is written.
+
+    Later ones stay: they are of a process that has taken the trial over from this one, which was asleep and does not
+    know yet. Its best adapter would be gone.
+
+    Args:
+        there: Epochs with a checkpoint.
+        epoch: The one just written.
+        best: That of the lowest validation loss so far.
+        final: It is the last, and sound: the one before it is not needed to go on from.
+    """
+    earlier = sorted(each for each in there if each < epoch)
+    return [each for each in earlier if each != best and (final or each != earlier[-1])]
 
 
 def _epochs(out_dir: Path) -> list[tuple[int, Path]]:

@@ -216,7 +216,10 @@ class TrialRun:
             self.trial.report(event.val_loss, event.epoch)
             self._reported[event.epoch] = event.val_loss
         self._send(event, from_checkpoint=from_checkpoint)
-        # Judge.
+        # Judge, once: a trial whose last checkpoint is damaged trains an epoch again that was judged before. A plan
+        # that looks at its latest report would pause it before it comes there, and again each time it goes on.
+        if event.epoch < max(self._reported):
+            return None
         if event.epoch >= self.last_epoch or self.repeat_of is not None:
             return None  # it has had all its epochs, or is to have them: nothing is left to save
         return pruning.verdict(self._search, self._frozen())
