@@ -61,7 +61,7 @@ class Curve:
     """Seconds per sample of comparable runs: the same model on the same machine."""
     slow_epoch_s: float = SLOW_EPOCH_S
     val_noise: float = VAL_NOISE
-    """Standard deviation of an epoch's validation loss, a share of the loss; a study that measured its own gives it."""
+    """Standard deviation of an epoch's validation loss, a share of the loss; a study gives its own."""
 
     def number(self, name: str) -> float | None:
         """A configuration value if it is a usable number, else None."""

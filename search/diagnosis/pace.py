@@ -110,9 +110,10 @@ def too_slow(seen: Signals) -> Finding | None:
         evidence |= {"warmup_steps": min(int(warmup), planned[0]), "total_steps": planned[0]}
         shorter = Advice(action="lower", parameter="warmup_steps", before=int(warmup), after=planned[0] // 10)
         moves = (shorter, *moves)
-    elif unbent and (larger := (*advise.raise_rate(seen.curve, 3.0), *advise.change_rank(seen.curve, 2))):
+    elif unbent and steady(points):
         # Steps so small that the curve is still a line: the evidence is its shape, whatever the rate's figure.
-        cause, moves = "straight", larger
+        larger = (*advise.raise_rate(seen.curve, 3.0), *advise.change_rank(seen.curve, 2))
+        cause, moves = ("straight", larger) if larger else (None, moves)
     return Finding(
         id=TOO_SLOW,
         kind="val" if by_val else "train",

@@ -20,6 +20,7 @@ TITLES: Final = {
     "overfitting": ("overfitting", "过拟合"),
     "not_learning": ("not learning", "没有学到东西"),
     "too_slow": ("too slow", "收敛过慢"),
+    "still_falling": ("still falling", "仍在下降"),
     "inconclusive": ("too early to tell", "尚无法判断"),
     "healthy": ("healthy", "训练正常"),
     "warmup_exceeds_training": ("warmup longer than the training", "warmup 超过总训练步数"),
@@ -239,6 +240,12 @@ EXTRAS: Final[dict[str, tuple[tuple[tuple[str, ...], str, str], ...]]] = {
     "overfitting": ((("learning_rate",), "; learning rate {learning_rate:rate}", "；学习率 {learning_rate:rate}"),),
     "not_learning": (
         (
+            ("witnesses", "rate_times", "lower_by"),
+            "; trials with an effective rate at least {rate_times:times} times as high ({witnesses}) were at least "
+            "{lower_by:pct} lower at the same epoch",
+            "；等效学习率至少为其 {rate_times:times} 倍的实验（{witnesses}）在同一 epoch 至少低 {lower_by:pct}",
+        ),
+        (
             ("train_first", "train_last"),
             "; training {train_first:loss} to {train_last:loss}",
             "；训练 {train_first:loss} → {train_last:loss}",
@@ -251,6 +258,12 @@ EXTRAS: Final[dict[str, tuple[tuple[tuple[str, ...], str, str], ...]]] = {
         (("learning_rate",), "; learning rate {learning_rate:rate}", "；学习率 {learning_rate:rate}"),
     ),
     "too_slow": (
+        (
+            ("witnesses", "rate_times", "lower_by"),
+            "; trials with an effective rate at least {rate_times:times} times as high ({witnesses}) were at least "
+            "{lower_by:pct} lower at the same epoch",
+            "；等效学习率至少为其 {rate_times:times} 倍的实验（{witnesses}）在同一 epoch 至少低 {lower_by:pct}",
+        ),
         (("learning_rate",), "; learning rate {learning_rate:rate}", "；学习率 {learning_rate:rate}"),
         (
             ("warmup_steps", "total_steps"),
@@ -338,23 +351,4 @@ ACTIONS: Final = {
     "stop_at_best": ("stop early, at epoch {after}", "早停：取 epoch {after} 的模型"),
     "finish": ("let it run all {after} epochs", "跑完全部 {after} 个 epoch"),
     "check": ("check that {parameter} names the intended modules", "检查 {parameter} 是否选对了模块"),
-}
-
-QUESTIONS: Final = {
-    "nan": ("NaN or infinity?", "是否出现 NaN？"),
-    "enough": ("Enough epochs to tell?", "epoch 数是否足以判断？"),
-    "falling": ("Does the loss fall, and fast enough?", "Loss 是否（足够快地）下降？"),
-    "enough_rate": ("Is it only the epochs that ran out?", "是否只是 epoch 不够？"),
-    "rate": ("Is the rate already high?", "学习率是否已经偏高？"),
-    "oscillating_or_overfitting": ("Oscillating or overfitting?", "是否震荡/过拟合？"),
-}
-
-LEAVES: Final = {
-    "non_finite": ("check the dtype (float32) and gradient clipping", "检查数据类型 (float32) + 梯度裁剪"),
-    "undecided": ("run more epochs before judging", "先多训练几个 epoch 再判断"),
-    "rate_too_high": ("lower the learning rate", "降低学习率"),
-    "longer": ("train more epochs", "增加 epoch 数"),
-    "not_falling": ("raise the learning rate / the LoRA rank", "提高学习率 / 增加 LoRA rank"),
-    "unstable": ("lower the learning rate / regularise more", "降低学习率 / 增加正则化"),
-    "good": ("this configuration is good", "当前配置良好"),
 }

@@ -1,8 +1,8 @@
 """The hand-run log's decision tree as data. Every run ends in exactly one leaf.
 
 The log asks three questions: NaN? falling? oscillating or overfitting? Three are added so that no answer is a guess:
-whether there are enough epochs to tell, whether a loss that still falls needs only more of them, and in which direction
-to change the rate if not.
+whether there are enough epochs to tell, whether a loss that still falls needs only more of them, and in which
+direction to change the rate if not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from search.diagnosis.finding import (
     Finding,
 )
 
-
 SMALL_STEPS = ("low_rate", "straight")
 """Causes of a slow run that more epochs do not mend; without one of them its advice, too, is more epochs."""
 
@@ -32,7 +31,7 @@ class Node:
     """One question, decided by whether there is a finding with one of these ids (and kinds, if any are given)."""
 
     name: str
-    """Key of `texts.QUESTIONS`."""
+    """Key of `tree_texts.QUESTIONS`."""
     ids: tuple[str, ...]
     kinds: tuple[str, ...] = ()
     but: tuple[str, ...] = ()
@@ -52,7 +51,9 @@ class Node:
 TREE: tuple[Node, ...] = (
     Node(name="nan", ids=(NON_FINITE,), yes="non_finite", no="enough"),
     Node(name="enough", ids=(INCONCLUSIVE,), answer=False, yes="falling", no="undecided"),
-    Node(name="falling", ids=(NOT_LEARNING, TOO_SLOW), answer=False, yes="oscillating_or_overfitting", no="enough_rate"),
+    Node(
+        name="falling", ids=(NOT_LEARNING, TOO_SLOW), answer=False, yes="oscillating_or_overfitting", no="enough_rate"
+    ),
     Node(name="enough_rate", ids=(TOO_SLOW,), but=SMALL_STEPS, yes="longer", no="rate"),
     Node(name="rate", ids=(NOT_LEARNING,), kinds=("high_rate",), yes="rate_too_high", no="not_falling"),
     Node(
@@ -72,7 +73,7 @@ class Leaf:
     """The leaf where a run ended, and the answers that led there."""
 
     name: str
-    """One of `LEAVES`; key of `texts.LEAVES`."""
+    """One of `LEAVES`; key of `tree_texts.LEAVES`."""
     path: tuple[tuple[str, bool], ...]
     """(node, answer) from the root on."""
     findings: tuple[str, ...]

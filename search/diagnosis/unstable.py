@@ -42,7 +42,12 @@ def _with_onset(finding: Finding, over: Finding | None) -> Finding:
     """The finding of a training loss that ends up, with the epoch at which the validation loss left its best."""
     if over is None:
         return finding
-    names = {"val_best": "val_best", "best_epoch": "val_best_epoch", "val_onset": "val_onset", "epoch": "val_onset_epoch"}
+    names = {
+        "val_best": "val_best",
+        "best_epoch": "val_best_epoch",
+        "val_onset": "val_onset",
+        "epoch": "val_onset_epoch",
+    }
     evidence = {new: over.evidence[name] for name, new in names.items()}
     stop = tuple(advice for advice in over.advice if advice.action == "stop_at_best")
     return replace(finding, evidence={**finding.evidence, **evidence}, advice=(*finding.advice, *stop))

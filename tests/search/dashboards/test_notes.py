@@ -121,7 +121,7 @@ def test_a_trial_whose_losses_overflow_has_its_note(
     """Matplotlib leaves out what has no place; so does the template."""
     trial = study.ask()
     note = annotate(trial, tmp_path, curve([*report_data.EXPERIMENT_3, losses]))
-    assert "diverged" in note and "lowest validation loss 1.5700](/artifacts/" in note
+    assert "non_finite" in note and "lowest validation loss 1.5700](/artifacts/" in note
     (kept,) = get_all_artifact_meta(trial, storage=study._storage)
     drawn = (tmp_path / "dashboard" / kept.artifact_id).read_text(encoding="utf-8")
     assert "nan" not in drawn and "inf" not in drawn
