@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +19,13 @@ from PIL import Image
 from search.diagnosis.messages import LANGS, Lang
 from search.records import EpochRecord, StudyRecord
 from search.report import plots, write
+from search.report.blocks import MOST_EPOCHS, literal, thinned
+from search.report.data import table
 from search.report.facts import Facts, gather
 from search.report.page import html
-from search.report.render import literal, markdown
+from search.report.render import markdown
 from tests.support.report_data import falling, hand_run, many, recorded, study, trial
+from trainer.config import TrainConfig
 
 HEADINGS = (
     "项目概述",
@@ -124,15 +128,15 @@ class TestSections:
 
     def test_configurations_can_be_pasted(self, hand: Facts) -> None:
         blocks = re.findall(r"```python\n(TRAINING_CONFIG.*?)```", markdown(hand, "en", LINKS), flags=re.DOTALL)
-        assert len(blocks) == 7
+        assert len(blocks) == 7  # the recommended one, and those of the six given by hand
         for block in blocks:
             scope: dict[str, dict[str, object]] = {}
             exec(block, scope)
             assert scope["TRAINING_CONFIG"]["torch_dtype"] in ("float16", "float32")
-        assert hand.best is not None
-        exec(blocks[-1], scope)
-        config = hand.best.best.record.config
-        assert scope["TRAINING_CONFIG"] == {k: v for k, v in config.items() if k not in ("model", "data", "device")}
+        assert hand.chosen is not None
+        exec(blocks[0], scope)
+        # What is left out has its default: pasted, it is the same configuration.
+        assert TrainConfig.parse(scope["TRAINING_CONFIG"]) == TrainConfig.parse(hand.chosen.record.config)
 
     def test_what_the_hand_run_found_is_found(self, hand: Facts) -> None:
         text = markdown(hand, "en", LINKS)
@@ -155,28 +159,36 @@ class WithBleu(EpochRecord):
 
 class TestEpochTable:
     @pytest.mark.parametrize(
-        ("lang", "head"),
+        ("lang", "names"),
         [
-            ("en", "| epoch | training loss | validation loss | BLEU \\| 4 | |"),
-            ("zh", "| epoch | 训练 loss | 验证 loss | BLEU 分 | |"),
+            ("en", ("training loss", "validation loss", "BLEU \\| 4")),
+            ("zh", ("训练 loss", "验证 loss", "BLEU 分")),
         ],
     )
-    def test_a_metric_with_a_heading_is_a_column(self, lang: Lang, head: str) -> None:
+    def test_a_metric_with_a_heading_is_a_line(self, lang: Lang, names: tuple[str, ...]) -> None:
         known = trial(0, [(2.0, 1.5), (1.9, 1.4), (1e5, float("nan"))])
         bleu = (0.12345, None, float("nan"))
         epochs = tuple(WithBleu(**vars(e), bleu=value) for e, value in zip(known.epochs, bleu, strict=True))
         text = markdown(gather(study([replace(known, epochs=epochs)])), lang, {})
-        table = text[text.index(head) :].splitlines()
-        assert table[1] == "| --- | --- | --- | --- | --- |"
-        assert table[2].startswith("| 1 | 2.0000 | 1.5000 | 12.3% | ✅")
-        assert table[3].startswith("| 2 | 1.9000 | 1.4000 | – | ✅")
-        assert table[4].startswith("| 3 | 1e+05 | – | – | ")
+        table = text[text.index("| epoch | 1 |") :].splitlines()
+        assert table[:2] == ["| epoch | 1 | **2** | 3 |", "| --- | --- | --- | --- |"]
+        assert table[2] == f"| {names[0]} | 2.0000 | 1.9000 | 1e+05 |"
+        assert table[3] == f"| {names[1]} | 1.5000 | 1.4000 | – |"
+        assert table[4] == f"| {names[2]} | 12.3% | – | – |"
+        assert table[5].startswith("|  | ✅ | ✅ | ")
 
     def test_a_metric_that_no_epoch_of_the_study_has_is_left_out(self) -> None:
         known = trial(0, [(2.0, None), (1.9, None)])
         epochs = tuple(WithBleu(**vars(e)) for e in known.epochs)
-        text = markdown(gather(study([replace(known, epochs=epochs)])), "en", {})
-        assert "| epoch | training loss | validation loss | |" in text
+        facts = gather(study([replace(known, epochs=epochs, attrs={**known.attrs, "label": "x"})]))
+        text = markdown(facts, "en", {})
+        assert "| training loss | 2.0000 | 1.9000 |\n| validation loss | – | – |\n|  |" in text
+
+    def test_of_many_epochs_the_first_the_last_and_the_best_are_shown(self) -> None:
+        losses = [(2.0, 1.9 - 0.01 * n if n < 33 else 1.7) for n in range(80)]
+        e = gather(study([trial(0, losses)])).experiment(0)
+        shown = [row.epoch for row in thinned(e.rows)]
+        assert len(shown) <= MOST_EPOCHS + 1 and (shown[0], shown[-1]) == (1, 80) and 33 in shown
 
 
 def _own_words(text: str) -> str:
@@ -251,7 +263,7 @@ class TestLinks:
 
     def test_without_a_server_figures_lead_to_the_trial_and_its_run_id(self, hand: Facts) -> None:
         text = markdown(hand, "en", LINKS)
-        assert "[trial 3](#experiment-3-4-too-slow), epoch 15" in text
+        assert "[trial 3](#experiment-3-4-still-falling), epoch 15" in text
         assert f"MLflow run `{3:032x}`" in text
 
 
@@ -316,8 +328,9 @@ class TestPlots:
 class TestFiles:
     def test_refresh_writes_both_languages_and_the_plots_they_link(self, tmp_path: Path) -> None:
         written = write.refresh(hand_run(), tmp_path / "hand_run")
-        assert [path.name for path in written[:2]] == ["tuning-log.md", "tuning-log.zh.md"]
+        assert [path.name for path in written[:3]] == ["tuning-log.md", "tuning-log.zh.md", "tuning-log-data.csv"]
         assert all(path.is_file() for path in written)
+        assert all("(tuning-log-data.csv)" in path.read_text() for path in written[:2])
         for path in written[:2]:
             linked = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", path.read_text())
             assert len(linked) == len(plots.PLOTS)
@@ -331,8 +344,47 @@ class TestFiles:
 
     def test_an_empty_study_has_its_log_too(self, tmp_path: Path) -> None:
         written = write.refresh(study([]), tmp_path)
-        assert [path.name for path in written] == ["tuning-log.md", "tuning-log.zh.md"]
-        assert all(len(headings(path.read_text())) > 20 for path in written)
+        assert [path.name for path in written] == ["tuning-log.md", "tuning-log.zh.md", "tuning-log-data.csv"]
+        assert all(len(headings(path.read_text())) > 20 for path in written[:2])
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[int, Facts]:
+    return {trials: gather(many(trials)) for trials in (12, 40)}
+
+
+class TestLength:
+    """A log is read to its end only if that is near; nothing measured is lost for it."""
+
+    @pytest.mark.parametrize(("trials", "most"), [(12, 250), (40, 400)])
+    @pytest.mark.parametrize("lang", LANGS)
+    def test_a_log_is_short(self, made: dict[int, Facts], trials: int, most: int, lang: Lang) -> None:
+        facts = made[trials]
+        text = markdown(facts, lang, LINKS, "tuning-log-data.csv")
+        assert len(text.splitlines()) < most
+        # Every trial is in the table of all, and told, in full or in a line.
+        words = "trial" if lang == "en" else "实验"
+        told = {e.number for e in facts.experiments if f"**{words} {e.number}**" in text} | {*facts.full}
+        assert told == {e.number for e in facts.experiments}
+
+    def test_page_one_is_the_answer(self, made: dict[int, Facts]) -> None:
+        page = markdown(made[12], "en", LINKS, "tuning-log-data.csv").split("## 📋 Overview")[0]
+        assert len(page.splitlines()) < 75
+        assert page.count("\n- **") == 5 and page.count("![") == 1 and page.count("```bash") == 1
+        assert len(re.findall(r"^\| (?:\d+|–) \| \[\d+\]", page, flags=re.MULTILINE)) == 12
+        parts = ("**not decided", "| rank |", "![", "TRAINING_CONFIG", "**Next command**")
+        order = [page.index(part) for part in parts]
+        assert order == sorted(order)
+
+    def test_every_epoch_is_in_the_file_beside_it(self, made: dict[int, Facts]) -> None:
+        rows = list(csv.DictReader(io.StringIO(table(made[40]).decode())))
+        known = {(t.number, e.epoch): e for t in made[40].record.trials for e in t.epochs}
+        assert len(rows) == len(known)
+        for row in rows:
+            epoch = known[int(row["trial"]), int(row["epoch"])]
+            for each in fields(EpochRecord):
+                value = getattr(epoch, each.name)
+                assert row[each.name] == ("" if value is None else repr(value))
 
 
 @pytest.mark.parametrize(
