@@ -26,7 +26,7 @@ class Places:
     RUNS_DIR/mlflow.db        MLflow's, unless --tracking-uri names another
     RUNS_DIR/artifacts/       files of MLflow's runs (a server keeps them elsewhere)
     RUNS_DIR/dashboard/       files that optuna-dashboard shows in notes
-    RUNS_DIR/STUDY/           search.log, tuning-log.*, trials/NNNN/, spool/
+    RUNS_DIR/STUDY/           search.log, tuning-log.*, tuning-log-data.csv, trials/NNNN/, spool/
     ```
     """
 

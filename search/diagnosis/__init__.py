@@ -9,7 +9,7 @@ unstable   losses that fall apart (diverged, oscillating, overfitting)
 pace       how fast stable losses fall (not_learning, too_slow, healthy, inconclusive)
 advise     what to try next, with values
 finding    Finding and Advice, the plain values that come out
-messages   the sentences, in English and Chinese; texts: their words
+messages   the sentences, in English and Chinese; texts, tree_texts: their words
 tree       the hand-run log's decision tree; every run ends in one of its leaves
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from search import records
 from search.diagnosis.finding import NON_FINITE
-from search.diagnosis.noise import train_noise, usable
+from search.diagnosis.noise import VAL_NOISE, train_noise, usable
 from search.records import EpochRecord, StepRecord, TrialRecord, epoch_record
 from trainer.config import TrainConfig
 from trainer.events import Diverged, EpochEnded, Event, NonFinite, OutOfMemory, RunStarted, StepEnded
@@ -60,6 +60,8 @@ class Curve:
     peer_seconds_per_sample: float | None = None
     """Seconds per sample of comparable runs: the same model on the same machine."""
     slow_epoch_s: float = SLOW_EPOCH_S
+    val_noise: float = VAL_NOISE
+    """Standard deviation of an epoch's validation loss, a share of the loss; a study gives its own."""
 
     def number(self, name: str) -> float | None:
         """A configuration value if it is a usable number, else None."""
@@ -174,12 +176,21 @@ def _nonfinite(steps: list[StepEnded], ended: Diverged | None) -> NonFiniteFacts
     )
 
 
-def curve_from_record(trial: TrialRecord) -> Curve:
+def curve_from_record(trial: TrialRecord, val_noise: float = VAL_NOISE) -> Curve:
     """The curve of a trial from its records.
 
     What only the events knew (which tensor went bad) comes from the findings recorded with the trial, if any.
+
+    Args:
+        trial: The trial.
+        val_noise: Standard deviation of an epoch's validation loss, a share of the loss.
     """
+    samples = [trial.tags.get(name, "") for name in ("num_train_samples", "num_val_samples")]
+    total = trial.tags.get("total_steps", "")
     return Curve(
+        num_samples=sum(map(int, samples)) if all(text.isdecimal() for text in samples) else None,
+        total_steps=int(total) if total.isdecimal() else None,
+        val_noise=val_noise,
         config=trial.config,
         epochs=trial.epochs,
         steps=trial.steps,

@@ -10,12 +10,14 @@ import string
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
-from search.diagnosis.finding import Advice, Finding
-from search.diagnosis.texts import ACTIONS, CAUSES, EXTRAS, LEAVES, QUESTIONS, SENTENCES, TITLES
+from search.diagnosis.finding import IDS, TOO_SLOW, Advice, Finding
+from search.diagnosis.texts import ACTIONS, CAUSES, EXTRAS, SENTENCES, TITLES
 from search.diagnosis.tree import Leaf
+from search.diagnosis.tree_texts import LEAVES, QUESTIONS
 
 Lang = Literal["en", "zh"]
 LANGS: Final[tuple[Lang, ...]] = ("en", "zh")
+STILL_FALLING: Final = "still_falling"
 
 
 class _Values(string.Formatter):
@@ -35,6 +37,8 @@ class _Values(string.Formatter):
             return self._time(float(value))
         if format_spec == "rate":
             return rate(float(value))
+        if format_spec == "times" and float(value) >= 100:
+            return f"{float(value):.0f}"
         return f"{float(value):.{'5' if format_spec == 'loss' else '2'}g}"
 
     def _time(self, seconds: float) -> str:
@@ -59,8 +63,19 @@ def _fill(template: str, values: Mapping[str, Any], lang: Lang) -> str:
 
 
 def title(finding_id: str, lang: Lang = "en") -> str:
-    """A finding's name."""
+    """A finding's name, by its id or by its `key`."""
     return _pick(TITLES[finding_id], lang)
+
+
+def key(finding: Finding) -> str:
+    """What a finding is called by: its id, but a slow run that only lacks epochs is not called too slow."""
+    only_epochs = finding.id == TOO_SLOW and finding.cause is None
+    return STILL_FALLING if only_epochs else finding.id
+
+
+def rank(name: str) -> int:
+    """The place of a `key` in the order of findings."""
+    return IDS.index(TOO_SLOW if name == STILL_FALLING else name)
 
 
 def sentence(finding: Finding, lang: Lang = "en") -> str:

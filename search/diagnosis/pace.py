@@ -11,7 +11,6 @@ from search.diagnosis.faults import clipped_fraction
 from search.diagnosis.finding import HEALTHY, INCONCLUSIVE, NOT_LEARNING, TOO_SLOW, Advice, Finding, Scalar
 from search.diagnosis.noise import (
     SIGNIFICANT,
-    VAL_NOISE,
     best,
     calm,
     limit,
@@ -41,21 +40,18 @@ def finding(seen: Signals) -> Finding:
 
 def not_learning(seen: Signals) -> Finding | None:
     """Neither loss ever fell by more than noise."""
-    for points, noise in ((seen.train, seen.curve.train_noise), (seen.val, VAL_NOISE)):
+    for points, noise in ((seen.train, seen.curve.train_noise), (seen.val, seen.curve.val_noise)):
         if points and relative(points[0][1], best(points)[1]) > limit(noise):
             return None
     if steady(seen.val) or _fell_within_first_epoch(seen):
         return None
     rate = seen.curve.peak_rate
-    kind = "flat"
-    if rate is not None:
-        kind = "high_rate" if rate >= advise.HIGH_RATE else "low_rate" if rate < advise.LOW_RATE else "flat"
+    kind = "high_rate" if rate is not None and rate >= advise.HIGH_RATE else "flat"
     if kind == "high_rate":
         moves = advise.lower_rate(seen.curve)
     else:
         # The log's leaf for a loss that does not fall: higher rate, larger rank.
         moves = (*advise.raise_rate(seen.curve), *advise.change_rank(seen.curve, 2))
-    if kind == "flat":
         moves = (*moves, Advice(action="check", parameter="target_modules"))
     points = seen.train or seen.val
     fall = relative(points[0][1], best(points)[1])
@@ -65,7 +61,7 @@ def not_learning(seen: Signals) -> Finding | None:
         severity="warning",
         epoch=points[0][0],
         evidence=losses(seen) | {"fall": fall} | rate_evidence(seen),
-        cause=kind if kind != "flat" else None,
+        cause="high_rate" if kind == "high_rate" else None,
         advice=moves,
     )
 
@@ -82,15 +78,15 @@ def _fell_within_first_epoch(seen: Signals) -> bool:
     first, rest = losses[:n], losses[len(losses) // 2 :]
     error = math.hypot(pstdev(first) / math.sqrt(len(first)), pstdev(rest) / math.sqrt(len(rest)))
     fall = fmean(first) - fmean(rest)
-    return fall > SIGNIFICANT * error and fall > limit(VAL_NOISE) * abs(fmean(rest))
+    return fall > SIGNIFICANT * error and fall > limit(seen.curve.val_noise) * abs(fmean(rest))
 
 
 def too_slow(seen: Signals) -> Finding | None:
     """Still improving at the last epoch, so much that more epochs would make a visible difference."""
     by_val = len(seen.val) >= FEWEST_EPOCHS
-    points = calm(seen.val, VAL_NOISE) if by_val else calm(seen.train, seen.curve.train_noise)
+    points = calm(seen.val, seen.curve.val_noise) if by_val else calm(seen.train, seen.curve.train_noise)
     # A gain is worth waiting for if the validation loss can show it, whichever curve it is read from.
-    noise = VAL_NOISE
+    noise = seen.curve.val_noise
     last = points[-1][0]
     if best(points) not in points[-2:] or _cut_short(seen):
         return None
@@ -103,25 +99,21 @@ def too_slow(seen: Signals) -> Finding | None:
     unbent = fell and straight > STRAIGHT
     if not unbent and not (ahead > SIGNIFICANT * noise and wanted > last):
         return None
-    factor = min(max(wanted / last, 1.5), 3.0)
     evidence: dict[str, Scalar] = losses(seen) | {"gain_ahead": ahead, "per_epoch": gain / last}
     evidence |= {"more_epochs": math.ceil(max(wanted, FURTHER * last)) - last, "straightness": straight}
     evidence["fall"] = -relative(points[-1][1], points[0][1])
-    rate = seen.curve.peak_rate
     planned, warmup = seen.curve.planned_steps, seen.curve.number("warmup_steps")
     cause: str | None = None
-    first: tuple[Advice, ...] = ()
-    if rate is not None and rate < advise.LOW_RATE:
-        cause = "low_rate"
-    elif planned is not None and warmup is not None and warmup > LONG_WARMUP * planned[0] > 0:
+    moves = advise.more_epochs(seen.curve, max(wanted, FURTHER * last))
+    if planned is not None and warmup is not None and warmup > LONG_WARMUP * planned[0] > 0:
         cause = "long_warmup"
         evidence |= {"warmup_steps": min(int(warmup), planned[0]), "total_steps": planned[0]}
-        first = (Advice(action="lower", parameter="warmup_steps", before=int(warmup), after=planned[0] // 10),)
-    moves = (
-        *first,
-        *advise.raise_rate(seen.curve, factor),
-        *advise.more_epochs(seen.curve, max(wanted, FURTHER * last)),
-    )
+        shorter = Advice(action="lower", parameter="warmup_steps", before=int(warmup), after=planned[0] // 10)
+        moves = (shorter, *moves)
+    elif unbent and steady(points):
+        # Steps so small that the curve is still a line: the evidence is its shape, whatever the rate's figure.
+        larger = (*advise.raise_rate(seen.curve, 3.0), *advise.change_rank(seen.curve, 2))
+        cause, moves = ("straight", larger) if larger else (None, moves)
     return Finding(
         id=TOO_SLOW,
         kind="val" if by_val else "train",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from search.diagnosis import advise
 from search.diagnosis.curve import Curve
 from search.diagnosis.finding import Scalar
-from search.diagnosis.noise import VAL_NOISE, Excursion, Rise, Series, best, excursions, rise, series
+from search.diagnosis.noise import Excursion, Rise, Series, best, excursions, rise, series
 
 FEWEST_EPOCHS = 3
 """Two epochs give a direction but no trend: all recorded runs fall from the first to the second, however they end."""
@@ -38,8 +38,8 @@ def read(curve: Curve) -> Signals:
         train=train,
         val=val,
         train_moves=excursions(train, curve.train_noise),
-        val_moves=excursions(val, VAL_NOISE),
-        val_rise=rise(val, VAL_NOISE),
+        val_moves=excursions(val, curve.val_noise),
+        val_rise=rise(val, curve.val_noise),
     )
 
 

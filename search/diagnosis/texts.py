@@ -20,6 +20,7 @@ TITLES: Final = {
     "overfitting": ("overfitting", "过拟合"),
     "not_learning": ("not learning", "没有学到东西"),
     "too_slow": ("too slow", "收敛过慢"),
+    "still_falling": ("still falling", "仍在下降"),
     "inconclusive": ("too early to tell", "尚无法判断"),
     "healthy": ("healthy", "训练正常"),
     "warmup_exceeds_training": ("warmup longer than the training", "warmup 超过总训练步数"),
@@ -122,27 +123,23 @@ SENTENCES: Final = {
     ),
     "too_slow.val": (
         "stable, but the validation loss still falls at the last epoch, {last_epoch}: {val_first:loss} to {val_last:loss}, "
-        "now {per_epoch:pct} an epoch; half as many epochs again would gain about {gain_ahead:pct}, and it needs about "
-        "{more_epochs} more",
-        "训练稳定，但到最后的 epoch {last_epoch} 验证 loss 仍在下降：{val_first:loss} → {val_last:loss}，目前每个 epoch 约 {per_epoch:pct}；"
-        "再训练一半的 epoch 预计还能降约 {gain_ahead:pct}，估计还需约 {more_epochs} 个 epoch",
+        "now {per_epoch:pct} an epoch",
+        "训练稳定，但到最后的 epoch {last_epoch} 验证 loss 仍在下降：{val_first:loss} → {val_last:loss}，目前每个 epoch 约 {per_epoch:pct}",
     ),
     "too_slow.train": (
         "stable, but the training loss still falls at the last epoch, {last_epoch}: {train_first:loss} to {train_last:loss}, "
-        "now {per_epoch:pct} an epoch; half as many epochs again would gain about {gain_ahead:pct}, and it needs about "
-        "{more_epochs} more",
-        "训练稳定，但到最后的 epoch {last_epoch} 训练 loss 仍在下降：{train_first:loss} → {train_last:loss}，目前每个 epoch 约 {per_epoch:pct}；"
-        "再训练一半的 epoch 预计还能降约 {gain_ahead:pct}，估计还需约 {more_epochs} 个 epoch",
+        "now {per_epoch:pct} an epoch",
+        "训练稳定，但到最后的 epoch {last_epoch} 训练 loss 仍在下降：{train_first:loss} → {train_last:loss}，目前每个 epoch 约 {per_epoch:pct}",
     ),
     "inconclusive.none": ("no epoch has a loss: nothing to judge", "没有任何 epoch 的 loss 记录，无法判断"),
     "inconclusive.few": (
-        "{epochs} epoch(s) are not enough to tell, at least {needed} are needed: training {train_first:loss} to "
+        "epochs trained: {epochs}, too few to tell (at least {needed} are needed): training {train_first:loss} to "
         "{train_last:loss}, validation {val_first:loss} to {val_last:loss}",
         "只有 {epochs} 个 epoch，不足以判断（至少需要 {needed} 个）：训练 {train_first:loss} → {train_last:loss}，"
         "验证 {val_first:loss} → {val_last:loss}",
     ),
     "inconclusive.few_partial": (
-        "{epochs} epoch(s) are not enough to tell, at least {needed} are needed",
+        "epochs trained: {epochs}, too few to tell (at least {needed} are needed)",
         "只有 {epochs} 个 epoch，不足以判断（至少需要 {needed} 个）",
     ),
     "healthy.falls_val": (
@@ -203,7 +200,7 @@ EXTRAS: Final[dict[str, tuple[tuple[tuple[str, ...], str, str], ...]]] = {
             "; step {last_finite_step} was still good, loss {last_finite_loss:loss}",
             "；第 {last_finite_step} 步还正常，loss {last_finite_loss:loss}",
         ),
-        (("bad_steps",), "; {bad_steps} step(s) not finite in all", "；共有 {bad_steps} 步数值非有限"),
+        (("bad_steps",), "; steps not finite in all: {bad_steps}", "；共有 {bad_steps} 步数值非有限"),
         (("torch_dtype",), "; {torch_dtype}", "；{torch_dtype}"),
         (("measured",), "; measured: {measured}", "；实测：{measured}"),
     ),
@@ -216,6 +213,11 @@ EXTRAS: Final[dict[str, tuple[tuple[tuple[str, ...], str, str], ...]]] = {
     ),
     "diverged": (
         (
+            ("val_onset_epoch", "val_best", "val_best_epoch"),
+            "; the validation loss left its best, {val_best:loss} (epoch {val_best_epoch}), at epoch {val_onset_epoch}",
+            "；验证 loss 在 epoch {val_best_epoch} 达到最佳 {val_best:loss}，从 epoch {val_onset_epoch} 起上升",
+        ),
+        (
             ("val_before", "val_last"),
             "; validation {val_before:loss} to {val_last:loss}",
             "；验证 {val_before:loss} → {val_last:loss}",
@@ -223,6 +225,11 @@ EXTRAS: Final[dict[str, tuple[tuple[tuple[str, ...], str, str], ...]]] = {
         (("learning_rate",), "; learning rate {learning_rate:rate}", "；学习率 {learning_rate:rate}"),
     ),
     "oscillating": (
+        (
+            ("val_onset_epoch", "val_best", "val_best_epoch"),
+            "; the validation loss left its best, {val_best:loss} (epoch {val_best_epoch}), at epoch {val_onset_epoch}",
+            "；验证 loss 在 epoch {val_best_epoch} 达到最佳 {val_best:loss}，从 epoch {val_onset_epoch} 起上升",
+        ),
         (
             ("val_before", "val_last"),
             "; validation {val_before:loss} to {val_last:loss}",
@@ -232,6 +239,12 @@ EXTRAS: Final[dict[str, tuple[tuple[tuple[str, ...], str, str], ...]]] = {
     ),
     "overfitting": ((("learning_rate",), "; learning rate {learning_rate:rate}", "；学习率 {learning_rate:rate}"),),
     "not_learning": (
+        (
+            ("witnesses", "rate_times", "lower_by"),
+            "; trials with an effective rate at least {rate_times:times} times as high ({witnesses}) were at least "
+            "{lower_by:pct} lower at the same epoch",
+            "；等效学习率至少为其 {rate_times:times} 倍的实验（{witnesses}）在同一 epoch 至少低 {lower_by:pct}",
+        ),
         (
             ("train_first", "train_last"),
             "; training {train_first:loss} to {train_last:loss}",
@@ -245,6 +258,12 @@ EXTRAS: Final[dict[str, tuple[tuple[tuple[str, ...], str, str], ...]]] = {
         (("learning_rate",), "; learning rate {learning_rate:rate}", "；学习率 {learning_rate:rate}"),
     ),
     "too_slow": (
+        (
+            ("witnesses", "rate_times", "lower_by"),
+            "; trials with an effective rate at least {rate_times:times} times as high ({witnesses}) were at least "
+            "{lower_by:pct} lower at the same epoch",
+            "；等效学习率至少为其 {rate_times:times} 倍的实验（{witnesses}）在同一 epoch 至少低 {lower_by:pct}",
+        ),
         (("learning_rate",), "; learning rate {learning_rate:rate}", "；学习率 {learning_rate:rate}"),
         (
             ("warmup_steps", "total_steps"),
@@ -308,7 +327,15 @@ CAUSES: Final = {
     ),
     "exploding_gradient": ("the gradient norm exploded", "梯度范数爆炸"),
     "high_rate": ("the learning rate is high for LoRA", "学习率对 LoRA 来说偏高"),
-    "low_rate": ("the learning rate is very low", "学习率过低"),
+    "low_rate": (
+        "the effective rate (learning rate x alpha, by batch and rank) is too low: that of trials that came lower at the "
+        "same epoch is several times higher",
+        "等效学习率（学习率 × alpha，计入 batch 与 rank）过低：同一 epoch 上 loss 更低的实验，其等效学习率高出数倍",
+    ),
+    "straight": (
+        "the loss still falls in a straight line: at steps of this size the training has hardly begun",
+        "loss 仍近乎直线下降：步长太小，训练几乎还没有展开",
+    ),
     "long_warmup": ("much of the training was warmup", "warmup 占了训练的很大一部分"),
     "waits_for_data": ("the device waits for data", "设备在等待数据加载"),
     "computes": ("the time goes into computing, not into loading", "时间主要花在计算上，而不是数据加载"),
@@ -324,21 +351,4 @@ ACTIONS: Final = {
     "stop_at_best": ("stop early, at epoch {after}", "早停：取 epoch {after} 的模型"),
     "finish": ("let it run all {after} epochs", "跑完全部 {after} 个 epoch"),
     "check": ("check that {parameter} names the intended modules", "检查 {parameter} 是否选对了模块"),
-}
-
-QUESTIONS: Final = {
-    "nan": ("NaN or infinity?", "是否出现 NaN？"),
-    "enough": ("Enough epochs to tell?", "epoch 数是否足以判断？"),
-    "falling": ("Does the loss fall, and fast enough?", "Loss 是否（足够快地）下降？"),
-    "rate": ("Is the rate already high?", "学习率是否已经偏高？"),
-    "oscillating_or_overfitting": ("Oscillating or overfitting?", "是否震荡/过拟合？"),
-}
-
-LEAVES: Final = {
-    "non_finite": ("check the dtype (float32) and gradient clipping", "检查数据类型 (float32) + 梯度裁剪"),
-    "undecided": ("run more epochs before judging", "先多训练几个 epoch 再判断"),
-    "rate_too_high": ("lower the learning rate", "降低学习率"),
-    "not_falling": ("raise the learning rate / the LoRA rank", "提高学习率 / 增加 LoRA rank"),
-    "unstable": ("lower the learning rate / regularise more", "降低学习率 / 增加正则化"),
-    "good": ("this configuration is good", "当前配置良好"),
 }

@@ -1,7 +1,8 @@
 """The hand-run log's decision tree as data. Every run ends in exactly one leaf.
 
-The log asks three questions: NaN? falling? oscillating or overfitting? Two are added so that no answer is a guess:
-whether there are enough epochs to tell, and in which direction to change the rate if the loss does not fall.
+The log asks three questions: NaN? falling? oscillating or overfitting? Three are added so that no answer is a guess:
+whether there are enough epochs to tell, whether a loss that still falls needs only more of them, and in which
+direction to change the rate if not.
 """
 
 from __future__ import annotations
@@ -21,26 +22,39 @@ from search.diagnosis.finding import (
     Finding,
 )
 
+SMALL_STEPS = ("low_rate", "straight")
+"""Causes of a slow run that more epochs do not mend; without one of them its advice, too, is more epochs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
     """One question, decided by whether there is a finding with one of these ids (and kinds, if any are given)."""
 
     name: str
-    """Key of `texts.QUESTIONS`."""
+    """Key of `tree_texts.QUESTIONS`."""
     ids: tuple[str, ...]
     kinds: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
+    """Causes with which a finding does not count."""
     answer: bool = True
     """The answer that such a finding gives: `not_learning` answers no to "is it falling?"."""
     yes: str
     """The next node, or a leaf."""
     no: str
 
+    def catches(self, finding: Finding) -> bool:
+        """Whether the finding decides this node."""
+        known = finding.id in self.ids and (not self.kinds or finding.kind in self.kinds)
+        return known and finding.cause not in self.but
+
 
 TREE: tuple[Node, ...] = (
     Node(name="nan", ids=(NON_FINITE,), yes="non_finite", no="enough"),
     Node(name="enough", ids=(INCONCLUSIVE,), answer=False, yes="falling", no="undecided"),
-    Node(name="falling", ids=(NOT_LEARNING, TOO_SLOW), answer=False, yes="oscillating_or_overfitting", no="rate"),
+    Node(
+        name="falling", ids=(NOT_LEARNING, TOO_SLOW), answer=False, yes="oscillating_or_overfitting", no="enough_rate"
+    ),
+    Node(name="enough_rate", ids=(TOO_SLOW,), but=SMALL_STEPS, yes="longer", no="rate"),
     Node(name="rate", ids=(NOT_LEARNING,), kinds=("high_rate",), yes="rate_too_high", no="not_falling"),
     Node(
         name="oscillating_or_overfitting",
@@ -51,7 +65,7 @@ TREE: tuple[Node, ...] = (
 )
 """The first node is the root."""
 
-LEAVES = ("non_finite", "undecided", "rate_too_high", "not_falling", "unstable", "good")
+LEAVES = ("non_finite", "undecided", "rate_too_high", "longer", "not_falling", "unstable", "good")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +73,7 @@ class Leaf:
     """The leaf where a run ended, and the answers that led there."""
 
     name: str
-    """One of `LEAVES`; key of `texts.LEAVES`."""
+    """One of `LEAVES`; key of `tree_texts.LEAVES`."""
     path: tuple[tuple[str, bool], ...]
     """(node, answer) from the root on."""
     findings: tuple[str, ...]
@@ -75,7 +89,7 @@ def leaf(findings: Iterable[Finding]) -> Leaf:
     name, path, deciding = TREE[0].name, [], []
     while name in nodes:
         node = nodes[name]
-        hits = [f.id for f in found if f.id in node.ids and (not node.kinds or f.kind in node.kinds)]
+        hits = [f.id for f in found if node.catches(f)]
         answer = node.answer if hits else not node.answer
         deciding.extend(hits)
         path.append((name, answer))

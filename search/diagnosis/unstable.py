@@ -8,7 +8,7 @@ from dataclasses import replace
 from search import records
 from search.diagnosis import advise
 from search.diagnosis.finding import DIVERGED, OSCILLATING, OVERFITTING, Advice, Finding, Scalar
-from search.diagnosis.noise import VAL_NOISE, Excursion, best, limit, relative
+from search.diagnosis.noise import Excursion, best, limit, relative
 from search.diagnosis.signals import FEWEST_EPOCHS, Signals, high_rate, rate_evidence
 
 GIVEN_BACK = 0.5
@@ -26,8 +26,31 @@ rise and half of the one that was a real divergence.
 
 
 def findings(seen: Signals) -> tuple[Finding, ...]:
-    """What is wrong with the course of the losses; empty if nothing is."""
-    return tuple(f for f in (diverged(seen), oscillating(seen), overfitting(seen)) if f is not None)
+    """What is wrong with the course of the losses; empty if nothing is.
+
+    A run that ends with both losses up is not also called overfitting, by figures of the epochs before: that the
+    validation loss left its best first is told with the divergence.
+    """
+    found = diverged(seen) or oscillating(seen)
+    over = overfitting(seen)
+    if found is not None and (found.id == DIVERGED or found.kind == "rising"):
+        return (_with_onset(found, over),)
+    return tuple(f for f in (found, over) if f is not None)
+
+
+def _with_onset(finding: Finding, over: Finding | None) -> Finding:
+    """The finding of a training loss that ends up, with the epoch at which the validation loss left its best."""
+    if over is None:
+        return finding
+    names = {
+        "val_best": "val_best",
+        "best_epoch": "val_best_epoch",
+        "val_onset": "val_onset",
+        "epoch": "val_onset_epoch",
+    }
+    evidence = {new: over.evidence[name] for name, new in names.items()}
+    stop = tuple(advice for advice in over.advice if advice.action == "stop_at_best")
+    return replace(finding, evidence={**finding.evidence, **evidence}, advice=(*finding.advice, *stop))
 
 
 def diverged(seen: Signals) -> Finding | None:
@@ -71,7 +94,7 @@ def diverged(seen: Signals) -> Finding | None:
 def _stays_up(seen: Signals, move: Excursion) -> bool:
     """Whether the validation loss, too, ends above its earlier best by more than noise."""
     before = [value for epoch, value in seen.val if epoch < move.start[0]]
-    return not before or relative(seen.val[-1][1], min(before)) > limit(VAL_NOISE)
+    return not before or relative(seen.val[-1][1], min(before)) > limit(seen.curve.val_noise)
 
 
 def _stopped_as_diverged(seen: Signals) -> Finding | None:
@@ -95,8 +118,6 @@ def _stopped_as_diverged(seen: Signals) -> Finding | None:
 
 def oscillating(seen: Signals) -> Finding | None:
     """The training loss ends above its best by more than noise, or a loss went up and came back more than once."""
-    if diverged(seen) is not None:
-        return None
     move = seen.train_open
     fell = bool(seen.train) and -relative(best(seen.train)[1], seen.train[0][1]) > limit(seen.curve.train_noise)
     evidence: dict[str, Scalar]

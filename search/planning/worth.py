@@ -90,9 +90,10 @@ class Outlook:
         best = int(np.argmin(self.curves.predict(at)[0]))
         return begun[at.owner[best]].number, int(at.epoch[best])
 
-    def at(self, trial: Known, epoch: int) -> float:
-        """What the curves make of a trial's loss at an epoch, bent: good for comparing."""
-        return float(self.curves.predict(_points([trial], [[epoch]]))[0][0])
+    def at(self, trial: Known, epochs: Sequence[int]) -> tuple[list[float], list[float]]:
+        """(means, standard deviations) of a trial's bent loss at some epochs; see `Curves.predict`."""
+        mean, sd = self.curves.predict(_points([trial], [epochs]))
+        return mean.tolist(), sd.tolist()
 
     def of(self, trials: Sequence[Known]) -> list[Worth]:
         """The worth of going on with these; those that have not begun have no losses and the number -1."""

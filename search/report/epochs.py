@@ -49,10 +49,10 @@ class EpochRow:
     """One epoch with its mark.
 
     bad: a loss is not finite, or the training loss lies above its lowest by more than noise, in a run that the
-    diagnosis finds unstable; warning: the same in any other run, or the validation loss lies above its best so far by
-    more than one standard deviation of noise; good: none of these; unknown: a loss was not recorded. The hand-run log
-    uses the marks in this way: in its experiment 3 a rise of the validation loss alone is a warning, a rise of the
-    training loss is bad.
+    diagnosis finds unstable; warning: the same in any other run or at the trial's best epoch, or the validation loss
+    lies above its best so far by more than one standard deviation of noise; good: none of these; unknown: a loss was
+    not recorded. The hand-run log uses the marks in this way: in its experiment 3 a rise of the validation loss alone
+    is a warning, a rise of the training loss is bad.
 
     Why the diagnosis is asked: the noise was measured on the recorded runs, with 320 training samples and more. With
     a few dozen samples the training loss moves by more than that in a run that is not broken.
@@ -79,8 +79,14 @@ class EpochRow:
         return self.record.val_loss
 
 
-def epoch_rows(trial: TrialRecord, findings: Sequence[Finding] = ()) -> tuple[EpochRow, ...]:
-    """The trial's epochs with their marks, given its findings."""
+def epoch_rows(trial: TrialRecord, findings: Sequence[Finding] = (), noise: float = VAL_NOISE) -> tuple[EpochRow, ...]:
+    """The trial's epochs with their marks.
+
+    Args:
+        trial: The trial.
+        findings: Its findings.
+        noise: Standard deviation of a validation loss, a share of the loss.
+    """
     rows = []
     unstable = any(finding.id in UNSTABLE for finding in findings)
     broke = trial.reason == records.NON_FINITE or any(tag.startswith("nonfinite.") for tag in trial.tags)
@@ -92,16 +98,18 @@ def epoch_rows(trial: TrialRecord, findings: Sequence[Finding] = ()) -> tuple[Ep
         val_rise = None if val is None or best_val is None else relative(val, best_val)
         train_rise = None if train is None or best_train is None else relative(train, best_train)
         train_up = train_rise is not None and train_rise > limit(TRAIN_NOISE)
-        val_up = val_rise is not None and val_rise > VAL_NOISE
+        val_up = val_rise is not None and val_rise > noise
         missing: Mark = "bad" if broke else "unknown"
-        mark: Mark = "bad" if train_up and unstable else "warning" if train_up or val_up else "good"
+        best = record.epoch == trial.best_epoch
+        # The epoch that the trial is taken for is not called bad in the same line.
+        mark: Mark = "bad" if train_up and unstable and not best else "warning" if train_up or val_up else "good"
         if (val is None or train is None) and mark != "bad":
             mark = missing
         rows.append(
             EpochRow(
                 record=replace(record, train_loss=train, val_loss=val),
                 mark=mark,
-                is_best=record.epoch == trial.best_epoch,
+                is_best=best,
                 val_rise=val_rise if val_up else None,
                 train_rise=train_rise if train_up else None,
             )

@@ -17,16 +17,19 @@ from search.captions import CAPTIONS, Pictured
 from search.diagnosis.advise import HIGH_RATE
 from search.leaderboard import is_repeat, searched, state_of
 from search.records import StudyRecord, TrialRecord
+from search.report import forecast, parameters, summary
 from search.report import next_steps as steps
-from search.report import parameters, summary
+from search.report.board import Board, board, in_full
 from search.report.epochs import Column, columns
-from search.report.experiment import UNFINISHED, Experiment, experiments_of
+from search.report.experiment import UNFINISHED, Experiment
+from search.report.experiments import experiments_of
+from search.report.forecast import Forecast, Outcome
 from search.report.importance import Importance, importances
 from search.report.measured_noise import Noise, measure
 from search.report.next_steps import NextSteps
 from search.report.parameters import Table
-from search.report.summary import Budget, Lessons, Recommended, Sign, Stage
-from search.verdict.leaders import verdict_of
+from search.report.summary import Budget, Lessons, Recommended, Sign
+from search.verdict.leaders import verdict_of, winner
 from search.verdict.race import Verdict
 
 
@@ -81,10 +84,18 @@ class Facts:
     budget: Budget
     tables: dict[str, Table]
     importances: tuple[Importance, ...]
-    strategy: tuple[Stage, ...]
+    strategy: tuple[str, ...]
+    """The order of tuning."""
     complete: int
     clipping: Clipping
     best: Recommended | None
+    chosen: Experiment | None
+    """What the study names: the trial of its verdict, else the one with the lowest loss."""
+    curves: Outcome | None
+    """What the model of all curves says."""
+    board: Board
+    full: tuple[int, ...]
+    """Trials told in full; the others have a line each."""
     verdict: Verdict | None
     """What the repeats of the leaders say; None if none were asked for."""
     repeats: tuple[TrialRecord, ...]
@@ -103,6 +114,23 @@ class Facts:
         """The experiment of a trial."""
         return next(e for e in self.experiments if e.number == number)
 
+    @property
+    def promise(self) -> Forecast | None:
+        """The lowest of what more epochs are expected to bring."""
+        longer = [f for f in self.curves.longer if f.trial in self.next.ran] if self.curves else []
+        return min(longer, key=lambda f: (f.loss, f.trial), default=None)
+
+    @property
+    def stopped(self) -> dict[int, Forecast]:
+        """What trials that were stopped by comparison would have come to, by trial."""
+        return {f.trial: f for f in self.curves.stopped} if self.curves else {}
+
+    @property
+    def repeats_of(self) -> dict[int, tuple[TrialRecord, ...]]:
+        """The repeats by the trial that they repeat."""
+        numbers = dict.fromkeys(t.attrs[records.REPEAT_OF] for t in self.repeats)
+        return {n: tuple(t for t in self.repeats if t.attrs[records.REPEAT_OF] == n) for n in numbers}
+
 
 def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
     """The facts of a study. Pure: the same records, the same facts.
@@ -119,10 +147,13 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
     record = replace(record, trials=tuple(searched(ours)))
     experiments = experiments_of(record.trials, noise)
     best = summary.recommended(experiments, noise)
+    named = winner(record.trials, verdict)
+    chosen = next((e for e in experiments if named is not None and e.number == named.number), None)
     samples = parameters.main_samples(experiments)
     judged = [e for e in experiments if e.judged]
     compared = [e.value for e in judged if e.samples == samples and e.value is not None]
     ranked = importances(record, experiments)
+    curves = forecast.outcome(record, experiments, samples, noise)
     times = [t for e in record.trials for t in (e.start_s, e.end_s) if t is not None]
     sizes = Counter((e.tag("num_train_samples"), e.tag("num_val_samples")) for e in experiments)
     return Facts(
@@ -148,9 +179,13 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         complete=sum(1 for t in record.trials if t.state == "COMPLETE"),
         clipping=_clipping(experiments),
         best=best,
+        chosen=chosen,
+        curves=curves,
+        board=board(record, experiments, best.best if best else None, noise),
+        full=in_full(experiments, chosen, best.best if best else None),
         verdict=verdict,
         repeats=repeats,
-        next=steps.next_steps(record, experiments, best, options, verdict),
+        next=steps.next_steps(record, experiments, chosen, options, verdict=verdict, curves=curves),
         health=summary.health(experiments),
         trouble=summary.trouble(experiments),
         tree=summary.tree(experiments),

@@ -1,4 +1,8 @@
-"""Which parameters matter for the validation loss: Optuna's PED-ANOVA, with the uncertainty of few trials."""
+"""Which parameters matter for the validation loss, as optuna-dashboard says it, with the uncertainty of few trials.
+
+The evaluator is Optuna's default one (PED-ANOVA: what sets the best tenth of the trials apart), which the dashboard
+uses too: both show the same figure where all complete trials were validated on the same samples.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 FEWEST = 10
-"""Fewest COMPLETE trials for importances: PED-ANOVA compares the best of them with all, and the best quarter of fewer
-would be one or two trials."""
-BEST_SHARE = 0.25
-"""Optuna's default of a tenth is a single trial in a study of a dozen."""
+"""Fewest COMPLETE trials for importances: the best tenth of fewer is not even one trial."""
 RESAMPLES = 20
 """Bootstrap resamples: an interval of nine in ten leaves out one at each end. One costs 25 ms with 12 trials."""
 
@@ -32,10 +33,10 @@ class Importance:
 
     name: str
     share: float
-    """Median over the resamples of the trials."""
+    """Over all trials; those of all parameters sum to 1."""
     low: float
     high: float
-    """Nine of ten resamples lie between `low` and `high`."""
+    """Nine of ten resamples of the trials lie between `low` and `high`."""
     first: float
     """Share of the resamples in which it comes first."""
 
@@ -73,12 +74,12 @@ def importances(record: StudyRecord, experiments: Sequence[Experiment]) -> tuple
     rng = np.random.default_rng(0)  # seeded: the same records, the same intervals
     drawn = [_evaluate([frozen[i] for i in rng.integers(0, len(frozen), len(frozen))]) for _ in range(RESAMPLES)]
     leads = Counter(max(shares, key=lambda name: (shares[name], name)) for shares in drawn)
+    whole = _evaluate(frozen)
     found = []
     for name in space:
-        low, middle, high = np.quantile([shares.get(name, 0.0) for shares in drawn], (0.05, 0.5, 0.95))
-        found.append(
-            Importance(name=name, share=float(middle), low=float(low), high=float(high), first=leads[name] / RESAMPLES)
-        )
+        low, high = (float(q) for q in np.quantile([shares.get(name, 0.0) for shares in drawn], (0.05, 0.95)))
+        share = float(whole.get(name, 0.0))
+        found.append(Importance(name=name, share=share, low=low, high=high, first=leads[name] / RESAMPLES))
     return tuple(sorted(found, key=lambda i: (-i.share, i.name)))
 
 
@@ -96,5 +97,4 @@ def _evaluate(trials: list[FrozenTrial]) -> dict[str, float]:
     with warnings.catch_warnings():
         # A resample may consist of equal trials: its shares are then equal, which is right.
         warnings.simplefilter("ignore")
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=BEST_SHARE)
-        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=True))
+        return dict(optuna.importance.get_param_importances(study))

@@ -12,9 +12,12 @@ from typing import Any, Literal
 import numpy as np
 
 from search.diagnosis import finding as ids
+from search.diagnosis import messages
 from search.diagnosis.noise import relative
+from search.diagnosis.tree import SMALL_STEPS
 from search.report.epochs import UNSTABLE
 from search.report.experiment import UNFINISHED, Experiment, by_loss
+from search.report.judged import rate_of
 from search.report.measured_noise import Noise
 
 FEWEST = 3
@@ -30,14 +33,19 @@ CHANCE = 0.05
 
 BROKEN = (ids.NON_FINITE, ids.EXPLODING_GRADIENT, ids.DIVERGED)
 AGGRESSIVE = UNSTABLE
-SLOW = (ids.NOT_LEARNING, ids.TOO_SLOW)
+DTYPE_CAUSES = ("zero_over_zero", "square_underflow")
+"""Causes in the dtype that the diagnosis proves from a run's own numbers (search.diagnosis.faults)."""
+RATES = ("effective_rate", "learning_rate")
+TOLD = ("unstable", "aggressive", "masked", "conservative")
+"""Verdicts on a range that are worth telling whatever its medians say."""
 
 Verdict = Literal["unknown", "unstable", "aggressive", "masked", "conservative", "good", "usable", "behind", "only"]
-"""unstable: called too aggressive for a learning rate. masked: slow, but the warmup kept the rate from being reached.
+"""unstable: called too aggressive for a rate. masked: slow, but the warmup kept the rate from being reached.
 only: there is no other range to compare it with."""
 
 EDGES = {
     # Half decades, as the hand-run log went: 5e-6, 5e-4, 1e-3, 2e-4.
+    "effective_rate": tuple(m * 10.0**e for e in range(-10, 4) for m in (1, 3)),
     "learning_rate": tuple(m * 10.0**e for e in range(-8, 2) for m in (1, 3)),
     "lora_r": tuple(2.0**e for e in range(11)),
     "lora_alpha": tuple(2.0**e for e in range(13)),
@@ -67,7 +75,7 @@ class Row:
     best_epoch: int | None
     median: float | None
     findings: tuple[tuple[str, int], ...]
-    """(finding id, number of trials with it as their main one), most frequent first."""
+    """(key of a finding, see `messages.key`; number of trials with it as their main one), most frequent first."""
     verdict: Verdict
 
     @property
@@ -105,12 +113,30 @@ class Table:
     too, and with few trials in a row that alone moves medians."""
 
     @property
-    def n(self) -> int:
-        return sum(row.n for row in self.rows)
+    def shown(self) -> tuple[Row, ...]:
+        """The rows worth a line: all of a rate's own table, else those that are known or have the best trial."""
+        if self.name == "learning_rate":
+            return self.rows
+        best = min((row.best for row in self.rows if row.best is not None), default=None)
+        return tuple(row for row in self.rows if row.verdict != "unknown" or row.best == best)
 
     @property
-    def known(self) -> tuple[Row, ...]:
-        return tuple(row for row in self.rows if row.valued >= FEWEST)
+    def differs(self) -> bool:
+        """Whether its ranges differ by more than noise, and by more than shuffling makes of it."""
+        return self.within_noise is False and self.chance is not None and self.chance <= CHANCE
+
+    @property
+    def direction(self) -> Trend | None:
+        """The trend, where it is shown and no other comparison of the same losses calls it chance."""
+        if self.trend is None or not self.trend.shown or self.name in RATES:
+            return None
+        return None if self.chance is not None and not self.differs else self.trend
+
+    @property
+    def says(self) -> bool:
+        """Whether it shows anything about its parameter."""
+        told = any(row.verdict in TOLD for row in self.rows)
+        return len(self.rows) > 1 and (told or self.differs or self.direction is not None)
 
 
 def field(name: str) -> Read:
@@ -124,6 +150,12 @@ def ratio(experiment: Experiment) -> float | None:
     return alpha / rank if rank and alpha else None
 
 
+def effective_rate(experiment: Experiment) -> float | None:
+    """The rate by which one step moves the model, at the usual batch and rank (`search.planning.coordinates`)."""
+    rate = rate_of(experiment.record.config)
+    return None if rate is None else float(10**rate)
+
+
 def warmup_share(experiment: Experiment) -> float | None:
     """Warmup as a share of all steps planned for the run."""
     warmup, total = experiment.record.config.get("warmup_steps"), experiment.tag("total_steps")
@@ -131,6 +163,7 @@ def warmup_share(experiment: Experiment) -> float | None:
 
 
 READERS: dict[str, Read] = {
+    "effective_rate": effective_rate,
     "learning_rate": field("learning_rate"),
     "lora_r": field("lora_r"),
     "lora_alpha": field("lora_alpha"),
@@ -218,7 +251,7 @@ def _row(
     compared = [e for _, e in members if e.judged and e.samples == samples]
     losses = [e.value for e in compared if e.value is not None]
     lowest = min(compared, key=by_loss, default=None)
-    findings = Counter(e.main_finding.id for _, e in members if e.main_finding is not None)
+    findings = Counter(messages.key(e.main_finding) for _, e in members if e.main_finding is not None)
     return Row(
         low=min(values),
         high=max(values),
@@ -228,7 +261,7 @@ def _row(
         best_trial=lowest.number if lowest is not None else None,
         best_epoch=lowest.record.best_epoch if lowest is not None else None,
         median=median(losses) if losses else None,
-        findings=tuple(sorted(findings.items(), key=lambda item: (-item[1], ids.IDS.index(item[0])))),
+        findings=tuple(sorted(findings.items(), key=lambda item: (-item[1], messages.rank(item[0])))),
         verdict=_verdict(name, [e for _, e in members], losses, best, noise),
     )
 
@@ -237,28 +270,32 @@ def _verdict(
     name: str, members: Sequence[Experiment], losses: Sequence[float], best: Experiment | None, noise: Noise
 ) -> Verdict:
     """First by what most of the range's trials did, then by its losses against the best of all."""
+    # What a trial's own numbers prove to be the dtype's fault says nothing about its other parameters.
+    members = [e for e in members if name == "torch_dtype" or not any(f.cause in DTYPE_CAUSES for f in e.findings)]
+    if name in RATES and members and all(any(f.cause == "low_rate" for f in e.findings) for e in members):
+        return "conservative"  # shown by other trials, however few lie in this range
     if len(members) < FEWEST:
         return "unknown"
     main = [e.main_finding.id for e in members if e.main_finding is not None]
     if 2 * sum(found in AGGRESSIVE for found in main) >= len(members):
-        return "aggressive" if name == "learning_rate" else "unstable"
+        return "aggressive" if name in RATES else "unstable"
     if best is None or best.value is None or len(losses) < FEWEST:
         return "unknown"
     if relative(median(losses), best.value) <= noise.difference:
         return "good"
     if relative(min(losses), best.value) <= noise.difference:
         return "usable"
-    return _why_behind(members, best) if name == "learning_rate" else "behind"
+    return _why_behind(members) if name in RATES else "behind"
 
 
-def _why_behind(members: Sequence[Experiment], best: Experiment) -> Verdict:
-    """Rates below the best trial's whose losses still fall are too conservative, unless the warmup held them back."""
-    slow = [e for e in members if e.main_finding is not None and e.main_finding.id in SLOW]
-    lower = max(e.record.config["learning_rate"] for e in members) < best.record.config["learning_rate"]
-    if not lower or 2 * len(slow) <= len(members):
-        return "behind"
-    masked = [e for e in slow if e.has(ids.WARMUP_EXCEEDS_TRAINING)]
-    return "masked" if 2 * len(masked) >= len(slow) else "conservative"
+def _why_behind(members: Sequence[Experiment]) -> Verdict:
+    """Rates are too conservative where most trials' own findings say so; a warmup may have kept them from being
+    reached."""
+    masked = [e for e in members if e.has(ids.WARMUP_EXCEEDS_TRAINING)]
+    if 2 * len(masked) > len(members):
+        return "masked"
+    low = [e for e in members if any(f.cause in SMALL_STEPS for f in e.findings)]
+    return "conservative" if 2 * len(low) > len(members) else "behind"
 
 
 def _trend(read: Read, finished: Sequence[Experiment], samples: tuple[Any, ...] | None) -> Trend | None:

@@ -6,9 +6,9 @@ or `# heading` stays text.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,21 @@ from jinja2.bccache import Bucket
 from markupsafe import Markup
 
 from search.diagnosis import messages
-from search.diagnosis.finding import NON_FINITE
-from search.diagnosis.messages import Lang, rate
+from search.diagnosis.finding import INCONCLUSIVE
+from search.diagnosis.messages import Lang
 from search.diagnosis.tree import TREE
-from search.leaderboard import show_metric, show_value, state_of, training_config
+from search.leaderboard import show_metric, show_value, state_of
 from search.markdown import code, environment, escape, fenced, slug
-from search.records import finite
-from search.report import importance, parameters, words
-from search.report.epochs import Column, EpochRow, Mark
+from search.report import blocks, importance, parameters, words
 from search.report.experiment import ConfigLine, Experiment
 from search.report.facts import Facts
+from search.report.parameters import Row, Table
 from search.tracking.pages import run_page
 from search.verdict import text
 
 TEMPLATES = Path(__file__).with_name("templates")
-MARKS: dict[Mark, str] = {"good": "✅", "warning": "⚠️", "bad": "❌", "unknown": "❔"}
+MOST_IN_TABLE = 10
+"""Most trials whose losses are listed by epoch at the end of a log; the file beside it has those of all."""
 MOST_LISTED = 12
 """Most trials named one by one in a sentence; the rest are counted."""
 
@@ -43,15 +43,14 @@ def loss(value: float | None) -> Markup:
     return Markup("–" if value is None else show_metric(value))
 
 
+def times(value: float) -> Markup:
+    """A factor with two digits, a large one as a whole number."""
+    return Markup(f"{value:.0f}" if value >= 100 else f"{value:.2g}")
+
+
 def number(value: float | None, digits: int = 3) -> Markup:
     """A plain number."""
     return Markup("–" if value is None else f"{value:.{digits}g}")
-
-
-def cell(row: EpochRow, column: Column) -> Markup:
-    """A metric of an epoch in the format of its column, `–` where there is none."""
-    value = getattr(row.record, column.name)
-    return Markup(show_metric(value, column.format) if finite(value) else "–")
 
 
 class _Compiled(BytecodeCache):
@@ -74,8 +73,8 @@ _COMPILED = _Compiled()
 class Renderer:
     """The filters and words of one language over one study's facts."""
 
-    def __init__(self, facts: Facts, lang: Lang, plots: Mapping[str, str]) -> None:
-        self.facts, self.lang, self.plots = facts, lang, plots
+    def __init__(self, facts: Facts, lang: Lang, plots: Mapping[str, str], data: str | None = None) -> None:
+        self.facts, self.lang, self.plots, self.data = facts, lang, plots, data
         self.experiments = {e.number: e for e in facts.experiments}
         self.repeats = {t.number: t for t in facts.repeats}
 
@@ -101,11 +100,17 @@ class Renderer:
             return escape(", ".join(map(str, value)))
         return escape(show_value(name, value))
 
-    def span(self, row: Any, name: str) -> Markup:
+    def parameter(self, name: str) -> Markup:
+        """The subject of a table: a field or an expression of fields as code, anything else in words."""
+        text = words.parameter(name, self.lang)
+        return escape(text) if name in words.QUANTITIES else code(text)
+
+    def span(self, row: Row, name: str) -> Markup:
         """The range of values tried in a table's row; a share in percent."""
 
         def one(value: Any) -> str:
-            return str(self.pct(value)) if name == "warmup_share" else show_value(name, value)
+            shown = "learning_rate" if name == "effective_rate" else name
+            return str(self.pct(value)) if name == "warmup_share" else show_value(shown, value)
 
         low, high = one(row.low), one(row.high)
         return escape(low) if low == high else Markup(f"{escape(low)} – {escape(high)}")
@@ -134,7 +139,10 @@ class Renderer:
         """The heading of an experiment: its number, its label and its main finding."""
         label = f": {' '.join(e.label.split())}" if e.label else ""
         what = e.main_finding
-        said = messages.title(what.id, self.lang) if what else words.state(state_of(e.record), self.lang)
+        if what is None or what.id == INCONCLUSIVE:
+            said = words.state(state_of(e.record), self.lang)
+        else:
+            said = messages.title(messages.key(what), self.lang)
         return words.fill("experiment", self.lang, e.number, label, said)
 
     def ref(self, n: int, epoch: int | None = None) -> Markup:
@@ -150,45 +158,52 @@ class Renderer:
 
     def _target(self, n: int) -> str:
         if n in self.repeats:  # it has no section of its own
-            return self.url(self.repeats[n].run_id) or f"#{slug(words.pick(words.VERDICT_HEADING, self.lang))}"
+            told = self.facts.verdict is not None and self.facts.verdict.standings
+            heading = words.REPEATS_HEADING if told else words.VERDICT_HEADING
+            return self.url(self.repeats[n].run_id) or f"#{slug(words.pick(heading, self.lang))}"
         e = self.experiments[n]
-        return self.url(e.record.run_id) or f"#{slug(str(self.title(e)))}"
+        section = self.title(e) if n in self.facts.full else words.pick(words.OTHERS_HEADING, self.lang)
+        return self.url(e.record.run_id) or f"#{slug(section)}"
 
-    def config_block(self, e: Experiment, was: str, blamed: str) -> Markup:
-        """The TRAINING_CONFIG of a trial, its changes marked."""
-        lines = [self._line(line, was, blamed) for line in e.lines]
-        return fenced("TRAINING_CONFIG = {\n" + "\n".join(lines) + "\n}", "python")
+    def bare_ref(self, n: int) -> Markup:
+        """A trial's number, linked."""
+        return Markup(f"[{n}]({self._target(n)})")
 
-    def _line(self, line: ConfigLine, was: str, blamed: str) -> str:
-        text = f'    "{line.name}": {literal(line.value, line.name)},'
-        remarks = [f"{was} {_inline(line.name, line.before)}"] if line.changed else []
-        remarks += [blamed] if line.blamed else []
-        return f"{text:<36}  # {'; '.join(remarks)}" if remarks else text
+    def run_ref(self, n: int) -> Markup:
+        """A trial where it is told, linked to its run's page if there is one."""
+        name, url = words.fill("trial", self.lang, n), self.url(self.experiments[n].record.run_id)
+        return Markup(f"[{name}]({url})" if url else name)
 
-    def epoch_line(self, row: EpochRow) -> str:
-        """One line of the raw data, as the log writes it."""
-        parts = [f"Train={loss(row.train_loss)}", f"Val={loss(row.val_loss)}"]
-        record = row.record
-        if record.learning_rate is not None:
-            parts.append(f"lr={rate(record.learning_rate)}")
-        if record.grad_norm_max is not None:
-            parts.append(f"grad_norm_max={record.grad_norm_max:.3g}")
-        if record.epoch_seconds is not None:
-            parts.append(f"{record.epoch_seconds:.1f} s")
-        best = words.fill("best", self.lang) if row.is_best else ""
-        return f"Epoch {row.epoch}: {', '.join(parts)} {MARKS[row.mark]}{best}"
+    def repeat_ref(self, n: int) -> Markup:
+        """A repeat's number, linked to its run's page if there is one."""
+        url = self.url(self.repeats[n].run_id)
+        return Markup(f"[{n}]({url})" if url else n)
 
-    def raw(self, e: Experiment) -> Markup:
-        """All that was recorded of a trial: its epochs, or its first steps if it has none."""
-        lines = [self.epoch_line(row) for row in e.rows]
-        if not lines:
-            known = [step for step in e.record.steps if step.loss is not None][:MOST_LISTED]
-            lines = [f"Step {step.step}: Loss={step.loss:.6f} {MARKS['good']}" for step in known]
-            bad = next((f for f in e.findings if f.id == NON_FINITE and f.step is not None), None)
-            if bad is not None:
-                what = f"{bad.evidence.get('tensor')} = {bad.evidence.get('value')}"
-                lines.append(f"Step {bad.step}: {' '.join(what.split())} {MARKS['bad']}")
-        return fenced("\n".join(lines) or "–")
+    def outcome(self, e: Experiment) -> Markup:
+        """How a trial ended and what it is called, in a few words."""
+        main = e.main_finding
+        said = [] if state_of(e.record) == "COMPLETE" and main else [words.state(state_of(e.record), self.lang)]
+        name = messages.title(messages.key(main), self.lang) if main else ""
+        said += [name] if name and not any(name in text for text in said) else []
+        return escape(words.fill("list", self.lang).join(said))
+
+    def changes(self, lines: Sequence[ConfigLine]) -> Markup:
+        """What was changed, each field with its value before and after."""
+        return Markup(words.fill("comma", self.lang).join(self._change(line) for line in lines))
+
+    def _change(self, line: ConfigLine) -> str:
+        before, after = (self.value(value, line.name) for value in (line.before, line.value))
+        if before == after:  # too close to be told apart with so few digits
+            before, after = (escape(f"{v:.5g}" if isinstance(v, float) else str(v)) for v in (line.before, line.value))
+        return f"{code(line.name)} {before} → {after}"
+
+    def whole_span(self, table: Table) -> Markup:
+        """All values tried of a parameter, from the lowest to the highest."""
+        return self.span(replace(table.rows[0], high=table.rows[-1].high), table.name)
+
+    def cell_value(self, value: Any, name: str) -> Markup:
+        """A configuration value in a table; `–` for a trial that has none."""
+        return Markup("–") if value is None else self.value(value, name)
 
     # ------------------------------------------------------------------ diagnosis
 
@@ -205,29 +220,38 @@ class Renderer:
 
         def walk(name: str, indent: str) -> None:
             node = nodes[name]
-            lines.append(f"{indent}{messages.question(name, self.lang)}")
-            for answer, branch, target in ((yes, "├─", node.yes), (no, "└─", node.no)):
+            for answer, branch, bar, target in ((yes, "├─", "│  ", node.yes), (no, "└─", "   ", node.no)):
+                asks = messages.question(target, self.lang) if target in nodes else leaf_of(target)
+                lines.append(f"{indent}{branch} {answer} → {asks}")
                 if target in nodes:
-                    lines.append(f"{indent}    {branch} {answer} ↓")
-                    walk(target, indent + ("    │    " if branch == "├─" else "         "))
-                else:
-                    lines.append(f"{indent}    {branch} {answer} → {leaf_of(target)}")
+                    walk(target, f"{indent}{bar}     ")
 
-        walk(TREE[0].name, "")
+        lines.append(messages.question(TREE[0].name, self.lang))
+        walk(TREE[0].name, "    ")
         return fenced("\n".join(lines))
 
     def templates(self) -> Environment:
         """Jinja's environment with this renderer's filters."""
         lang = self.lang
         env = environment(TEMPLATES, finalize=_finalize, keep_trailing_newline=True, bytecode_cache=_COMPILED)
-        own = ("pct", "duration", "value", "span", "date", "run", "ref", "refs", "config_block", "title", "epoch_line")
+        own = ["pct", "duration", "value", "span", "date", "run", "ref", "refs", "bare_ref", "run_ref", "repeat_ref"]
+        own += ["title", "outcome", "changes", "whole_span", "cell_value"]
         env.filters |= {name: getattr(self, name) for name in own}
-        env.filters |= {"loss": loss, "cell": cell, "code": code, "num": number, "fenced": fenced}
+        best = words.fill("best", lang)
+        env.filters |= {"loss": loss, "code": code, "num": number, "times": times, "fenced": fenced}
         env.filters |= {
-            "mark": lambda mark: Markup(MARKS[mark]),
+            "config_block": blocks.config_block,
+            "short_config": blocks.short_config,
+            "lora_line": blocks.lora_line,
+            "losses": blocks.losses,
+            "epoch_table": lambda e, heading: blocks.epoch_table(e, self.facts.columns, heading, lang),
+            "raw": lambda e: blocks.raw(e, best),
+            "mark": lambda mark: Markup(blocks.MARKS[mark]),
             "sentence": lambda finding: messages.sentence(finding, lang),
             "finding_title": lambda name: messages.title(name, lang),
+            "finding_key": messages.key,
             "cause": lambda finding: messages.cause(finding, lang),
+            "advice": lambda item: messages.advice(item, lang),
             "advices": lambda items: messages.advices(items, lang),
             "verdict_sentence": lambda verdict: text.sentence(verdict, lang),
             "signed": lambda share: Markup(words.fill("percent", lang, f"{100 * share:+.2f}")),
@@ -236,20 +260,17 @@ class Renderer:
             "state_of": state_of,
             "verdict": lambda name: words.pick(words.VERDICTS[name], lang),
             "sign": lambda name: words.pick(words.SIGNS[name], lang),
-            "heading": lambda column: column.heading[lang],
-            "parameter": lambda name: code(words.parameter(name, lang)),
+            "parameter": self.parameter,
             "link": lambda path: Markup(quote(str(path), safe="/:.-_~%,;=+")),
-            "join_lines": "\n".join,
-            "raw": self.raw,
-            "lora_block": lora_block,
-            "training_config": lambda config: fenced(training_config(config), "python"),
         }
         env.globals |= {
             "tree_text": self.tree_text,
             "plots": self.plots,
             "fewest": parameters.FEWEST,
             "sure_from": parameters.SURE,
-            "chance_below": parameters.CHANCE,
+            "data": self.data,
+            "listed": MOST_IN_TABLE,
+            "others_heading": words.pick(words.OTHERS_HEADING, lang),
             "fewest_complete": importance.FEWEST,
             "resamples": importance.RESAMPLES,
         }
@@ -263,47 +284,16 @@ def _finalize(value: Any) -> Markup:
     return escape(value) if isinstance(value, str) else escape(str(value))
 
 
-def literal(value: Any, name: str = "") -> str:
-    """A value as Python: strings in double quotes on one line, numbers with at most four digits."""
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(literal(item) for item in value) + "]"
-    if isinstance(value, float) and name == "lora_alpha" and value == int(value):
-        return str(int(value))
-    if isinstance(value, float) and 0 < abs(value) < 0.01:
-        return short_rate(value)
-    return repr(value) if not isinstance(value, float) or len(repr(value)) <= 6 else f"{value:.4g}"
-
-
-def short_rate(value: float) -> str:
-    """A small number as the log writes rates, with at most four digits: `2e-4`, `1.464e-4`."""
-    digits, exponent = f"{value:.3e}".split("e")
-    return f"{float(digits):g}e{int(exponent)}"
-
-
-def lora_block(e: Experiment) -> Markup:
-    """PEFT's LoraConfig of a trial."""
-    config = e.record.config
-    fields = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
-    lines = [f"    {name}={literal(config.get(field), field)}," for name, field in fields.items()]
-    lines += [f"    target_modules={literal(config.get('target_modules', []))},", "    task_type=None,"]
-    return fenced("lora_config = LoraConfig(\n" + "\n".join(lines) + "\n)", "python")
-
-
-def _inline(name: str, value: Any) -> str:
-    return literal(value) if isinstance(value, str | list) else show_value(name, value)
-
-
-def markdown(facts: Facts, lang: Lang, plots: Mapping[str, str]) -> str:
+def markdown(facts: Facts, lang: Lang, plots: Mapping[str, str], data: str | None = None) -> str:
     """The tuning log in Markdown.
 
     Args:
         facts: See `search.report.facts.gather`.
         lang: en or zh.
         plots: Address of each plot by its name, such as `loss-curves`; plots that are missing are left out.
+        data: Address of the file with all epochs; without one they are all written at the end.
     """
-    renderer = Renderer(facts, lang, plots)
+    renderer = Renderer(facts, lang, plots, data)
     text = renderer.templates().get_template(f"tuning-log.{lang}.md.jinja").render(facts=facts, record=facts.record)
     # Empty blocks leave blank lines behind.
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

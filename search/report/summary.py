@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import comb
 
 from search import records
-from search.diagnosis import Finding
+from search.diagnosis import Finding, messages
 from search.diagnosis import finding as ids
+from search.diagnosis.messages import STILL_FALLING
 from search.diagnosis.noise import relative
 from search.diagnosis.tree import LEAVES
 from search.report.experiment import UNFINISHED, Experiment, by_loss
 from search.report.importance import Importance
 from search.report.measured_noise import Noise
-from search.report.parameters import AGGRESSIVE, BROKEN
+from search.report.parameters import AGGRESSIVE, BROKEN, DTYPE_CAUSES
 
 SAVING = (records.RISING, records.DIVERGED, records.SUPERSEDED)
 """Reasons for stopping a trial early on purpose."""
@@ -125,13 +127,13 @@ def _train_falls(e: Experiment) -> bool | None:
 
 
 def _val_follows(e: Experiment) -> bool | None:
-    """Whether the validation loss fell, and ended within noise of its best."""
+    """Whether the validation loss fell, and did not leave its best for good."""
     rows = [row for row in e.rows if row.val_loss is not None]
     if e.has(ids.OVERFITTING, *BROKEN):
         return False
     if len(rows) < 2:
         return None
-    return rows[-1].val_rise is None and (rows[-1].val_loss or 0) < (rows[0].val_loss or 0)
+    return (rows[-1].val_loss or 0) < (rows[0].val_loss or 0)
 
 
 def _gradients_stable(e: Experiment) -> bool | None:
@@ -164,10 +166,12 @@ def trouble(experiments: Sequence[Experiment]) -> tuple[Sign, ...]:
         "slow_epoch": (ids.SLOW_EPOCH,),
     }
 
-    def shows(wanted: tuple[str, ...]) -> Callable[[Experiment], bool]:
-        return lambda e: e.has(*wanted)
+    def shows(name: str, wanted: tuple[str, ...]) -> Callable[[Experiment], bool]:
+        # A diverged run whose validation loss rose first has that in its finding.
+        rose = name == "val_rises"
+        return lambda e: e.has(*wanted) or (rose and any("val_onset_epoch" in f.evidence for f in e.findings))
 
-    return tuple(_sign(experiments, name, shows(wanted)) for name, wanted in signs.items())
+    return tuple(_sign(experiments, name, shows(name, wanted)) for name, wanted in signs.items())
 
 
 def tree(experiments: Sequence[Experiment]) -> dict[str, tuple[int, ...]]:
@@ -208,10 +212,6 @@ class Dtype:
     than a count."""
 
 
-DTYPE_CAUSES = ("zero_over_zero", "square_underflow")
-"""Causes in the dtype that the diagnosis proves from a run's own numbers (search.diagnosis.faults)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Lessons:
     """What this study says about the hand-run log's three lessons."""
@@ -221,6 +221,10 @@ class Lessons:
     """Trials with NaN, exploding gradients or divergence."""
     dtypes: tuple[Dtype, ...]
     overfitted: tuple[int, ...]
+    short: tuple[int, ...]
+    """Trials that lacked nothing but epochs."""
+    warmup: tuple[int, ...]
+    """Trials whose warmup was longer than their training."""
     late: tuple[int, ...]
     """Trials whose epoch of lowest training loss was worse in validation than the best by more than one deviation of
     noise: the training loss alone would have chosen the wrong epoch."""
@@ -230,6 +234,8 @@ class Lessons:
     """(trials that were too aggressive, trials) at high learning rates."""
     low: tuple[int, int]
     """The same at lower learning rates."""
+    chance: float
+    """How often as many of the aggressive ones have a high rate if the rate has nothing to do with it."""
 
 
 def lessons(experiments: Sequence[Experiment], high_rate: float) -> Lessons:
@@ -244,11 +250,21 @@ def lessons(experiments: Sequence[Experiment], high_rate: float) -> Lessons:
         broke=broke,
         dtypes=_dtypes(judged),
         overfitted=tuple(e.number for e in judged if e.has(ids.OVERFITTING)),
+        short=tuple(e.number for e in judged if e.main_finding and messages.key(e.main_finding) == STILL_FALLING),
+        warmup=tuple(e.number for e in judged if e.has(ids.WARMUP_EXCEEDS_TRAINING)),
         late=tuple(e.number for e in judged if _misled(e)),
         high_rate=high_rate,
         high=(sum(high), len(high)),
         low=(sum(low), len(low)),
+        chance=_chance(sum(high), len(high), sum(low), len(low)),
     )
+
+
+def _chance(bad_high: int, high: int, bad_low: int, low: int) -> float:
+    """Fisher's exact test, one-sided."""
+    bad, all_ = bad_high + bad_low, high + low
+    ways = sum(comb(high, k) * comb(low, bad - k) for k in range(bad_high, min(bad, high) + 1))
+    return ways / comb(all_, bad)
 
 
 def _dtypes(judged: Sequence[Experiment]) -> tuple[Dtype, ...]:
@@ -269,25 +285,12 @@ def _misled(e: Experiment) -> bool:
     return lowest_train.val_rise is not None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One step in the order of tuning, and what this study says for its place."""
-
-    name: str
-    """stability, rate, capacity or overfitting."""
-    share: float | None
-    """Total importance of its parameters; None where it is not known."""
-
-
 RATE_PARAMS = ("learning_rate", "warmup_steps", "batch_size")
 
 
-def strategy(importances: Sequence[Importance]) -> tuple[Stage, ...]:
+def strategy(importances: Sequence[Importance]) -> tuple[str, ...]:
     """The order of tuning: the hand-run log's, with the second and third step exchanged if the importances say so."""
-    if not importances:
-        return tuple(Stage(name=name, share=None) for name in ("stability", "rate", "capacity", "overfitting"))
     rate = sum(i.share for i in importances if i.name in RATE_PARAMS)
     capacity = sum(i.share for i in importances if i.name.startswith("lora_"))
-    middle = [Stage(name="rate", share=rate), Stage(name="capacity", share=capacity)]
-    middle.sort(key=lambda stage: -(stage.share or 0.0))
-    return (Stage(name="stability", share=None), *middle, Stage(name="overfitting", share=None))
+    middle = ("capacity", "rate") if capacity > rate else ("rate", "capacity")
+    return ("stability", *middle, "overfitting")

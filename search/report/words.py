@@ -57,14 +57,23 @@ SIGNS: Final = {
     "train_rises": ("the training loss oscillates or rises", "训练 loss 震荡或上升"),
     "val_rises": ("the validation loss begins to rise (overfitting)", "验证 loss 开始上升（过拟合）"),
     "exploding": ("the gradient explodes", "梯度爆炸"),
-    "too_slow": ("convergence is too slow, or nothing is learnt", "收敛过慢或没有学到东西"),
+    "too_slow": (
+        "the loss still falls at the end, too slowly, or nothing is learnt",
+        "收敛过慢（到最后仍在下降）或没有学到东西",
+    ),
     "warmup": ("the warmup is longer than the training", "warmup 超过总训练步数"),
     "slow_epoch": ("an epoch takes too long", "每个 epoch 过慢"),
 }
 
 VERDICT_HEADING: Final = ("⚖️ Verdict", "⚖️ 结论")
+REPEATS_HEADING: Final = ("Repeats of the leaders", "领先者的重复实验")
+OTHERS_HEADING: Final = ("The other trials, a line each", "其余实验，每个一行")
+
+QUANTITIES: Final = ("effective_rate",)
+"""Of these, the ones that are no expression of fields."""
 
 PARAMETERS: Final = {
+    "effective_rate": ("effective rate", "等效学习率"),
     "alpha_per_r": ("lora_alpha / lora_r", "lora_alpha / lora_r"),
     "warmup_share": ("warmup / all steps", "warmup / 总步数"),
     "lora_alpha_per_lora_r": ("lora_alpha / lora_r", "lora_alpha / lora_r"),
@@ -80,6 +89,7 @@ TERMS: Final = {
     "trials": ("trials {}", "实验 {}"),
     "at_epoch": ("{}, epoch {}", "{} epoch {}"),
     "comma": (", ", "、"),
+    "list": (", ", "，"),
     "more": ("{listed} and {more} more", "{listed} 等共 {all} 个"),
     "best": ("  ← best", "  ← 最佳"),
     "log": ("Tuning log: {}", "调参记录: {}"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from search.diagnosis.messages import LANGS, Lang
 from search.records import StudyRecord
 from search.report import plots, render, words
+from search.report.data import table
 from search.report.facts import Facts, gather
 from trainer.common.files import write_whole
 
@@ -28,12 +29,12 @@ def refresh(record: StudyRecord, folder: Path, *, options: Sequence[str] = ()) -
         options: Further options of the search's command line for the commands in the log, such as `--runs-dir`.
 
     Returns:
-        The files written: the logs, then the plots.
+        The files written: the logs, the data of all epochs, then the plots.
     """
     facts = gather(record, options=options)
     drawn = drawings(facts, folder)
     written = [write_markdown(facts, lang, folder / default_name(lang), drawn) for lang in LANGS]
-    return [*written, *(folder / plots_folder(NAME) / name for name in drawn)]
+    return [*written, folder / data_name(NAME), *(folder / plots_folder(NAME) / name for name in drawn)]
 
 
 def drawings(facts: Facts, folder: Path) -> dict[str, bytes]:
@@ -50,14 +51,21 @@ def plots_folder(stem: str) -> str:
     return f"{stem.partition('.')[0]}-plots"
 
 
+def data_name(stem: str) -> str:
+    """Name of the file of all epochs, beside the log and the same for all languages."""
+    return f"{stem.partition('.')[0]}-data.csv"
+
+
 def write_markdown(facts: Facts, lang: Lang, path: Path, drawn: dict[str, bytes]) -> Path:
-    """Write one log as Markdown with its plots as files beside it."""
+    """Write one log as Markdown with its plots and the data of all epochs as files beside it."""
     folder = path.parent / plots_folder(path.name)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in drawn.items():
         replace(folder / name, data)
+    beside = data_name(path.name)
+    replace(path.parent / beside, table(facts))
     links = {Path(name).stem: f"{folder.name}/{name}" for name in drawn}
-    replace(path, render.markdown(facts, lang, links).encode())
+    replace(path, render.markdown(facts, lang, links, beside).encode())
     return path
 
 

@@ -16,6 +16,11 @@ SENTENCES: Final = {
         "胜者：实验 {choice}，在相同的 {blocks} 组种子与划分上优于其余 {rivals} 个"
         "（配对 t 检验；误判胜者的概率不超过 {alpha}）",
     ),
+    "winner_of_two": (
+        "winner: trial {choice}, better than the other one on the same {blocks} seeds and splits "
+        "(paired t-test; a wrong winner in at most {alpha} of studies)",
+        "胜者：实验 {choice}，在相同的 {blocks} 组种子与划分上优于另一个（配对 t 检验；误判胜者的概率不超过 {alpha}）",
+    ),
     "tied": (
         "tied: trials {tied} are not told apart on the same {blocks} seeds and splits; the cheapest that is at most "
         "{margin} worse than any of them (with {sure} confidence for each) is trial {choice}",
@@ -49,9 +54,9 @@ def _pick(name: str, lang: Lang) -> str:
     return SENTENCES[name][LANGS.index(lang)]
 
 
-def share(value: float) -> str:
+def share(value: float, lang: Lang = "en") -> str:
     """A share of a loss in percent."""
-    return f"{100 * value:.2g} %"
+    return f"{100 * value:.2g}{' %' if lang == 'en' else '%'}"
 
 
 def listed(numbers: Iterable[int], lang: Lang = "en") -> str:
@@ -61,15 +66,17 @@ def listed(numbers: Iterable[int], lang: Lang = "en") -> str:
 
 def sentence(verdict: Verdict, lang: Lang = "en") -> str:
     """The verdict in one sentence, without a full stop."""
-    name = "failed" if verdict.kind == "undecided" and verdict.choice is None else verdict.kind
+    name: str = "failed" if verdict.kind == "undecided" and verdict.choice is None else verdict.kind
+    if verdict.kind == "winner" and len(verdict.standings) == 2:
+        name = "winner_of_two"
     return _pick(name, lang).format(
         choice=verdict.choice,
         rivals=len(verdict.standings) - 1,
         blocks=verdict.blocks,
-        alpha=share(ALPHA),
-        sure=share(1 - TIE_ALPHA),
+        alpha=share(ALPHA, lang),
+        sure=share(1 - TIE_ALPHA, lang),
         tied=listed(verdict.tied, lang),
-        margin=share(verdict.margin),
+        margin=share(verdict.margin, lang),
         more=_pick("many", lang).format(LONGEST_FORECAST) if verdict.more is None else verdict.more,
     )
 

@@ -88,7 +88,7 @@ def note_of(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> str:
 def test_a_note_has_findings_plot_link_and_configuration(study: optuna.Study, tmp_path: Path) -> None:
     note = annotate(study.ask(), tmp_path, curve(report_data.EXPERIMENT_3))
     assert note.startswith("**COMPLETE** (finished): 4 epochs done")
-    assert re.search(r"^- \*\*overfitting\*\* \(`overfitting`\): ", note, re.MULTILINE)
+    assert re.search(r"^- \*\*diverged\*\* \(`diverged`\): ", note, re.MULTILINE)
     assert re.search(r"^  - advice: ", note, re.MULTILINE)
     assert "![Losses of 4 epochs, lowest validation loss 1.5700](/artifacts/" in note
     assert "[Curves in MLflow](http://127.0.0.1:5000/#/experiments/1/runs/abc123?" in note
@@ -121,7 +121,7 @@ def test_a_trial_whose_losses_overflow_has_its_note(
     """Matplotlib leaves out what has no place; so does the template."""
     trial = study.ask()
     note = annotate(trial, tmp_path, curve([*report_data.EXPERIMENT_3, losses]))
-    assert "overfitting" in note and "lowest validation loss 1.5700](/artifacts/" in note
+    assert "non_finite" in note and "lowest validation loss 1.5700](/artifacts/" in note
     (kept,) = get_all_artifact_meta(trial, storage=study._storage)
     drawn = (tmp_path / "dashboard" / kept.artifact_id).read_text(encoding="utf-8")
     assert "nan" not in drawn and "inf" not in drawn

@@ -18,10 +18,12 @@ from PIL import Image
 from search.diagnosis.messages import LANGS, Lang
 from search.records import EpochRecord, StudyRecord
 from search.report import plots, write
+from search.report.blocks import MOST_EPOCHS, literal, thinned
 from search.report.facts import Facts, gather
 from search.report.page import html
-from search.report.render import literal, markdown
+from search.report.render import markdown
 from tests.support.report_data import falling, hand_run, many, recorded, study, trial
+from trainer.config import TrainConfig
 
 HEADINGS = (
     "项目概述",
@@ -124,15 +126,15 @@ class TestSections:
 
     def test_configurations_can_be_pasted(self, hand: Facts) -> None:
         blocks = re.findall(r"```python\n(TRAINING_CONFIG.*?)```", markdown(hand, "en", LINKS), flags=re.DOTALL)
-        assert len(blocks) == 7
+        assert len(blocks) == 7  # the recommended one, and those of the six given by hand
         for block in blocks:
             scope: dict[str, dict[str, object]] = {}
             exec(block, scope)
             assert scope["TRAINING_CONFIG"]["torch_dtype"] in ("float16", "float32")
-        assert hand.best is not None
-        exec(blocks[-1], scope)
-        config = hand.best.best.record.config
-        assert scope["TRAINING_CONFIG"] == {k: v for k, v in config.items() if k not in ("model", "data", "device")}
+        assert hand.chosen is not None
+        exec(blocks[0], scope)
+        # What is left out has its default: pasted, it is the same configuration.
+        assert TrainConfig.parse(scope["TRAINING_CONFIG"]) == TrainConfig.parse(hand.chosen.record.config)
 
     def test_what_the_hand_run_found_is_found(self, hand: Facts) -> None:
         text = markdown(hand, "en", LINKS)
@@ -155,28 +157,36 @@ class WithBleu(EpochRecord):
 
 class TestEpochTable:
     @pytest.mark.parametrize(
-        ("lang", "head"),
+        ("lang", "names"),
         [
-            ("en", "| epoch | training loss | validation loss | BLEU \\| 4 | |"),
-            ("zh", "| epoch | 训练 loss | 验证 loss | BLEU 分 | |"),
+            ("en", ("training loss", "validation loss", "BLEU \\| 4")),
+            ("zh", ("训练 loss", "验证 loss", "BLEU 分")),
         ],
     )
-    def test_a_metric_with_a_heading_is_a_column(self, lang: Lang, head: str) -> None:
+    def test_a_metric_with_a_heading_is_a_line(self, lang: Lang, names: tuple[str, ...]) -> None:
         known = trial(0, [(2.0, 1.5), (1.9, 1.4), (1e5, float("nan"))])
         bleu = (0.12345, None, float("nan"))
         epochs = tuple(WithBleu(**vars(e), bleu=value) for e, value in zip(known.epochs, bleu, strict=True))
         text = markdown(gather(study([replace(known, epochs=epochs)])), lang, {})
-        table = text[text.index(head) :].splitlines()
-        assert table[1] == "| --- | --- | --- | --- | --- |"
-        assert table[2].startswith("| 1 | 2.0000 | 1.5000 | 12.3% | ✅")
-        assert table[3].startswith("| 2 | 1.9000 | 1.4000 | – | ✅")
-        assert table[4].startswith("| 3 | 1e+05 | – | – | ")
+        table = text[text.index("| epoch | 1 |") :].splitlines()
+        assert table[:2] == ["| epoch | 1 | **2** | 3 |", "| --- | --- | --- | --- |"]
+        assert table[2] == f"| {names[0]} | 2.0000 | 1.9000 | 1e+05 |"
+        assert table[3] == f"| {names[1]} | 1.5000 | 1.4000 | – |"
+        assert table[4] == f"| {names[2]} | 12.3% | – | – |"
+        assert table[5].startswith("|  | ✅ | ✅ | ")
 
     def test_a_metric_that_no_epoch_of_the_study_has_is_left_out(self) -> None:
         known = trial(0, [(2.0, None), (1.9, None)])
         epochs = tuple(WithBleu(**vars(e)) for e in known.epochs)
-        text = markdown(gather(study([replace(known, epochs=epochs)])), "en", {})
-        assert "| epoch | training loss | validation loss | |" in text
+        facts = gather(study([replace(known, epochs=epochs, attrs={**known.attrs, "label": "x"})]))
+        text = markdown(facts, "en", {})
+        assert "| training loss | 2.0000 | 1.9000 |\n| validation loss | – | – |\n|  |" in text
+
+    def test_of_many_epochs_the_first_the_last_and_the_best_are_shown(self) -> None:
+        losses = [(2.0, 1.9 - 0.01 * n if n < 33 else 1.7) for n in range(80)]
+        e = gather(study([trial(0, losses)])).experiment(0)
+        shown = [row.epoch for row in thinned(e.rows)]
+        assert len(shown) <= MOST_EPOCHS + 1 and (shown[0], shown[-1]) == (1, 80) and 33 in shown
 
 
 def _own_words(text: str) -> str:
@@ -251,7 +261,7 @@ class TestLinks:
 
     def test_without_a_server_figures_lead_to_the_trial_and_its_run_id(self, hand: Facts) -> None:
         text = markdown(hand, "en", LINKS)
-        assert "[trial 3](#experiment-3-4-too-slow), epoch 15" in text
+        assert "[trial 3](#experiment-3-4-still-falling), epoch 15" in text
         assert f"MLflow run `{3:032x}`" in text
 
 
@@ -316,8 +326,9 @@ class TestPlots:
 class TestFiles:
     def test_refresh_writes_both_languages_and_the_plots_they_link(self, tmp_path: Path) -> None:
         written = write.refresh(hand_run(), tmp_path / "hand_run")
-        assert [path.name for path in written[:2]] == ["tuning-log.md", "tuning-log.zh.md"]
+        assert [path.name for path in written[:3]] == ["tuning-log.md", "tuning-log.zh.md", "tuning-log-data.csv"]
         assert all(path.is_file() for path in written)
+        assert all("(tuning-log-data.csv)" in path.read_text() for path in written[:2])
         for path in written[:2]:
             linked = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", path.read_text())
             assert len(linked) == len(plots.PLOTS)
@@ -331,8 +342,8 @@ class TestFiles:
 
     def test_an_empty_study_has_its_log_too(self, tmp_path: Path) -> None:
         written = write.refresh(study([]), tmp_path)
-        assert [path.name for path in written] == ["tuning-log.md", "tuning-log.zh.md"]
-        assert all(len(headings(path.read_text())) > 20 for path in written)
+        assert [path.name for path in written] == ["tuning-log.md", "tuning-log.zh.md", "tuning-log-data.csv"]
+        assert all(len(headings(path.read_text())) > 20 for path in written[:2])
 
 
 @pytest.mark.parametrize(

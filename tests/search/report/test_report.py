@@ -7,18 +7,20 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import optuna
 import pytest
 
 from search import records
 from search import study_file as studies
 from search.diagnosis.noise import VAL_NOISE
 from search.records import StudyRecord, TrialRecord
+from search.report.blocks import MARKS
 from search.report.epochs import epoch_rows
 from search.report.facts import Facts, gather
 from search.report.measured_noise import measure
-from search.report.render import MARKS
+from search.sampling.params import distribution
+from search.space import from_dict, param_name
 from tests.support.report_data import EXPERIMENT_3, START_S, falling, hand_run, many, recorded, study, trial
-from trainer.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -62,30 +64,35 @@ class TestEpochs:
 
 
 class TestExperiments:
-    def test_changes_are_against_the_best_of_those_that_had_ended(self, hand: Facts) -> None:
+    def test_changes_are_against_the_best_before_in_the_telling(self, hand: Facts) -> None:
         aggressive = hand.experiment(2)
-        assert aggressive.reference == 1
-        assert aggressive.reference_is_best
+        assert aggressive.against is not None
+        assert (aggressive.against.trial.number, aggressive.against.kind) == (1, "best")
         changed = {line.name: (line.before, line.value) for line in aggressive.lines if line.changed}
         assert changed["learning_rate"] == (5e-6, 1e-3)
         assert changed["lora_r"] == (8, 16)
         assert "max_samples" not in changed
 
-    def test_a_trial_that_had_not_ended_is_no_reference(self) -> None:
+    def test_trials_that_ran_side_by_side_are_told_one_after_the_other(self) -> None:
         first = trial(0, falling(2.0, 1.4, 5))
         second = replace(trial(1, falling(2.0, 1.5, 5)), start_s=START_S + 1)
-        assert gather(study([first, second])).experiment(1).reference is None
+        against = gather(study([first, second])).experiment(1).against
+        assert against is not None and against.trial.number == 0
 
     def test_before_any_success_changes_are_against_the_one_before(self, hand: Facts) -> None:
-        assert hand.experiment(1).reference == 0
-        assert not hand.experiment(1).reference_is_best
+        against = hand.experiment(1).against
+        assert against is not None and (against.trial.number, against.kind) == (0, "previous")
+
+    def test_on_other_samples_changes_are_against_the_most_alike(self, hand: Facts) -> None:
+        against = [hand.experiment(n).against for n in (4, 5)]
+        assert [(a.trial.number, a.kind) for a in against if a] == [(3, "elsewhere"), (4, "elsewhere")]
 
     def test_the_main_findings_parameter_is_marked(self, hand: Facts) -> None:
         assert [line.name for line in hand.experiment(0).lines if line.blamed] == ["torch_dtype"]
         assert [line.name for line in hand.experiment(2).lines if line.blamed] == ["learning_rate"]
 
     def test_other_samples_do_not_compare(self, hand: Facts) -> None:
-        assert [item.kind for item in hand.experiment(4).learnt] == ["incomparable"]
+        assert "incomparable" in [item.kind for item in hand.experiment(4).learnt]
         assert hand.incomparable == (4, 5)
 
     def test_a_difference_within_noise_is_called_that(self) -> None:
@@ -93,16 +100,18 @@ class TestExperiments:
         near = ended_at(trial(1, falling(2.0, 1.5, 8)), (base.value or 0) * 0.99, learning_rate=3e-4)
         far = ended_at(trial(2, falling(2.0, 1.5, 8)), (base.value or 0) * 0.95, learning_rate=4e-4)
         facts = gather(study([base, near, far]))
-        assert facts.experiment(1).learnt[0].kind == "within_noise"
-        assert facts.experiment(2).learnt[0].kind == "better"
-        assert facts.experiment(1).learnt[1].kind == "one_change"
+        kinds = [[item.kind for item in facts.experiment(n).learnt] for n in (1, 2)]
+        assert kinds[0][:2] == ["changed", "within_noise"] and "one_change" not in kinds[0]
+        assert kinds[1][:3] == ["changed", "better", "one_change"]
+        effect = facts.experiment(2).learnt[1].values
+        assert effect["sigmas"] == pytest.approx(effect["share"] / (VAL_NOISE * 2**0.5))
 
     def test_a_stopped_trial_sets_no_record(self) -> None:
         made = [trial(0, falling(2.0, 1.7, 8)), trial(1, EXPERIMENT_3, state="PRUNED", reason=records.DIVERGED)]
         low = [(a, b - 0.6) for a, b in EXPERIMENT_3]
         made.append(trial(2, low, state="PRUNED", reason=records.DIVERGED))
         facts = gather(study(made))
-        assert facts.experiment(2).learnt[0].kind == "pruned_lower"
+        assert "pruned_lower" in [item.kind for item in facts.experiment(2).learnt]
         assert facts.best is not None
         assert facts.best.best.number == 0
 
@@ -171,6 +180,7 @@ class TestParameters:
         assert trend is not None
         assert not trend.shown
         assert sixty.tables["lora_r"].within_noise
+        assert not sixty.tables["lora_r"].says
 
     def test_a_spread_that_shuffling_reproduces_is_not_the_parameters_doing(self, sixty: Facts) -> None:
         rate, dropout = sixty.tables["learning_rate"], sixty.tables["lora_dropout"]
@@ -192,7 +202,19 @@ class TestParameters:
         first = sixty.importances[0]
         assert first.name == "learning_rate"
         assert first.first >= 0.9
-        assert 0 <= first.low <= first.share <= first.high <= 1
+        assert 0 <= first.low <= first.high <= 1
+        assert sum(i.share for i in sixty.importances) == pytest.approx(1.0)
+
+    def test_importance_is_the_dashboard_s_figure(self, sixty: Facts) -> None:
+        """optuna-dashboard asks this evaluator, with its defaults, for these trials."""
+        made = optuna.create_study()
+        space = {param_name(f, p): distribution(p) for f, p in from_dict(sixty.record.definition["space"]).items()}
+        for t in sixty.record.trials:
+            if t.state == "COMPLETE":
+                made.add_trial(optuna.trial.create_trial(params=t.params, distributions=space, value=t.value))
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        shown = optuna.importance.get_param_importances(made, evaluator=evaluator)
+        assert {i.name: i.share for i in sixty.importances} == pytest.approx(shown)
 
     def test_importance_needs_ten_trials(self) -> None:
         assert gather(study([trial(i, falling(2.0, 1.5, 8)) for i in range(9)])).importances == ()
@@ -236,7 +258,7 @@ class TestSummary:
         best = gather(study([base, near])).best
         assert best is not None
         assert (best.best.number, best.within_noise) == (0, (1,))
-        assert len(gather(study([base, near])).next.repeats) == 2
+        assert gather(study([base, near])).next.command("confirm") == "python -m search.confirm --study rsicap"
 
     def test_signs_of_health(self, hand: Facts) -> None:
         signs = {sign.name: sign for sign in (*hand.health, *hand.trouble)}
@@ -247,8 +269,7 @@ class TestSummary:
         assert signs["slow_epoch"].yes == (5,)
 
     def test_stage_order_follows_the_importances(self, sixty: Facts) -> None:
-        assert [stage.name for stage in sixty.strategy] == ["stability", "rate", "capacity", "overfitting"]
-        assert (sixty.strategy[1].share or 0) > 0.5
+        assert sixty.strategy == ("stability", "rate", "capacity", "overfitting")
 
 
 class TestNextSteps:
@@ -256,17 +277,11 @@ class TestNextSteps:
         words = shlex.split(command)
         return [value for flag, value in pairwise(words) if flag == "--set"]
 
-    def test_repeating_the_best_trains_just_it_with_another_seed(self, sixty: Facts) -> None:
-        assert sixty.best is not None
-        wanted = {**sixty.best.best.record.config, "seed": 43}
-        got = TrainConfig.parse_settings(self.settings(sixty.next.repeats[0]))
-        assert got == TrainConfig.parse(wanted)
-
     def test_going_on_is_the_same_study(self) -> None:
         record = hand_run()
         mine = studies.load("rsicap").with_settings(["max_samples=400", "num_epochs=15"])
         record = replace(record, definition=mine.definition())
-        settings = self.settings(gather(record).next.more)
+        settings = self.settings(gather(record).next.command("more") or "")
         assert studies.load("rsicap").with_settings(settings).definition() == mine.definition()
 
     def test_going_on_keeps_the_rule_for_stopping_early(self) -> None:
@@ -275,19 +290,19 @@ class TestNextSteps:
         base = {**record.definition["base"], "patience": 5, "min_delta": 0.0}
         older = replace(record, definition={**record.definition, "base": base})
         for each in (rule, older):
-            settings = self.settings(gather(each).next.more)
+            settings = self.settings(gather(each).next.command("more") or "")
             assert "patience=5" in settings and not any(text.startswith("min_delta") for text in settings)
 
     def test_settings_on_record_are_said_again_and_quoted(self) -> None:
         record = hand_run()
         record = replace(record, attrs={**record.attrs, "settings": ["data=/a b/$(x)", "num_epochs=3"]})
-        command = gather(record, options=["--runs-dir", "my runs"]).next.more
+        command = gather(record, options=["--runs-dir", "my runs"]).next.command("more") or ""
         assert self.settings(command) == ["data=/a b/$(x)", "num_epochs=3"]
         assert shlex.split(command)[-2:] == ["--runs-dir", "my runs"]
 
     def test_more_trials_are_a_total_beyond_those_there(self, hand: Facts) -> None:
         assert hand.next.more_trials == 12
-        assert "--trials 12" in hand.next.more
+        assert "--trials 12" in (hand.next.command("more") or "")
 
     def test_edges_and_gaps(self, hand: Facts) -> None:
         assert ("warmup_steps", False) in [(edge.name, edge.is_low) for edge in hand.next.edges]

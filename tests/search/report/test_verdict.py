@@ -83,7 +83,8 @@ def test_repeats_are_no_experiments_and_count_nowhere_else() -> None:
 
 def test_noise_is_measured_by_repeats_beside_what_their_splits_have_in_common() -> None:
     alone = gather(study(repeated().trials))
-    assert not alone.noise.is_measured and alone.next.repeats and alone.verdict is None
+    assert not alone.noise.is_measured and alone.verdict is None
+    assert alone.next.command("confirm") == "python -m search.confirm --study rsicap"
     decided = repeated(a=[1.40, 1.45, 1.38, 1.52], b=[1.41, 1.45, 1.39, 1.52])
     noise = gather(decided).noise
     assert noise.is_measured and noise.freedoms == 3 and noise.deviation < VAL_NOISE
@@ -93,12 +94,13 @@ def test_noise_is_measured_by_repeats_beside_what_their_splits_have_in_common() 
 def test_measuring_the_noise_is_advised_until_it_is_done_and_then_what_would_decide() -> None:
     open_ = gather(repeated(a=[1.40, 1.45, 1.38], b=[1.44, 1.42, 1.39]), options=("--runs-dir", "my runs"))
     assert open_.verdict is not None and open_.verdict.kind == "undecided" and open_.verdict.more
-    assert not open_.next.repeats and open_.next.confirm is not None
-    assert open_.next.confirm.startswith("python -m search.confirm --study rsicap --top 2 --seeds ")
-    assert open_.next.confirm.endswith("--runs-dir 'my runs'")
-    assert open_.next.confirm in markdown(open_, "en", {})
+    decide = open_.next.command("decide")
+    assert open_.next.command("confirm") is None and decide is not None
+    assert decide.startswith("python -m search.confirm --study rsicap --top 2 --seeds ")
+    assert decide.endswith("--runs-dir 'my runs'")
+    assert decide in markdown(open_, "en", {})
     done = gather(repeated(a=[1.40, 1.45, 1.38], b=[1.401, 1.449, 1.381]))
-    assert not done.next.repeats and done.next.confirm is None
+    assert done.next.command("confirm") is None and done.next.command("decide") is None
 
 
 def test_mlflow_has_it_as_tags_and_a_study_without_has_none() -> None:
@@ -139,7 +141,7 @@ def test_the_card_of_an_export_tells_the_verdict_that_chose_it(losses: dict[str,
     facts = gather(record)
     assert facts.best is not None and facts.best.best.number == 0
     told = card.verdict(facts, record.trials[named])
-    assert f"Verdict: winner: trial {named}, better than each of the other 1" in told
+    assert f"Verdict: winner: trial {named}, better than the other one" in told
     assert re.search(rf"^- trial {1 - named}: 3 repeats, mean 1.51\d\d, \+7.\d\d % \(.* to .* %\), out$", told, re.M)
     assert ("repeats decided for trial 1" in told) == (named == 1)
     assert "named by hand" not in told

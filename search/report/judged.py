@@ -1,0 +1,139 @@
+"""The findings of a study's trials, judged together: by the study's own noise, and with causes that only several show.
+
+A worker judges a trial alone, when it ends. What the whole study knows comes here, and everything the log says of a
+trial (its title, mark, cause, advice, place in the decision tree) is read from these findings and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from search import records
+from search.diagnosis import Advice, Finding, curve_from_record, diagnose
+from search.diagnosis import finding as ids
+from search.diagnosis.finding import Scalar
+from search.diagnosis.noise import VAL_NOISE, relative, usable
+from search.leaderboard import sample_key
+from search.planning.coordinates import model_rate
+from search.records import TrialRecord
+from search.report.measured_noise import Noise
+
+PLAN = (ids.WARMUP_EXCEEDS_TRAINING, ids.SLOW_EPOCH)
+"""Findings about the plan; a worker knows more of them than the records (what comparable runs took)."""
+COMPARED = (records.SUPERSEDED, records.SETTLED, records.PAUSED, records.PROBE, records.REPEAT)
+"""Ends that a comparison or a purpose decided: to let such a trial run on is no advice."""
+TIMES_HIGHER = 3.0
+"""How much higher an effective rate must be for a trial to say that another's is too low."""
+WITNESSES = 2
+"""Fewest trials that must say it."""
+ALIKE = 2.0
+"""A trial whose effective rate is at most so much higher, and which is as low as any, speaks against it."""
+
+
+def findings(trials: Sequence[TrialRecord], noise: Noise) -> dict[int, tuple[Finding, ...]]:
+    """The findings of each trial by number; none for one that has not ended, or failed."""
+    alone = {trial.number: _alone(trial, noise) for trial in trials}
+    runs = [run for trial in trials if (run := _Run.of(trial)) is not None]
+    by_number = {run.number: run for run in runs}
+    return {
+        number: tuple(_explained(finding, found, by_number.get(number), runs, noise) for finding in found)
+        for number, found in alone.items()
+    }
+
+
+def rate_of(config: Mapping[str, Any]) -> float | None:
+    """log10 of a configuration's effective rate at the usual batch and rank; None where a part is missing."""
+    try:
+        found = model_rate({"gradient_accumulation_steps": 1, **config})
+    except (ArithmeticError, KeyError, TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _alone(trial: TrialRecord, noise: Noise) -> tuple[Finding, ...]:
+    recorded = [Finding.from_dict(data) for data in trial.attrs.get(records.FINDINGS) or ()]
+    if not recorded and trial.state not in ("COMPLETE", "PRUNED"):
+        return ()
+    if any(f.id in (ids.NON_FINITE, ids.EXPLODING_GRADIENT) for f in recorded) or (recorded and not trial.epochs):
+        found = tuple(recorded)  # only the events knew all of it
+    else:
+        fresh = diagnose(curve_from_record(trial, max(VAL_NOISE, noise.deviation)))
+        plan = [f for f in (recorded or fresh) if f.id in PLAN]
+        judged = [f for f in fresh if f.id not in PLAN]
+        found = tuple(sorted((*judged, *plan), key=lambda f: ids.IDS.index(f.id)))
+    if trial.reason not in COMPARED:
+        return found
+    return tuple(replace(f, advice=tuple(a for a in f.advice if a.action != "finish")) for f in found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What one trial says about effective rates."""
+
+    number: int
+    learning_rate: float
+    """As configured."""
+    rate: float
+    """log10 of the effective rate."""
+    samples: tuple[Any, ...]
+    losses: tuple[tuple[int, float], ...]
+    """(epoch, validation loss)."""
+
+    @classmethod
+    def of(cls, trial: TrialRecord) -> _Run | None:
+        rate = rate_of(trial.config)
+        losses = tuple((e.epoch, e.val_loss) for e in trial.epochs if e.val_loss is not None and usable(e.val_loss))
+        if rate is None or not losses or trial.violated:
+            return None
+        return cls(
+            number=trial.number,
+            learning_rate=trial.config["learning_rate"],
+            rate=rate,
+            samples=sample_key(trial),
+            losses=losses,
+        )
+
+    def by(self, epoch: int) -> float | None:
+        """The lowest loss up to an epoch; None for a run that had none by then."""
+        return min((loss for at, loss in self.losses if at <= epoch), default=None)
+
+
+def _explained(
+    finding: Finding, all_of_it: Sequence[Finding], own: _Run | None, runs: Sequence[_Run], noise: Noise
+) -> Finding:
+    """A slow run's finding with the cause that the other trials show: too low an effective rate, or none."""
+    slow = finding.id == ids.TOO_SLOW or (finding.id == ids.NOT_LEARNING and finding.kind != "high_rate")
+    held_back = finding.cause == "long_warmup" or any(f.id == ids.WARMUP_EXCEEDS_TRAINING for f in all_of_it)
+    if not slow or held_back or own is None:
+        return finding
+    epoch, mine = own.losses[-1][0], min(loss for _, loss in own.losses)
+    others = [r for r in runs if r.number != own.number and r.samples == own.samples and r.by(epoch) is not None]
+    lowest = min((r.by(epoch) or 0.0 for r in others), default=mine)
+    near = own.rate + math.log10(ALIKE)
+    if any(r.rate <= near and relative(r.by(epoch) or 0.0, lowest) <= noise.difference for r in [*others, own]):
+        known = finding.cause == "straight" and len(others) >= WITNESSES
+        return _to_train_longer(finding, epoch) if known else finding
+    higher = [r for r in others if r.rate >= own.rate + math.log10(TIMES_HIGHER)]
+    shown = [r for r in higher if relative(mine, r.by(epoch) or 0.0) > noise.difference]
+    line = finding.cause == "straight"
+    if len(shown) < WITNESSES:
+        # A line by itself might be a rate that is too low; trials at higher rates that came no lower say it is not.
+        return _to_train_longer(finding, epoch) if line and len(higher) >= WITNESSES else finding
+    best = min(shown, key=lambda r: (r.by(epoch) or 0.0, r.number))
+    evidence: dict[str, Scalar] = {
+        "witnesses": ", ".join(str(r.number) for r in shown[:5]) + (", …" if len(shown) > 5 else ""),
+        "rate_times": 10 ** (min(r.rate for r in shown) - own.rate),
+        "lower_by": min(relative(mine, r.by(epoch) or 0.0) for r in shown),
+    }
+    after = float(f"{own.learning_rate * 10 ** (best.rate - own.rate):.2g}")
+    advice = Advice(action="raise", parameter="learning_rate", before=own.learning_rate, after=after)
+    return replace(finding, cause="low_rate", evidence={**finding.evidence, **evidence}, advice=(advice,))
+
+
+def _to_train_longer(finding: Finding, epochs: int) -> Finding:
+    """The finding of a slow run whose rate the other trials clear."""
+    advice = Advice(action="raise", parameter="num_epochs", before=epochs, after=2 * epochs)
+    return replace(finding, cause=None, advice=(advice,))
