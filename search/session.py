@@ -213,6 +213,7 @@ class Session:
             from search.storage import lifecycle
             from search.terminal import summary
             from search.terminal.live import Logged
+            from search.tracking import study_run
             from search.tracking.delivery import Delivery, DeliveryThread
             from search.tracking.runs import StudyRuns
             from search.urls import shown as shown_url
@@ -231,7 +232,8 @@ class Session:
             caught_up = delivery.once().records > 0
         preflight.log_data(checked)
         self._runs = runs
-        away = runs.start_study(checked.tags())
+        stated = {"strategy": self.strategy, "pruner": self.pruner, **self.definition.stop_rule()}
+        away = runs.start_study(checked.tags(), study_run.params(self.definition.definition(), stated))
 
         job = self._job(name, checked.examined, pool)
         display: Display = Logged(make_display(lambda: lifecycle.read_trials(study)))

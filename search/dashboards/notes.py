@@ -100,9 +100,16 @@ def _text(text: str, before: str = "", indent: str = "") -> str:
     return "  \n".join([before + first, *(indent + line for line in rest)])
 
 
-def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page: str, log: Path) -> None:
-    """Write the study's note: its progress, its best configuration, the place of its log. Keeps the user's text."""
+def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page: str, log: Path) -> str:
+    """Write the study's note: its verdict, leaderboard and best configuration, the place of its log. Keeps the user's
+    text, and returns ours."""
     theirs = get_note(study).rpartition(OWN)[2].strip()
+    ours = _of_study(study, trials, runs_page, log)
+    save_note(study, "\n".join([ours, OWN, "", theirs]))
+    return ours
+
+
+def _of_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page: str, log: Path) -> str:
     lines = [escape(leaderboard.summary(trials)), ""]
     best = leaderboard.best(trials)
     if best is not None:
@@ -120,8 +127,8 @@ def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page
         lines.append("")
     if best is not None:
         lines += [fenced(leaderboard.training_config(best.config), "python"), ""]
-    lines += [f"[All curves in MLflow]({runs_page})", "", f"Tuning log: {code(log)}", "", OWN, "", theirs]
-    save_note(study, "\n".join(lines))
+    lines += [f"[All curves in MLflow]({runs_page})", "", f"Tuning log: {code(log)}", ""]
+    return "\n".join(lines)
 
 
 def _keep(trial: optuna.Trial, folder: Path, content: bytes, name: str) -> str:
