@@ -1,7 +1,7 @@
 """The plots of the tuning log, as SVG: sharp at any size, some kilobytes each.
 
 Their texts are field names, the same in every language. Each plot is a function of the facts: the same facts, the same
-bytes. Matplotlib is imported when the first plot is drawn. Whatever a colour says, a shape, dash or hatch says as well.
+bytes. Matplotlib is imported when the first plot is drawn. What a colour says, a shape, dash or hatch says too.
 """
 
 from __future__ import annotations
