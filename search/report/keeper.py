@@ -83,6 +83,7 @@ class LogKeeper(threading.Thread):
         from search.errors import Unavailable
         from search.reading import read_study
         from search.report.write import refresh
+        from search.tracking import views
         from search.tracking.pages import pages_of, runs_page
 
         try:
@@ -93,9 +94,9 @@ class LogKeeper(threading.Thread):
         written = refresh(record, self._folder, options=self._options)
         pages = self._pages(written)
         server = pages_of(self._book.uri)
-        summary = notes.annotate_study(
-            self._study, record.trials, runs_page(server, record.experiment_id or "0"), written[0]
-        )
+        place = record.experiment_id or "0"
+        two = runs_page(server, place, views.BEST_TWO) if len(_leaders(record)) > 1 else None
+        summary = notes.annotate_study(self._study, record.trials, runs_page(server, place), written[0], two)
         for path in pages:
             self._book.keep(path)
         self._tell(record, summary)
@@ -117,15 +118,21 @@ class LogKeeper(threading.Thread):
 
     def _tell(self, record: StudyRecord, summary: str) -> None:
         """The study's MLflow run and experiment: the best loss by trial, the summary, the views of its runs."""
-        from search.leaderboard import ranked, searched
         from search.tracking import study_run, views
         from search.tracking.mlflow_private import NOTE
-        from search.tracking.outbox import STUDY, is_local
+        from search.tracking.outbox import STUDY
 
         new = [point for point in study_run.points(record.trials) if point not in self._told]
         self._book.add(STUDY, new, {NOTE: summary})
         self._told.update(new)
-        trials = [t for t in ranked(searched(record.trials)) if t.value is not None and not t.violated]
-        leaders = [t.run_id for t in trials if t.run_id is not None]
-        two = views.of_two(leaders[:2]) if len(leaders) > 1 and not any(map(is_local, leaders[:2])) else {}
-        self._book.describe(two)
+        leaders = _leaders(record)
+        self._book.describe(views.of_two(leaders) if len(leaders) > 1 else {})
+
+
+def _leaders(record: StudyRecord) -> list[str]:
+    """MLflow's runs of the best two trials, fewer if there are no more that MLflow has."""
+    from search.leaderboard import ranked, searched
+    from search.tracking.outbox import is_local
+
+    trials = [t for t in ranked(searched(record.trials)) if t.value is not None and not t.violated]
+    return [t.run_id for t in trials if t.run_id is not None and not is_local(t.run_id)][:2]

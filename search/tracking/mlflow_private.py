@@ -40,6 +40,7 @@ VIEW_PARAMETER = "viewStateShareKey"
 PAGE_NAMES = (
     *(VIEW, VIEW_PARAMETER, "compareRunCharts", "compareRunSections", "isAccordionReordered", "runsHiddenMode"),
     *("hideEmptyCharts", "selectedMetricKeys", "runsCountToCompare", "metricSectionId", "SHOW_ALL"),
+    *("DIFFERENCE", "compareGroups", "baselineColumnUuid"),
 )
 """Looked for in the pages' JavaScript."""
 

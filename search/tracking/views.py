@@ -66,7 +66,10 @@ def of_two(run_ids: Sequence[str]) -> dict[str, str]:
         "baselineColumnUuid": run_ids[0],
     }
     state["compareRunCharts"].append(difference)
-    state["compareRunSections"].insert(1, _section(differ, "What differs", is_open=True))
+    epochs, *others = state["compareRunSections"]
+    # All of it in a window of 900 pixels' height.
+    below = {**_section(differ, "What differs", is_open=True), "columns": 1, "cardHeight": 360}
+    state["compareRunSections"] = [{**epochs, "cardHeight": 240}, below, *others]
     return {f"{VIEW}{BEST_TWO}": _view("The best two, compared", state)}
 
 
