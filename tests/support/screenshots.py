@@ -36,8 +36,6 @@ def main(
             keep(page, out / f"{file}.png")
         optuna_trial(page, served, name, best(page, served, name) if trial is None else trial)
         keep(page, out / "optuna-trial.png")
-        log_page(page, runs_dir, name)
-        keep(page, out / "log-page.png")
 
 
 def largest(runs_dir: Path, served: Dashboards) -> str:
@@ -82,12 +80,6 @@ def _drawn(page: Any, charts: int) -> None:
     page.mouse.move(0, 0)
 
 
-def log_page(page: Any, runs_dir: Path, name: str) -> None:
-    """The beginning of the log's page."""
-    page.set_viewport_size({"width": 1200, "height": 900})
-    page.goto((runs_dir.resolve() / name / "tuning-log.html").as_uri())
-
-
 def optuna_study(page: Any, served: Dashboards, name: str) -> None:
     """The study's main page: history, importance, timeline."""
     page.set_viewport_size({"width": 1500, "height": 1120})
@@ -109,7 +101,7 @@ def keep(page: Any, path: Path) -> None:
     page.wait_for_timeout(1_500)  # animations of charts and ripples of buttons
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
-    picture.quantize(256).save(path, optimize=True)  # a third of the size; pages have few colours
+    picture.save(path, optimize=True)
     print(f"{path}  {path.stat().st_size / 1024:.0f} KiB")
 
 

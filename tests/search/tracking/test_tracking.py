@@ -404,7 +404,7 @@ def test_a_trial_as_mlflow_has_it(tracking: Tracking) -> None:
     assert tracking.tags(run_id).items() >= {**kept, "trial": "0"}.items(), "programs read all of them"
     found = client.search_runs([run.info.experiment_id], "tags.finding = 'overfitting'")
     assert [r.info.run_id for r in found] == [run_id]
-    assert [a.path for a in client.list_artifacts(run_id)] == ["adapted_modules.txt"]
+    assert [a.path for a in client.list_artifacts(run_id)] == ["adapted_modules.txt", tags.FACTS]
 
 
 def test_params_can_be_given_back_as_settings() -> None:
