@@ -206,13 +206,12 @@ def test_the_program_ends_with_2_and_one_line(
 
 def test_a_moved_data_folder_and_model_may_be_named(small_study: Small, copy: Path, tiny_checkpoint: Path) -> None:
     with sqlite3.connect(copy / "optuna.db") as database:
-        query = "select trial_system_attribute_id, value_json from trial_system_attributes where key = 'lora_search:config'"
+        table, where = "trial_system_attributes", "key = 'lora_search:config'"
+        query = f"select trial_system_attribute_id, value_json from {table} where {where}"
         for number, config in database.execute(query).fetchall():
             moved = json.dumps({**json.loads(config), "model": "/gone"})
-            database.execute(
-                "update trial_system_attributes set value_json = ? where trial_system_attribute_id = ?",
-                [moved, number],
-            )
+            change = f"update {table} set value_json = ? where trial_system_attribute_id = ?"
+            database.execute(change, [moved, number])
     result = command(copy, GOOD, "--model", str(tiny_checkpoint), study="small-real")
     assert result.exit_code == 0, result.output
 
