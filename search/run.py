@@ -160,8 +160,7 @@ def run_shown(session: Session) -> int:
     from search.terminal.live import LiveDisplay, Plain
 
     console = _console()
-    display = LiveDisplay if console.is_terminal else Plain
-    result = session.run(lambda read: display(console, read, session.n_trials))
+    result = session.run(lambda read: LiveDisplay(console, read) if console.is_terminal else Plain(console))
     if result.code == DatabaseAway.exit_code:
         console.print("\nthe database is away; the same command continues the study once it answers", soft_wrap=True)
     elif result.trials or not result.code:

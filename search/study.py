@@ -29,16 +29,7 @@ from search.space import (
     to_params,
 )
 from trainer.common.errors import ConfigError, nearest, shown
-from trainer.config import (
-    MACHINE_FIELDS,
-    MOST,
-    RETIRED,
-    TrainConfig,
-    meant,
-    read_settings,
-    without_later,
-    without_retired,
-)
+from trainer.config import MACHINE_FIELDS, MOST, RETIRED, TrainConfig, read_settings, without_later, without_retired
 
 LOCATION_FIELDS = ("model", "data")
 """Where the model and the data lie may differ between machines; their fingerprints may not."""
@@ -203,7 +194,7 @@ def _problems(study: Study) -> Iterator[str]:
         if name in RETIRED:
             yield f"{name} cannot be searched, since it does not change training: write Study({name}=...)"
         else:
-            yield f"search space names {shown(name)}, which TrainConfig does not have{meant(name, valid)}"
+            yield f"search space names {shown(name)}, which TrainConfig does not have{nearest(name, valid)}"
     try:
         base = study.base_config()
     except ConfigError as error:

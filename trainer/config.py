@@ -191,34 +191,6 @@ def _listed(what: str, errors: Iterable[str]) -> str:
     return "\n".join([head, *(f"  - {line}" for line in lines)])
 
 
-OTHER_NAMES = {
-    "lr": "learning_rate",
-    "rate": "learning_rate",
-    "rank": "lora_r",
-    "r": "lora_r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "epochs": "num_epochs",
-    "num_train_epochs": "num_epochs",
-    "bs": "batch_size",
-    "batch": "batch_size",
-    "per_device_train_batch_size": "batch_size",
-    "warmup": "warmup_steps",
-    "scheduler": "lr_scheduler_type",
-    "wd": "weight_decay",
-    "dtype": "torch_dtype",
-    "clip": "max_grad_norm",
-}
-"""What other programs call a field; too far from its name to be near it."""
-
-
-def meant(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the field that an unknown name most likely means, or an empty text."""
-    other = OTHER_NAMES.get(name.lower().replace("-", "_"))
-    names = list(valid)
-    return f"; did you mean {other!r}?" if other in names else nearest(name, names)
-
-
 def _problems(error: ValidationError, valid: Iterable[str]) -> list[str]:
     """One line for each thing wrong with a configuration: the field, the rule and the value."""
     lines = []
@@ -232,7 +204,7 @@ def _problems(error: ValidationError, valid: Iterable[str]) -> list[str]:
             )
             continue
         if problem["type"] == "extra_forbidden":
-            lines.append(f"TrainConfig has no {shown(name)}{meant(name, valid)}")
+            lines.append(f"TrainConfig has no {shown(name)}{nearest(name, valid)}")
             continue
         message = problem["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("search.terminal")
 
-ENDED = ("COMPLETE", "PRUNED", "FAIL")
-OWN = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "batch_size", "warmup_steps")
-"""Of a trial's configuration, what its row and its first line show: the rate that it was given, not the warmup's."""
 SHOWN_ON_TERMINAL = 8
 """Rows of the leaderboard in the live view; the whole of it is printed at the end."""
 
@@ -50,6 +47,7 @@ class Running:
     total_steps: int = 0
     train_loss: float | None = None
     val_loss: float | None = None
+    learning_rate: float | None = None
     epoch_seconds: list[float] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     since: float = field(default_factory=time.monotonic)
@@ -62,7 +60,7 @@ class Running:
                 self.total_steps = event.total_steps
             case StepEnded():
                 self.step, self.epoch = event.step, event.epoch
-                self.train_loss = event.loss
+                self.train_loss, self.learning_rate = event.loss, event.learning_rate
             case EpochEnded():
                 self.step, self.epoch = event.step, event.epoch
                 self.train_loss, self.val_loss = event.train_loss, event.val_loss
@@ -110,53 +108,13 @@ class Logged:
         self._display.refresh()
 
 
-class Pace:
-    """How far a study is, and how long the rest may take: at the pace of the trials that ended since then."""
-
-    def __init__(self, total: int | None) -> None:
-        self._total = total
-        self._began = time.monotonic()
-        self._before: int | None = None
-
-    def line(self, trials: Sequence[TrialRecord]) -> str:
-        """`9/12 trials, best 0.3740, about 3:00 left`; empty without a total or before the first trial has ended."""
-        own = leaderboard.searched(trials)
-        ended = sum(t.state in ENDED for t in own)
-        if self._before is None:
-            self._before = ended
-        if self._total is None or not ended:
-            return ""
-        best = leaderboard.best(own)
-        text = f"{ended}/{self._total} trials"
-        if best is not None and best.value is not None:
-            text += f", best {best.value:.4f}"
-        new = ended - self._before
-        if new > 0 and ended < self._total:
-            text += f", about {clock((time.monotonic() - self._began) / new * (self._total - ended))} left"
-        return text
-
-
 class Plain:
     """One line for each event."""
 
-    def __init__(
-        self,
-        console: Console,
-        read: Callable[[], Sequence[TrialRecord]] = tuple,
-        total: int | None = None,
-    ) -> None:
-        """Set up.
-
-        Args:
-            console: Where lines go.
-            read: Reads the study's trials.
-            total: Trials that the study comes to; None for no line about its progress.
-        """
+    def __init__(self, console: Console) -> None:
         self.console = console
-        self._read, self._pace = read, Pace(total)
 
     def __enter__(self) -> Plain:
-        self._pace.line(self._read())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -171,8 +129,6 @@ class Plain:
         text = line(message)
         if text:
             self.say(text)
-        if isinstance(message, TrialEnded) and message.state in ENDED and (far := self._pace.line(self._read())):
-            self.say(far)
 
     def refresh(self) -> None:
         """Do nothing: plain output does not move."""
@@ -181,14 +137,12 @@ class Plain:
 class LiveDisplay:
     """A table of the running trials above the leaderboard, redrawn in place; lines scroll above it."""
 
-    def __init__(self, console: Console, read: Callable[[], Sequence[TrialRecord]], total: int | None = None) -> None:
-        """As `Plain`."""
+    def __init__(self, console: Console, read: Callable[[], Sequence[TrialRecord]]) -> None:
         from rich.live import Live
 
         self.console = console
         self._read = read
         self._trials: Sequence[TrialRecord] = ()
-        self._pace = Pace(total)
         self._running: dict[int, Running] = {}
         self._live: Live = Live(console=console, auto_refresh=False, transient=True)
 
@@ -228,17 +182,8 @@ class LiveDisplay:
         from rich.console import Group
         from rich.table import Table
 
-        far = self._pace.line(self._trials)
-        table = Table(
-            title=f"Running: {far}" if far else "Running",
-            title_justify="left",
-            header_style="bold",
-            box=None,
-            padding=(0, 1),
-        )
-        for head in ("trial", "epoch", "step", "train", "val", "rate", "r", "alpha", "dropout", "batch", "warmup"):
-            table.add_column(head, justify="right", no_wrap=True)
-        for head in ("time", "left"):
+        table = Table(title="Running", title_justify="left", header_style="bold", box=None, padding=(0, 1))
+        for head in ("trial", "epoch", "step", "train", "val", "rate", "r", "alpha", "batch", "time", "left"):
             table.add_column(head, justify="right", no_wrap=True)
         for running in self._running.values():
             config = running.config
@@ -248,11 +193,14 @@ class LiveDisplay:
                 f"{running.step}/{running.total_steps}" if running.total_steps else "-",
                 _loss(running.train_loss),
                 _loss(running.val_loss),
-                *(leaderboard.show_value(name, config[name]) for name in OWN),
+                "-" if running.learning_rate is None else f"{running.learning_rate:.1e}",
+                str(config["lora_r"]),
+                leaderboard.show_value("lora_alpha", config["lora_alpha"]),
+                str(config["batch_size"]),
                 clock(time.monotonic() - running.began),
                 clock(running.left_s()),
             )
-        done = [t for t in self._trials if t.state in ENDED]
+        done = [t for t in self._trials if t.state in ("COMPLETE", "PRUNED", "FAIL")]
         parts: list[Any] = [table]
         if done:
             parts.append(leaderboard.as_table(done, limit=SHOWN_ON_TERMINAL))
@@ -284,7 +232,8 @@ def line(message: Message) -> str:
             filled = f", until a pass has {message.samples:.0f} samples" if message.auto else ""
             return f"up to {message.most} trials train at once on one base{filled}{auto}"
         case TrialStarted():
-            values = ", ".join(f"{name}={leaderboard.show_value(name, message.config[name])}" for name in OWN)
+            shown = ("learning_rate", "lora_r", "lora_alpha", "lora_dropout", "batch_size", "warmup_steps")
+            values = ", ".join(f"{name}={leaderboard.show_value(name, message.config[name])}" for name in shown)
             label = f" ({message.label})" if message.label else ""
             resumed = f", resumed after epoch {message.resumed_from_epoch}" if message.resumed_from_epoch else ""
             return f"trial {message.number}{label}: {values}{resumed}"

@@ -157,19 +157,3 @@ def test_what_an_older_version_recorded_is_read_and_is_the_same_run() -> None:
     assert TrainConfig.parse(without_retired(recorded)) == config
     assert identity_of(recorded) == config.identity()
     assert identity_of({**recorded, "learning_rate": 1e-4}) != config.identity()
-
-
-@pytest.mark.parametrize(
-    ("name", "field"),
-    [
-        ("lr", "learning_rate"),
-        ("rank", "lora_r"),
-        ("epochs", "num_epochs"),
-        ("bs", "batch_size"),
-        ("Alpha", "lora_alpha"),
-        ("learning_rat", "learning_rate"),
-    ],
-)
-def test_other_programs_names_of_a_field_are_hinted(name: str, field: str) -> None:
-    with pytest.raises(ConfigError, match=f"did you mean '{field}'"):
-        TrainConfig.parse_settings([f"{name}=1"], {"data": "mini"})
