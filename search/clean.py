@@ -67,7 +67,7 @@ def main(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     places = Places.of(runs_dir, storage)
-    _check_storage(places)
+    places.check_storage()
     backend = open_storage(places.storage_url)
     found = find_study(backend, study)
     names = studies.generations(found, backend)
@@ -102,14 +102,6 @@ def _remove(folder: Path) -> None:
         raise StudyError(
             f"{shown(str(folder))} cannot be removed: {error.strerror}; what comes before it in the list is gone"
         ) from None
-
-
-def _check_storage(places: Places) -> None:
-    from search.places import sqlite_file
-
-    file = sqlite_file(places.storage_url)
-    if file is not None and not file.is_file():
-        places.check_recorded()
 
 
 def list_pieces(study: optuna.Study, folder: Path, keep: int) -> list[Piece]:

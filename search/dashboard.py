@@ -18,6 +18,7 @@ import typer
 
 from search.dashboards import access
 from search.options import STORAGE_VARIABLE
+from search.urls import PAGES_VARIABLE
 from trainer.common import cli
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -50,19 +51,26 @@ def main(
         str | None,
         typer.Option(envvar=access.HOSTS_VARIABLE, help="Further host names to answer to, separated by commas."),
     ] = None,
+    mlflow_url: Annotated[
+        str | None, typer.Option(envvar=PAGES_VARIABLE, help="Address of MLflow's pages, for the links in notes.")
+    ] = None,
 ) -> None:
     """Serve optuna-dashboard. Beyond this machine it needs a password: LORA_SEARCH_UI_PASSWORD."""
     granted = access.check(host, allowed_hosts)
     from optuna.artifacts import FileSystemArtifactStore
     from optuna_dashboard import wsgi
 
+    from search.dashboards.links import Links
     from search.storage.database import open_storage
 
     store = None
     if artifact_dir is not None:
         artifact_dir.mkdir(parents=True, exist_ok=True)  # workers put files there later
         store = FileSystemArtifactStore(artifact_dir)
-    application = access.Gate(wsgi(open_storage(storage), artifact_store=store), granted, port)
+    opened = open_storage(storage)
+    opened.shows_all = False  # the pages would be as wide as the longest attribute
+    pages = wsgi(opened, artifact_store=store)
+    application = access.Gate(pages if mlflow_url is None else Links(pages, mlflow_url), granted, port)
     signal.signal(signal.SIGTERM, _end)
     with make_server(host, port, application, server_class=_Server, handler_class=_Quiet) as server:
         print(f"optuna-dashboard on http://{host}:{port}/dashboard/", file=sys.stderr, flush=True)

@@ -92,13 +92,17 @@ class Places:
         """A command with the options that find these places, quoted for a shell."""
         return shlex.join([*words, *self.options()])
 
-    def missing(self) -> list[str]:
-        """What is wrong with databases that are files: those that are not there, a sentence each."""
+    def missing(self, *options: str) -> list[str]:
+        """What is wrong with databases that are files: those that are not there, a sentence each.
+
+        Args:
+            options: `--storage`, `--tracking-uri`: which are looked at, by default both.
+        """
         return [
             f"there is no database {shown(str(file))}: run a study first (python -m search.run --study rsicap_mini), "
             f"or name its records with --runs-dir or {option}"
             for option, url in (("--storage", self.storage_url), ("--tracking-uri", self.tracking_uri))
-            if (file := sqlite_file(url)) is not None and not _is_file(file)
+            if option in (options or (option,)) and (file := sqlite_file(url)) is not None and not _is_file(file)
         ]
 
     def check_recorded(self) -> None:
@@ -108,6 +112,15 @@ class Places:
             StorageError: a file that is not there, and what to do.
         """
         for problem in self.missing():
+            raise StorageError(problem)
+
+    def check_storage(self) -> None:
+        """The same of Optuna's database alone.
+
+        Raises:
+            StorageError: it is not there, and what to do.
+        """
+        for problem in self.missing("--storage"):
             raise StorageError(problem)
 
 

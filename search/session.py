@@ -214,6 +214,7 @@ class Session:
             from search.terminal import summary
             from search.terminal.live import Logged
             from search.terminal.pace import Pace
+            from search.tracking import study_run
             from search.tracking.delivery import Delivery, DeliveryThread
             from search.tracking.runs import StudyRuns
             from search.urls import shown as shown_url
@@ -232,7 +233,8 @@ class Session:
             caught_up = delivery.once().records > 0
         preflight.log_data(checked)
         self._runs = runs
-        away = runs.start_study(checked.tags())
+        stated = {"strategy": self.strategy, "pruner": self.pruner, **self.definition.stop_rule()}
+        away = runs.start_study(checked.tags(), study_run.params(self.definition.definition(), stated))
 
         job = self._job(name, checked.examined, pool)
 

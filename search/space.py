@@ -127,6 +127,14 @@ def to_dict(space: Space) -> dict[str, dict[str, Any]]:
     }
 
 
+def in_words(stored: Mapping[str, Any]) -> str:
+    """A param of `to_dict` for people: `5e-06 to 0.001, log`, `8, 16, 32`, `1, 2, 4 x lora_r`."""
+    values = [str(value) for value in stored.get("values", stored.get("factors", ()))]
+    if "low" in stored:
+        return f"{stored['low']:g} to {stored['high']:g}" + (", log" if stored.get("log") else "")
+    return ", ".join(values) + (f" x {stored['of']}" if "of" in stored else "")
+
+
 def from_dict(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Param]:
     """The inverse of `to_dict`."""
     kinds: dict[str, Any] = {cls.__name__: cls for cls in (Float, Int, Choice, Multiple)}

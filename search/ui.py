@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from search.dashboards.access import Access
 from search.dashboards.servers import (
     Server,
     ServerEnded,
+    add_views,
     experiments,
     is_free,
     mlflow_server,
@@ -30,7 +32,7 @@ from search.dashboards.servers import (
 from search.errors import StorageError
 from search.options import RunsOption, StorageOption, TrackingOption
 from search.places import RUNS, Places
-from search.urls import shown
+from search.urls import PAGES_VARIABLE, shown
 from trainer.common import cli
 from trainer.common.errors import UserError
 
@@ -63,7 +65,9 @@ def main(
         with contextlib.ExitStack() as stack:
             print("starting ...", file=sys.stderr, flush=True)
             servers = [] if remote else [stack.enter_context(mlflow_server(tracking_uri, mlflow_port, granted))]
-            servers.append(stack.enter_context(optuna_dashboard(storage, optuna_port, places.notes, granted)))
+            # Browsers may know MLflow by another name; its port they know in any case.
+            mlflow = None if remote else os.environ.get(PAGES_VARIABLE) or servers[0].url
+            servers.append(stack.enter_context(optuna_dashboard(storage, optuna_port, places.notes, granted, mlflow)))
             wait_until_ready(servers)
             show(servers, tracking_uri if remote else None, granted)
             watch(servers)
@@ -132,6 +136,7 @@ def show(servers: list[Server], remote: str | None, granted: Access) -> None:
         print(f"{name:<17} {url}")
         if name == "MLflow" and remote is None:
             for experiment in experiments(url, granted):
+                add_views(url, experiment, granted)
                 print(f"  {experiment['name']:<15} {runs_page(url, experiment['experiment_id'])}")
     print("Ctrl-C ends both." if len(urls) == len(servers) else "Ctrl-C ends optuna-dashboard.", flush=True)
 

@@ -14,6 +14,8 @@ from urllib.parse import quote, quote_plus
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
+PAGES_VARIABLE = "LORA_SEARCH_MLFLOW_PAGES"
+"""Environment variable with the address under which browsers find MLflow's pages."""
 MOST_CHARACTERS = 1000
 """Of an address that is shown whole: no file's name is longer, and hardly any other's."""
 

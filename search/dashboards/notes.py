@@ -100,9 +100,25 @@ def _text(text: str, before: str = "", indent: str = "") -> str:
     return "  \n".join([before + first, *(indent + line for line in rest)])
 
 
-def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page: str, log: Path) -> None:
-    """Write the study's note: its progress, its best configuration, the place of its log. Keeps the user's text."""
+def annotate_study(
+    study: optuna.Study, trials: Sequence[TrialRecord], runs_page: str, log: Path, best_two: str | None = None
+) -> str:
+    """Write the study's note: its verdict, leaderboard and best configuration, the place of its log. Keeps the user's
+    text, and returns ours.
+
+    Args:
+        runs_page: Address of the page with all curves in MLflow.
+        best_two: The same of the page that compares the best two, None if there is none.
+    """
     theirs = get_note(study).rpartition(OWN)[2].strip()
+    links = [f"[All curves in MLflow]({runs_page})"]
+    links += [] if best_two is None else [f"[The best two, compared]({best_two})"]
+    ours = _of_study(study, trials, " · ".join(links), log)
+    save_note(study, "\n".join([ours, OWN, "", theirs]))
+    return ours
+
+
+def _of_study(study: optuna.Study, trials: Sequence[TrialRecord], links: str, log: Path) -> str:
     lines = [escape(leaderboard.summary(trials)), ""]
     best = leaderboard.best(trials)
     if best is not None:
@@ -120,8 +136,8 @@ def annotate_study(study: optuna.Study, trials: Sequence[TrialRecord], runs_page
         lines.append("")
     if best is not None:
         lines += [fenced(leaderboard.training_config(best.config), "python"), ""]
-    lines += [f"[All curves in MLflow]({runs_page})", "", f"Tuning log: {code(log)}", "", OWN, "", theirs]
-    save_note(study, "\n".join(lines))
+    lines += [links, "", f"Tuning log: {code(log)}", ""]
+    return "\n".join(lines)
 
 
 def _keep(trial: optuna.Trial, folder: Path, content: bytes, name: str) -> str:

@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -112,11 +112,15 @@ def mlflow_server(tracking_uri: str, port: int, granted: Access) -> Iterator[Ser
 
 
 @contextlib.contextmanager
-def optuna_dashboard(storage: str, port: int, artifacts: Path, granted: Access) -> Iterator[Server]:
-    """optuna-dashboard on a database."""
+def optuna_dashboard(
+    storage: str, port: int, artifacts: Path, granted: Access, mlflow: str | None = None
+) -> Iterator[Server]:
+    """optuna-dashboard on a database; its notes link to MLflow at `mlflow`, by default to where they say."""
     command = [sys.executable, "-m", "search.dashboard", "--host", granted.host, "--port", str(port)]
     if artifacts.is_dir():
         command += ["--artifact-dir", str(artifacts.resolve())]
+    if mlflow is not None:
+        command += ["--mlflow-url", mlflow]
     env = {STORAGE_VARIABLE: storage, access.HOSTS_VARIABLE: ",".join(granted.names)}
     with _started("optuna-dashboard", granted, port, "/dashboard/", command, env) as server:
         yield server
@@ -187,14 +191,30 @@ def is_free(port: int, host: str) -> bool:
 
 def experiments(url: str, granted: Access) -> list[dict[str, Any]]:
     """Experiments of a running MLflow server, the last used first, without the empty one it makes for itself."""
+    asked = {"max_results": 10, "order_by": ["last_update_time DESC"]}
+    found = _ask(f"{url}/api/2.0/mlflow/experiments/search", asked, granted).get("experiments", [])
+    return [experiment for experiment in found if experiment["experiment_id"] != "0"]
+
+
+def add_views(url: str, experiment: Mapping[str, Any], granted: Access) -> None:
+    """Give an experiment of an earlier version the views of its runs; one that has them is left alone."""
+    from search.tracking import views  # imports SQLAlchemy
+
+    known = {tag["key"] for tag in experiment.get("tags", ())}
+    for key, value in views.tags().items():
+        if key not in known:
+            tag = {"experiment_id": experiment["experiment_id"], "key": key, "value": value}
+            _ask(f"{url}/api/2.0/mlflow/experiments/set-experiment-tag", tag, granted)
+
+
+def _ask(address: str, asked: Mapping[str, Any], granted: Access) -> dict[str, Any]:
+    """The answer of our MLflow server's API."""
     headers = {"Content-Type": "application/json"}
     if authorization := granted.authorization():
         headers["Authorization"] = authorization
     request = urllib.request.Request(  # noqa: S310 - our own http URL
-        f"{url}/api/2.0/mlflow/experiments/search",
-        data=json.dumps({"max_results": 10, "order_by": ["last_update_time DESC"]}).encode(),
-        headers=headers,
+        address, data=json.dumps(asked).encode(), headers=headers
     )
     with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310 - our own http URL
-        found = json.load(response).get("experiments", [])
-    return [experiment for experiment in found if experiment["experiment_id"] != "0"]
+        answer: dict[str, Any] = json.load(response)
+    return answer

@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import optuna
 
+    from search.diagnosis.messages import Lang
+    from search.records import StudyRecord
+    from search.tracking.outbox import Point
     from search.tracking.runs import StudyRuns
 
 log = logging.getLogger("search.report.keeper")
@@ -23,7 +28,7 @@ of minutes are written about as they end, and trials of seconds about once a min
 
 
 class LogKeeper(threading.Thread):
-    """Writes the tuning log, its plots, their copies in the study's MLflow run, and the study's note after trials.
+    """Writes the tuning log, its plots, its pages in the study's MLflow run, and the study's notes after trials.
 
     It only reads the records, so a failure here cannot damage them: it is logged, and the end of the next trial, or
     `python -m search.report`, writes the log again. While MLflow is away the log is written from what Optuna and the
@@ -36,6 +41,7 @@ class LogKeeper(threading.Thread):
         self._changed = threading.Condition()
         self._due = False
         self._closing = False
+        self._told: set[Point] = set()
 
     def due(self) -> None:
         """Note that a trial has ended: the log is due."""
@@ -77,6 +83,7 @@ class LogKeeper(threading.Thread):
         from search.errors import Unavailable
         from search.reading import read_study
         from search.report.write import refresh
+        from search.tracking import views
         from search.tracking.pages import pages_of, runs_page
 
         try:
@@ -85,8 +92,47 @@ class LogKeeper(threading.Thread):
             log.warning("the tuning log is written without MLflow: %s", error)
             record = read_study(self._study, None, self._book.outbox, away=True)
         written = refresh(record, self._folder, options=self._options)
-        page = runs_page(pages_of(self._book.uri), record.experiment_id or "0")
-        notes.annotate_study(self._study, record.trials, page, written[0])
-        for path in written:
-            self._book.keep(path, None if path.parent == self._folder else path.parent.name)
-        return written
+        pages = self._pages(written)
+        server = pages_of(self._book.uri)
+        place = record.experiment_id or "0"
+        two = runs_page(server, place, views.BEST_TWO) if len(_leaders(record)) > 1 else None
+        summary = notes.annotate_study(self._study, record.trials, runs_page(server, place), written[0], two)
+        for path in pages:
+            self._book.keep(path)
+        self._tell(record, summary)
+        return [*written, *pages]
+
+    def _pages(self, written: Sequence[Path]) -> list[Path]:
+        """The logs as pages that need no other file, beside them: MLflow shows a Markdown's pictures as text."""
+        from search.report import page
+        from search.report.write import replace
+
+        images = {f"{p.parent.name}/{p.name}": p.read_bytes() for p in written if p.suffix != ".md"}
+        made = []
+        for log_file in (p for p in written if p.suffix == ".md"):
+            lang: Lang = "zh" if log_file.name.endswith(".zh.md") else "en"
+            path = log_file.with_suffix(".html")
+            replace(path, page.html(log_file.read_text("utf-8"), lang, log_file.stem, images).encode())
+            made.append(path)
+        return made
+
+    def _tell(self, record: StudyRecord, summary: str) -> None:
+        """The study's MLflow run and experiment: the best loss by trial, the summary, the views of its runs."""
+        from search.tracking import study_run, views
+        from search.tracking.mlflow_private import NOTE
+        from search.tracking.outbox import STUDY
+
+        new = [point for point in study_run.points(record.trials) if point not in self._told]
+        self._book.add(STUDY, new, {NOTE: summary})
+        self._told.update(new)
+        leaders = _leaders(record)
+        self._book.describe(views.of_two(leaders) if len(leaders) > 1 else {})
+
+
+def _leaders(record: StudyRecord) -> list[str]:
+    """MLflow's runs of the best two trials, fewer if there are no more that MLflow has."""
+    from search.leaderboard import ranked, searched
+    from search.tracking.outbox import is_local
+
+    trials = [t for t in ranked(searched(record.trials)) if t.value is not None and not t.violated]
+    return [t.run_id for t in trials if t.run_id is not None and not is_local(t.run_id)][:2]

@@ -145,13 +145,23 @@ class CreationHooks(RDBStorage):
 class SharedStorage(RDBStorage):
     """RDBStorage for studies that other programs write into as well.
 
-    It shows each trial that it reads, which comes down to two methods, one of them for the cache. And it stores a
-    param whatever distribution another trial has it with: Optuna refuses that, so that one trial of another space
-    would end the study for good.
+    It shows each trial that it reads, which comes down to two methods, one of them for the cache, and each that it
+    creates. And it stores a param whatever distribution another trial has it with: Optuna refuses that, so that one
+    trial of another space would end the study for good.
     """
 
     def read(self, trial: FrozenTrial) -> None:
         """A trial has been read; it may be changed before anyone sees it."""
+
+    def to_store(self, trial: FrozenTrial) -> FrozenTrial:
+        """The trial as it is stored, of one that is to be created with params or attributes."""
+        return trial
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        template = None if template_trial is None else self.to_store(template_trial)
+        created: FrozenTrial = super()._create_new_trial(study_id, template)
+        self.read(created)
+        return created
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         trial = super().get_trial(trial_id)

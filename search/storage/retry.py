@@ -19,6 +19,7 @@ from sqlalchemy.engine import URL
 
 from search import records
 from search.errors import DatabaseAway, StorageError
+from search.storage import out_of_sight
 from search.storage.optuna_private import CALLED_BY_THE_CACHE, CreationHooks, SharedStorage
 from search.urls import shown, without_secrets
 
@@ -128,14 +129,19 @@ class RetryingStorage(CreationHooks, SharedStorage):
         self._inside = threading.local()
         self.fits: Callable[[str, Any], bool] = lambda name, value: True
         """Whether a param has a value of the study's space, by Optuna's name of it; whoever samples sets it."""
+        self.shows_all = True
+        """Whether readers see the attributes that are out of sight; not so for optuna-dashboard's pages."""
         self._told_foreign: set[tuple[int, str]] = set()
 
     def read(self, trial: FrozenTrial) -> None:
-        """Leave out what another program has written in another form than ours, on which all readers rely.
+        """Show the attributes that are out of sight, and leave out what another program has written in another form
+        than ours, on which all readers rely.
 
         That is attributes of our names, and of trials that have ended params outside of the space: a sampler that
         learns from them would end by an error, at every trial from then on.
         """
+        if self.shows_all:
+            out_of_sight.shown(trial)
         if trial.state.is_finished() and not all(self.fits(*param) for param in trial.params.items()):
             kept = {name for name, value in trial.params.items() if self.fits(name, value)}
             trial.params = {name: value for name, value in trial.params.items() if name in kept}
@@ -173,6 +179,17 @@ class RetryingStorage(CreationHooks, SharedStorage):
         self._inside.creations += 1
         if self._inside.creations > 1 and getattr(self._inside, "yes", False):
             raise CreationUnanswered("the creation of a trial was not answered")
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Store an attribute of a trial, a long one out of sight."""
+        if out_of_sight.is_long(key):
+            RDBStorage.set_trial_system_attr(self, trial_id, out_of_sight.PREFIX + key, value)
+        else:
+            RDBStorage.set_trial_user_attr(self, trial_id, key, value)
+
+    def to_store(self, trial: FrozenTrial) -> FrozenTrial:
+        """A copy of the trial with its long attributes out of sight."""
+        return out_of_sight.hidden(trial)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """Store a state as Optuna does; that an unanswered earlier call has already stored it is not an error."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
@@ -36,6 +38,10 @@ PRIOR = "prior"
 """Study attribute: what earlier runs say of good effective rates; None without any."""
 STRATEGY = "strategy"
 """Study attribute: the value of `--strategy` its trials were sampled with."""
+
+
+METRIC = "lowest val_loss"
+"""What a trial's value is, for the axes of plots."""
 
 
 def open_study(
@@ -73,6 +79,7 @@ def open_study(
         if records.STUDY_ID not in opened.user_attrs:
             opened.set_user_attr(records.STUDY_ID, EARLIER + new_id())
         opened.set_user_attr(records.STOP_RULE, study.stop_rule())
+        _name_metric(opened)
         _enqueue_missing(opened, study)
     return opened
 
@@ -217,6 +224,13 @@ def _create(
     created.set_user_attr(records.STUDY_ID, new_id())
     created.set_user_attr(NAME, study.name)
     return created
+
+
+def _name_metric(opened: optuna.Study) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # of both, that they may change
+        if opened.metric_names != [METRIC]:
+            opened.set_metric_names([METRIC])
 
 
 def _enqueue_missing(opened: optuna.Study, study: Study) -> None:

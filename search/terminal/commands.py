@@ -16,6 +16,7 @@ COMMANDS = {
     "run": ("search.run", "search hyperparameters; run again to continue a study"),
     "confirm": ("search.confirm", "train the leaders of a study again with other seeds, for a verdict"),
     "report": ("search.report.__main__", "write the tuning log from the records"),
+    "compare": ("search.compare", "studies side by side: space, budget, verdicts, best, what they share"),
     "replay": ("search.replay", "train a trial again, and compare every loss"),
     "deliver": ("search.deliver", "deliver to MLflow what it did not take while it was away"),
     "evaluate": ("search.evaluate", "BLEU, ROUGE-L and CIDEr-D of a study's best trials and of the base"),

@@ -6,6 +6,7 @@ nested and parallel runs trip over it (optuna#5148, ray#19978).
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
 import warnings
@@ -18,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from search import records
 from search.errors import StorageError, Unavailable
 from search.records import STUDY_ID
-from search.tracking import address, experiments, models
+from search.tracking import address, experiments, models, views
 from search.tracking.environment import here, run_tags
 from search.tracking.errors import translated
 from search.tracking.library import VERSION, Metric, MlflowClient, MlflowException, Param, Run, RunTag
@@ -27,6 +28,7 @@ from search.tracking.outbox import DataUsed, Model, Outbox, Point, Status, is_lo
 from search.tracking.reader import ClientReader, Reader, RunCurves, SqlReader, epoch_records, search, step_records
 from search.tracking.recorder import CLOSE_S, Logged, RunRecorder
 from search.tracking.sqlite import fill_in_one_go, relocate
+from search.tracking.tags import FACTS, HIDDEN, hidden, inward, outward
 from search.urls import shown
 
 METRICS_PER_BATCH = 1_000
@@ -124,6 +126,16 @@ class Tracking:
             relocate(self.uri, str(found.experiment_id), location)
         return str(found.experiment_id)
 
+    def describe(self, study_name: str, tags: Mapping[str, str]) -> None:
+        """Bring the experiment's tags and the views of its runs up to date; writes only what has changed."""
+        found = experiments.find(self._client, self.uri, study_name, self._study_id)
+        if found is None:
+            return
+        with translated(f"describing experiment {study_name!r}"):
+            for key, value in {**views.tags(), **tags}.items():
+                if found.tags.get(key) != value:
+                    self._client.set_experiment_tag(found.experiment_id, key, value)
+
     def find_parent(self, study_name: str) -> str | None:
         """Id of the study's parent run, None if there is none."""
         experiment_id = self.find_experiment(study_name)
@@ -135,12 +147,20 @@ class Tracking:
             )
         return str(runs[0].info.run_id) if runs else None
 
-    def parent_run(self, study_name: str, tags: Mapping[str, str]) -> str:
-        """Id of the study's parent run, set to RUNNING; its tags are brought up to date."""
+    def parent_run(self, study_name: str, tags: Mapping[str, str], params: Mapping[str, str] | None = None) -> str:
+        """Id of the study's parent run, set to RUNNING; its tags are brought up to date.
+
+        Params that it has stay as they are: MLflow changes none.
+        """
         found = self.some_parent(study_name, tags)
         with translated(f"continuing the run of study {study_name!r}"):
             self._client.update_run(found, status="RUNNING")
         self.write(found, (), tags)
+        if params:
+            with translated(f"reading run {found}"):
+                known = self._client.get_run(found).data.params
+            self.set_params(found, {key: value for key, value in params.items() if key not in known})
+        self.describe(study_name, {})
         return found
 
     def some_parent(self, study_name: str, tags: Mapping[str, str]) -> str:
@@ -195,7 +215,7 @@ class Tracking:
                 self._client.log_batch(run_id, params=every[low : low + TAGS_PER_BATCH])
 
     def _create_run(self, experiment_id: str, name: str, tags: Mapping[str, str], start_ms: int | None = None) -> str:
-        fitting = {key: _fit(value) for key, value in tags.items()}
+        fitting = {key: _fit(value) for key, value in outward(tags).items()}
         with translated(f"creating run {name!r}"):
             run = self._client.create_run(experiment_id, run_name=name, tags=fitting, start_time=start_ms)
         return str(run.info.run_id)
@@ -233,12 +253,13 @@ class Tracking:
             run_id: MLflow's.
             tags: Where it goes on; this process by default.
         """
-        stale = ("reason", "finding", "tracking_lost")
+        stale = ("reason", "finding", "findings", "tracking_lost")
         with translated(f"continuing run {run_id}"):
             run: Run = self._client.get_run(run_id)
             self._client.update_run(run_id, status="RUNNING")
             for key in run.data.tags:
-                if key in stale or key.startswith("finding."):
+                name = key.removeprefix(HIDDEN)
+                if name in stale or name.startswith("finding."):
                     self._client.delete_tag(run_id, key)
         self.write(run_id, (), {"state": "RUNNING", **(here() if tags is None else tags)})
 
@@ -264,7 +285,7 @@ class Tracking:
         """
         closed = []
         for run in search(self._client, experiment_id, "attributes.status = 'RUNNING'"):
-            if is_dead(run.data.tags):
+            if is_dead(inward(run.data.tags)):
                 self.end_run(run.info.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
                 closed.append(str(run.info.run_id))
         return tuple(closed)
@@ -274,7 +295,7 @@ class Tracking:
     def write(self, run_id: str, points: Iterable[Point], tags: Mapping[str, str]) -> None:
         """Write metrics and tags, in as few batches as MLflow allows. Doing it twice leaves one of each."""
         metrics = [Metric(p.key, p.value, p.time_ms, p.step) for p in points]
-        run_tags = [RunTag(key, _fit(value)) for key, value in tags.items()]
+        run_tags = [RunTag(key, _fit(value)) for key, value in outward(tags).items()]
         with translated(f"writing to run {run_id}"):
             while metrics or run_tags:
                 # A batch holds at most 1,000 of all kinds together.
@@ -291,8 +312,15 @@ class Tracking:
         description: str = "",
         end_ms: int | None = None,
     ) -> None:
-        """Set the last tags and the description (Markdown), and end the run: now, or at `end_ms`."""
+        """Set the last tags and the description (Markdown), and end the run: now, or at `end_ms`.
+
+        The tags that MLflow's pages do not show are then a file of the run.
+        """
         self.write(run_id, (), {**tags, **({NOTE: description} if description else {})})
+        with translated(f"reading run {run_id}"):
+            facts = inward(hidden(self._client.get_run(run_id).data.tags))
+        if facts:
+            self.log_text(run_id, json.dumps(facts, indent=1, ensure_ascii=False), FACTS)
         with translated(f"ending run {run_id}"):
             self._client.set_terminated(run_id, status, end_time=end_ms or int(time.time() * 1000))
 
@@ -319,7 +347,7 @@ class Tracking:
     def tags(self, run_id: str) -> dict[str, str]:
         """All tags of a run."""
         with translated(f"reading run {run_id}"):
-            return dict(self._client.get_run(run_id).data.tags)
+            return inward(self._client.get_run(run_id).data.tags)
 
     def epochs(self, run_id: str) -> tuple[records.EpochRecord, ...]:
         """The metrics of a run by epoch."""
@@ -337,7 +365,7 @@ class Tracking:
         """(metrics as (step, value) by key, tags) of a run."""
         with translated(f"reading run {run_id}"):
             run: Run = self._client.get_run(run_id)
-        return self._reader.curves(run), dict(run.data.tags)
+        return self._reader.curves(run), inward(run.data.tags)
 
 
 def _fit(value: str) -> str:

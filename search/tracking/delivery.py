@@ -215,7 +215,7 @@ class Delivery:
             raise StorageError(f"there is no MLflow run {run_id}")
         match entry:
             case StudyBegun():
-                tracking.parent_run(self._study, entry.tags)
+                tracking.parent_run(self._study, entry.tags, entry.params)
             case Resume():
                 tracking.resume_run(progress.target, entry.tags)
             case _:

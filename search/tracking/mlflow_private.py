@@ -31,6 +31,19 @@ GIT_COMMIT = "mlflow.source.git.commit"
 """The columns "User", "Source" and "Version" of the table of runs."""
 SYSTEM_TAGS = (PARENT_RUN, NOTE, USER, SOURCE_NAME, GIT_COMMIT)
 
+# ---------------------------------------------------------------------- what only MLflow's pages know
+
+VIEW = "mlflow.sharedViewState."
+"""Tag of an experiment, its key at the end: a view that the pages open (`search.tracking.views`)."""
+VIEW_PARAMETER = "viewStateShareKey"
+"""Of the address that opens a view. A filter or an order in the address makes the pages ignore it."""
+PAGE_NAMES = (
+    *(VIEW, VIEW_PARAMETER, "compareRunCharts", "compareRunSections", "isAccordionReordered", "runsHiddenMode"),
+    *("hideEmptyCharts", "selectedMetricKeys", "runsCountToCompare", "metricSectionId", "SHOW_ALL"),
+    *("DIFFERENCE", "compareGroups", "baselineColumnUuid"),
+)
+"""Looked for in the pages' JavaScript."""
+
 # ---------------------------------------------------------------------- modules
 
 SQL_STORE = "mlflow.store.tracking.sqlalchemy_store"

@@ -56,6 +56,7 @@ class StudyBegun:
     """A search of the study began."""
 
     tags: dict[str, str]
+    params: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import urllib.parse
 
+from search.tracking import views
+from search.tracking.mlflow_private import VIEW_PARAMETER
 from search.tracking.outbox import is_local
-from search.urls import shown
+from search.urls import PAGES_VARIABLE, shown
 
-PAGES_VARIABLE = "LORA_SEARCH_MLFLOW_PAGES"
 LOCAL = "http://127.0.0.1:5000"
 """Where `python -m search.ui` serves a database's pages by default."""
 
@@ -37,19 +38,12 @@ def pages_of(tracking_uri: str) -> str:
     return server_url(tracking_uri) or LOCAL
 
 
-def runs_page(server: str, experiment_id: str) -> str:
-    """URL of the page that compares a study's trials by their curves, on an MLflow server.
+def runs_page(server: str, experiment_id: str, view: str = views.TRIALS) -> str:
+    """URL of the page that compares a study's trials by their curves, on an MLflow server; `view` is a key of `views`.
 
-    The filter leaves out the parent run, and ordering by a metric makes MLflow list its children one by one: by
-    default they are folded away under it, and the charts are empty.
+    Nothing but the view may be in it: with a filter or an order in the address, MLflow's page ignores the view.
     """
-    query = {
-        "workflowType": "machine_learning",
-        "compareRunsMode": "CHART",
-        "searchFilter": "tags.kind = 'trial'",
-        "orderByKey": "metrics.`val_loss`",
-        "orderByAsc": "true",
-    }
+    query = {"workflowType": "machine_learning", "compareRunsMode": "CHART", VIEW_PARAMETER: view}
     encoded = urllib.parse.urlencode(query, quote_via=urllib.parse.quote)
     return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?{encoded}"
 

@@ -18,6 +18,7 @@ from search.tracking.errors import translated
 from search.tracking.library import MlflowClient, Run
 from search.tracking.mlflow_private import METRICS, RUNS, TAGS
 from search.tracking.outbox import Create, End, Outbox, Resume, Write
+from search.tracking.tags import inward
 from search.urls import first_line
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
@@ -63,7 +64,7 @@ def step_records(curves: Curves) -> tuple[StepRecord, ...]:
 
 def run_curves(status: str, tags: Mapping[str, str], curves: Curves) -> RunCurves:
     """A run from its metrics."""
-    return RunCurves(status=status, tags=dict(tags), epochs=epoch_records(curves), steps=step_records(curves))
+    return RunCurves(status=status, tags=inward(tags), epochs=epoch_records(curves), steps=step_records(curves))
 
 
 def undelivered(outbox: Outbox) -> dict[str, RunCurves]:

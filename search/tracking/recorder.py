@@ -216,7 +216,8 @@ class RunRecorder:
             status: MLflow's status, see `run_status`.
             state: Optuna's state of the trial.
             reason: Why it ended, one of `search.records`' reasons.
-            findings: Ids, the most severe first: tags `finding` (the first) and `finding.<id>` (each).
+            findings: Ids, the most severe first: tags `finding` (the first), `findings` (all, with commas) and
+                `finding.<id>` (each).
             tags: Further tags.
             description: Markdown, shown on the run's page.
 
@@ -233,7 +234,7 @@ class RunRecorder:
         if reason:
             final["reason"] = reason
         if found:
-            final["finding"] = found[0]
+            final |= {"finding": found[0], "findings": ", ".join(found)}
         if self.writer.lost:
             final["tracking_lost"] = str(self.writer.lost)
         now_ms = time.time_ns() // 1_000_000

@@ -73,7 +73,7 @@ class StudyRuns:
 
     # ------------------------------------------------------------------ the study's own run
 
-    def start_study(self, tags: Mapping[str, str]) -> str | None:
+    def start_study(self, tags: Mapping[str, str], params: Mapping[str, str] | None = None) -> str | None:
         """Set the study's run to RUNNING. Returns why MLflow did not take it, None if it did.
 
         Raises:
@@ -81,13 +81,13 @@ class StudyRuns:
         """
         try:
             if not self.outbox.runs():
-                self.connect().parent_run(self.study, tags)
+                self.connect().parent_run(self.study, tags, params)
                 return None
             self.connect()
             why = None
         except Unavailable as error:
             why = str(error)
-        self.outbox.append(STUDY, [StudyBegun(tags={**run_tags(), **tags})])
+        self.outbox.append(STUDY, [StudyBegun(tags={**run_tags(), **tags}, params=dict(params or {}))])
         return why
 
     def end_study(self, status: Status, tags: Mapping[str, str]) -> None:
@@ -101,6 +101,13 @@ class StudyRuns:
     def add(self, run_id: str, points: Sequence[Point], tags: Mapping[str, str]) -> None:
         """Metrics and tags for a run that has ended (`outbox.STUDY` for the study's own)."""
         self._write(run_id, Write(points=list(points), tags=dict(tags)))
+
+    def describe(self, tags: Mapping[str, str]) -> None:
+        """Bring the tags of the study's experiment up to date, with its runs' views; not while MLflow is away."""
+        try:
+            self.connect().describe(self.study, tags)
+        except Unavailable as error:
+            log.warning("the experiment is not described: %s", error)
 
     def keep_model(self, run_id: str, model: Model) -> None:
         """Keep an adapter as a run's model, and register it."""

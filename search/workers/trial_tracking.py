@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import optuna
 
-from search import captions, diagnosis, leaderboard, records
+from search import captions, colours, diagnosis, leaderboard, records
 from search.diagnosis import messages
 from search.errors import StorageError
 from search.markdown import escape
@@ -28,19 +28,6 @@ if TYPE_CHECKING:
     from search.tracking.recorder import RunRecorder
     from search.workers.captioning import Captioning
 
-COLOURS = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#d55e00",
-    "#cc79a7",
-    "#56b4e9",
-    "#000000",
-    "#8c510a",
-    "#762a83",
-    "#a6761d",
-)
-"""Colours of runs in MLflow's charts, which by itself gave two of five trials the same."""
 TAGGED = (
     *(records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT, records.SLOTS),
     *(records.REPEAT_OF, records.BLOCK),
@@ -85,9 +72,12 @@ class TrialTracking:
         if run_id is not None:
             recorder = runs.resume(run_id)
         else:
-            colour = COLOURS[self._trial.number % len(COLOURS)]
             study = self._context.job.study_name
-            tags = {"trial": str(self._trial.number), "study": study, "mlflow.runColor": colour}
+            tags = {
+                "trial": str(self._trial.number),
+                "study": study,
+                "mlflow.runColor": colours.of_trial(self._trial.number),
+            }
             tags |= {key: str(self._trial.user_attrs[key]) for key in TAGGED if key in self._trial.user_attrs}
             tags |= {name: str(value) for name, value in self._context.job.study.stop_rule().items()}
             recorder = runs.begin(self._name(), self._config.model_dump(), tags)

@@ -97,7 +97,7 @@ def check(runs: Path, uri: str, trials: int = TRIALS) -> None:
         assert steps == sorted(set(steps)) and steps
         if not resumed:
             assert steps == list(range(1, steps[-1] + 1))
-        assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["adapted_modules.txt"]
+        assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["adapted_modules.txt", "facts.json"]
     assert not list((runs / "rsicap_mini" / "spool").glob("*.rejected"))
 
 

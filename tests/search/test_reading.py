@@ -159,7 +159,7 @@ class TestCommandLine:
             text = (runs / name).read_text()
             assert run_id.user_attrs[records.RUN_ID] in text
             assert f"--runs-dir {runs}" in text
-        assert (runs / "x" / "log-plots" / "loss-curves.png").is_file()
+        assert (runs / "x" / "log-plots" / "loss-curves.svg").is_file()
 
     def test_the_command_line_and_the_search_write_the_same(self, runs: Path, study: optuna.Study) -> None:
         CliRunner().invoke(app, ["--study", "rsicap", "--runs-dir", str(runs)])

@@ -21,6 +21,7 @@ from search.storage import lifecycle
 from search.storage.database import close_storage, open_storage
 from search.storage.studies import find_study
 from search.tracking.client import open_tracking
+from search.tracking.tags import HIDDEN
 from tests.search.tracking.test_tracking import epoch, step
 from tests.support.small_study import FLOAT16, GOOD, NAME, STALLS, WORSE, Small
 from trainer.config import TrainConfig
@@ -104,8 +105,11 @@ def test_a_changed_epoch_departs_at_that_epoch(copy: Path) -> None:
     with sqlite3.connect(copy / "mlflow.db") as database:
         where = "run_uuid = ? and key = 'val_loss' and step = 3"
         database.execute(f"update metrics set value = 1.25 where {where}", [run_id])
-        database.execute("update tags set value = '0.0.1' where run_uuid = ? and key = 'version.torch'", [run_id])
-        database.execute("update tags set value = 'other' where run_uuid = ? and key = 'data_fingerprint'", [run_id])
+        for value, key in (("0.0.1", "version.torch"), ("other", "data_fingerprint")):
+            changed = database.execute(
+                "update tags set value = ? where run_uuid = ? and key = ?", [value, run_id, HIDDEN + key]
+            )
+            assert changed.rowcount == 1
     result = command(copy, GOOD)
     assert result.exit_code == 1
     lines = result.output.splitlines()
@@ -126,10 +130,13 @@ def test_a_record_says_which_rule_its_trial_was_judged_by(copy: Path) -> None:
 def test_a_record_of_an_older_version_comes_again(copy: Path) -> None:
     """Its configuration has the rule for stopping early, which a training run does not have any more."""
     with sqlite3.connect(copy / "optuna.db") as database:
-        where = "key = 'config' and trial_id = (select trial_id from trials where number = ?)"
-        (text,) = database.execute(f"select value_json from trial_user_attributes where {where}", [GOOD]).fetchone()
+        where = "key = 'lora_search:config' and trial_id = (select trial_id from trials where number = ?)"
+        query = f"select trial_id, value_json from trial_system_attributes where {where}"
+        trial_id, text = database.execute(query, [GOOD]).fetchone()
         older = json.dumps({**json.loads(text), "patience": 2, "min_delta": 0.05})
-        database.execute(f"update trial_user_attributes set value_json = ? where {where}", [older, GOOD])
+        database.execute(f"delete from trial_system_attributes where {where}", [GOOD])
+        insert = "insert into trial_user_attributes (trial_id, key, value_json) values (?, 'config', ?)"
+        database.execute(insert, [trial_id, older])
     result = command(copy, GOOD)
     assert (result.exit_code, "bit-identical" in result.output) == (0, True), result.output
 
@@ -199,12 +206,12 @@ def test_the_program_ends_with_2_and_one_line(
 
 def test_a_moved_data_folder_and_model_may_be_named(small_study: Small, copy: Path, tiny_checkpoint: Path) -> None:
     with sqlite3.connect(copy / "optuna.db") as database:
-        query = "select trial_user_attribute_id, value_json from trial_user_attributes where key = 'config'"
+        table, where = "trial_system_attributes", "key = 'lora_search:config'"
+        query = f"select trial_system_attribute_id, value_json from {table} where {where}"
         for number, config in database.execute(query).fetchall():
             moved = json.dumps({**json.loads(config), "model": "/gone"})
-            database.execute(
-                "update trial_user_attributes set value_json = ? where trial_user_attribute_id = ?", [moved, number]
-            )
+            change = f"update {table} set value_json = ? where trial_system_attribute_id = ?"
+            database.execute(change, [moved, number])
     result = command(copy, GOOD, "--model", str(tiny_checkpoint), study="small-real")
     assert result.exit_code == 0, result.output
 

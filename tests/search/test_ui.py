@@ -20,7 +20,9 @@ from mlflow.tracking import MlflowClient
 
 from search.places import Places
 from search.storage.database import close_storage, open_storage
+from search.tracking import views
 from search.tracking.client import Tracking, open_tracking
+from search.tracking.mlflow_private import VIEW, VIEW_PARAMETER
 from search.ui import check
 from tests.search.tracking.test_tracking import whole_run
 from trainer.common.errors import UserError
@@ -104,7 +106,9 @@ def test_both_pages_answer_at_the_printed_urls(
     tracking = open_tracking(f"sqlite:///{runs_dir}/mlflow.db", runs_dir / "artifacts")
     assert experiment[1] == tracking.experiment("demo")
     query = urllib.parse.parse_qs(urls["demo"].partition("?")[2])
-    found = MlflowClient(urls["MLflow"]).search_runs([experiment[1]], query["searchFilter"][0])
+    client = MlflowClient(urls["MLflow"])
+    view = views.read(client.get_experiment(experiment[1]).tags[VIEW + query[VIEW_PARAMETER][0]])
+    found = client.search_runs([experiment[1]], view["searchFilter"])
     assert [run.info.run_name for run in found] == ["trial 0"]
     status, page = get(urls["optuna-dashboard"])
     assert status == 200 and "Optuna Dashboard" in page

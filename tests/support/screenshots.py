@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
+from search.tracking import views
 from tests.support import browser
 from tests.support.browser import Dashboards
 
@@ -29,7 +30,8 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     with browser.dashboards(runs_dir) as served, browser.page() as (page, _):
         name = study or largest(runs_dir, served)
-        for file, take in (("mlflow-trials", mlflow_trials), ("optuna-study", optuna_study)):
+        taken = (("mlflow-trials", mlflow_trials), ("mlflow-best-two", mlflow_two), ("optuna-study", optuna_study))
+        for file, take in taken:
             take(page, served, name)
             keep(page, out / f"{file}.png")
         optuna_trial(page, served, name, best(page, served, name) if trial is None else trial)
@@ -53,12 +55,29 @@ def best(page: Any, served: Dashboards, name: str) -> int:
 
 def mlflow_trials(page: Any, served: Dashboards, name: str) -> None:
     """Losses and gradient norms of the trials, epoch by epoch."""
-    page.set_viewport_size({"width": 1500, "height": 700})
-    browser.show_charts(page, served.runs_pages[name], "^(train_loss|val_loss|grad_norm_max)$", 3)
-    page.get_by_role("button", name="Toggle sidebar").click()
+    page.set_viewport_size({"width": 1500, "height": 760})
+    page.goto(served.runs_pages[name])
+    _drawn(page, 3)
+
+
+def mlflow_two(page: Any, served: Dashboards, name: str) -> None:
+    """What differs between the best two trials, and their curves."""
+    page.set_viewport_size({"width": 1500, "height": 900})
+    page.goto(served.runs_pages[name].replace(views.TRIALS, views.BEST_TWO))
+    _drawn(page, 3)
+    page.get_by_text("learning_rate", exact=True).first.wait_for()
+
+
+def _drawn(page: Any, charts: int) -> None:
+    """Wait for MLflow's charts; without its assistant and tooltips."""
+    page.wait_for_function(
+        "count => { const all = [...document.querySelectorAll('.js-plotly-plot')];"
+        " return all.length === count && all.every(plot => plot.querySelector('.scatterlayer .trace')) }",
+        arg=charts,
+    )
     page.add_style_tag(content="[data-assistant-ui] { display: none !important }")
     page.evaluate("document.activeElement.blur()")
-    page.mouse.move(0, 0)  # no tooltips
+    page.mouse.move(0, 0)
 
 
 def optuna_study(page: Any, served: Dashboards, name: str) -> None:

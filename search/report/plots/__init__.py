@@ -1,7 +1,7 @@
-"""The plots of the tuning log, as PNG. Their texts are field names, the same in every language.
+"""The plots of the tuning log, as SVG: sharp at any size, some kilobytes each.
 
-Each plot is a function of the facts: the same facts, the same bytes. Matplotlib is imported when the first plot is
-drawn. Whatever a colour says, a shape, dash or hatch says as well.
+Their texts are field names, the same in every language. Each plot is a function of the facts: the same facts, the same
+bytes. Matplotlib is imported when the first plot is drawn. What a colour says, a shape, dash or hatch says too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PLOTS: dict[str, Callable[[Facts], Any]] = {
 
 
 def draw(facts: Facts) -> dict[str, bytes]:
-    """PNG by file name of every plot for which there are facts."""
+    """SVG by file name of every plot for which there are facts."""
     from matplotlib import style
 
     found = {}
@@ -40,12 +40,13 @@ def draw(facts: Facts) -> dict[str, bytes]:
         for name, plot in PLOTS.items():
             figure = plot(facts)
             if figure is not None:
-                found[f"{name}.png"] = _png(figure)
+                found[f"{name}.svg"] = _svg(figure)
     return found
 
 
-def _png(figure: Figure) -> bytes:
+def _svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    # Without metadata: Matplotlib would name its version, and other tools the time.
-    figure.savefig(buffer, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=0.12)
+    # Without metadata: Matplotlib would name its version and the time.
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=nothing, bbox_inches="tight", pad_inches=0.12)
     return buffer.getvalue()

@@ -114,14 +114,13 @@ def rank_by_alpha(facts: Facts) -> Figure | None:
         return None
     figure, axes = new(8, 4.8)
     known = [(key, value) for key, value in best.items() if value is not None]
-    top = min(max(losses), median(losses) + 3 * max(median(losses) - min(losses), 1e-9))
+    norm, ticks = _near_the_best(losses, facts.noise.difference)
     shown = axes.scatter(
         [rank for (rank, _), _ in known],
         [alpha for (_, alpha), _ in known],
         c=[value for _, value in known],
         cmap="cividis",
-        vmin=min(losses),
-        vmax=max(top, min(losses) + 1e-9),
+        norm=norm,
         s=190,
         edgecolors="#333333",
         linewidths=0.7,
@@ -134,11 +133,37 @@ def rank_by_alpha(facts: Facts) -> Figure | None:
             axes.plot(rank, alpha, "*", color="white", markersize=10, markeredgecolor="black", zorder=5)
     _label(axes, best, {key: len(members) for key, members in cells.items()})
     _ratio_lines(axes, [key[0] for key in cells], [key[1] for key in cells])
-    figure.colorbar(
-        shown, ax=axes, label="lowest val_loss", pad=0.02, extend="max" if max(losses) > top else "neither"
-    )
+    bar = figure.colorbar(shown, ax=axes, label="lowest val_loss", pad=0.02, ticks=ticks)
+    bar.ax.set_yticklabels([f"{tick:.4g}" for tick in ticks])
+    bar.ax.minorticks_off()
     axes.set(xlabel="lora_r", ylabel="lora_alpha")
     return figure
+
+
+def _near_the_best(losses: Sequence[float], noise: float) -> tuple[Any, list[float]]:
+    """(a scale of colours, its ticks): even in the logarithm of the distance to the best, from the noise upwards.
+
+    On an even scale one high loss makes all others look alike, and cut off, those above it: 0.388 like 0.476.
+    """
+    from matplotlib.colors import FuncNorm
+
+    low, high = min(losses), max(losses)
+    unit = max(noise * abs(low), 1e-3 * abs(low), 1e-9)
+    high = max(high, low + unit)
+    top = math.log1p((high - low) / unit)
+
+    def forward(values: Any) -> Any:
+        import numpy as np
+
+        return np.log1p(np.maximum(np.asarray(values, dtype=float) - low, 0.0) / unit)
+
+    def inverse(values: Any) -> Any:
+        import numpy as np
+
+        return low + unit * np.expm1(np.asarray(values, dtype=float))
+
+    ticks = [low + unit * math.expm1(top * part / 5) for part in range(6)]
+    return FuncNorm((forward, inverse), vmin=low, vmax=high), ticks
 
 
 def _label(axes: Axes, best: Cells, counts: dict[tuple[float, float], int]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from search.tracking import views
 from tests.support import browser
 from tests.support.browser import Dashboards
 from tests.support.small_study import FLOAT16, LABEL, NAME, SLOW, STALLS, WORSE, Small
@@ -105,10 +106,8 @@ def test_a_trial_s_page_has_its_note_with_plot_and_link(
     page.wait_for_function("image => image.complete", arg=plot.element_handle())
     assert plot.evaluate("image => image.naturalWidth") == 600
     link = page.get_by_role("link", name="Curves in MLflow").get_attribute("href")
-    # The address is that of search.ui's own port; this one is served on a free port.
-    path = link.removeprefix("http://127.0.0.1:5000")
-    assert path == run_page(served, run_ids[str(STALLS)]).removeprefix(served.mlflow)
-    page.goto(served.mlflow + path)
+    assert link == run_page(served, run_ids[str(STALLS)]), "MLflow's own port, whatever port the note was written with"
+    page.goto(link)
     page.get_by_role("heading", name=re.compile(rf"trial 00{STALLS} \(stalls\) lr=3e-1 r=16")).wait_for()
 
 
@@ -135,6 +134,22 @@ def test_no_line_of_a_note_runs_out_of_the_window(page: Any, served: Dashboards)
     page.get_by_text("Decision tree:").wait_for()
     right = page.evaluate(NOTE_RIGHT)
     assert 600 < right <= 1280
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/note", "/trialTable", f"/trials?numbers={FLOAT16}", f"/trials?numbers={STALLS}"]
+)
+def test_no_page_is_wider_than_the_window(page: Any, served: Dashboards, path: str) -> None:
+    page.goto(served.study_page(NAME) + path)
+    page.wait_for_load_state("networkidle")
+    page.get_by_text(NAME).first.wait_for()
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
+def test_the_axis_says_what_a_trial_s_value_is(page: Any, served: Dashboards) -> None:
+    study = page.request.get(served.study_page(NAME).replace("/dashboard/", "/api/")).json()
+    assert study["objective_names"] == ["lowest val_loss"]
 
 
 def test_the_study_s_note_sums_up(page: Any, served: Dashboards) -> None:
@@ -174,6 +189,31 @@ def test_trials_are_compared_by_their_curves(page: Any, served: Dashboards) -> N
     assert len(curves) == 4, "the fifth had no whole epoch"
 
 
+def test_the_page_opens_on_the_losses_and_the_gradient_norm(page: Any, served: Dashboards) -> None:
+    page.goto(served.runs_pages[NAME])
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length >= 12")
+    text = page.inner_text("body")
+    assert re.search(r"By epoch\s\(3\).*val_loss.*train_loss.*grad_norm_max", text, re.DOTALL)
+    assert page.locator(".js-plotly-plot").count() == 3, "few panels: the others are folded"
+    assert re.search(r"^step\s\(\d+\)$", text, re.MULTILINE), "but there"
+    colours = page.evaluate(
+        "[...document.querySelectorAll('.js-plotly-plot')][0].data.filter(t => t.x?.length > 0)"
+        ".map(t => t.line?.color || t.marker?.color)"
+    )
+    assert len(set(colours)) >= 4
+
+
+def test_the_best_two_are_compared_on_one_screen(page: Any, served: Dashboards) -> None:
+    page.goto(served.runs_pages[NAME].replace(views.TRIALS, views.BEST_TWO))
+    page.get_by_text("2 matching runs").wait_for()
+    page.get_by_role("heading", name="What differs").wait_for()
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length >= 6")
+    row = page.get_by_text("learning_rate", exact=True).first
+    row.wait_for()
+    assert row.bounding_box()["y"] < 900
+    assert page.get_by_text("gradient_accumulation_steps", exact=True).count() == 0, "the same in both"
+
+
 def test_five_runs_side_by_side_show_what_differs(page: Any, served: Dashboards, run_ids: dict[str, str]) -> None:
     trials = [run_id for name, run_id in run_ids.items() if name != NAME]
     query = urllib.parse.urlencode({"runs": json.dumps(trials), "experiments": json.dumps(["1"])})
@@ -199,8 +239,39 @@ def test_a_run_s_page_has_analysis_params_and_metrics(page: Any, served: Dashboa
 
 def test_the_study_s_run_holds_the_log_and_its_plots(page: Any, served: Dashboards, run_ids: dict[str, str]) -> None:
     page.goto(run_page(served, run_ids[NAME], "/artifacts"))
-    page.get_by_text("tuning-log.md").click()
-    page.get_by_role("heading", name=re.compile(f"tuning log: {NAME}")).wait_for()
-    assert page.get_by_text("tuning-log.zh.md").count() == 1
-    page.get_by_text("tuning-log-plots").first.click()
-    page.get_by_text("loss-curves.png").wait_for()
+    page.get_by_text("tuning-log.html").click()
+    log = page.frame_locator("iframe.mlflow-html-iframe")
+    log.get_by_role("heading", name=re.compile(f"tuning log: {NAME}")).wait_for()
+    assert log.locator("svg[role=img]").count() >= 5, "the plots are in it"
+    folded = log.locator("main details:not([open])").count()
+    log.get_by_role("button", name="Open all").click()
+    assert log.locator("main details:not([open])").count() == 0 <= folded, "its script runs within MLflow's frame"
+    assert page.get_by_text("tuning-log.zh.html").count() == 1
+
+
+def test_tables_of_the_log_sort(page: Any, small_study: Small) -> None:
+    page.goto((small_study.runs / NAME / "tuning-log.html").as_uri())
+    page.get_by_role("button", name="Open all").click()
+    heads = page.locator("main table th.sorts")
+    head = heads.nth(1)
+    column = (
+        "th => [...th.closest('table').tBodies[0].rows].map(r => parseFloat(r.cells[th.cellIndex].innerText))"
+        ".filter(x => !isNaN(x))"
+    )
+    for way in (1, -1):
+        head.click()
+        shown = head.evaluate(column)
+        assert shown == sorted(shown, reverse=way < 0)
+
+
+def test_the_log_is_read_on_a_phone(opened: tuple[Any, list[str]], small_study: Small) -> None:
+    phone, requested = opened
+    address = (small_study.runs / NAME / "tuning-log.html").as_uri()
+    before = len(requested)
+    phone.set_viewport_size({"width": 360, "height": 740})
+    try:
+        phone.goto(address)
+        assert phone.evaluate("document.documentElement.scrollWidth") == 360
+        assert requested[before:] == [address], "one file"
+    finally:
+        phone.set_viewport_size({"width": 1280, "height": 900})

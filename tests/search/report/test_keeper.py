@@ -157,8 +157,10 @@ def test_log_note_and_artifacts_of_the_study_s_run(study: optuna.Study, tracking
     assert get_note(study).startswith("1 trials (1 COMPLETE)")
     client = MlflowClient(tracking.uri)
     kept = {file.path for file in client.list_artifacts(parent)}
-    assert {"tuning-log.md", "tuning-log.zh.md"} <= kept
-    plots = {path.name for path in written if path.suffix == ".png"}
-    assert {Path(f.path).name for f in client.list_artifacts(parent, "tuning-log-plots")} == plots
-    copied = Path(client.download_artifacts(parent, "tuning-log.md", str(tmp_path)))
-    assert copied.read_text() == (folder / "tuning-log.md").read_text()
+    assert kept == {"tuning-log.html", "tuning-log.zh.html"}, "Markdown's pictures are text in MLflow"
+    copied = Path(client.download_artifacts(parent, "tuning-log.html", str(tmp_path))).read_text()
+    assert copied == (folder / "tuning-log.html").read_text()
+    assert "--runs-dir elsewhere" in copied
+    data = client.get_run(parent).data
+    assert data.metrics == {"trial_val_loss": 1.25}, "a trial told by hand has no epoch, and is not the best"
+    assert data.tags["mlflow.note.content"].startswith("1 trials (1 COMPLETE)")

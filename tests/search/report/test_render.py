@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import base64
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -10,10 +11,10 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import pytest
 from markdown_it import MarkdownIt
-from PIL import Image
 
 from search.diagnosis.messages import LANGS, Lang
 from search.records import EpochRecord, StudyRecord
@@ -21,6 +22,7 @@ from search.report import plots, write
 from search.report.blocks import MOST_EPOCHS, literal, thinned
 from search.report.facts import Facts, gather
 from search.report.page import html
+from search.report.plots.canvas import OTHER
 from search.report.render import markdown
 from tests.support.report_data import falling, hand_run, many, recorded, study, trial
 from trainer.config import TrainConfig
@@ -52,7 +54,7 @@ HEADINGS = (
     "保守策略更可靠",
 )
 """Every section of the hand-run log, but for those named after its experiments."""
-LINKS = {name: f"plots/{name}.png" for name in plots.PLOTS}
+LINKS = {name: f"plots/{name}.svg" for name in plots.PLOTS}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ class Page(HTMLParser):
         super().__init__()
         self.ids: list[str] = []
         self.links: list[str] = []
-        self.images: list[dict[str, str | None]] = []
+        self.pictures: list[str] = []
         self.tags: set[str] = set()
         self.feed(text)
 
@@ -83,8 +85,8 @@ class Page(HTMLParser):
             self.ids.append(str(values["id"]))
         if tag == "a":
             self.links.append(str(values.get("href")))
-        if tag == "img":
-            self.images.append(values)
+        if tag == "svg":
+            self.pictures.append(str(values["aria-label"]))
 
 
 class TestSections:
@@ -230,17 +232,50 @@ class TestPage:
     @pytest.mark.parametrize("lang", LANGS)
     def test_is_one_file(self, pages: dict[Lang, str], lang: Lang) -> None:
         page = Page(pages[lang])
-        assert len(page.images) == len(plots.PLOTS)
-        assert all(str(image["src"]).startswith("data:image/png;base64,") for image in page.images)
-        assert page.tags.isdisjoint({"script", "link", "iframe", "object"})
+        assert len(page.pictures) == len(plots.PLOTS)
+        assert page.tags.isdisjoint({"link", "iframe", "object", "img"})
         assert [link for link in page.links if not link.startswith("#")] == []
-        assert "url(" not in pages[lang]
+        assert set(re.findall(r"url\((.)", pages[lang])) <= {"#"}, "parts of the page itself"
+        assert set(re.findall(r'href="(#|data:image/png;base64|.)', pages[lang])) == {"#", "data:image/png;base64"}
+
+    def test_runs_its_own_script_and_no_other(self, pages: dict[Lang, str]) -> None:
+        (script,) = re.findall(r"<script>(.*?)</script>", pages["en"], re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}'" in pages["en"]
+
+    def test_sections_fold_and_what_is_long_begins_folded(self, pages: dict[Lang, str]) -> None:
+        shut = re.findall(r"<details><summary><h\d id=\"([^\"]*)", pages["en"])
+        assert any(name.startswith("experiment-") for name in shut), "six experiments"
+        assert pages["en"].count("<details") == pages["en"].count("</details>")
+        top = re.findall(r"<details open><summary><h2", pages["en"])
+        assert len(top) >= 3
+
+    @pytest.mark.parametrize(
+        "text", ["", "# A", "## A\n\nb\n\n### C\n\n# D\n\n### E", "> ## quoted\n\n## A\n\n- ### b", "### C\n\n## A"]
+    )
+    def test_any_markdown_becomes_a_page(self, text: str) -> None:
+        class Nested(HTMLParser):
+            def __init__(self) -> None:
+                super().__init__()
+                self.open: list[str] = []
+
+            def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+                if tag in ("details", "summary", "blockquote", "li", "main"):
+                    self.open.append(tag)
+
+            def handle_endtag(self, tag: str) -> None:
+                if tag in ("details", "summary", "blockquote", "li", "main"):
+                    assert self.open.pop() == tag
+
+        nested = Nested()
+        nested.feed(html(text, "en", "t", {}))
+        assert nested.open == []
 
     @pytest.mark.parametrize("lang", LANGS)
     def test_every_picture_says_in_words_what_is_seen(self, pages: dict[Lang, str], lang: Lang) -> None:
-        for image in Page(pages[lang]).images:
-            assert len(str(image["alt"])) > 15
-            assert re.search(r"\d", str(image["alt"]))
+        for said in Page(pages[lang]).pictures:
+            assert len(said) > 15
+            assert re.search(r"\d", said)
 
     @pytest.mark.parametrize("lang", LANGS)
     def test_every_link_leads_somewhere(self, pages: dict[Lang, str], lang: Lang) -> None:
@@ -289,7 +324,7 @@ class TestEscaping:
 
     def test_hostile_text_on_the_page(self, facts: Facts) -> None:
         page = html(markdown(facts, "en", {}), "en", "t<script>", {})
-        assert Page(page).tags.isdisjoint({"script", "img", "u", "b"})
+        assert Page(page).tags.isdisjoint({"img", "u", "b"}) and page.count("<script>") == 1
         assert "&lt;script&gt;alert(1)" in page
 
 
@@ -303,12 +338,14 @@ class TestPlots:
     @pytest.mark.parametrize("record", [hand_run(), recorded(), many(30)], ids=["hand_run", "recorded", "many"])
     def test_are_drawn_wide_enough_to_be_read(self, record: StudyRecord) -> None:
         for name, data in plots.draw(gather(record)).items():
-            with Image.open(io.BytesIO(data)) as image:
-                assert image.width >= 950, name
-                assert image.info.get("Software") is None
+            root = ElementTree.fromstring(data)
+            width, height = (float(x) for x in root.attrib["viewBox"].split()[2:])
+            assert width >= 450 and height >= 150, name
+            assert all(float(size) >= 8 for size in re.findall(r"font: (?:bold )?([\d.]+)px", data.decode())), name
+            assert b"Matplotlib" not in data and b"dc:date" not in data
 
     def test_all_of_them_for_a_whole_study(self, hand: Facts) -> None:
-        assert set(plots.draw(hand)) == {f"{name}.png" for name in plots.PLOTS}
+        assert set(plots.draw(hand)) == {f"{name}.svg" for name in plots.PLOTS}
 
     def test_none_for_an_empty_study(self) -> None:
         assert plots.draw(gather(study([]))) == {}
@@ -321,6 +358,26 @@ class TestPlots:
         axes = curves.loss_curves(gather(study([*calm, wild]))).axes[0]  # type: ignore[union-attr]
         assert axes.get_ylim()[1] < 3
         assert any("1 value(s) above" in text.get_text() for text in axes.texts)
+
+    def test_curves_are_named_at_their_ends_and_losers_are_grey(self) -> None:
+        from search.report.plots import curves
+
+        facts = gather(study([trial(i, falling(2.0, 1.4 + 0.05 * i, 6)) for i in range(6)]))
+        axes = curves.loss_curves(facts).axes[0]  # type: ignore[union-attr]
+        names = [text.get_text() for text in axes.texts]
+        assert sorted(names) == ["0 (best)", "1", "2", "3", "4", "5"]
+        places = sorted(text.xy[1] for text in axes.texts)  # type: ignore[attr-defined]
+        low, high = axes.get_ylim()
+        assert all(b - a > 0.03 * (high - low) for a, b in pairwise(places)), "none covers another"
+        assert sum(line.get_color() == OTHER for line in axes.lines) == 2 * 3
+
+    def test_the_colour_tells_the_losses_near_the_best_apart(self) -> None:
+        from search.report.plots.by_parameter import _near_the_best
+
+        norm, ticks = _near_the_best([0.3656, 0.379, 0.388, 0.476], 0.004)
+        near, far = float(norm(0.388)) - float(norm(0.379)), float(norm(0.476)) - float(norm(0.388))
+        assert near > 0.1 and far > 0.1, "0.388 is neither 0.379 nor 0.476"
+        assert ticks[0] == pytest.approx(0.3656) and ticks[-1] == pytest.approx(0.476)
 
 
 class TestFiles:

@@ -43,6 +43,13 @@ def test_tags() -> None:
     assert missing == [], f"MLflow does not know the tags {', '.join(missing)}"
 
 
+def test_the_pages_know_the_parts_of_a_view() -> None:
+    folder = Path(mlflow_tags.__file__).parents[1] / "server" / "js" / "build" / "static" / "js"
+    pages = "".join(path.read_text("utf-8") for path in folder.glob("main.*.js"))
+    missing = [name for name in mlflow_private.PAGE_NAMES if name not in pages]
+    assert missing == [], f"MLflow's pages do not know {', '.join(missing)}"
+
+
 def test_error_codes() -> None:
     codes = (*mlflow_private.TRANSIENT, mlflow_private.ALREADY_EXISTS)
     missing = [code for code in codes if code not in ErrorCode.keys()]  # noqa: SIM118 - an enum of protobuf

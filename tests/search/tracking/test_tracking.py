@@ -1,6 +1,7 @@
 """Recording runs: what is written, what survives failures, and that all of it is read back."""
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -19,7 +20,7 @@ from mlflow.tracking import MlflowClient
 
 from search import records
 from search.errors import StorageError, Unavailable
-from search.tracking import client
+from search.tracking import client, tags
 from search.tracking import environment as env
 from search.tracking.client import Tracking, as_text, open_tracking
 from search.tracking.outbox import End, Outbox, Point, Status, Write
@@ -219,7 +220,12 @@ def test_findings_state_and_reason_are_tags() -> None:
     recorder.finish("FINISHED", state="PRUNED", reason="rising", findings=("overfitting", "oscillating"))
     recorder.finish("FAILED", state="FAIL")
     assert store.ended == "FINISHED"
-    expected = {"state": "PRUNED", "reason": "rising", "finding": "overfitting"}
+    expected = {
+        "state": "PRUNED",
+        "reason": "rising",
+        "finding": "overfitting",
+        "findings": "overfitting, oscillating",
+    }
     assert store.tags == expected | {"finding.overfitting": "true", "finding.oscillating": "true"}
 
 
@@ -391,10 +397,14 @@ def test_a_trial_as_mlflow_has_it(tracking: Tracking) -> None:
     assert run.data.params == {k: as_text(v) for k, v in TrainConfig().model_dump().items()}
     assert run.data.tags["mlflow.parentRunId"] == tracking.parent_run("demo", {})
     assert run.data.tags["mlflow.note.content"] == "# What happened"
-    assert run.data.tags["host"] and run.data.tags["version.torch"] and run.data.tags["trial"] == "0"
+    shown = {key for key in run.data.tags if not key.startswith("mlflow.")}
+    assert {"trial", "state", "reason", "finding"} < shown and len(shown) <= tags.MOST
+    kept = json.loads(Path(client.download_artifacts(run_id, tags.FACTS)).read_text())
+    assert kept["host"] and kept["version.torch"] and shown.isdisjoint(kept)
+    assert tracking.tags(run_id).items() >= {**kept, "trial": "0"}.items(), "programs read all of them"
     found = client.search_runs([run.info.experiment_id], "tags.finding = 'overfitting'")
     assert [r.info.run_id for r in found] == [run_id]
-    assert [a.path for a in client.list_artifacts(run_id)] == ["adapted_modules.txt"]
+    assert [a.path for a in client.list_artifacts(run_id)] == ["adapted_modules.txt", tags.FACTS]
 
 
 def test_params_can_be_given_back_as_settings() -> None:
@@ -429,7 +439,7 @@ def test_what_is_read_back_is_what_mlflows_client_reads(tracking: Tracking) -> N
     assert set(runs) == {run_id, tracking.parent_run("demo", {})}
     assert runs[run_id].epochs == tracking.epochs(run_id)
     assert runs[run_id].steps == tracking.steps(run_id)
-    assert runs[run_id].tags == tracking.tags(run_id) == client.get_run(run_id).data.tags
+    assert runs[run_id].tags == tracking.tags(run_id) == tags.inward(client.get_run(run_id).data.tags)
     assert runs[run_id].status == "FINISHED"
 
 

@@ -1,0 +1,113 @@
+"""`search.compare`: studies side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search import compare, records
+from search.comparison import Recorded, rows, sentences
+from search.comparison import compare as compared
+from search.places import Places
+from search.space import Float, Int
+from search.storage import studies
+from search.storage.database import close_storage, open_storage
+from search.study import Study
+from trainer.common import cli
+from trainer.config import TrainConfig
+
+RATES = {"wide": (1e-4, 2e-4, 4e-4), "narrow": (2e-4, 3e-4)}
+LOSSES = {1e-4: 0.5, 2e-4: 0.4, 3e-4: 0.38, 4e-4: 0.45}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two studies that share one configuration."""
+    places = Places.of(tmp_path_factory.mktemp("compare") / "runs")
+    places.runs_dir.mkdir()
+    storage = open_storage(places.storage_url)
+    for name, rates in RATES.items():
+        space: dict[str, Any] = {"learning_rate": Float(min(rates), max(rates), log=True)}
+        space |= {"lora_r": Int(4, 8)} if name == "wide" else {}
+        base = {"num_epochs": 3, "lora_r": 8, "warmup_steps": 0}
+        study = studies.open_study(storage, Study(name=name, description="", base=base, space=space, n_trials=3))
+        for number, rate in enumerate(rates):
+            trial = study.ask()
+            config = TrainConfig.parse({**base, "learning_rate": rate, "model": name})
+            trial.set_user_attr(records.CONFIG, config.model_dump(mode="json"))
+            trial.set_user_attr(records.TRAIN_LOSSES, [1.0] * 3)
+            trial.set_user_attr(records.BEST_EPOCH, 2)
+            trial.set_user_attr(records.FOLDER, f"trials/{number:04d}")
+            study.tell(trial, LOSSES[rate])
+    close_storage(storage)
+    return places.runs_dir
+
+
+def called(runs: Path, *arguments: str) -> None:
+    compare.app([*arguments, "--runs-dir", str(runs)], standalone_mode=False)
+
+
+def test_text_and_page_say_what_each_came_to_and_what_they_share(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called(runs, "wide", "narrow", "--html", str(tmp_path / "two.html"))
+    printed = capsys.readouterr().out
+    lines = [line.split("  ") for line in printed.splitlines()]
+    found = {line[0].strip(): [cell.strip() for cell in line[1:] if cell.strip()] for line in lines}
+    assert found["best val_loss"] == ["0.4000", "0.3800"]
+    assert found["epochs to the best"] == ["6", "6"] and found["epochs of the search"] == ["9", "6"]
+    assert found["search lora_r"] == ["4 to 8", "fixed: 8"]
+    assert "wide-1 and narrow-1: 1 configuration in both (trials 1 = 0)" in printed
+    page = (tmp_path / "two.html").read_text()
+    assert "0.3800" in page and "search learning_rate" in page and "http" not in page.partition("<body>")[2]
+
+
+def test_json_is_complete(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    called(runs, "wide", "narrow", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert [side["best_val_loss"] for side in found["sides"]] == [0.4, 0.38]
+    assert found["overlaps"][0]["pairs"] == [[1, 0]] and found["overlaps"][0]["fields"] == ["learning_rate"]
+    assert found["incomparable"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("wide",), "needs two studies or more, but got only 'wide'"),
+        (("wide", "wide-1"), "'wide-1' is wide-1, which is named before"),
+        (("wide", "narow"), "no study 'narow'; did you mean 'narrow'?"),
+        (("wide", "narrow", "--html", "/no/such/folder/x.html"), "cannot be written"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_one_message(
+    runs: Path,
+    arguments: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["search.compare", *arguments, "--runs-dir", str(runs)])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(compare.app)
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and printed.out == "" and message in printed.err and "Traceback" not in printed.err
+
+
+def test_without_a_database_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["search.compare", "a", "b", "--runs-dir", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(compare.app)
+    assert ended.value.code == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_losses_on_other_samples_do_not_compare() -> None:
+    definition = {"space": {}, "base": {"max_samples": 100}}
+    one = Recorded(name="a", definition=definition, attrs={"fingerprints": {"data": "x"}}, trials=())
+    two = Recorded(name="b", definition=definition, attrs={"fingerprints": {"data": "y"}}, trials=())
+    found = compared([one, two])
+    assert found.incomparable == "a and b validate on different samples (data)"
+    assert any("do not compare" in line for line in sentences(found)) and rows(found)
