@@ -8,7 +8,7 @@ does for trials: it notices a dead worker, takes up what is lost, and starts ano
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -141,9 +141,11 @@ class Simulation:
     Args:
         seed: Of everything.
         folder: Where the database is; nothing else is written but the trials' folders.
+        is_alive: Whether the process of a record is alive.
     """
 
-    def __init__(self, seed: int, folder: Path) -> None:
+    def __init__(self, seed: int, folder: Path, is_alive: Callable[[Any], bool | None] = processes.alive) -> None:
+        self.is_alive = is_alive
         self.world = world = World(seed)
         chance = world.chance
         self.places = Places.of(folder)
@@ -329,7 +331,7 @@ class Simulation:
         before = {t.number: t for t in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
         try:
             with world.acting(supervisor):
-                gone = lifecycle.requeue_lost(self.study, blamed=blamed)
+                gone = lifecycle.requeue_lost(self.study, is_alive=self.is_alive, blamed=blamed)
                 left = lifecycle.unfinished(self.study)
                 if self.rules is not None and not left.waiting and not left.running:
                     more = len(repeats.wanted(self.study, self.rules, self.definition.n_trials))
@@ -382,6 +384,9 @@ class Simulation:
                 successor = next(s for s in trials if s.user_attrs.get(records.RESUMES) == t.number)
                 if not successor.intermediate_values.items() >= t.intermediate_values.items():
                     wrong.append(f"trial {successor.number} lost an epoch that {t.number} had reported")
+            attempts, first = t.user_attrs.get(records.ATTEMPT, 0), lifecycle.lineage(self.study, t.number)[-1]
+            if attempts > self.blamed.get(first, 0):
+                wrong.append(f"trial {t.number} has used {attempts} attempts by deaths that were not its fault")
             if t.state == TrialState.FAIL and t.number not in resumed:
                 first = lifecycle.lineage(self.study, t.number)[-1]
                 if (
