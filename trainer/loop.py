@@ -32,7 +32,7 @@ from trainer.workbench import Workbench
 CUDA_WINDOW = 8
 """Rounds on a GPU after which losses and norms are fetched: each time, the host waits for the device."""
 
-SHARED = ("model", "torch_dtype", "device", "device_map", "matmul_precision")
+SHARED = ("model", "torch_dtype", "base_dtype", "device", "device_map", "matmul_precision")
 """Fields that runs of a pack have in common, besides the form in which they see images."""
 
 Group = tuple[Member, list[Batch], float]

@@ -41,9 +41,9 @@ def show(study: Study, options: SearchOptions, n_trials: int, checked: Checked, 
     for line in checked.lines()[1:]:
         print(f"  {line}")
     base = study.base_config()
-    need = memory.needed(base.model, base.torch_dtype)
+    need = memory.needed(base.model, base.dtype_of_base)
     if need is not None:
-        print(f"base {base.model}: {need} in {base.torch_dtype}")
+        print(f"base {base.model}: {need} in {base.dtype_of_base}")
     print("search space:")
     for name, param in study.space.items():
         print(f"  {name}: {param}")

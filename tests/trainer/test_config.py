@@ -105,6 +105,7 @@ OTHER = {
     "lr_scheduler_type": "cosine",
     "target_modules": ("query",),
     "torch_dtype": "float16",
+    "base_dtype": "bfloat16",
     "matmul_precision": "high",
     "device_map": "auto",
     "device": "cpu",
