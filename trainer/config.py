@@ -14,7 +14,7 @@ from trainer.common.errors import MOST_SHOWN, ConfigError, nearest, shown
 EMBEDDED = "mini"
 """The name under which the embedded model and data are found: `model="mini"`, `data="mini"`."""
 
-MACHINE_FIELDS = ("device", "device_map", "num_workers", "prefetch_factor")
+MACHINE_FIELDS = ("device", "device_map", "gradient_checkpointing", "num_workers", "prefetch_factor")
 """Fields that decide where and how fast a run computes, not what it computes."""
 
 LATER = ("split", "full_data", "base_dtype")
@@ -123,6 +123,10 @@ class TrainConfig(BaseModel):
     device_map: Literal["single", "auto"] = "single"
     """`auto` spreads a base that is too large for one CUDA device over all that the process sees (Transformers' and
     Accelerate's device map); the adapted modules have to lie on one of them."""
+    gradient_checkpointing: Literal["auto", "always", "never"] = "auto"
+    """Compute the frozen language model's layers again in the backward pass instead of keeping their activations: the
+    same bits, a third more arithmetic. `auto` does so where a batch would not fit otherwise. It has no effect where
+    an adapter sits in the language model."""
     num_workers: Annotated[int, Field(ge=0, le=128)] = 0
     """DataLoader worker processes; 0 loads in the training process."""
     prefetch_factor: Annotated[int, Field(ge=1, le=MOST)] = 2

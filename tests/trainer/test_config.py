@@ -108,6 +108,7 @@ OTHER = {
     "base_dtype": "bfloat16",
     "matmul_precision": "high",
     "device_map": "auto",
+    "gradient_checkpointing": "always",
     "device": "cpu",
     "val_fraction": 0.3,
     "lora_dropout": 0.2,

@@ -85,6 +85,7 @@ class Adapter:
         weights, grads = self._split(self.weights), self._split(self.grads)
         for name, p in initial.items():
             weights[name].copy_(p)
+        self.in_language_model = any(name.startswith("language_model.") for name in self.modules)
         # Its views by module.
         self.pairs: dict[str, Pair] = {}
         for module in self.modules:
