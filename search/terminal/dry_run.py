@@ -27,6 +27,7 @@ def show(study: Study, options: SearchOptions, n_trials: int, checked: Checked, 
     from search.pruning import default_pruner
     from search.sampling import params, staged
     from search.sampling.make import default_strategy, make_sampler
+    from search.terminal import costs
     from trainer.model import memory
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -44,6 +45,8 @@ def show(study: Study, options: SearchOptions, n_trials: int, checked: Checked, 
     need = memory.needed(base.model, base.dtype_of_base)
     if need is not None:
         print(f"base {base.model}: {need} in {base.dtype_of_base}")
+    for line in costs.lines(study, checked):
+        print(line)
     print("search space:")
     for name, param in study.space.items():
         print(f"  {name}: {param}")
