@@ -38,6 +38,8 @@ def lines(study: Study, checked: Checked) -> Iterator[str]:
     lengths = lengths_of(checked, config)
     step = peak.estimate(sizes, [config], lengths, weights=need.weights, on_cpu=config.device == "cpu")
     yield f"a step of {config.batch_size} samples takes some {step} at its peak"
+    if study.screen is not None:
+        yield f"trials run in {study.screen}, their leaders again in the base's own precision (screen)"
     there = nvidia.gpus()
     if config.device == "cpu" or config.torch_dtype != "float32" or (not there and need.weights < LARGE):
         return
