@@ -46,7 +46,7 @@ SENTENCES: Final = {
     ),
     "unchanged": ("no decision was changed by it", "未改变任何结论"),
     "changed": (
-        "the search's lowest loss was trial {lowest}'s, which is not what they name (their seeds and splits differ too)",
+        "the search's lowest loss was trial {lowest}'s, which is not what they name (seeds and splits differ too)",
         "搜索中 loss 最低的是实验 {lowest}，与此不同（种子与划分也不同）",
     ),
     "many": ("more than {}", "{} 以上"),

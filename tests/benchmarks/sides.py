@@ -187,6 +187,8 @@ def read(
     study = optuna.load_study(study_name=study_name, storage=f"sqlite:///{runs / 'optuna.db'}")
     found = {}
     for trial in study.get_trials(deepcopy=False):
+        if "label" not in trial.user_attrs:
+            continue  # a repeat, for the verdict
         run_id = next(run_id for value, run_id in tagged.items() if is_run(trial.number, value))
         steps = sorted((m.step, m.value) for m in client.get_metric_history(run_id, key))
         found[trial.user_attrs["label"]] = TrialLosses(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,12 @@ import torch
 
 from tests.benchmarks.bare import ready_batches
 from tests.support import library_run
+from tests.support.first_steps import apart, distance, first_steps
 from tests.support.library_run import Ran
 from trainer import runtime
 from trainer.common.errors import ConfigError
 from trainer.config import TrainConfig, identity_of
-from trainer.events import StepEnded
 from trainer.loop import Pack
-from trainer.member import Member
 from trainer.model.base import load_base
 from trainer.workbench import Workbench
 
@@ -34,35 +33,6 @@ NORM = {None: 1e-4, "bfloat16": 0.1}
 def own_bench(embedded: Any) -> Workbench:
     """A workbench whose base may change its dtype: the session's would load and encode again for all other tests."""
     return Workbench(embedded, "mini")
-
-
-def ours(bench: Workbench, configs: Sequence[TrainConfig], out: Path) -> list[Ran]:
-    """The first `STEPS` steps of runs in one pack."""
-    with Pack(bench) as pack:
-        members = [pack.add(config, out / str(i)) for i, config in enumerate(configs)]
-        found: dict[Member, list[StepEnded]] = {member: [] for member in members}
-        while len(found[members[0]]) < STEPS:
-            for member, event in pack.round():
-                if isinstance(event, StepEnded):
-                    found[member].append(event)
-        return [
-            Ran(
-                [e.loss for e in found[m]],
-                [e.grad_norm for e in found[m]],
-                {name: each.weight.clone() for name, each in m.adapter.named().items()},
-            )
-            for m in members
-        ]
-
-
-def apart(one: Sequence[float], other: Sequence[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
-
-
-def distance(one: Ran, other: Ran) -> float:
-    """Of the adapters: the norm of their difference over that of all the steps made."""
-    difference = sum(float((one.weights[k] - w).double().square().sum()) for k, w in other.weights.items())
-    return float((difference / sum(float(w.double().square().sum()) for w in other.weights.values())) ** 0.5)
 
 
 def configuration(small: Small, dtype: str | None, **more: Any) -> TrainConfig:
@@ -87,11 +57,11 @@ def test_steps_equal_the_libraries(
 ) -> None:
     config = configuration(small, dtype)
     theirs = by_the_libraries(own_bench, config)
-    (alone,) = ours(own_bench, [config], tmp_path / "alone")
+    (alone,) = first_steps(own_bench, [config], STEPS, tmp_path / "alone")
     assert apart(alone.losses, theirs.losses) < LOSS[dtype]
     assert apart(alone.norms, theirs.norms) < NORM[dtype]
     others = [configuration(small, dtype, seed=k, lora_r=2 * k, batch_size=k + 2) for k in range(1, 4)]
-    packed, *_ = ours(own_bench, [config, *others], tmp_path / "packed")
+    packed, *_ = first_steps(own_bench, [config, *others], STEPS, tmp_path / "packed")
     assert apart(packed.losses, alone.losses) < LOSS[dtype]
     assert apart(packed.norms, alone.norms) < NORM[dtype]
     assert {w.dtype for w in alone.weights.values()} == {w.dtype for w in theirs.weights.values()} == {torch.float32}
@@ -102,7 +72,7 @@ def test_a_bfloat16_base_is_no_further_from_float32_than_pefts_own(
 ) -> None:
     exact = by_the_libraries(own_bench, configuration(small, None))
     theirs = by_the_libraries(own_bench, configuration(small, "bfloat16"))
-    (mine,) = ours(own_bench, [configuration(small, "bfloat16")], tmp_path)
+    (mine,) = first_steps(own_bench, [configuration(small, "bfloat16")], STEPS, tmp_path)
     assert apart(mine.losses, exact.losses) <= 1.1 * apart(theirs.losses, exact.losses)
     assert distance(mine, exact) <= 1.1 * distance(theirs, exact)
 
