@@ -17,7 +17,7 @@ EMBEDDED = "mini"
 MACHINE_FIELDS = ("device", "device_map", "gradient_checkpointing", "num_workers", "prefetch_factor")
 """Fields that decide where and how fast a run computes, not what it computes."""
 
-LATER = ("split", "full_data", "base_dtype")
+LATER = ("split", "full_data", "base_dtype", "deterministic")
 """Fields that older versions did not have and whose defaults do what those did: at their default they are left out of
 identities and of the definitions of studies, so that older checkpoints and studies go on."""
 
@@ -118,6 +118,9 @@ class TrainConfig(BaseModel):
     norms and sums stay in float32, as PEFT has it by default. None for `torch_dtype`."""
     matmul_precision: Literal["highest", "high"] = "highest"
     """PyTorch's float32 matmul precision on CUDA; `high` allows TF32."""
+    deterministic: bool = True
+    """The same bits whenever a run is repeated on the same machine. False lets a GPU take faster kernels whose sums
+    come in any order, for attention first of all; on a CPU it changes nothing."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """`auto` is CUDA where there is a GPU, else the CPU."""
     device_map: Literal["single", "auto"] = "single"

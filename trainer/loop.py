@@ -33,7 +33,7 @@ from trainer.workbench import Workbench
 CUDA_WINDOW = 8
 """Rounds on a GPU after which losses and norms are fetched: each time, the host waits for the device."""
 
-SHARED = ("model", "torch_dtype", "base_dtype", "device", "device_map", "matmul_precision")
+SHARED = ("model", "torch_dtype", "base_dtype", "device", "device_map", "matmul_precision", "deterministic")
 """Fields that runs of a pack have in common, besides the form in which they see images."""
 
 Group = tuple[Member, list[Batch], float]
@@ -311,7 +311,13 @@ class Pack:
     def _fetch(self) -> Iterator[tuple[Member, Event]]:
         """The events of the rounds whose figures are still on the device: here alone the host waits for it."""
         pending, self._pending = self._pending, []
+        waiting = time.perf_counter()
         fetched = torch.stack([step.figures for steps in pending for _, step in steps]).tolist()
+        # A GPU computes meanwhile what the rounds have only launched: steps take this time too.
+        waited = time.perf_counter() - waiting
+        samples = sum(step.num_samples for steps in pending for _, step in steps)
+        for _, step in (each for steps in pending for each in steps):
+            step.step_s += waited * step.num_samples / samples
         figures = iter(fetched)
         for steps in pending:
             for member, step in steps:

@@ -109,6 +109,7 @@ OTHER = {
     "matmul_precision": "high",
     "device_map": "auto",
     "gradient_checkpointing": "always",
+    "deterministic": False,
     "device": "cpu",
     "val_fraction": 0.3,
     "lora_dropout": 0.2,

@@ -183,12 +183,14 @@ def estimate(
     base = memory.BYTES[configs[0].dtype_of_base]
     adapter = memory.BYTES[configs[0].torch_dtype]
     again = _again(configs)
+    # A CPU takes a kernel without scores in a lower dtype, a GPU where sums may come in any order.
+    fused = base < FLOAT if on_cpu else not configs[0].deterministic
     kept = language = recomputed = 0.0
     for config in configs:
         samples = min(config.micro_batch_size or config.batch_size, config.batch_size)
         dropout = adapter if config.lora_dropout else 0
-        kept += samples * _qformer(sizes, lengths, base, dropout, config, on_cpu)
-        states, layer = _language(sizes, lengths, base, again, on_cpu)
+        kept += samples * _qformer(sizes, lengths, base, dropout, config, fused)
+        states, layer = _language(sizes, lengths, base, again, fused, on_cpu)
         language += samples * states
         recomputed += samples * layer
     samples = sum(config.batch_size for config in configs)
@@ -213,7 +215,7 @@ def _again(configs: Sequence[TrainConfig]) -> bool:
     return any(config.gradient_checkpointing == "always" for config in configs)
 
 
-def _qformer(sizes: Sizes, lengths: Lengths, base: int, dropout: int, config: TrainConfig, on_cpu: bool) -> float:
+def _qformer(sizes: Sizes, lengths: Lengths, base: int, dropout: int, config: TrainConfig, fused: bool) -> float:
     """Bytes that the Q-Former keeps for a sample: of its adapted modules the inputs and masks, norms, attention."""
     d, f, heads, queries = sizes.width, sizes.inner, sizes.heads, sizes.queries
     rows, text = queries + lengths.instruction, lengths.instruction
@@ -226,11 +228,11 @@ def _qformer(sizes: Sizes, lengths: Lengths, base: int, dropout: int, config: Tr
         out = queries if last else rows
         # Self-attention: the input; the output's input, the norm's.
         kept += rows * d * (attention > 0) + out * d * (dense + 1)
-        attended += _attention(out, rows, d, heads, base, on_cpu)
+        attended += _attention(out, rows, d, heads, base, fused)
         masks += rows * d * len(adapted & {"key", "value"}) + out * d * (int("query" in adapted) + dense)
         if layer % sizes.frequency == 0:
             kept += queries * d * (int("query" in adapted) + dense + 1)
-            attended += _attention(queries, sizes.patches, d, heads, base, on_cpu)
+            attended += _attention(queries, sizes.patches, d, heads, base, fused)
             masks += sizes.patches * sizes.vision * len(adapted & {"key", "value"})
             masks += queries * d * (int("query" in adapted) + dense)
         # Feed-forward: the input, what goes into GELU, what comes out, the norm's input.
@@ -241,39 +243,43 @@ def _qformer(sizes: Sizes, lengths: Lengths, base: int, dropout: int, config: Tr
     return (kept + images) * base + attended + masks * dropout
 
 
-def _attention(queries: float, keys: float, width: int, heads: int, base: int, on_cpu: bool) -> float:
+def _attention(queries: float, keys: float, width: int, heads: int, base: int, fused: bool) -> float:
     """Bytes that attention keeps: queries, keys, values and shares, in float32 on a GPU (PyTorch's math kernel).
 
-    In a lower dtype a CPU's kernel keeps the output and a number for each query in place of the shares.
+    A fused kernel keeps the output and a number for each query in place of the shares.
     """
-    if on_cpu and base < FLOAT:
+    if fused:
         return base * (2 * queries + 2 * keys) * width + FLOAT * heads * queries
     return FLOAT * ((queries + 2 * keys) * width + heads * queries * keys)
 
 
-def _language(sizes: Sizes, lengths: Lengths, base: int, again: bool, on_cpu: bool) -> tuple[float, float]:
+def _language(
+    sizes: Sizes, lengths: Lengths, base: int, again: bool, fused: bool, on_cpu: bool
+) -> tuple[float, float]:
     """Bytes that the language model keeps for a sample, and those of a layer while it is computed again."""
     text = sizes.queries + lengths.prompt
     labels = lengths.labels
     if sizes.decoder_only:
         text += labels
-        layer = _layer(sizes, text, ((text, text),), base, on_cpu)
+        layer = _layer(sizes, text, ((text, text),), base, fused, on_cpu)
         states = base * sizes.text_width * sizes.decoder_layers * text
         return (states, layer) if again else (sizes.decoder_layers * layer, 0.0)
-    encoder = _layer(sizes, text, ((text, text),), base, on_cpu)
-    decoder = _layer(sizes, labels, ((labels, labels), (labels, text)), base, on_cpu)
+    encoder = _layer(sizes, text, ((text, text),), base, fused, on_cpu)
+    decoder = _layer(sizes, labels, ((labels, labels), (labels, text)), base, fused, on_cpu)
     if again:  # of each layer the input stays
         return base * sizes.text_width * (sizes.encoder_layers * text + sizes.decoder_layers * labels), decoder
     return sizes.encoder_layers * encoder + sizes.decoder_layers * decoder, 0.0
 
 
-def _layer(sizes: Sizes, rows: float, attentions: Sequence[tuple[float, float]], base: int, on_cpu: bool) -> float:
+def _layer(
+    sizes: Sizes, rows: float, attentions: Sequence[tuple[float, float]], base: int, fused: bool, on_cpu: bool
+) -> float:
     """Bytes that a layer keeps: norms' inputs; queries, keys, values and shares; the feed-forward's products."""
     norms = (len(attentions) + 1) * rows * sizes.text_width
     # In a lower dtype the norm is the library's, which keeps its input in float32 too.
     kept = norms * (base if base == FLOAT else base + FLOAT)
     for queries, keys in attentions:
-        kept += _attention(queries, keys, sizes.attention, sizes.text_heads, base, on_cpu)
+        kept += _attention(queries, keys, sizes.attention, sizes.text_heads, base, fused)
     if sizes.gated:
         # The GELU's input (on a CPU its gate too), and the two that are multiplied.
         kept += base * rows * sizes.text_inner * (4 if on_cpu and base == FLOAT else 3)

@@ -23,7 +23,7 @@ from tests.support import peft_reference
 from trainer import runtime
 from trainer.config import TrainConfig
 from trainer.loop import Pack
-from trainer.model import peak
+from trainer.model import attention, peak
 from trainer.model.arithmetic import card_of, step_flops
 
 ROUNDS = 8
@@ -85,22 +85,11 @@ class Rows:
         config = self.scene.config(precision, batch_size=batch)
         lengths = _lengths(self.scene, config)
         on_gpu = self.scene.device.type == "cuda"
-        rounds = ROUNDS if on_gpu else CPU_ROUNDS
         with packing.packed(self.scene.bench, config, k) as pack:
             configs = [member.config for member in pack.members]
-            before = torch.cuda.memory_allocated() if on_gpu else 0
-            _round(pack)
+            seconds, taken = self._timed(pack)
             with FlopCounterMode(display=False) as counter:
                 _round(pack)
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            synchronize()
-            began = time.perf_counter()
-            for _ in range(rounds):
-                _round(pack)
-            synchronize()
-            seconds = (time.perf_counter() - began) / rounds
-            taken = torch.cuda.max_memory_allocated() - before if on_gpu else None
         self.found["ours", precision, batch, k] = Row(seconds, k * batch / seconds)
         flops = counter.get_total_flops()
         told = peak.estimate(self.scene.sizes, configs, lengths, weights=0, on_cpu=not on_gpu)
@@ -111,6 +100,40 @@ class Rows:
         facts["taken_gib"] = None if taken is None else taken / 2**30
         facts["flops_told"] = k * batch * step_flops(self.scene.sizes, lengths) / flops
         self.report.say(f"ours, {precision}, {k} x {batch}", **facts)
+
+    def variants(self, precision: str) -> None:
+        """Attention's kernels: the deterministic one as PyTorch has it and written out, and any."""
+        for name, kinds, deterministic in (
+            ("PyTorch's deterministic", ("cpu",), True),
+            ("written out", ("cpu", "cuda"), True),
+            ("any", ("cpu",), False),
+        ):
+            config = self.scene.config(precision, batch_size=4, deterministic=deterministic)
+            kept, attention.WRITTEN_OUT = attention.WRITTEN_OUT, kinds
+            try:
+                with packing.packed(self.scene.bench, config, 1) as pack:
+                    seconds, taken = self._timed(pack)
+            finally:
+                attention.WRITTEN_OUT = kept
+            facts = {"ms": 1e3 * seconds, "taken_gib": None if taken is None else taken / 2**30}
+            self.report.say(f"attention {name}, {precision}, 1 x 4", **facts)
+
+    def _timed(self, pack: Pack) -> tuple[float, int | None]:
+        """(seconds of a round, bytes above those in use before) of a pack, after two rounds that warm up."""
+        on_gpu = self.scene.device.type == "cuda"
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        _round(pack)
+        _round(pack)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        synchronize()
+        rounds = ROUNDS if on_gpu else CPU_ROUNDS
+        began = time.perf_counter()
+        for _ in range(rounds):
+            _round(pack)
+        synchronize()
+        seconds = (time.perf_counter() - began) / rounds
+        return seconds, torch.cuda.max_memory_allocated() - before if on_gpu else None
 
     def library(self, precision: str, batch: int) -> None:
         """Measure HF Trainer + PEFT, with the vision tower in each step, as it trains by default."""
@@ -144,9 +167,12 @@ def check(scene: Scene, report: Report) -> None:
     first = [("ours", "float32", 4, 1), ("HF", "float32", 4, 1), ("ours", "bfloat16", 4, 8), ("HF", "bfloat16", 4, 1)]
     first += [("ours", "bfloat16", 4, 1), ("ours", "TF32", 4, 1), ("ours", "TF32", 4, 8), ("ours", "float32", 4, 8)]
     report.run("kernels", 5, lambda: rows.kernels("float32", 4))
-    for side, precision, batch, k in [*first, *FURTHER]:
+    wanted: list[tuple[str, str, int, int]] = [*first, ("attention", "float32", 4, 1), ("attention", "bfloat16", 4, 1)]
+    for side, precision, batch, k in [*wanted, *FURTHER]:
         name = f"{side}, {precision}, {k} x {batch}"
-        if side == "ours":
+        if side == "attention":
+            report.run(name, 12, lambda p=precision: rows.variants(p))  # type: ignore[misc]
+        elif side == "ours":
             report.run(name, 6, lambda p=precision, b=batch, k=k: rows.ours(p, b, k))  # type: ignore[misc]
         else:
             report.run(name, 9, lambda p=precision, b=batch: rows.library(p, b))  # type: ignore[misc]
