@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks.gpu import equality, steps, wheels
+from tests.benchmarks.gpu import equality, scene, steps, wheels
 from tests.benchmarks.gpu.check import main
 from tests.benchmarks.gpu.report import Report
 from tests.benchmarks.gpu.scene import twin
@@ -21,9 +21,14 @@ from tests.support.tiny import tiny_model
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fewer of everything; determinism as it was afterwards."""
-    monkeypatch.setattr(equality, "PACKS", (1, 2))
-    monkeypatch.setattr(steps, "ROUNDS", 1)
-    monkeypatch.setattr(steps, "FURTHER", (("ours", "TF32", 2, 1),))
+    fewer = {name: scene.PRECISIONS[name] for name in ("float32", "bfloat16")}
+    monkeypatch.setattr(equality, "PRECISIONS", fewer)
+    monkeypatch.setattr(equality, "PACKS", (2,))
+    monkeypatch.setattr(equality, "STEPS", 2)
+    rows = (("ours", "bfloat16", 4, 2), ("HF", "bfloat16", 4, 1), ("attention", "float32", 4, 1))
+    monkeypatch.setattr(steps, "FIRST", rows)
+    monkeypatch.setattr(steps, "FURTHER", ())
+    monkeypatch.setattr(steps, "CPU_ROUNDS", 1)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -46,7 +51,7 @@ def test_steps_are_rehearsed(short: None, tiny_checkpoint: Path, tmp_path: Path)
     found = json.loads(file.read_text())
     assert found["failed"] == [] and found["machine"]["rehearsal"] is True
     names = [row["name"] for row in found["rows"]]
-    assert "HF Trainer + PEFT, bfloat16, 4" in names and "ours, bfloat16, 8 x 4" in names
+    assert "HF Trainer + PEFT, bfloat16, 4" in names and "ours, bfloat16, 2 x 4" in names
     assert [target["reached"] for target in found["targets"]] == [None] * 3  # of a rehearsal they mean nothing
 
 

@@ -31,13 +31,26 @@ ROUNDS = 8
 CPU_ROUNDS = 2
 
 
+FIRST = (
+    ("ours", "float32", 4, 1),
+    ("HF", "float32", 4, 1),
+    ("ours", "bfloat16", 4, 8),
+    ("HF", "bfloat16", 4, 1),
+    ("ours", "bfloat16", 4, 1),
+    ("ours", "TF32", 4, 1),
+    ("ours", "TF32", 4, 8),
+    ("ours", "float32", 4, 8),
+    ("attention", "float32", 4, 1),
+    ("attention", "bfloat16", 4, 1),
+)
+"""What decides the targets, and what to build next: (side, precision, batch, runs in the pass)."""
 FURTHER = (
     *(("ours", precision, batch, 1) for batch in (2, 8, 16) for precision in PRECISIONS),
     *(("ours", precision, 4, 4) for precision in PRECISIONS),
     *(("HF", precision, batch, 1) for batch in (16, 8, 2) for precision in PRECISIONS),
     ("HF", "TF32", 4, 1),
 )
-"""Rows of the table that no target needs: (side, precision, batch, runs in the pass)."""
+"""The rest of the table."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +177,8 @@ class Rows:
 def check(scene: Scene, report: Report) -> None:
     """The rows that decide the targets first, then the rest of the table."""
     rows = Rows(scene, report)
-    first = [("ours", "float32", 4, 1), ("HF", "float32", 4, 1), ("ours", "bfloat16", 4, 8), ("HF", "bfloat16", 4, 1)]
-    first += [("ours", "bfloat16", 4, 1), ("ours", "TF32", 4, 1), ("ours", "TF32", 4, 8), ("ours", "float32", 4, 8)]
     report.run("kernels", 5, lambda: rows.kernels("float32", 4))
-    wanted: list[tuple[str, str, int, int]] = [*first, ("attention", "float32", 4, 1), ("attention", "bfloat16", 4, 1)]
-    for side, precision, batch, k in [*wanted, *FURTHER]:
+    for side, precision, batch, k in [*FIRST, *FURTHER]:
         name = f"{side}, {precision}, {k} x {batch}"
         if side == "attention":
             report.run(name, 12, lambda p=precision: rows.variants(p))  # type: ignore[misc]
