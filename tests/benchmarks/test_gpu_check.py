@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from tests.benchmarks.gpu import equality, scene, steps, wheels
 from tests.benchmarks.gpu.check import main
 from tests.benchmarks.gpu.report import Report
 from tests.benchmarks.gpu.scene import twin
+from tests.benchmarks.sides import Bench
 from tests.support.tiny import tiny_model
 
 
@@ -74,11 +77,15 @@ def test_what_there_is_no_time_for_is_said_and_the_rest_goes_on(tmp_path: Path, 
     def broken() -> None:
         raise RuntimeError("CUDA error: made up\nmore")
 
+    def ends() -> None:
+        raise SystemExit("the peer ended with exit code 1")
+
     report.part("1", 0.5)
     assert report.run("first", 10, lambda: taking(45)) == "done"
     assert report.run("second", 10, lambda: taking(45)) is None
     report.part("2", 1.0)
     assert report.run("broken", 1, broken) is None
+    assert report.run("side", 1, ends) is None
     assert report.run("third", 50, lambda: taking(60)) == "done"
     report.say("row", ok=False)
     report.target("speed", 3.0, 4)
@@ -88,7 +95,8 @@ def test_what_there_is_no_time_for_is_said_and_the_rest_goes_on(tmp_path: Path, 
     assert report.end() == 1
     found = json.loads(file.read_text())
     assert [text.partition(":")[0] for text in found["not_reached"]] == ["second", "fourth"]
-    assert found["failed"] == ["broken: RuntimeError: CUDA error: made up"]
+    ended = "side: SystemExit: the peer ended with exit code 1"
+    assert found["failed"] == ["broken: RuntimeError: CUDA error: made up", ended]
     assert [target["reached"] for target in found["targets"]] == [False, True, None]
     said = capsys.readouterr().out
     assert "wrong: row" in said and "targets missed: speed" in said and "not reached: second: 5 s were left" in said
@@ -116,3 +124,14 @@ def test_a_wheel_that_needs_what_nobody_brings_is_named(tmp_path: Path) -> None:
         "other-thing needs lost>=2, which is neither in the folder nor on the machine"
     ]
     assert not {wheels.plain(name) for name in wheels.WANTED} & wheels.THERE
+
+
+def test_a_side_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
+    child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(50)']); "
+    child += "time.sleep(50)"
+    limited = Bench(folder=tmp_path, trials=1, ours=(), peer=(), limit_s=1.5)
+    before = {process.pid for process in psutil.process_iter()}
+    with pytest.raises(subprocess.TimeoutExpired):
+        limited._start("slow", ["-c", child])
+    left = [p for p in psutil.process_iter(["pid", "cmdline"]) if p.pid not in before]
+    assert not [p for p in left if "time.sleep(50)" in " ".join(p.info["cmdline"] or ())]

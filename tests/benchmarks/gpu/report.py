@@ -57,7 +57,7 @@ class Report:
         began = self.spent()
         try:
             return piece()
-        except Exception as error:  # noqa: BLE001 - whatever a GPU may raise: the rest is still to be checked
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a GPU or a side may raise: the rest goes on
             self.failed.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}")
             print(f"  FAILED {self.failed[-1]}\n{traceback.format_exc(limit=-4)}", flush=True)
             return None

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 from tests.benchmarks import configs
@@ -33,8 +34,8 @@ def begin_checkpoint(scene: Scene) -> subprocess.Popen[bytes] | None:
 
 def check(scene: Scene, report: Report, checkpoint: subprocess.Popen[bytes] | None) -> None:
     """Ours in float32 and screened in bfloat16, then as many of the peer's trials as there is time for."""
-    if checkpoint is not None:
-        report.run("the checkpoint is written", 60, lambda: _wait(checkpoint))
+    if checkpoint is not None and not report.run("the checkpoint is written", 60, lambda: _wait(checkpoint, report)):
+        return
     bench = _prepare(scene)
     exact = report.run("ours, float32", 90 if not scene.rehearsed else 5, lambda: _ours(scene, bench, report, "ours"))
     screened = report.run(
@@ -46,9 +47,10 @@ def check(scene: Scene, report: Report, checkpoint: subprocess.Popen[bytes] | No
     report.run("targets of searches", 0, lambda: _targets(report, exact, screened, peer))
 
 
-def _wait(process: subprocess.Popen[bytes]) -> None:
-    if process.wait():
+def _wait(process: subprocess.Popen[bytes], report: Report) -> bool:
+    if process.wait(report.left() - 30):
         raise RuntimeError("the checkpoint was not written")
+    return True
 
 
 def _prepare(scene: Scene) -> Bench:
@@ -71,7 +73,7 @@ def _prepare(scene: Scene) -> Bench:
 
 def _ours(scene: Scene, bench: Bench, report: Report, name: str, *options: str) -> Ran:
     confirm = ("--confirm",) if options else ()
-    ran = bench.run_ours(name, "none", *confirm, *options)
+    ran = replace(bench, limit_s=report.left()).run_ours(name, "none", *confirm, *options)
     facts = {"makespan_s": ran.wall_s, "trials": bench.trials, "best": ran.best, "named": _named(bench, name)}
     report.say(f"search, {name}", **facts)
     return ran
@@ -99,7 +101,7 @@ def _peer(scene: Scene, bench: Bench, report: Report) -> tuple[float, int, Ran]:
     known = next((row for row in report.rows if row["name"] == "HF Trainer + PEFT, float32, 4"), None)
     a_trial = START_S + (EPOCHS * 256 / known["samples_per_s"] if known else 30)
     number = bench.trials if scene.rehearsed else max(1, min(bench.trials, int(report.left() / a_trial)))
-    few = Bench(folder=bench.folder, trials=number, ours=bench.ours, peer=bench.peer)
+    few = replace(bench, trials=number, limit_s=report.left())
     began = time.perf_counter()
     ran = few.run_peer("peer", "none")
     spent = time.perf_counter() - began
