@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow every process on a small machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow check audit lock install clean
+.PHONY: demo test test-slow check audit lock install clean gpu-check gpu-wheels
 
 install: .venv/installed
 
@@ -52,5 +52,17 @@ lock: .venv-lock/installed
 	.venv-lock/bin/pip install --quiet 'uv>=0.9'
 	touch $@
 
+# The product on a GPU at the real size, at most 8 minutes (docs/gpu.md): with the machine's own Python where that has
+# torch, for it has CUDA. Without a GPU it is a rehearsal on the embedded model.
+GPU_PYTHON ?= $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo $(PYTHON) || echo $(BIN)/python)
+
+gpu-check:
+	$(if $(findstring $(BIN),$(GPU_PYTHON)),$(MAKE) install)
+	$(GPU_PYTHON) -m tests.benchmarks.gpu --json gpu-check.json
+
+# What that machine lacks, for Python 3.12 on Linux, into a folder that git ignores: it may have no network.
+gpu-wheels: install
+	$(BIN)/python -m tests.benchmarks.gpu.wheels
+
 clean:
-	rm -rf .venv .venv-audit .venv-lock build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-audit .venv-lock .gpu-wheels build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -44,6 +44,12 @@ LOCATION_FIELDS = ("model", "data")
 """Where the model and the data lie may differ between machines; their fingerprints may not."""
 
 Sampler = Literal["tpe", "random", "grid"]
+Screen = Literal["TF32", "bfloat16"]
+SCREENS: Mapping[str, Mapping[str, Any]] = {
+    "TF32": {"matmul_precision": "high"},
+    "bfloat16": {"base_dtype": "bfloat16"},
+}
+"""The fields by which trials are trained in a faster precision."""
 LIMITS = {"n_trials": (1, MOST), "seed": (0, 2**32 - 1), "patience": (1, MOST)}
 """(Smallest, largest) value of whole numbers. NumPy takes no larger seed."""
 MOST_CHARACTERS = 100
@@ -93,6 +99,8 @@ class Study:
     """How to get the model, printed if it is missing."""
     seed: int = 0
     """Seed of the sampler."""
+    screen: Screen | None = None
+    """A faster precision for the trials; the leaders' repeats, by which the verdict is made, have the base's own."""
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -115,7 +123,12 @@ class Study:
 
     def base_config(self) -> TrainConfig:
         """The configuration of a trial before anything is sampled."""
-        return TrainConfig.parse(self.base)
+        return TrainConfig.parse({**self.base, **SCREENS.get(self.screen or "", {})})
+
+    def unscreened(self) -> dict[str, Any]:
+        """The fields that `screen` changes, with the base's own values."""
+        own = TrainConfig.parse(self.base).model_dump()
+        return {name: own[name] for name in SCREENS.get(self.screen or "", {})}
 
     def config(self, params: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> TrainConfig:
         """The resolved configuration of a trial with these params.
@@ -138,8 +151,10 @@ class Study:
         """
         values = read_settings(settings)
         checked = _Settings.parse({**self.base, **values})  # before they become the study's, in whose name errors are
-        rule = {name: getattr(checked, name) for name in self.stop_rule() if name in values}
+        rule = {name: getattr(checked, name) for name in (*self.stop_rule(), "screen") if name in values}
         values = {name: value for name, value in values.items() if name not in rule}
+        if rule.get("screen") == "none":
+            rule["screen"] = None
         space = {name: param for name, param in self.space.items() if name not in values}
         for name, param in self.space.items():
             if isinstance(param, Multiple) and name in values:
@@ -174,10 +189,11 @@ class Study:
 
 
 class _Settings(TrainConfig):
-    """What `--set` of a search can name: a training run's fields, and a study's rule for stopping early."""
+    """What `--set` of a search can name: a training run's fields, a study's rule for stopping early and its screen."""
 
     patience: Annotated[int, Field(ge=LIMITS["patience"][0], le=LIMITS["patience"][1])] = Study.patience
     min_delta: Annotated[float, Field(ge=0)] = Study.min_delta
+    screen: Screen | Literal["none"] | None = None
 
 
 def _problems(study: Study) -> Iterator[str]:
@@ -198,6 +214,7 @@ def _problems(study: Study) -> Iterator[str]:
         or "full_data" in study.space
     ):
         yield "full_data trains on the rows that trials are judged by; it is for trainer.run --from-study --full-data"
+    yield from _screen_problems(study)
     unknown = [name for name in study.space if name not in valid]
     for name in unknown:
         if name in RETIRED:
@@ -226,6 +243,23 @@ def _problems(study: Study) -> Iterator[str]:
             to_params(study.space, searched)
         except ValueError as error:
             yield f"the trial given by hand {shown(fixed.label)}: {error}"
+
+
+def _screen_problems(study: Study) -> Iterator[str]:
+    """What is wrong with the precision in which trials are screened."""
+    if study.screen is None:
+        return
+    if study.screen not in SCREENS:
+        hint = nearest(study.screen, SCREENS) if isinstance(study.screen, str) else ""
+        yield f"screen must be one of {', '.join(SCREENS)}, but got {shown(study.screen)}{hint}"
+        return
+    named = [study.base, study.space, *(fixed.config for fixed in study.enqueue)]
+    for name in ("torch_dtype", *SCREENS[study.screen]):
+        if any(name in each and (each is study.space or each[name] != _OWN[name]) for each in named):
+            yield f"screen={study.screen} trains trials in another precision than float32, but {name} is set already"
+
+
+_OWN = {name: TrainConfig.model_fields[name].default for name in ("torch_dtype", "base_dtype", "matmul_precision")}
 
 
 def _form_problems(study: Study) -> Iterator[str]:

@@ -110,7 +110,7 @@ def save(
             adapter.save(unfinished / "adapter", config.model)
             if instruction is not None:
                 use = {"instruction": instruction, "max_new_tokens": config.max_target_length}
-                use["torch_dtype"] = config.torch_dtype
+                use["torch_dtype"] = config.dtype_of_base
                 (unfinished / "adapter" / USE).write_text(json.dumps(use, ensure_ascii=False, indent=1), "utf-8")
             save_file(adapter.optimizer_tensors(), str(unfinished / "optimizer.safetensors"))
             _write_state(unfinished, state, config)

@@ -14,10 +14,10 @@ from trainer.common.errors import MOST_SHOWN, ConfigError, nearest, shown
 EMBEDDED = "mini"
 """The name under which the embedded model and data are found: `model="mini"`, `data="mini"`."""
 
-MACHINE_FIELDS = ("device", "device_map", "num_workers", "prefetch_factor")
+MACHINE_FIELDS = ("device", "device_map", "gradient_checkpointing", "num_workers", "prefetch_factor")
 """Fields that decide where and how fast a run computes, not what it computes."""
 
-LATER = ("split", "full_data")
+LATER = ("split", "full_data", "base_dtype", "deterministic")
 """Fields that older versions did not have and whose defaults do what those did: at their default they are left out of
 identities and of the definitions of studies, so that older checkpoints and studies go on."""
 
@@ -144,13 +144,23 @@ class TrainConfig(BaseModel):
 
     torch_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Dtype of base and adapters alike, as in the hand-run log."""
+    base_dtype: Literal["bfloat16"] | None = None
+    """`bfloat16` keeps the frozen base in that dtype; adapters, their gradients and moments, losses and the insides of
+    norms and sums stay in float32, as PEFT has it by default. None for `torch_dtype`."""
     matmul_precision: Literal["highest", "high"] = "highest"
     """PyTorch's float32 matmul precision on CUDA; `high` allows TF32."""
+    deterministic: bool = True
+    """The same bits whenever a run is repeated on the same machine. False lets a GPU take faster kernels whose sums
+    come in any order, for attention first of all; on a CPU it changes nothing."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     """`auto` is CUDA where there is a GPU, else the CPU."""
     device_map: Literal["single", "auto"] = "single"
     """`auto` spreads a base that is too large for one CUDA device over all that the process sees (Transformers' and
     Accelerate's device map); the adapted modules have to lie on one of them."""
+    gradient_checkpointing: Literal["auto", "always", "never"] = "auto"
+    """Compute the frozen language model's layers again in the backward pass instead of keeping their activations: the
+    same bits, a third more arithmetic. `auto` does so where a batch would not fit otherwise. It has no effect where
+    an adapter sits in the language model."""
     num_workers: Annotated[int, Field(ge=0, le=128)] = 0
     """DataLoader worker processes; 0 loads in the training process."""
     prefetch_factor: Annotated[int, Field(ge=1, le=MOST)] = 2
@@ -164,6 +174,18 @@ class TrainConfig(BaseModel):
         if size is not None and batch_size is not None and size > batch_size:
             raise ValueError(f"must not be larger than batch_size={batch_size}")
         return size
+
+    @field_validator("base_dtype")
+    @classmethod
+    def _base_dtype_is_lower(cls, dtype: str | None, info: ValidationInfo) -> str | None:
+        if dtype is not None and info.data.get("torch_dtype", "float32") != "float32":
+            raise ValueError("is for adapters in float32: leave torch_dtype at float32")
+        return dtype
+
+    @property
+    def dtype_of_base(self) -> str:
+        """The dtype in which the frozen base is loaded."""
+        return self.base_dtype or self.torch_dtype
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -52,19 +52,19 @@ def free_memory(device: torch.device) -> int:
 
 
 def prepare(config: TrainConfig) -> torch.device:
-    """Make the process deterministic, set its precision, and return the device of the configuration."""
+    """Make the process deterministic, if it is to be, set its precision, and return the configuration's device."""
     # cuBLAS is deterministic only with a fixed workspace, to be set before its first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = resolve_device(config.device)
     torch.set_float32_matmul_precision(config.matmul_precision)
     torch.backends.cudnn.allow_tf32 = config.matmul_precision == "high"  # the vision tower's patch convolution
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     # Filling new memory reveals reads before a write; there are none here, and it costs some percent of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
-        # The memory-efficient kernel's backward is not deterministic; flash attention does not take float32.
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        # The memory-efficient kernel's backward is not deterministic; flash attention takes no bias and no float32.
+        torch.backends.cuda.enable_mem_efficient_sdp(not config.deterministic)
         torch.cuda.reset_peak_memory_stats(device)
     return device
 

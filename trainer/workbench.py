@@ -85,7 +85,7 @@ class Workbench:
             ModelError: it cannot be loaded, or does not fit on its device.
         """
         device = runtime.resolve_device(config.device)
-        key = (config.model, config.torch_dtype, str(device), config.device_map)
+        key = (config.model, config.dtype_of_base, str(device), config.device_map)
         if self._base is None or self._base[0] != key:
             if self._base is not None and self._base[0][0] != config.model:
                 self._tokenizers.clear()
@@ -95,7 +95,7 @@ class Workbench:
             self._features.clear()
             runtime.release_memory(device)  # first: two bases would not fit on a GPU
             memory.check(config, device)
-            dtype = runtime.DTYPES[config.torch_dtype]
+            dtype = runtime.DTYPES[config.dtype_of_base]
             spread = config.device_map == "auto"
             self._base = (key, load_base(config.model, dtype=dtype, device=device, spread=spread))
         return self._base[1]

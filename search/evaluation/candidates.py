@@ -268,7 +268,7 @@ def evaluate(
     base, kind = None, None
     for trial in trials:
         config = TrainConfig.parse(trial.config)
-        wanted = (model or config.model, config.torch_dtype)
+        wanted = (model or config.model, config.dtype_of_base)
         if base is None or kind != wanted:
             base = None
             base = load_base(wanted[0], dtype=runtime.DTYPES[wanted[1]], device=place, fused=False)

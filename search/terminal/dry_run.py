@@ -47,6 +47,7 @@ def show(
         UserError: a search would refuse the database, or the definition for the study that is there.
     """
     from search import leaderboard
+    from search.terminal import costs
     from trainer.model import memory
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -54,7 +55,7 @@ def show(
         pruner = options.pruner or default_pruner(strategy)
         config = _first(study, strategy, n_trials, prior)
         base, examined = study.base_config(), checked.examined
-        need = memory.needed(base.model, base.torch_dtype)
+        need = memory.needed(base.model, base.dtype_of_base)
         state = None if found is None else listing.state_of_study(found)
     facts: dict[str, Any] = {
         "study": study.name,
@@ -73,10 +74,11 @@ def show(
             "notes": checked.lines()[1:],
             "warnings": checked.warnings(),
         },
-        "model": {"name": base.model, "dtype": base.torch_dtype, "size": None if need is None else str(need)},
+        "model": {"name": base.model, "dtype": base.dtype_of_base, "size": None if need is None else str(need)},
         "space": {name: str(param) for name, param in study.space.items()},
         "given_by_hand": [{"label": fixed.label, "config": dict(fixed.config)} for fixed in study.enqueue],
         "first_sampled": config.model_dump(mode="json"),
+        "costs": list(costs.lines(study, checked)),
         "continues": state,
         "mlflow": _ask_mlflow(options),
     }
@@ -92,7 +94,9 @@ def show(
     for line in data["notes"]:
         print(f"  {line}")
     if need is not None:
-        print(f"base {base.model}: {need} in {base.torch_dtype}")
+        print(f"base {base.model}: {need} in {base.dtype_of_base}")
+    for line in facts["costs"]:
+        print(line)
     print("search space:")
     for name, param in study.space.items():
         print(f"  {name}: {param}")

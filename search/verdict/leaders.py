@@ -130,7 +130,24 @@ def judge(trials: Sequence[TrialRecord], rules: Rules) -> Verdict:
     candidates, limits = field(trials, rules)
     ended, open_ = cells(trials)
     verdict = race(candidates, ended, limits)
-    return replace(verdict, wanted=tuple(cell for cell in verdict.wanted if cell not in open_))
+    wanted = tuple(cell for cell in verdict.wanted if cell not in open_)
+    return replace(verdict, wanted=wanted, screened=_screened(trials))
+
+
+def precision(config: Mapping[str, Any]) -> str:
+    """The precision of a recorded configuration, in a word."""
+    if config.get("base_dtype"):
+        return str(config["base_dtype"])
+    dtype = str(config.get("torch_dtype", "float32"))
+    return "TF32" if dtype == "float32" and config.get("matmul_precision") == "high" else dtype
+
+
+def _screened(trials: Sequence[TrialRecord]) -> tuple[str, int] | None:
+    """(precision of the trials, the best of them by their losses), if their repeats have another one."""
+    first = next(iter(leaders(trials)), None)
+    if first is None or all(precision(t.config) == precision(first.config) for t in trials if is_repeat(t)):
+        return None
+    return precision(first.config), first.number
 
 
 def verdict_of(trials: Sequence[TrialRecord], attrs: Mapping[str, Any]) -> Verdict | None:

@@ -116,6 +116,8 @@ class Verdict:
     """That the repeats have cost."""
     level: float = ALPHA
     """Of a single test."""
+    screened: tuple[str, int] | None = None
+    """(precision of the search's trials, the one with the lowest loss among them), where the repeats have another."""
     more: int | None = None
     """Further repeats that a decision would take, as far as this can be told; None for more than
     `LONGEST_FORECAST`."""

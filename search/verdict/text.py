@@ -45,6 +45,15 @@ SENTENCES: Final = {
         "尚无定论：领先实验的重复训练还未完成",
     ),
     "none": ("no verdict: no trial is complete", "没有结论：没有完成的实验"),
+    "screened": (
+        "; the search ran in {precision}, the repeats in the study's own precision: {effect}",
+        "；搜索用 {precision}，重复训练用研究本来的精度：{effect}",
+    ),
+    "unchanged": ("no decision was changed by it", "未改变任何结论"),
+    "changed": (
+        "the search's lowest loss was trial {lowest}'s, which is not what they name (seeds and splits differ too)",
+        "搜索中 loss 最低的是实验 {lowest}，与此不同（种子与划分也不同）",
+    ),
     "many": ("more than {}", "{} 以上"),
     "comma": (", ", "、"),
 }
@@ -69,7 +78,7 @@ def sentence(verdict: Verdict, lang: Lang = "en") -> str:
     name: str = "failed" if verdict.kind == "undecided" and verdict.choice is None else verdict.kind
     if verdict.kind == "winner" and len(verdict.standings) == 2:
         name = "winner_of_two"
-    return _pick(name, lang).format(
+    said = _pick(name, lang).format(
         choice=verdict.choice,
         rivals=len(verdict.standings) - 1,
         blocks=verdict.blocks,
@@ -79,6 +88,17 @@ def sentence(verdict: Verdict, lang: Lang = "en") -> str:
         margin=share(verdict.margin, lang),
         more=_pick("many", lang).format(LONGEST_FORECAST) if verdict.more is None else verdict.more,
     )
+    return said + _screening(verdict, lang)
+
+
+def _screening(verdict: Verdict, lang: Lang) -> str:
+    """Whether the precision of the search has changed a decision, if it was another one."""
+    if verdict.screened is None or verdict.kind not in ("winner", "tied"):
+        return ""
+    precision, lowest = verdict.screened
+    same = lowest in (verdict.choice, *verdict.tied)
+    effect = _pick("unchanged" if same else "changed", lang).format(lowest=lowest)
+    return _pick("screened", lang).format(precision=precision, effect=effect)
 
 
 def table(verdict: Verdict) -> list[str]:

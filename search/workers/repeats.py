@@ -82,6 +82,7 @@ class Repeats:
         given = trial.user_attrs.get(records.OVERRIDES, {})
         base = self._definition.base_config()
         seeds = {"seed": seed_of(block, base.seed, taken), "split_seed": base.split_seed + block}
+        seeds |= self._definition.unscreened()  # what is decided is decided in the base's own precision
         config = self._definition.config(trial.params, {**given, **seeds})
         if not self._splits_anew(config):
             del seeds["split_seed"]

@@ -2,9 +2,9 @@
 
 Packing pays for as long as a pass is too small to keep the machine busy: below that, a pass with twice the rows takes
 hardly longer. So `auto` takes trials in until a pass has the token positions from which the machine is busy, and no
-more of them than the memory that one was measured to need allows: many with small batches, few with large ones. More
-would only make the search learn later from what it has tried. Nothing here depends on the clock: the same machine and
-study give the same packs.
+more of them than memory allows: many with small batches, few with large ones. More would only make the search learn
+later from what it has tried. On a CPU nothing here depends on the clock, and on a GPU what was probed is kept
+(`search.workers.busy`): the same machine and study give the same packs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search.space import Multiple, Param
+from search.workers import busy
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +39,6 @@ long at T d^2 = 3e5. The embedded model (d = 128) gains 52 % from 4 samples in a
 (docs/benchmarks.md): 75 times that break-even, 1,350 rows and 37. One process alone gains 11 % more from 32 samples,
 two that share a cache nothing: a study of 32 trials takes 75.6 s with passes of 16, 76.8 with 24 or 33, and 84.0 with
 11. And the fewer trials at once, the sooner each is judged: with successive halving 31.9 s, 37.0 and 37.8."""
-BUSY_CUDA = {"highest": 160, "high": 1200}
-"""Token positions in a pass from which a GPU is busy, by `matmul_precision`.
-
-Weights must be read for however few rows. An H100 (67 TFLOPS in float32, 495 in TF32, 3.35 TB/s) computes
-as long as it reads at 40 and 295 rows; four times that leaves reading a fifth. From the data sheet, not measured."""
 MEMORY_SHARE = 0.8
 """Share of the free memory that trials may take."""
 
@@ -85,8 +81,8 @@ def resolve(wanted: int | None, study: Study, bench: Workbench) -> Slots:
     if wanted is not None:
         return Slots(wanted)
     config = study.base_config()
-    samples = busy_samples(config, bench)
     smallest = min([*_edges(study.space.get("batch_size")), config.batch_size])
+    samples = busy_samples(config, bench, smallest)
     if samples <= smallest:
         return Slots(1)
     fitting = that_fit(study, bench)
@@ -101,18 +97,18 @@ def _edges(param: Param | None) -> list[int]:
     return [edge for edge in param.edges() if isinstance(edge, int)]
 
 
-def busy_samples(config: TrainConfig, bench: Workbench) -> float:
-    """Samples in a pass from which the machine is busy."""
+def busy_samples(config: TrainConfig, bench: Workbench, smallest: int) -> float:
+    """Samples in a pass from which the machine is busy, trials of the smallest batch size in it."""
     import torch
 
     from trainer import runtime
 
+    if runtime.resolve_device(config.device).type == "cuda":
+        return busy.samples_when_busy(config, bench, smallest)
     model = bench.base(config).model
-    device = runtime.resolve_device(config.device)
     width = min(model.config.qformer_config.hidden_size, model.config.text_config.hidden_size)
-    on_cpu = BUSY_CPU * min(2, torch.get_num_threads()) / width**2
-    busy = BUSY_CUDA[config.matmul_precision] if device.type == "cuda" else on_cpu
-    return busy / _rows(config, bench)
+    positions: float = BUSY_CPU * min(2, torch.get_num_threads()) / width**2
+    return positions / _rows(config, bench)
 
 
 def _rows(config: TrainConfig, bench: Workbench) -> float:
@@ -124,7 +120,10 @@ def _rows(config: TrainConfig, bench: Workbench) -> float:
 
 
 def that_fit(study: Study, bench: Workbench) -> int:
-    """How many trials memory suffices for, by what a step of the largest batch and rank takes on this device."""
+    """How many trials memory suffices for, by what a step of the largest batch and rank takes on this device.
+
+    On a GPU that is told from the model's sizes, where they are known; else it is measured.
+    """
     from trainer import runtime
 
     config = study.base_config()
@@ -132,8 +131,23 @@ def that_fit(study: Study, bench: Workbench) -> int:
     largest = {name: _edges(study.space.get(name)) for name in ("batch_size", "lora_r")}
     values = {name: max(edges) for name, edges in largest.items() if edges}
     config = config.model_copy(update=values)
-    needed = _measure(config, bench, device)
+    needed = _told(config, bench) if device.type == "cuda" else None
+    if needed is None:
+        needed = _measure(config, bench, device)
     return max(1, int(MEMORY_SHARE * runtime.free_memory(device) / max(needed, 1)))
+
+
+def _told(config: TrainConfig, bench: Workbench) -> int | None:
+    """Bytes that a run takes beside the base, as `trainer.model.peak` estimates; None for a model unknown there."""
+    from trainer.model import peak
+
+    sizes = peak.Sizes.of(bench.base(config).model.config.to_dict())
+    if sizes is None:
+        return None
+    train_set, _ = bench.datasets(config)
+    names = ("qformer", "prompt", "target")
+    means = [statistics.fmean(len(getattr(tokens, name)) for tokens in train_set.tokens) for name in names]
+    return peak.estimate(sizes, [config], peak.Lengths(*means), weights=0).total
 
 
 def _measure(config: TrainConfig, bench: Workbench, device: torch.device) -> int:

@@ -29,9 +29,10 @@ import torch
 from search.tracking.client import Tracking, open_tracking
 from tests.benchmarks import configs
 from tests.benchmarks.bare import Bare, bare_loop, ready_batches, synchronize
-from tests.benchmarks.peer import library_inputs, load_model
+from tests.benchmarks.peer import load_model
 from tests.benchmarks.sides import ROOT, machine
 from tests.benchmarks.trial_cost import measure_trials
+from tests.support.library_run import library_inputs
 from trainer.config import TrainConfig
 from trainer.events import CheckpointSaved, Event, StepEnded
 from trainer.loop import train

@@ -36,6 +36,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tests.benchmarks.configs import RESULT
+from tests.support.library_run import library_inputs
 from trainer import runtime
 from trainer.config import TrainConfig
 from trainer.data.batches import CaptionDataset, Collator, EpochSampler, Pixels, Sample, Tokenizer
@@ -64,26 +65,6 @@ class Clock:
     def now(self) -> float:
         """Seconds since the process began."""
         return time.time() - self.began
-
-
-def library_inputs(batch: Batch, *, image_token: int, num_query_tokens: int) -> dict[str, torch.Tensor]:
-    """A batch as the library's processor would give it: the image tokens stand before the text.
-
-    `input_ids`: (B, Q + text length). Labels of a decoder-only model are as long; those of a T5 stay as they are.
-    """
-    assert batch.pixel_values is not None
-    before = (len(batch), num_query_tokens)
-    ids, mask, labels = batch.text_ids, batch.text_mask, batch.labels
-    if labels.shape == ids.shape and bool((labels[:, 0] == IGNORE).all()):  # decoder-only: the prompt has no labels
-        labels = torch.cat([labels.new_full(before, IGNORE), labels], dim=1)
-    return {
-        "pixel_values": batch.pixel_values,
-        "qformer_input_ids": batch.qformer_ids,
-        "qformer_attention_mask": batch.qformer_mask,
-        "input_ids": torch.cat([ids.new_full(before, image_token), ids], dim=1),
-        "attention_mask": torch.cat([mask.new_ones(before), mask], dim=1),
-        "labels": labels,
-    }
 
 
 class LibraryCollator:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -71,6 +72,8 @@ class Bench:
     """Further options of `search.run`."""
     peer: tuple[str, ...]
     """Further options of `tests.benchmarks.peer_study`."""
+    limit_s: float | None = None
+    """Seconds after which a side is ended, with all that it has started; None for no limit."""
 
     @property
     def study_file(self) -> Path:
@@ -160,12 +163,26 @@ class Bench:
             environment["OMP_NUM_THREADS"] = str(threads)
         with output.open("w") as stream:
             arguments = [sys.executable, *map(str, command)]
-            done = subprocess.run(
-                arguments, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, check=False
+            side = subprocess.Popen(
+                arguments,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=self.limit_s is not None,
             )
-        if done.returncode:
+            try:
+                code = side.wait(self.limit_s)
+            except BaseException:
+                if self.limit_s is None:
+                    side.kill()
+                else:
+                    os.killpg(side.pid, signal.SIGKILL)
+                side.wait()
+                raise
+        if code:
             tail = "\n".join(output.read_text(encoding="utf-8").splitlines()[-15:])
-            raise SystemExit(f"{name} ended with exit code {done.returncode}:\n{tail}\nall of it in {output}")
+            raise SystemExit(f"{name} ended with exit code {code}:\n{tail}\nall of it in {output}")
 
 
 def read(
@@ -187,6 +204,8 @@ def read(
     study = optuna.load_study(study_name=study_name, storage=f"sqlite:///{runs / 'optuna.db'}")
     found = {}
     for trial in study.get_trials(deepcopy=False):
+        if "label" not in trial.user_attrs:
+            continue  # a repeat, for the verdict
         run_id = next(run_id for value, run_id in tagged.items() if is_run(trial.number, value))
         steps = sorted((m.step, m.value) for m in client.get_metric_history(run_id, key))
         found[trial.user_attrs["label"]] = TrialLosses(

@@ -15,6 +15,7 @@ from search.study_file import load
 from tests.benchmarks import configs, gate, peer, peer_study, sides
 from tests.benchmarks.sides import TrialLosses
 from tests.support import search_process
+from tests.support.library_run import library_inputs
 from tests.support.tiny import IMAGE_TOKEN, QUERIES, tiny_batch, tiny_model
 from trainer.common.errors import DataError
 from trainer.config import TrainConfig
@@ -28,7 +29,7 @@ from trainer.model.base import forward
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_the_library_gets_the_same_batch_and_finds_the_same_loss(kind: str) -> None:
     model, batch = tiny_model(kind), tiny_batch(kind)
-    inputs = peer.library_inputs(batch, image_token=IMAGE_TOKEN, num_query_tokens=QUERIES)
+    inputs = library_inputs(batch, image_token=IMAGE_TOKEN, num_query_tokens=QUERIES)
     with torch.no_grad():
         theirs = model(**inputs).loss
         ours = forward(model, batch).loss_sum / batch.num_tokens()

@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,8 +65,8 @@ CAPTION_TOKENS = (40, 120)
 """Shortest and longest; RSICap's have 60 tokens on average and 170 at most."""
 
 
-def build_checkpoint(out: Path, layers: int | None, seed: int = 0) -> None:
-    """Write the checkpoint; `layers` instead of each part's own number, to try it on a small machine."""
+def make(device: torch.device, layers: int | None = None, seed: int = 0) -> tuple[Any, Any]:
+    """(model, processor); `layers` instead of each part's own number, to try it on a small machine."""
     processor = InstructBlipProcessor.from_pretrained(CHECKPOINT)
     processor.image_processor = BlipImageProcessorPil(size={"height": PIXELS, "width": PIXELS})
     processor.num_query_tokens = QUERIES
@@ -78,12 +79,18 @@ def build_checkpoint(out: Path, layers: int | None, seed: int = 0) -> None:
         image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
     )
     torch.manual_seed(seed)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with device:
         model = InstructBlipForConditionalGeneration(config)
         with torch.no_grad():
             model.query_tokens.normal_(std=0.02)
             # The library's std of 1 gives logits of some hundreds, and losses that no training can move.
             model.language_model.lm_head.weight.normal_(std=TEXT_WIDTH**-0.5)
+    return model, processor
+
+
+def build_checkpoint(out: Path, layers: int | None, seed: int = 0) -> None:
+    """Write the checkpoint."""
+    model, processor = make(torch.device("cuda" if torch.cuda.is_available() else "cpu"), layers, seed)
     model.save_pretrained(out)
     processor.save_pretrained(out)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters in {out}")

@@ -193,3 +193,32 @@ def test_a_definition_holds_what_decides_the_result() -> None:
     # Where the data lies and how many workers load it does not.
     assert definition == make(base={"data": "/x", "num_workers": 4, "device": "cpu"}).definition()
     assert definition == make(n_trials=30).definition()
+
+
+def test_a_screened_study_trains_its_trials_in_a_faster_precision() -> None:
+    plain, screened = make(), make(screen="bfloat16")
+    params = {"learning_rate": 1e-4, "lora_r": 8, "lora_alpha / lora_r": 2}
+    assert screened.config(params).base_dtype == "bfloat16" and plain.config(params).base_dtype is None
+    assert screened.unscreened() == {"base_dtype": None} and plain.unscreened() == {}
+    repeated = screened.config(params, screened.unscreened())
+    assert repeated == plain.config(params)
+    assert screened.definition() != plain.definition()
+    assert make().with_settings(["screen=TF32"]).config(params).matmul_precision == "high"
+    assert screened.with_settings(["lora_r=8"]).screen == "bfloat16"
+    assert screened.with_settings(["screen=none"]) == plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"screen": "bfloat"}, "screen must be one of TF32, bfloat16, but got 'bfloat'; did you mean 'bfloat16'?"),
+        ({"screen": 3}, "screen must be one of TF32, bfloat16, but got 3"),
+        ({"screen": "bfloat16", "base": {"base_dtype": "bfloat16"}}, "but base_dtype is set already"),
+        ({"screen": "TF32", "base": {"torch_dtype": "float16"}}, "but torch_dtype is set already"),
+        ({"screen": "TF32", "space": {"matmul_precision": Choice(("high", "highest"))}}, "matmul_precision is set"),
+    ],
+)
+def test_a_screen_that_cannot_be(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(StudyError) as error:
+        make(**changes)
+    assert said in str(error.value)

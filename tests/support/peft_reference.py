@@ -15,10 +15,15 @@ from trainer.model.peft_format import lora_config, resolve_targets
 
 
 @contextmanager
-def attached(model: Any, config: TrainConfig) -> Iterator[tuple[Any, tuple[str, ...]]]:
+def attached(model: Any, config: TrainConfig, *, autocast: bool = False) -> Iterator[tuple[Any, tuple[str, ...]]]:
     """The base with a fresh adapter, for as long as the context lasts: (PEFT model, adapted module names).
 
     Afterwards the base is as it was.
+
+    Args:
+        model: the base.
+        config: of the adapter.
+        autocast: adapters in float32 on a base of a lower dtype, which is PEFT's default.
     """
     from peft import get_peft_model
 
@@ -31,8 +36,8 @@ def attached(model: Any, config: TrainConfig) -> Iterator[tuple[Any, tuple[str, 
         warnings.filterwarnings("ignore", message=".*modify a model with PEFT for a second time.*")
         # PEFT 0.21 reads an attribute that Transformers 5.20 renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated.*")
-        # autocast_adapter_dtype=False: float16 means what it meant in the hand-run, adapters included.
-        peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+        # Without autocast, float16 means what it meant in the hand-run, adapters included.
+        peft_model = get_peft_model(model, lora, autocast_adapter_dtype=autocast)
     try:
         yield peft_model, modules
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -294,3 +295,42 @@ def steps(events: list[Event]) -> list[StepEnded]:
 def test_events_start_with_the_start(bench: Workbench, small: Small, tmp_path: Path) -> None:
     started: Iterator[Event] = (events[0] for events in run(bench, [small(), small(seed=2)], tmp_path))
     assert all(isinstance(event, RunStarted) for event in started)
+
+
+def test_waiting_for_the_figures_of_a_window_is_time_of_its_steps(
+    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose host launches a window's rounds and then waits for it."""
+    real = torch.stack
+
+    def waits(tensors: Any, *args: Any, **options: Any) -> torch.Tensor:
+        if len(tensors) > 3 and tensors[0].shape == (3,):  # the figures of a window, not of a step
+            time.sleep(0.2)
+        return real(tensors, *args, **options)
+
+    monkeypatch.setattr(torch, "stack", waits)
+    with Pack(bench) as pack:
+        pack.window = 4
+        for number, size in enumerate((2, 4)):
+            pack.add(small(batch_size=size, max_samples=40), tmp_path / str(number))
+        told: dict[Member, list[float]] = defaultdict(list)
+        while sum(map(len, told.values())) < 8:
+            for member, event in pack.round():
+                if isinstance(event, StepEnded):
+                    told[member].append(event.timing.step_s)
+    fewer, more = (sum(seconds) for seconds in told.values())
+    assert fewer + more > 0.2 and more > 1.5 * fewer  # by samples
+
+
+def test_runs_that_may_take_any_kernel_are_no_company_for_those_that_may_not(
+    bench: Workbench, small: Small, tmp_path: Path
+) -> None:
+    free = small(deterministic=False)
+    with Pack(bench) as pack:
+        pack.add(free, tmp_path / "free")
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert not pack.accepts(small()) and pack.accepts(free)
+    with Pack(bench) as pack:
+        pack.add(small(), tmp_path / "bound")
+        assert torch.are_deterministic_algorithms_enabled()
+    assert free.identity() != small().identity()

@@ -154,7 +154,7 @@ def _refuse_offloaded(name: str, model: Any, device: torch.device) -> None:
         raise ModelError(
             f"the model {name!r} does not fit on the {torch.cuda.device_count()} GPUs that this process sees: parts "
             "of it would lie on the host; give it more GPUs (in a search: --gpus-per-worker), or "
-            "--set torch_dtype=bfloat16"
+            "--set base_dtype=bfloat16"
         )
 
 

@@ -8,16 +8,44 @@ base is spread over several devices (Accelerate splits no layer), tensors are mo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from trainer.model.attention import attend, hidden
 from trainer.model.ragged import Layout, Ragged, Selection, input_rows
 
 BIAS_STEP = 64
 """Position biases are computed for lengths that are multiples of this."""
+
+
+_again: ContextVar[bool] = ContextVar("whether layers of the language model are computed again", default=False)
+
+
+@contextmanager
+def layers_again(on: bool) -> Iterator[None]:
+    """Within, the language model's layers keep their inputs alone, and are computed again in the backward pass.
+
+    The same bits for a third more arithmetic (Chen et al. 2016, https://arxiv.org/abs/1604.06174). Only where no
+    adapter is in the language model: its dropout would be drawn twice.
+    """
+    token = _again.set(on)
+    try:
+        yield
+    finally:
+        _again.reset(token)
+
+
+def _layer(compute: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
+    """A layer's output; of its inputs the first is the states."""
+    if _again.get() and torch.is_grad_enabled():
+        return checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+    return compute(*inputs)
 
 
 def _on(weight: torch.Tensor, *tensors: Any) -> Any:
@@ -105,15 +133,27 @@ def _t5_stack(
     memory_bias = hidden(memory_rows.seen(), states.dtype)
     for block in stack.block:
         states, memory, bias, memory_bias = _on(block.layer[0].layer_norm.weight, states, memory, bias, memory_bias)
-        layer = block.layer[0]
-        states = _t5_block(layer, layer.SelfAttention, states, rows, None, rows, bias)
-        if memory is not None:
-            layer = block.layer[1]
-            states = _t5_block(layer, layer.EncDecAttention, states, rows, memory, memory_rows, memory_bias)
-        with input_rows(rows):
-            states = _clamped(block.layer[-1](states))
+        states = _layer(_t5_layer, states, block, rows, bias, memory, memory_rows, memory_bias)
     (states,) = _on(stack.final_layer_norm.weight, states)
     return stack.final_layer_norm(states)  # type: ignore[no-any-return]
+
+
+def _t5_layer(
+    states: torch.Tensor,
+    block: Any,
+    rows: Ragged,
+    bias: torch.Tensor,
+    memory: torch.Tensor | None,
+    memory_rows: Ragged,
+    memory_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    layer = block.layer[0]
+    states = _t5_block(layer, layer.SelfAttention, states, rows, None, rows, bias)
+    if memory is not None:
+        layer = block.layer[1]
+        states = _t5_block(layer, layer.EncDecAttention, states, rows, memory, memory_rows, memory_bias)
+    with input_rows(rows):
+        return _clamped(block.layer[-1](states))
 
 
 _position_biases: WeakKeyDictionary[torch.nn.Module, torch.Tensor] = WeakKeyDictionary()
@@ -183,17 +223,17 @@ def llama(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
     bias = hidden(order <= order[:, None], embeds.dtype)
     states = embeds
     for layer in model.layers[:-1]:
-        states = _llama_layer(layer, states, rows, rotary, bias)
+        states = _layer(_llama_layer, states, layer, rows, rotary, bias)
     places = layout.labels.pad(layout.predicts.take(positions))
     bias = hidden((order <= places)[:, None], embeds.dtype)
-    states = _llama_layer(model.layers[-1], states, rows, rotary, bias, (layout.predicts, layout.labels))
+    states = _layer(_llama_layer, states, model.layers[-1], rows, rotary, bias, (layout.predicts, layout.labels))
     (states,) = _on(model.norm.weight, states)
     return model.norm(states)  # type: ignore[no-any-return]
 
 
 def _llama_layer(
-    layer: Any,
     states: torch.Tensor,
+    layer: Any,
     rows: Ragged,
     rotary: tuple[torch.Tensor, ...],
     bias: torch.Tensor | None,

@@ -85,6 +85,7 @@ class Adapter:
         weights, grads = self._split(self.weights), self._split(self.grads)
         for name, p in initial.items():
             weights[name].copy_(p)
+        self.in_language_model = any(name.startswith("language_model.") for name in self.modules)
         # Its views by module.
         self.pairs: dict[str, Pair] = {}
         for module in self.modules:
@@ -283,17 +284,20 @@ class _Lora(torch.autograd.Function):
         sizes = _sizes(segments, x)
         rows = x.reshape(-1, x.shape[-1])
         y = nn.functional.linear(rows, weight, bias)
+        mixed = _is_mixed(segments, weight)
         lows: list[torch.Tensor | None] = []
         masks: list[torch.Tensor | None] = []
         for segment, own, out in zip(segments, _split(rows, sizes), _split(y, sizes), strict=True):
             adapter, pair = segment.adapter, segment.adapter.pairs.get(name)
             low, mask = None, None
             if pair is not None:
+                if mixed:
+                    own = own.to(pair.a.dtype)
                 if training and adapter.dropout:
                     mask = _dropout_mask(adapter, own)
                     own = own * mask
                 low = torch.mm(own, pair.a_t)
-                out.addmm_(low, pair.b_t, alpha=adapter.scale)
+                _add_product(out, low, pair.b_t, adapter.scale, mixed)
             lows.append(low)
             masks.append(mask)
         # Masks are as large as x, and freed after this node's backward pass. `lows` are small and never changed: kept
@@ -310,6 +314,7 @@ class _Lora(torch.autograd.Function):
         grad_x = torch.mm(grad, weight) if ctx.needs_input_grad[1] else None
         backs = [None] * len(sizes) if grad_x is None else _split(grad_x, sizes)
         masks = masks or [None] * len(sizes)
+        mixed = _is_mixed(ctx.segments, weight)
         for segment, own, above, back, low, mask in zip(
             ctx.segments, _split(rows, sizes), _split(grad, sizes), backs, ctx.lows, masks, strict=True
         ):
@@ -317,14 +322,29 @@ class _Lora(torch.autograd.Function):
             pair, scale = adapter.pairs.get(name), adapter.scale
             if pair is None:
                 continue
+            if mixed:
+                own, above = own.to(pair.a.dtype), above.to(pair.a.dtype)
             below = torch.mm(above, pair.b)
             pair.grad_b_t.addmm_(low.t(), above, alpha=scale)
             pair.grad_a.addmm_(below.t(), own if mask is None else own * mask, alpha=scale)
             if back is not None and mask is None:
-                back.addmm_(below, pair.a, alpha=scale)
+                _add_product(back, below, pair.a, scale, mixed)
             elif back is not None:
                 back.addcmul_(torch.mm(below, pair.a), mask, value=scale)
         return None, None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, None
+
+
+def _is_mixed(segments: Sequence[Segment], weight: torch.Tensor) -> bool:
+    """Whether the adapters are in another dtype than the base: `base_dtype`, which the runs of a pass share."""
+    return segments[0].adapter.weights.dtype != weight.dtype
+
+
+def _add_product(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor, scale: float, mixed: bool) -> None:
+    """total += scale * one @ other, in place; the sum is made in the adapter's dtype and rounded once."""
+    if mixed:
+        total.copy_(total.to(one.dtype).addmm_(one, other, alpha=scale))
+    else:
+        total.addmm_(one, other, alpha=scale)
 
 
 def _sizes(segments: Sequence[Segment], x: torch.Tensor) -> list[int]:

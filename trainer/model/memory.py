@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of an element, by `TrainConfig.torch_dtype`."""
+"""Bytes of an element, by `TrainConfig.dtype_of_base`."""
 TOKENS = 32
 """Text tokens of the sample whose activations are estimated: about a prompt and the shortest of captions."""
 
@@ -45,7 +45,7 @@ class Need:
         return f"weights take {shown(self.weights)}{step}"
 
 
-def needed(model: str, torch_dtype: str) -> Need | None:
+def needed(model: str, dtype: str) -> Need | None:
     """What a model takes; None if its files are not on this machine yet.
 
     Raises:
@@ -57,7 +57,7 @@ def needed(model: str, torch_dtype: str) -> Need | None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return None  # the loader says what is missing
-    size = BYTES[torch_dtype]
+    size = BYTES[dtype]
     try:
         elements = sum(_elements(file) for file in files)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -74,16 +74,16 @@ def check(config: TrainConfig, device: torch.device) -> None:
     """
     from trainer import runtime
 
-    need = needed(config.model, config.torch_dtype)
+    need = needed(config.model, config.dtype_of_base)
     if need is None:
         return
     devices = runtime.visible_devices(device) if config.device_map == "auto" else [device]
     free = sum(runtime.free_memory(each) for each in devices)
     names = ", ".join(map(str, devices))
-    log.info("%s in %s: %s; %s has %s free", config.model, config.torch_dtype, need, names, shown(free))
+    log.info("%s in %s: %s; %s has %s free", config.model, config.dtype_of_base, need, names, shown(free))
     if need.total > free:
         raise ModelError(
-            f"the model {config.model!r} does not fit: in {config.torch_dtype} its {need}, but {names} has "
+            f"the model {config.model!r} does not fit: in {config.dtype_of_base} its {need}, but {names} has "
             f"{shown(free)} free; what helps:{_remedies(config, need, device)}"
         )
 
@@ -98,8 +98,8 @@ def shown(number: int) -> str:
 
 def _remedies(config: TrainConfig, need: Need, device: torch.device) -> str:
     lines = []
-    if config.torch_dtype == "float32":
-        lines.append(f"--set torch_dtype=bfloat16, which takes {shown(need.total // 2)}")
+    if config.dtype_of_base == "float32":
+        lines.append(f"--set base_dtype=bfloat16, which takes {shown(need.total // 2)}")
     if device.type == "cuda":
         if config.device_map == "single":
             lines.append("several GPUs: --set device_map=auto (in a search with --gpus-per-worker 2)")

@@ -11,6 +11,7 @@ from torch import nn
 
 from trainer.common.errors import ModelError, nearest
 from trainer.config import TrainConfig
+from trainer.runtime import DTYPES
 
 AUTO_MAPPING = {
     "base_model_class": "InstructBlipForConditionalGeneration",
@@ -68,6 +69,8 @@ def initial_values(model: Any, config: TrainConfig) -> tuple[dict[str, torch.Ten
     """
     modules = resolve_targets(model, config.target_modules)
     wanted = set(modules)
+    # As PEFT's `autocast_adapter_dtype` where the base is in a lower dtype than the adapters.
+    own = None if config.base_dtype is None else DTYPES[config.torch_dtype]
     found: dict[str, torch.Tensor] = {}
     torch.manual_seed(config.seed)
     for name, module in model.named_modules():  # the order in which initial values are drawn
@@ -79,5 +82,7 @@ def initial_values(model: Any, config: TrainConfig) -> tuple[dict[str, torch.Ten
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         nn.init.zeros_(up.weight)
         for letter, layer in (("A", down), ("B", up)):
-            found[f"base_model.model.{name}.lora_{letter}.default.weight"] = layer.weight.detach().to(module.weight)
+            found[f"base_model.model.{name}.lora_{letter}.default.weight"] = layer.weight.detach().to(
+                module.weight.device, own or module.weight.dtype
+            )
     return dict(sorted(found.items())), modules

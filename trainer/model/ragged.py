@@ -236,18 +236,49 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """The layout on the device."""
-        return _moved(self, device)  # type: ignore[no-any-return]
+        here = self.label_ids.device
+        if here == device:
+            return self
+        if here.type == "cpu":
+            return in_one_copy(self, device)
+        return _moved(self, iter([each.to(device) for each in _tensors(self)]))  # type: ignore[no-any-return]
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(array).to(device)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def in_one_copy(layout: Layout, device: torch.device) -> Layout:
+    """The layout on the device by one copy from pinned memory.
+
+    Its two dozen small tensors, each copied by itself, would be as many launches, and the host would wait at each.
+    """
+    parts = _tensors(layout)
+    whole = torch.empty(sum(part.numel() for part in parts), dtype=torch.long, pin_memory=device.type == "cuda")
+    torch.cat([part.reshape(-1) for part in parts], out=whole)
+    there = whole.to(device, non_blocking=True).split([part.numel() for part in parts])
+    views = [view.view(part.shape) for view, part in zip(there, parts, strict=True)]
+    return _moved(layout, iter(views))  # type: ignore[no-any-return]
+
+
+_NESTED = (Ragged, QueriesWithText, Selection, Layout)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors in a layout, which are of whole numbers, in the order of the fields."""
     if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Ragged | QueriesWithText | Selection | Layout):
-        return type(value)(**{f.name: _moved(getattr(value, f.name), device) for f in fields(value) if f.init})
+        return [value]
+    if isinstance(value, _NESTED):
+        return [each for f in fields(value) if f.init for each in _tensors(getattr(value, f.name))]
+    return []
+
+
+def _moved(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """The same layout with these tensors, taken in the order of `_tensors`."""
+    if isinstance(value, torch.Tensor):
+        return next(tensors)
+    if isinstance(value, _NESTED):
+        return type(value)(**{f.name: _moved(getattr(value, f.name), tensors) for f in fields(value) if f.init})
     return value
 
 

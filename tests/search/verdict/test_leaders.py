@@ -6,7 +6,8 @@ from typing import Any
 
 from search import records
 from search.records import TrialRecord
-from search.verdict.leaders import FEWEST, TOP, Rules, field, judge, leaders, seed_of, winner
+from search.verdict import text
+from search.verdict.leaders import FEWEST, TOP, Rules, field, judge, leaders, precision, seed_of, winner
 from tests.support.candidate_trials import repeat, trial
 
 
@@ -125,3 +126,22 @@ def test_the_winner_is_whom_the_verdict_names_and_the_lowest_until_it_names_one(
     found = winner(trials, None)
     assert found is not None and found.number == 0
     assert winner([], None) is None
+
+
+def test_what_a_search_in_a_lower_precision_decided() -> None:
+    """The sentence says whether the repeats, in float32, agree with it."""
+    lower = {"base_dtype": "bfloat16"}
+
+    def verdict(losses: dict[int, float]) -> str:
+        trials = [trial(0, 0.40, config=lower), trial(1, 0.401, config=lower)]
+        cells = [(of, block) for of in losses for block in range(1, 6)]
+        trials += [repeat(i, of, block, losses[of] + 0.001 * block) for i, (of, block) in enumerate(cells, 2)]
+        return text.sentence(judge(trials, Rules(top=2, seeds=5)))
+
+    agreed, otherwise = verdict({0: 0.39, 1: 0.42}), verdict({0: 0.42, 1: 0.39})
+    assert agreed.startswith("winner: trial 0,") and otherwise.startswith("winner: trial 1,")
+    assert "the search ran in bfloat16" in agreed and agreed.endswith("no decision was changed by it")
+    assert "the search's lowest loss was trial 0's, which is not what they name" in otherwise
+    plain = [trial(0, 0.40), trial(1, 0.401), *(repeat(i, i % 2, i // 2, 0.4) for i in range(2, 12))]
+    assert "the search ran in" not in text.sentence(judge(plain, Rules(top=2, seeds=5)))
+    assert precision({"matmul_precision": "high"}) == "TF32" and precision({"torch_dtype": "float16"}) == "float16"

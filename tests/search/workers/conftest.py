@@ -78,6 +78,7 @@ def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest
         strategy: str = "joint",
         pruner: str = "none",
         captions: int = 0,
+        screen: Any = None,
         prepare: Callable[[optuna.Study], None] = lambda study: None,
         **base: Any,
     ) -> Any:
@@ -90,6 +91,7 @@ def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest
             base={"model": str(tiny_checkpoint), "data": "mini", "batch_size": 4, **fixed, **base},
             space={"learning_rate": Float(1e-4, 1e-2, log=True), "lora_r": Int(2, 8)},
             n_trials=trials,
+            screen=screen,
         )
         urls = [f"sqlite:///{runs / name}" for name in ("optuna.db", "mlflow.db")]
         storage = open_storage(urls[0])

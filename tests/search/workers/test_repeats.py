@@ -114,3 +114,13 @@ def test_one_that_is_interrupted_or_lost_is_the_same_repeat_again(
     mine = {(t.attrs[records.REPEAT_OF], t.attrs[records.BLOCK]): t.value for t in repeats if t.state == "PRUNED"}
     theirs = {(t.attrs[records.REPEAT_OF], t.attrs[records.BLOCK]): t.value for t in parts(undisturbed)[1]}
     assert mine == theirs and len(mine) == 4
+
+
+def test_trials_are_screened_and_their_leaders_repeated_in_the_bases_own_precision(search: Search) -> None:
+    trials, _ = search(trials=2, slots=2, confirm=RULES, screen="bfloat16", max_samples=8)
+    own, repeats = parts(trials)
+    assert {t.config["base_dtype"] for t in own} == {"bfloat16"}
+    assert {t.config["base_dtype"] for t in repeats} == {None} and len(repeats) == 4
+    assert all(t.value is not None for t in trials)
+    verdict = judge(trials, RULES)
+    assert verdict.screened == ("bfloat16", leaderboard.ranked(own)[0].number)

@@ -103,7 +103,7 @@ def test_a_base_that_does_not_fit_is_refused_before_it_is_loaded(
     text = str(error.value)
     assert "does not fit: in float32 its weights take 15.0 GiB, a training step of one sample at least" in text
     assert "but cpu has 12.0 GiB free" in text
-    assert "--set torch_dtype=bfloat16, which takes 7.6 GiB" in text
+    assert "--set base_dtype=bfloat16, which takes 7.6 GiB" in text
 
 
 def test_several_gpus_hold_more_and_are_advised(

@@ -23,7 +23,15 @@ from trainer.model.attention import attend, hidden
 from trainer.model.base import forward
 from trainer.model.batch import IGNORE, layout_of
 from trainer.model.lora import Adapter
-from trainer.model.ragged import QueriesWithText, Ragged, Selection, current_input_rows, input_rows
+from trainer.model.ragged import (
+    QueriesWithText,
+    Ragged,
+    Selection,
+    _tensors,
+    current_input_rows,
+    in_one_copy,
+    input_rows,
+)
 from trainer.workbench import Workbench
 
 CPU = torch.device("cpu")
@@ -197,3 +205,20 @@ def test_a_matrix_outside_is_a_fault() -> None:
         assert current_input_rows() is rows
     with pytest.raises(AssertionError, match="outside"):
         current_input_rows()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layout_moves_by_one_copy(kind: str) -> None:
+    """As to a GPU: every tensor is a part of one."""
+    layout = layout_of(tiny_model(kind).config, tiny_batch(kind))
+    moved = in_one_copy(layout, CPU)
+    before, after = _tensors(layout), _tensors(moved)
+    assert len(before) == len(after) > 15
+    assert all(torch.equal(a, b) and a.dtype == b.dtype == torch.long for a, b in zip(before, after, strict=True))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in after}) == 1
+    assert moved.text.rows.starts == layout.text.rows.starts and moved.queries.length == layout.queries.length
+    model = tiny_model(kind)
+    batch = tiny_batch(kind)
+    expected = forward(model, batch).token_losses
+    batch.layout = moved
+    assert torch.equal(forward(model, batch).token_losses, expected)
