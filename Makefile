@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow every process on a small machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow check audit lock install clean gpu-check gpu-wheels
+.PHONY: demo test test-slow simulate check audit lock install clean gpu-check gpu-wheels
 
 install: .venv/installed
 
@@ -30,6 +30,13 @@ test: check
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 1800
+
+# Schedules of faults drawn from seeds 0, 1, ...: `make simulate SEEDS=5000 FIRST=1000`. One that breaks a promise is
+# printed with its seed, and comes again with it.
+SEEDS ?= 1000
+FIRST ?= 0
+simulate: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulation --seeds $(SEEDS) --first $(FIRST)
 
 # Known vulnerabilities of the pinned versions; fails if one cannot be looked up, as behind a mirror without pypi.org's
 # API. In an environment of its own: pip-audit needs pins of its own.

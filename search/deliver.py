@@ -36,7 +36,17 @@ def main(
     runs = StudyRuns(places, name)
     done = Delivery(runs.outbox, name, runs.connect).once()
     left = len(runs.outbox.runs())
-    print(json.dumps({**done._asdict(), "left": left}, indent=1) if as_json else describe(done, left))
+    if as_json:
+        facts = {
+            "records": done.records,
+            "runs": done.runs,
+            "rejected": done.rejected,
+            "busy": done.busy,
+            "left": left,
+        }
+        print(json.dumps(facts, indent=1))
+    else:
+        print(describe(done, left))
 
 
 def describe(done: Delivered, left: int) -> str:

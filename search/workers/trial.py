@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from search import captions, diagnosis, pruning, records
@@ -216,13 +217,18 @@ class TrialRun:
             self.trial.report(event.val_loss, event.epoch)
             self._reported[event.epoch] = event.val_loss
         self._send(event, from_checkpoint=from_checkpoint)
-        # Judge, once: a trial whose last checkpoint is damaged trains an epoch again that was judged before. A plan
-        # that looks at its latest report would pause it before it comes there, and again each time it goes on.
-        if event.epoch < max(self._reported):
-            return None
-        if event.epoch >= self.last_epoch or self.repeat_of is not None:
+        # Judge.
+        if self.judged_before(event.epoch) or event.epoch >= self.last_epoch or self.repeat_of is not None:
             return None  # it has had all its epochs, or is to have them: nothing is left to save
         return pruning.verdict(self._search, self._frozen())
+
+    def judged_before(self, epoch: int) -> bool:
+        """Whether a later epoch was reported: a trial whose last checkpoint is damaged trains epochs again.
+
+        A plan that looks at the latest report would pause it before it comes there, each time it goes on.
+        """
+        latest: int = max(self._reported)
+        return epoch < latest
 
     def _may_pause_at(self, epoch: EpochEnded, history: Sequence[EpochEnded]) -> bool:
         """Whether a trial that goes on from its checkpoint may pause there: only if it ended before it could."""
@@ -270,14 +276,27 @@ class TrialRun:
         self._annotate(outcome, curve.epochs)
         if outcome.state == "COMPLETE":
             assert best is not None
-            self.study.tell(self.trial, best[0], state=TrialState.COMPLETE)
+            self._tell_state(TrialState.COMPLETE, best[0])
         else:
-            self.study.tell(self.trial, state=TrialState.PRUNED)
+            self._tell_state(TrialState.PRUNED)
+
+    def _tell_state(self, state: TrialState, value: float | None = None) -> None:
+        """Tell Optuna a final state.
+
+        Raises:
+            UpdateFinishedTrialError: another process has taken the trial over in the last moment.
+        """
+        try:
+            self.study.tell(self.trial, value, state=state)
+        except ValueError as error:  # what `tell` says of a trial that is finished, and of wrong values
+            if self._frozen().state.is_finished():
+                raise UpdateFinishedTrialError(str(error)) from error
+            raise
 
     def _tell_fault(self, outcome: Outcome) -> None:
         self.trial.set_user_attr(records.REASON, outcome.reason)
         self.trial.set_user_attr(records.DETAIL, outcome.detail)
-        self.study.tell(self.trial, state=TrialState.FAIL)
+        self._tell_state(TrialState.FAIL)
 
     def _caption(self, outcome: Outcome) -> None:
         """Caption a few images with the best adapter, if the trial may be its study's winner."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import optuna
 import torch
@@ -141,7 +141,8 @@ class Worker:
                 raise
             finally:
                 if self._held is not None:  # an end came before its turn; it has no record of its own yet
-                    lifecycle.park(self.study, self._held.trial)
+                    with suppress(UpdateFinishedTrialError):  # taken over
+                        lifecycle.park(self.study, self._held.trial)
 
     def _alive(self) -> list[TrialRun]:
         """The trials that heartbeats are recorded for."""
@@ -250,8 +251,7 @@ class Worker:
             run.abandon(records.INTERRUPTED)
             raise
         except UpdateFinishedTrialError:
-            run.abandon(records.LOST)
-            self._say(f"trial {number} was taken over by another process, and is left to it")
+            self._leave(run)
             return
         except UserError as error:
             if out_of_room(error):
@@ -267,11 +267,20 @@ class Worker:
                 raise gone from error
             text = f"{type(error).__name__}: {error}"
             self._say(f"trial {number} failed: {text}; traceback in {self.job.folder / 'search.log'}")
-        run.end(Outcome(state="FAIL", reason=records.ERROR, detail=text))
+        try:
+            run.end(Outcome(state="FAIL", reason=records.ERROR, detail=text))
+        except UpdateFinishedTrialError:
+            self._leave(run)
+            return
         self._ended()
         self._failures += 1
         if self._failures >= MAX_FAILURES_IN_A_ROW:
             raise GaveUp(f"{self._failures} trials in a row failed, the last with: {text}")
+
+    def _leave(self, run: TrialRun) -> None:
+        """Another process has taken the trial over."""
+        run.abandon(records.LOST)
+        self._say(f"trial {run.trial.number} was taken over by another process, and is left to it")
 
     def _pack_failed(self, error: Exception) -> None:
         """A fault in the shared pass: with one trial it is the trial's; several resume one by one."""
