@@ -21,8 +21,9 @@ def main(
     study: StudyOption,
     lang: Annotated[Literal["en", "zh"], typer.Option(help="Language of the log.")] = "en",
     format_: Annotated[
-        Literal["md", "html"], typer.Option("--format", help="Markdown with plots beside it, or one HTML file.")
-    ] = "md",
+        Literal["md", "html"] | None,
+        typer.Option("--format", help="Markdown with plots beside it, or one HTML file; by default as --out ends."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Output file; RUNS_DIR/STUDY/tuning-log.md by default.")] = None,
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
@@ -51,6 +52,7 @@ def main(
         print(f"{error}; writing the log from Optuna's records alone", file=sys.stderr)
         record = reading.read_study(found, None, outbox, away=True)
     facts = gather(record, options=places.options())
+    format_ = format_ or ("html" if out is not None and out.suffix.lower() in (".html", ".htm") else "md")
     path = out or places.study(record.name) / write.default_name(lang, format_)
     drawn = write.drawings(facts, places.study(record.name))
     if format_ == "html":

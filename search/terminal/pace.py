@@ -65,6 +65,9 @@ class Pace:
         paused = sum(map(_is_paused, trials))
         if paused:
             parts[0] += f" done, {paused} paused"
+        repeats = sum(leaderboard.is_repeat(trial) and trial.reason == records.REPEAT for trial in trials)
+        if repeats:
+            parts.append(f"{repeats} repeats")
         best = leaders.leaders(trials)[:1]
         if best and best[0].value is not None:
             parts.append(f"best {best[0].value:.4f} (trial {best[0].number})")
