@@ -44,5 +44,5 @@ class Result:
 
     @property
     def adapter(self) -> Path | None:
-        """Folder of the best trial's adapter, in PEFT's format."""
-        return None if self.best is None else adapter(self.folder, self.best)
+        """Folder of the winner's adapter, in PEFT's format."""
+        return None if self.winner is None else adapter(self.folder, self.winner)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.shown import stale
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "SECURITY.md"])
 
@@ -29,3 +31,7 @@ def test_links_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
     dead = [link for link in links if "://" not in link and not (document.parent / link).exists()]
     assert dead == []
+
+
+def test_pictures_and_output_are_not_older_than_what_they_show() -> None:
+    assert not stale()

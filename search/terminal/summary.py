@@ -61,18 +61,18 @@ def sum_up(console: Any, result: Result, places: Places) -> None:
             say(leaderboard.as_text(finished))
     say()
     say(leaderboard.summary(result.trials))
-    best = result.best
-    if best is not None:
-        say(f"\nBest: trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}")
-        say(leaderboard.training_config(best.config))
+    best, chosen = result.best, result.winner
+    if best is not None and chosen is not None:
+        named = f"Best: trial {chosen.number}, validation loss {chosen.value:.4f} at epoch {chosen.best_epoch}"
+        if chosen is not best:
+            named += f", named by the verdict; the lowest is that of trial {best.number}, {best.value:.4f}"
+        say(f"\n{named}")
+        say(leaderboard.training_config(chosen.config))
         say(f"\nadapter  {result.adapter}")
     if result.verdict is not None:
         say(f"\nVerdict: {text.sentence(result.verdict)}")
         for line in text.table(result.verdict):
             say(f"  {line}")
-        named = result.winner
-        if named is not None and named is not best:
-            say(f"  adapter of trial {named.number}: {leaderboard.adapter(result.folder, named)}")
         say()
     say(f"files    {result.folder}")
     for path in result.logs:
