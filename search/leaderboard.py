@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search import records
+from search.diagnosis.finding import Finding
+from search.diagnosis.messages import key
 from search.records import TrialRecord
 
 if TYPE_CHECKING:
@@ -140,7 +142,7 @@ def rows(trials: Sequence[TrialRecord]) -> tuple[list[str], list[list[str]]]:
     for rank, trial in enumerate(ranked(trials), start=1):
         value = "-" if trial.value is None else f"{trial.value:.4f}"
         label = name_of(trial)
-        found = ", ".join(f["id"] for f in trial.attrs.get(records.FINDINGS, ()))
+        found = ", ".join(key(Finding.from_dict(f)) for f in trial.attrs.get(records.FINDINGS, ()))
         table.append(
             [
                 str(rank) if trial.state == "COMPLETE" else "-",

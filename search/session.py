@@ -408,7 +408,7 @@ class Session:
         self, code: int, study: optuna.Study, runs: StudyRuns, courier: DeliveryThread, keeper: LogKeeper
     ) -> Result:
         """Deliver, write the log, end the study's run in MLflow."""
-        from search import leaderboard
+        from search import leaderboard, records
         from search.processes import is_gone
         from search.storage import lifecycle
         from search.terminal import summary
@@ -425,6 +425,11 @@ class Session:
         trials = lifecycle.read_trials(study)
         if code == 0 and leaderboard.all_failed(trials):
             code = 1  # 0 says that the study has what was asked for
+        judged = {trial.number: trial.attrs.get(records.FINDINGS) for trial in keeper.trials}
+        trials = tuple(
+            replace(t, attrs={**t.attrs, records.FINDINGS: judged[t.number]}) if judged.get(t.number) else t
+            for t in trials
+        )  # the terminal says of a trial what the log says
         verdict = verdict_of(trials, study.user_attrs)
         self._keep_winner(winner(trials, verdict), folder, study.study_name, runs)
         runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials, verdict))

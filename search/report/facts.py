@@ -131,6 +131,15 @@ class Facts:
         numbers = dict.fromkeys(t.attrs[records.REPEAT_OF] for t in self.repeats)
         return {n: tuple(t for t in self.repeats if t.attrs[records.REPEAT_OF] == n) for n in numbers}
 
+    @property
+    def trials(self) -> tuple[TrialRecord, ...]:
+        """All trials with the findings of the log, which judges them together: see `judged`."""
+        told = {e.number: [finding.to_dict() for finding in e.findings] for e in self.experiments}
+        return tuple(
+            replace(t, attrs={**t.attrs, records.FINDINGS: told[t.number]}) if told.get(t.number) else t
+            for t in self.record.trials
+        )
+
 
 def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
     """The facts of a study. Pure: the same records, the same facts.

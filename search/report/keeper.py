@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import optuna
 
     from search.diagnosis.messages import Lang
-    from search.records import StudyRecord
+    from search.records import StudyRecord, TrialRecord
     from search.tracking.outbox import Point
     from search.tracking.runs import StudyRuns
 
@@ -42,6 +42,8 @@ class LogKeeper(threading.Thread):
         self._due = False
         self._closing = False
         self._told: set[Point] = set()
+        self.trials: tuple[TrialRecord, ...] = ()
+        """As the log has last told them; none before."""
 
     def due(self) -> None:
         """Note that a trial has ended: the log is due."""
@@ -82,7 +84,8 @@ class LogKeeper(threading.Thread):
         from search.dashboards import notes
         from search.errors import Unavailable
         from search.reading import read_study
-        from search.report.write import refresh
+        from search.report.facts import gather
+        from search.report.write import write_all
         from search.tracking import views
         from search.tracking.pages import pages_of, runs_page
 
@@ -91,12 +94,14 @@ class LogKeeper(threading.Thread):
         except Unavailable as error:
             log.warning("the tuning log is written without MLflow: %s", error)
             record = read_study(self._study, None, self._book.outbox, away=True)
-        written = refresh(record, self._folder, options=self._options)
+        facts = gather(record, options=self._options)
+        self.trials = facts.trials
+        written = write_all(facts, self._folder)
         pages = self._pages(written)
         server = pages_of(self._book.uri)
         place = record.experiment_id or "0"
         two = runs_page(server, place, views.BEST_TWO) if len(_leaders(record)) > 1 else None
-        summary = notes.annotate_study(self._study, record.trials, runs_page(server, place), written[0], two)
+        summary = notes.annotate_study(self._study, self.trials, runs_page(server, place), written[0], two)
         for path in pages:
             self._book.keep(path)
         self._tell(record, summary)

@@ -31,7 +31,11 @@ def refresh(record: StudyRecord, folder: Path, *, options: Sequence[str] = ()) -
     Returns:
         The files written: the logs, the data of all epochs, then the plots.
     """
-    facts = gather(record, options=options)
+    return write_all(gather(record, options=options), folder)
+
+
+def write_all(facts: Facts, folder: Path) -> list[Path]:
+    """As `refresh`, from the facts."""
     drawn = drawings(facts, folder)
     written = [write_markdown(facts, lang, folder / default_name(lang), drawn) for lang in LANGS]
     return [*written, folder / data_name(NAME), *(folder / plots_folder(NAME) / name for name in drawn)]
