@@ -236,12 +236,15 @@ def _look(image: Path, names: Names) -> tuple[Path, duplicates.Picture | None, s
     try:
         image = names.on_disk(image)
         content = content_of(image)
-        decoded = decode(content)
+        decoded = decode(content, cells=duplicates.SIZE)
+        found = duplicates.picture(decoded.image, identity(content, decoded), decoded.size)
+        if found.plain and decoded.image.size != decoded.size:  # what is small in it may have vanished
+            found = duplicates.picture(decode(content).image, found.digest)
     except DataError as error:
         return image, None, f"{image.name}: {error}"
     except IMAGE_ERRORS as error:
         return image, None, f"{image.name}: {problem_of(error)}"
-    return image, duplicates.picture(decoded.image, identity(content, decoded)), ""
+    return image, found, ""
 
 
 @dataclass(frozen=True)

@@ -62,15 +62,21 @@ class Group:
     """All of them are the same file, byte by byte."""
 
 
-def picture(image: Image.Image, digest: str) -> Picture:
-    """What is kept of this image, RGB."""
+def picture(image: Image.Image, digest: str, size: tuple[int, int] | None = None) -> Picture:
+    """What is kept of an image.
+
+    Args:
+        image: RGB.
+        digest: of the file.
+        size: its width and height, if `image` is a smaller one.
+    """
     if image.width % SIZE or image.height % SIZE:
         small = image.resize((SIZE, SIZE), Image.Resampling.BOX)
     else:  # the same to a level, in half the time
         small = image.reduce((image.width // SIZE, image.height // SIZE))
     # A ship on a dark sea vanishes in the sketch: where that is plain, the picture itself is asked.
     plain = _one_colour(small) and _one_colour(image)
-    return Picture(digest, image.width, image.height, small.tobytes(), plain)
+    return Picture(digest, *(size or image.size), small.tobytes(), plain)
 
 
 def _one_colour(image: Image.Image) -> bool:

@@ -91,7 +91,9 @@ def test_each_image_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     decoded: list[int] = []
     decode = dataset.decode
-    monkeypatch.setattr(dataset, "decode", lambda content: (decoded.append(len(content)), decode(content))[1])
+    monkeypatch.setattr(
+        dataset, "decode", lambda content, cells: (decoded.append(len(content)), decode(content, cells))[1]
+    )
     outcome = run(str(tmp_path))
     assert "rows: 18" in outcome.out and "images: 6" in outcome.out
     assert len(decoded) == 6

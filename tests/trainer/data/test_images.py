@@ -14,15 +14,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from transformers import InstructBlipProcessor
 
 from trainer.common.errors import DataError
-from trainer.data import depth
+from trainer.data import dataset, depth, duplicates
 from trainer.data.batches import Pixels
 from trainer.data.features import compute_or_open
 from trainer.data.images import decode, identity, open_image
+from trainer.data.paths import Names
 from trainer.mini import CHECKPOINT
 from trainer.model.base import load_base
 
@@ -315,3 +316,39 @@ def test_vision_outputs_are_those_of_the_upright_image(tmp_path: Path, tiny_chec
     features = compute_or_open(tmp_path / "store", base, images, Pixels(base.processor.image_processor))
     lying, upright = (features.take(torch.tensor([features.index(image)])) for image in images)
     assert torch.equal(lying, upright)
+
+
+@pytest.mark.parametrize(
+    ("size", "by"), [((224, 224), 2), ((512, 1024), 8), ((256, 448), 4), ((250, 224), 1)], ids=str
+)
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_look_at_a_jpeg_sees_what_the_whole_of_it_shows(
+    size: tuple[int, int], by: int, orientation: int, subsampling: int
+) -> None:
+    """Its size, and the picture's sketch to within two levels; a file that is cut is found all the same."""
+    coarse = Image.fromarray(np.random.default_rng(by).integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    large = coarse.resize(size, Image.Resampling.BICUBIC)
+    content = saved(large, "JPEG", exif=exif, quality=90, subsampling=subsampling)
+    whole, look = decode(content), decode(content, cells=duplicates.SIZE)
+    assert whole.size == look.size == whole.image.size
+    assert look.image.size == tuple(side // by for side in look.size)
+    one, other = (
+        np.frombuffer(duplicates.picture(each.image, "", each.size).sketch, np.uint8).astype(int)
+        for each in (whole, look)
+    )
+    assert abs(one - other).max() <= 2
+    for cells in (None, duplicates.SIZE):
+        with pytest.raises(OSError, match="truncated"):
+            decode(content[: len(content) * 2 // 3], cells)
+
+
+def test_a_ship_on_a_dark_sea_is_seen_at_a_look(tmp_path: Path) -> None:
+    """A few pixels that a smaller picture does not show: it is not of one colour."""
+    sea = Image.new("RGB", (1024, 1024), (8, 8, 8))
+    sea.paste((200, 200, 200), (500, 500, 503, 503))
+    sea.save(tmp_path / "sea.jpg", quality=95)
+    _, found, problem = dataset._look(tmp_path / "sea.jpg", Names(tmp_path))
+    assert not problem and found is not None and not found.plain and (found.width, found.height) == (1024, 1024)
