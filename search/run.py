@@ -153,11 +153,21 @@ def main(
         ),
     )
     if dry_run:
+        from search.terminal import price
         from search.terminal.dry_run import show
 
         with progress.bar("looking at images") as looked:
             checked = _session.check(looked)
-        show(_session.definition, _session.options, _session.n_trials, checked, _session.prior, as_json=as_json)
+        measured = price.measure(_session.definition, _session.n_trials, checked)
+        show(
+            _session.definition,
+            _session.options,
+            _session.n_trials,
+            checked,
+            _session.prior,
+            price=measured,
+            as_json=as_json,
+        )
         return
     raise typer.Exit(run_shown(_session))
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from search.planning.prior import Prior
     from search.preflight import Checked
     from search.study import Study
+    from search.terminal.price import Price
 
 
 def show(
@@ -31,6 +32,7 @@ def show(
     checked: Checked,
     prior: Prior | None,
     *,
+    price: Price | None = None,
     as_json: bool = False,
 ) -> None:
     """Print what would run, what has run already, and the configuration of the next sampled trial.
@@ -41,6 +43,7 @@ def show(
         n_trials: Configurations in total.
         checked: The model and the data.
         prior: Of a new study, by `--warm-start`.
+        price: What it would take, if that was measured.
         as_json: Print one JSON object instead of text.
 
     Raises:
@@ -79,6 +82,7 @@ def show(
         "given_by_hand": [{"label": fixed.label, "config": dict(fixed.config)} for fixed in study.enqueue],
         "first_sampled": config.model_dump(mode="json"),
         "costs": list(costs.lines(study, checked)),
+        "price": None if price is None else price.facts(),
         "continues": state,
         "mlflow": _ask_mlflow(options),
     }
@@ -97,6 +101,8 @@ def show(
         print(f"base {base.model}: {need} in {base.dtype_of_base}")
     for line in facts["costs"]:
         print(line)
+    if price is not None:
+        print(price.line())
     print("search space:")
     for name, param in study.space.items():
         print(f"  {name}: {param}")

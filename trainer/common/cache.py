@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+VARIABLE = "LORA_SEARCH_CACHE"
+
 
 def cache_folder() -> Path:
     """The folder of the environment variable LORA_SEARCH_CACHE, or `~/.cache/lora-search`."""
-    return Path(os.environ.get("LORA_SEARCH_CACHE") or "~/.cache/lora-search").expanduser()
+    return Path(os.environ.get(VARIABLE) or "~/.cache/lora-search").expanduser()

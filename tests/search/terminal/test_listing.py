@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from search.session import Session
 from search.storage.database import close_storage, open_storage
 from search.storage.studies import open_study
 from search.study_file import load
-from search.terminal import dry_run, listing
+from search.terminal import dry_run, listing, price
 
 
 @pytest.fixture
@@ -83,3 +84,21 @@ def test_what_a_search_would_refuse_a_dry_run_refuses(stored: Places, tmp_path: 
             dry(Places.of(stored.runs_dir, url))
     with pytest.raises(StorageError, match="keep no heartbeats"):
         listing.show([], Places.of(stored.runs_dir, "redis://x"))
+
+
+def test_what_a_study_would_take_is_measured_and_leaves_nothing(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a few steps of the base configuration; the vision outputs of its few images are in no cache."""
+    session = Session("rsicap_mini", SearchOptions(places=places, settings=("max_samples=40", "num_epochs=3")))
+    checked = session.check()
+    monkeypatch.setenv("LORA_SEARCH_CACHE", str(tmp_path / "cache"))
+    measured = price.measure(session.definition, 5, checked)
+    assert measured is not None and not (tmp_path / "cache").exists() and os.environ["LORA_SEARCH_CACHE"]
+    # 32 rows in steps of 4, and the validation.
+    assert 8 * measured.step_s < measured.epoch_s < 60
+    assert measured.study_s == 5 * 3 * measured.epoch_s and measured.disk_bytes > 10 * 1000
+    dry_run.show(session.definition, session.options, 5, checked, None, price=measured)
+    said = capsys.readouterr().out
+    assert "a step of 4 samples takes" in said and "5 trials of 3 epochs in full" in said
+    assert not places.runs_dir.exists()

@@ -1,0 +1,130 @@
+"""What a study would take, by a step that is measured: a few batches are trained and thrown away, for the dry run."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from trainer.common import nvidia
+from trainer.common.cache import VARIABLE
+from trainer.common.files import UNFINISHED
+from trainer.data import dataset
+from trainer.model import memory
+
+if TYPE_CHECKING:
+    from search.preflight import Checked
+    from search.study import Study
+    from trainer.config import TrainConfig
+
+BATCHES = 6
+"""That are trained: the first is left out, since it allocates."""
+LARGE = 4 * 2**30
+"""Bytes of weights from which a step on a CPU takes minutes: it is not measured there."""
+KEPT = 2
+"""Checkpoints of a trial that stay, at most: the last one and the best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """What the base configuration takes on this machine, trained alone."""
+
+    step_s: float
+    epoch_s: float
+    """Of all training and validation rows."""
+    checkpoint_bytes: int
+    trials: int
+    epochs: int
+    """Of a trial."""
+    batch_size: int
+
+    @property
+    def study_s(self) -> float:
+        """All trials in full, one after the other, without repeats."""
+        return self.trials * self.epochs * self.epoch_s
+
+    @property
+    def disk_bytes(self) -> int:
+        """Checkpoints of all trials."""
+        return self.trials * KEPT * self.checkpoint_bytes
+
+    def line(self) -> str:
+        """In one sentence."""
+        return (
+            f"a step of {self.batch_size} samples takes {self.step_s:.2g} s here (measured), an epoch some "
+            f"{_time(self.epoch_s)}: {self.trials} trials of {self.epochs} epochs in full, one after the other, "
+            f"{_time(self.study_s)}; pauses, early stops and packs save of that, repeats of the leaders add to it. "
+            f"Checkpoints take up to {memory.shown(self.disk_bytes)}"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**asdict(self), "study_s": self.study_s, "disk_bytes": self.disk_bytes}
+
+
+def measure(study: Study, n_trials: int, checked: Checked) -> Price | None:
+    """Train a few batches of the base configuration; None for a model too large to try on a CPU.
+
+    Args:
+        study: The definition.
+        n_trials: Configurations in total.
+        checked: The model and the data.
+
+    Raises:
+        UserError: they cannot be trained.
+    """
+    config = study.base_config()
+    need = memory.needed(config.model, config.dtype_of_base)
+    if need is not None and need.weights > LARGE and not (config.device != "cpu" and nvidia.gpus()):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = folder  # vision outputs of a few images are of no use to anyone
+        try:
+            return _measured(config, n_trials, checked, Path(folder) / "run")
+        finally:
+            if before is None:
+                del os.environ[VARIABLE]
+            else:
+                os.environ[VARIABLE] = before
+
+
+def _measured(config: TrainConfig, n_trials: int, checked: Checked, out: Path) -> Price:
+    from trainer.events import EpochEnded, StepEnded
+    from trainer.loop import train
+    from trainer.workbench import Workbench
+
+    split = dataset.split(checked.examined, config)
+    few = min(len(split.train) + len(split.val), math.ceil(BATCHES * config.batch_size / (1 - config.val_fraction)))
+    tried = config.model_copy(
+        update={"data": str(checked.examined.folder), "max_samples": few, "num_epochs": 1, "warmup_steps": 0}
+    )
+    steps: list[float] = []
+    eval_s, checkpoint_s, evaluated = 0.0, 0.0, 1
+    for event in train(tried, Workbench(checked.examined, tried.data), out):
+        if isinstance(event, StepEnded):
+            steps.append(event.timing.step_s)
+        elif isinstance(event, EpochEnded):
+            eval_s, checkpoint_s = event.timing.eval_s, event.timing.checkpoint_s
+            evaluated = len(dataset.split(checked.examined, tried).val)
+    step_s = median(steps[1:] or steps)
+    made = [path for path in (out / "checkpoints").rglob("*") if path.is_file() and not path.match(UNFINISHED)]
+    epoch_s = math.ceil(len(split.train) / config.batch_size) * step_s + checkpoint_s
+    return Price(
+        step_s=step_s,
+        epoch_s=epoch_s + eval_s * len(split.val) / max(1, evaluated),
+        checkpoint_bytes=sum(path.stat().st_size for path in made),
+        trials=n_trials,
+        epochs=config.num_epochs,
+        batch_size=config.batch_size,
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
