@@ -103,6 +103,9 @@ def main(
     ] = True,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start a new study, under a new name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show what would run, stop.")] = False,
+    measure: Annotated[
+        bool, typer.Option(help="With --dry-run: train a few batches, to say what the study would take.")
+    ] = True,
     list_: Annotated[
         bool, typer.Option("--list", help="List the studies: those defined, and what the database has of them.")
     ] = False,
@@ -158,7 +161,7 @@ def main(
 
         with progress.bar("looking at images") as looked:
             checked = _session.check(looked)
-        measured = price.measure(_session.definition, _session.n_trials, checked)
+        measured = price.measure(_session.definition, _session.n_trials, checked) if measure else None
         show(
             _session.definition,
             _session.options,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -81,7 +82,8 @@ def measure(study: Study, n_trials: int, checked: Checked) -> Price | None:
     need = memory.needed(config.model, config.dtype_of_base)
     if need is not None and need.weights > LARGE and not (config.device != "cpu" and nvidia.gpus()):
         return None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about files that are odd but readable
         before = os.environ.get(VARIABLE)
         os.environ[VARIABLE] = folder  # vision outputs of a few images are of no use to anyone
         try:

@@ -83,7 +83,16 @@ def make(here: Path) -> Path:
 
 
 def tried(here: Path, *settings: str) -> Outcome:
-    arguments = ["--study", "rsicap_mini", "--runs-dir", str(here / "runs"), "--dry-run", "--set", f"data={here}/data"]
+    arguments = [
+        "--study",
+        "rsicap_mini",
+        "--runs-dir",
+        str(here / "runs"),
+        "--dry-run",
+        "--no-measure",
+        "--set",
+        f"data={here}/data",
+    ]
     outcome = search([*arguments, *(part for setting in settings for part in ("--set", setting))])
     assert not (here / "runs").exists()
     outcome.check("data")
@@ -175,6 +184,6 @@ def test_places_for_the_embedded_data_that_cannot_be_written(monkeypatch: Any, t
     (tmp_path / "file").write_text("")
     for place in (str(tmp_path / "file"), "/proc/nothing", "n" * 300, "~nobody-of-that-name/x"):
         monkeypatch.setenv("LORA_SEARCH_CACHE", place)
-        outcome = search(["--study", "rsicap_mini", "--runs-dir", str(tmp_path / "runs"), "--dry-run"])
+        outcome = search(["--study", "rsicap_mini", "--runs-dir", str(tmp_path / "runs"), "--dry-run", "--no-measure"])
         outcome.check_refused("LORA_SEARCH_CACHE")
     assert written(tmp_path) == ["file"]

@@ -35,7 +35,9 @@ KEYS = st.sampled_from(NAMES) | st.composite(near_miss)() | TEXT
 def tried(*arguments: str) -> Outcome:
     """The study checked to its end, and nothing written."""
     with folder() as here:
-        outcome = search(["--study", "rsicap_mini", "--runs-dir", str(here / "runs"), "--dry-run", *arguments])
+        outcome = search(
+            ["--study", "rsicap_mini", "--runs-dir", str(here / "runs"), "--dry-run", "--no-measure", *arguments]
+        )
         assert written(here) == []
     return outcome
 
@@ -114,7 +116,7 @@ def test_a_duration_is_read_or_refused(text: str) -> None:
 @examples(60)
 @given(TEXT | st.sampled_from([name[:-1] for name in available()]) | TEXT.map(lambda text: text[:300] + ".py"))
 def test_names_of_studies(name: str) -> None:
-    outcome = search([f"--study={name}", "--dry-run"])
+    outcome = search([f"--study={name}", "--dry-run", "--no-measure"])
     if not outcome.accepted:
         outcome.check_refused("known studies:" if len(name) < 250 else "file", *plain(name))
 

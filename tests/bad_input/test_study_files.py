@@ -34,7 +34,7 @@ def tried(content: str | bytes) -> Outcome:
     with folder() as here:
         file = here / "mine.py"
         file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-        outcome = search(["--study", str(file), "--runs-dir", str(here / "runs"), "--dry-run"])
+        outcome = search(["--study", str(file), "--runs-dir", str(here / "runs"), "--dry-run", "--no-measure"])
         assert [name for name in written(here) if "__pycache__" not in name] == ["mine.py"]
     return outcome
 

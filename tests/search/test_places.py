@@ -64,6 +64,7 @@ def test_one_folder_and_no_other(name: str, cache: str, tmp_path: Path, monkeypa
     places.check_recorded()
 
 
+@pytest.mark.slow  # the parts are tested above, each by its own call
 def test_a_search_its_log_and_its_pages_in_such_a_folder(tmp_path: Path) -> None:
     """The same commands from the search's log and the report's, and each can be pasted into a shell."""
     runs = tmp_path / "y?b=8 %20#x"

@@ -107,5 +107,5 @@ def test_nothing_is_created(tmp_path: Path) -> None:
     done = run(wrong)
     assert done.returncode == 2 and "no tokenizer for the Q-Former" in done.stderr
     with harness.no_workers():
-        harness.search([*wrong[3:], "--dry-run"]).check_refused("no tokenizer for the Q-Former")
+        harness.search([*wrong[3:], "--dry-run", "--no-measure"]).check_refused("no tokenizer for the Q-Former")
     assert not (tmp_path / "runs").exists()

@@ -207,7 +207,7 @@ def test_a_study_is_refused_before_anything_is_made(tmp_path: Path) -> None:
         rows.append({"filename": f"P{i}_1.png", "text_input": "Describe it.", "text_output": CHINESE[i % 2]})
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": rows}))
     arguments = ["--study", "rsicap_mini", "--runs-dir", str(tmp_path / "runs"), "--set", f"data={tmp_path}"]
-    for dry in (["--dry-run"], []):
+    for dry in (["--dry-run", "--no-measure"], []):
         outcome = search([*arguments, *dry])
         outcome.check_refused("the model's tokenizer lacks", "6 of 6 captions")
         assert not (tmp_path / "runs").exists()
