@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from search.errors import Unavailable
+from search.errors import StudyError, Unavailable
 from search.options import StorageOption, StudyOption, TrackingOption, find_study
 from search.places import RUNS, Places
 from trainer.common import cli
+from trainer.common.errors import shown
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,6 +41,8 @@ def main(
     from search.tracking.client import open_tracking
     from search.tracking.outbox import Outbox
 
+    if out is not None and out.is_dir():
+        raise StudyError(f"{shown(str(out))} is a folder; name a file in it with --out")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     places = Places.of(runs_dir, storage, tracking_uri)
     places.check_recorded()
@@ -55,10 +58,13 @@ def main(
     format_ = format_ or ("html" if out is not None and out.suffix.lower() in (".html", ".htm") else "md")
     path = out or places.study(record.name) / write.default_name(lang, format_)
     drawn = write.drawings(facts, places.study(record.name))
-    if format_ == "html":
-        write.write_html(facts, lang, path, drawn)
-    else:
-        write.write_markdown(facts, lang, path, drawn)
+    try:
+        if format_ == "html":
+            write.write_html(facts, lang, path, drawn)
+        else:
+            write.write_markdown(facts, lang, path, drawn)
+    except OSError as error:
+        raise StudyError(f"the log {shown(str(path))} cannot be written: {error.strerror or error}") from None
     print(path)
 
 

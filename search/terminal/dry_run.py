@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from search.planning.prior import Prior
     from search.preflight import Checked
     from search.study import Study
-    from search.terminal.price import Price
+    from search.terminal.price import Price, Untrained
 
 
 def show(
@@ -32,7 +32,7 @@ def show(
     checked: Checked,
     prior: Prior | None,
     *,
-    price: Price | None = None,
+    price: Price | Untrained | None = None,
     as_json: bool = False,
 ) -> None:
     """Print what would run, what has run already, and the configuration of the next sampled trial.

@@ -35,13 +35,14 @@ class Price:
     """What the base configuration takes on this machine, trained alone."""
 
     step_s: float
+    samples: int
+    """Of a step: the batches that it accumulates together."""
     epoch_s: float
     """Of all training and validation rows."""
     checkpoint_bytes: int
     trials: int
     epochs: int
     """Of a trial."""
-    batch_size: int
 
     @property
     def study_s(self) -> float:
@@ -56,7 +57,7 @@ class Price:
     def line(self) -> str:
         """In one sentence."""
         return (
-            f"a step of {self.batch_size} samples takes {self.step_s:.2g} s here (measured), an epoch some "
+            f"a step of {self.samples} samples takes {self.step_s:.2g} s here (measured), an epoch some "
             f"{_time(self.epoch_s)}: {self.trials} trials of {self.epochs} epochs in full, one after the other, "
             f"{_time(self.study_s)}; pauses, early stops and packs save of that, repeats of the leaders add to it. "
             f"Checkpoints take up to {memory.shown(self.disk_bytes)}"
@@ -67,7 +68,22 @@ class Price:
         return {**asdict(self), "study_s": self.study_s, "disk_bytes": self.disk_bytes}
 
 
-def measure(study: Study, n_trials: int, checked: Checked) -> Price | None:
+@dataclass(frozen=True)
+class Untrained:
+    """The base configuration did not come through its few steps."""
+
+    why: str
+
+    def line(self) -> str:
+        """In one sentence."""
+        return f"the base configuration does not train: {self.why}; trials like it would be pruned"
+
+    def facts(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {"untrained": self.why}
+
+
+def measure(study: Study, n_trials: int, checked: Checked) -> Price | Untrained | None:
     """Train a few batches of the base configuration; None for a model too large to try on a CPU.
 
     Args:
@@ -95,34 +111,45 @@ def measure(study: Study, n_trials: int, checked: Checked) -> Price | None:
                 os.environ[VARIABLE] = before
 
 
-def _measured(config: TrainConfig, n_trials: int, checked: Checked, out: Path) -> Price:
-    from trainer.events import EpochEnded, StepEnded
+def _measured(config: TrainConfig, n_trials: int, checked: Checked, out: Path) -> Price | Untrained:
+    from trainer.events import Diverged, EpochEnded, OutOfMemory, StepEnded
     from trainer.loop import train
     from trainer.workbench import Workbench
 
     split = dataset.split(checked.examined, config)
-    few = min(len(split.train) + len(split.val), math.ceil(BATCHES * config.batch_size / (1 - config.val_fraction)))
+    wanted = BATCHES * config.batch_size * config.gradient_accumulation_steps / (1 - config.val_fraction)
+    few = min(len(split.train) + len(split.val), math.ceil(wanted))
     tried = config.model_copy(
         update={"data": str(checked.examined.folder), "max_samples": few, "num_epochs": 1, "warmup_steps": 0}
     )
-    steps: list[float] = []
-    eval_s, checkpoint_s, evaluated = 0.0, 0.0, 1
+    steps: list[StepEnded] = []
+    ended: EpochEnded | None = None
     for event in train(tried, Workbench(checked.examined, tried.data), out):
-        if isinstance(event, StepEnded):
-            steps.append(event.timing.step_s)
-        elif isinstance(event, EpochEnded):
-            eval_s, checkpoint_s = event.timing.eval_s, event.timing.checkpoint_s
-            evaluated = len(dataset.split(checked.examined, tried).val)
-    step_s = median(steps[1:] or steps)
+        match event:
+            case StepEnded():
+                steps.append(event)
+            case EpochEnded():
+                ended = event
+            case Diverged():
+                cause = event.cause
+                return Untrained(f"at step {event.first_bad_step}, {cause.tensor} is {cause.value}; {cause.detail}")
+            case OutOfMemory():
+                return Untrained(f"out of memory at step {event.step}: {event.detail}")
+    assert ended is not None
+    counted = steps[1:] or steps
+    a_sample_s = median(step.timing.step_s / step.num_samples for step in counted)
+    samples = max(step.num_samples for step in counted)
+    validated = len(dataset.split(checked.examined, tried).val)
     made = [path for path in (out / "checkpoints").rglob("*") if path.is_file() and not path.match(UNFINISHED)]
-    epoch_s = math.ceil(len(split.train) / config.batch_size) * step_s + checkpoint_s
     return Price(
-        step_s=step_s,
-        epoch_s=epoch_s + eval_s * len(split.val) / max(1, evaluated),
+        step_s=a_sample_s * samples,
+        samples=samples,
+        epoch_s=a_sample_s * len(split.train)
+        + ended.timing.eval_s * len(split.val) / validated
+        + ended.timing.checkpoint_s,
         checkpoint_bytes=sum(path.stat().st_size for path in made),
         trials=n_trials,
         epochs=config.num_epochs,
-        batch_size=config.batch_size,
     )
 
 

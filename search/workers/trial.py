@@ -289,7 +289,7 @@ class TrialRun:
         try:
             self.study.tell(self.trial, value, state=state)
         except ValueError as error:  # what `tell` says of a trial that is finished, and of wrong values
-            if self._frozen().state.is_finished():
+            if not lifecycle.heartbeat(self.study, self.trial):  # of the database; Optuna's memory does not know
                 raise UpdateFinishedTrialError(str(error)) from error
             raise
 

@@ -179,3 +179,8 @@ class TestCommandLine:
         assert isinstance(result.exception, StorageError)
         assert "there is no database" in str(result.exception)
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_folder_is_no_file_to_write(self, tmp_path: Path) -> None:
+        result = CliRunner().invoke(app, ["--study", "rsicap", "--out", str(tmp_path)])
+        assert isinstance(result.exception, StudyError) and "is a folder" in str(result.exception)
+        assert list(tmp_path.iterdir()) == []

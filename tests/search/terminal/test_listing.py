@@ -94,11 +94,20 @@ def test_what_a_study_would_take_is_measured_and_leaves_nothing(
     checked = session.check()
     monkeypatch.setenv("LORA_SEARCH_CACHE", str(tmp_path / "cache"))
     measured = price.measure(session.definition, 5, checked)
-    assert measured is not None and not (tmp_path / "cache").exists() and os.environ["LORA_SEARCH_CACHE"]
+    assert not (tmp_path / "cache").exists() and os.environ["LORA_SEARCH_CACHE"]
     # 32 rows in steps of 4, and the validation.
+    assert isinstance(measured, price.Price) and measured.samples == 4
     assert 8 * measured.step_s < measured.epoch_s < 60
     assert measured.study_s == 5 * 3 * measured.epoch_s and measured.disk_bytes > 10 * 1000
     dry_run.show(session.definition, session.options, 5, checked, None, price=measured)
     said = capsys.readouterr().out
     assert "a step of 4 samples takes" in said and "5 trials of 3 epochs in full" in said
     assert not places.runs_dir.exists()
+
+
+def test_a_base_that_does_not_train_has_no_price(places: Places) -> None:
+    """float16 with AdamW's eps of 1e-8: NaN at the first update, as in the hand-run log's first experiment."""
+    session = Session("rsicap_mini", SearchOptions(places=places, settings=("max_samples=40", "torch_dtype=float16")))
+    measured = price.measure(session.definition, 5, session.check())
+    assert isinstance(measured, price.Untrained)
+    assert measured.line().startswith("the base configuration does not train: at step ") and "nan" in measured.line()

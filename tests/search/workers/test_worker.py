@@ -151,6 +151,26 @@ def test_a_trial_that_another_host_has_taken_over_is_let_go(search: Search, monk
     assert len(trials[1].attrs["train_losses"]) == 2
 
 
+def test_a_trial_that_is_taken_over_in_its_last_moment_ends_no_worker(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its last attribute and its end: Optuna cannot tell a FAIL trial, which is no fault of the trial."""
+    original = TrialRun._annotate
+
+    def late(self: TrialRun, outcome: Any, epochs: Any) -> None:
+        original(self, outcome, epochs)
+        if self.trial.number == 0:
+            lifecycle.requeue_lost(self.study, is_alive=lambda worker: False)
+
+    monkeypatch.setattr(TrialRun, "_annotate", late)
+    trials, heard = search(trials=2, slots=1)
+    assert [(t.state, t.reason) for t in trials if t.number == 0] == [("FAIL", records.LOST)]
+    assert [t.state for t in trials if t.number] == ["COMPLETE", "COMPLETE"]
+    assert [m.text for m in heard if isinstance(m, Notice)] == [
+        "trial 0 was taken over by another process, and is left to it"
+    ]
+
+
 def test_the_heartbeat_tells_that_a_trial_was_taken_over(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before an epoch ends, whose checkpoint would be written beside the other's."""
     original = TrialRun.take
