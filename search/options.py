@@ -56,7 +56,9 @@ class SearchOptions:
     """
 
     trials: int | None = None
-    """Trials in total, those already run included; None for the study's own number."""
+    """Trials in total, those already run included; None for the study's own number, or as many as `epochs` allows."""
+    epochs: int | None = None
+    """Epochs of all trials together, those already trained included; None for as many as the trials take."""
     timeout_s: float | None = None
     """Seconds after which running trials finish their epoch and wait to be continued."""
     hang_timeout_s: float = HANG_S

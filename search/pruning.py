@@ -26,7 +26,8 @@ from optuna.trial import FrozenTrial, TrialState
 from search import records
 from search.diagnosis.unstable import JUMP
 from search.errors import StudyError
-from search.planning.plan import Plan, number_counted
+from search.planning.budget import Budget
+from search.planning.plan import Plan
 from search.planning.prior import Prior
 from search.planning.rungs import RungPlan
 from search.planning.thaw import FreezeThaw
@@ -217,15 +218,15 @@ class PausingPruner(RisingLossPruner):
 
     Args:
         plan: Says which trials pause and go on.
-        n_trials: Configurations of the study in total.
+        budget: Of the whole study.
         patience: See `RisingLossPruner`.
         min_delta: See `RisingLossPruner`.
     """
 
-    def __init__(self, plan: Plan, n_trials: int, *, patience: int, min_delta: float) -> None:
+    def __init__(self, plan: Plan, budget: Budget, *, patience: int, min_delta: float) -> None:
         super().__init__(patience=patience, min_delta=min_delta)
         self.plan = plan
-        self._n_trials = n_trials
+        self._budget = budget
 
     def verdict(self, study: optuna.Study, trial: FrozenTrial) -> Outcome | None:
         """As `RisingLossPruner.verdict`; WAITING if the trial pauses.
@@ -239,7 +240,10 @@ class PausingPruner(RisingLossPruner):
         trials = study.get_trials(deepcopy=False)
         if outcome is not None and not (outcome.reason == records.RISING and self.plan.may_gain(trials, trial)):
             return outcome
-        why = self.plan.pause(trials, trial, new_left=number_counted(trials) < self._n_trials)
+        if self._budget.is_spent(trials):
+            spent = f"all {self._budget.epochs} epochs are trained"
+            return Outcome(state="WAITING", reason=records.PAUSED, detail=spent)
+        why = self.plan.pause(trials, trial, new_left=self._budget.new_left(trials))
         return None if why is None else Outcome(state="WAITING", reason=records.PAUSED, detail=why)
 
 
@@ -349,24 +353,23 @@ def make_pruner(name: str, *, patience: int, min_delta: float, num_epochs: int) 
 
 
 def pruner_for(
-    name: str, study: Study, n_trials: int | None = None, *, prior: Prior | None = None, proposes: bool = False
+    name: str, study: Study, budget: Budget | None = None, *, prior: Prior | None = None, proposes: bool = False
 ) -> BasePruner:
     """The pruner of `--pruner NAME` with the settings of a study.
 
     Args:
         name: A name in `PRUNERS`.
         study: Its rule for stopping, and what a plan needs.
-        n_trials: Configurations in total; None for the study's own number.
+        budget: Of the whole study; None for its own number of trials.
         prior: What is known of good effective rates, for a plan.
         proposes: Whether new configurations are the plan's own proposals.
     """
     check_name(name)
     make_plan = PRUNERS[name].plan
     if make_plan is not None:
-        total = study.n_trials if n_trials is None else n_trials
-        return PausingPruner(
-            make_plan(study, prior or Prior(), proposes), total, patience=study.patience, min_delta=study.min_delta
-        )
+        plan = make_plan(study, prior or Prior(), proposes)
+        total = budget or Budget(study.n_trials)
+        return PausingPruner(plan, total, patience=study.patience, min_delta=study.min_delta)
     num_epochs = study.base_config().num_epochs
     return make_pruner(name, patience=study.patience, min_delta=study.min_delta, num_epochs=num_epochs)
 

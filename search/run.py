@@ -52,6 +52,10 @@ def main(
     trials: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Trials in total, those already run included.")
     ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST, help="Epochs of all trials together, instead of or beside --trials."),
+    ] = None,
     timeout: Annotated[str | None, typer.Option(help="End after this time, e.g. 2h, 90m, 1h30m; resumable.")] = None,
     hang_timeout: Annotated[
         str, typer.Option(help="Kill and replace a worker that has been silent for this long.")
@@ -135,6 +139,7 @@ def main(
         study,
         SearchOptions(
             trials=trials,
+            epochs=epochs,
             timeout_s=timeout_s,
             hang_timeout_s=hang_timeout_s,
             lost_after_s=lost_after_s,
@@ -161,11 +166,11 @@ def main(
 
         with progress.bar("looking at images") as looked:
             checked = _session.check(looked)
-        measured = price.measure(_session.definition, _session.n_trials, checked) if measure else None
+        measured = price.measure(_session.definition, _session.budget, checked) if measure else None
         show(
             _session.definition,
             _session.options,
-            _session.n_trials,
+            _session.budget,
             checked,
             _session.prior,
             price=measured,

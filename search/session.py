@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.errors import DatabaseAway, StudyError, Unavailable
 from search.options import SearchOptions
+from search.planning.budget import Budget
 from search.result import INTERRUPTED, Result
 from search.study import Study
 from search.study_file import load
@@ -75,7 +76,10 @@ class Session:
         self.options = options or SearchOptions()
         definition = load(study) if isinstance(study, str) else study
         self.definition = definition.with_settings(self.options.settings, self.options.seed)
-        self.n_trials = self.options.trials or self.definition.n_trials
+        # Every trial trains an epoch at least, so with epochs alone as many trials come of it as will.
+        self.budget = Budget(
+            self.options.trials or self.options.epochs or self.definition.n_trials, self.options.epochs
+        )
         self._executor = Executor(
             kind=self.options.executor,
             workers=self.options.workers,
@@ -241,7 +245,7 @@ class Session:
         def read() -> tuple[TrialRecord, ...]:
             return lifecycle.read_trials(study)
 
-        display: Display = Logged(make_display(read), Pace(read, self.n_trials, self._rules))
+        display: Display = Logged(make_display(read), Pace(read, self.budget, self._rules))
         look = self._look_for_lost(study, runs, pool, display)
         keeper = LogKeeper(study, runs, job.folder, places.options())
         courier = DeliveryThread(delivery, shown_url(places.tracking_uri), display.say)
@@ -260,7 +264,7 @@ class Session:
                 display.say(note)
             courier.start(away)
             code = 0
-            if left.waiting or left.running or done < self.n_trials:
+            if left.waiting or left.running or self.budget.new_left(study.get_trials(deepcopy=False)):
                 keeper.start()
                 self._supervisor = Supervisor(
                     job,
@@ -299,8 +303,8 @@ class Session:
             self._storage,
             self.definition,
             fresh=options.fresh,
-            sampler=make_sampler(self.definition, self.strategy, self.n_trials),
-            pruner=pruning.pruner_for(self.pruner, self.definition, self.n_trials),
+            sampler=make_sampler(self.definition, self.strategy, self.budget.trials),
+            pruner=pruning.pruner_for(self.pruner, self.definition, self.budget),
         )
         studies.check_strategy(study, self.strategy)
         if isinstance(study.sampler, GridInOrder):
@@ -330,11 +334,11 @@ class Session:
 
     def _cap(self, most: int) -> None:
         """Ask for no more trials than a grid has points."""
-        if self.n_trials > most:
+        if self.budget.trials > most:
             self._notes.append(
-                f"the grid has {most} trials, and {self.n_trials} were asked for: it ends once it is done"
+                f"the grid has {most} trials, and {self.budget.trials} were asked for: it ends once it is done"
             )
-            self.n_trials = most
+            self.budget = replace(self.budget, trials=most)
 
     def _close_storage(self) -> None:
         """Leave no connection to a later session of this process."""
@@ -362,7 +366,7 @@ class Session:
             study=self.definition,
             study_name=name,
             places=options.places,
-            n_trials=self.n_trials,
+            budget=self.budget,
             strategy=self.strategy,
             pruner=self.pruner,
             prior=self.prior,
@@ -399,7 +403,7 @@ class Session:
                 runs.close_dangling(is_gone)
             left = lifecycle.unfinished(study)
             if rules is not None and not left.waiting and not left.running:
-                left = replace(left, waiting=len(repeats.wanted(study, rules, self.n_trials)))
+                left = replace(left, waiting=len(repeats.wanted(study, rules, self.budget)))
             return left
 
         return look

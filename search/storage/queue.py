@@ -18,7 +18,8 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from search import records
-from search.planning.plan import Plan, is_paused, is_repeat, number_counted
+from search.planning.budget import Budget
+from search.planning.plan import Plan, is_paused, is_repeat
 from search.pruning import plan_of
 from search.records import lowest
 from search.storage.optuna_private import OrderedStudy
@@ -52,22 +53,23 @@ class LongestFirst(OrderedStudy):
         """Why the trial of the next `ask`, a paused one, is to end."""
         self._resumed: int | None = None
 
-    def has_next(self, n_trials: int) -> bool:
+    def has_next(self, budget: Budget) -> bool:
         """Whether the next `ask` has a trial to give, and which; the study's lock is held. Reads the trials once.
 
         Args:
-            n_trials: Configurations in total.
+            budget: Of the whole study.
         """
         trials = self.get_trials(deepcopy=False)
         self._resumed = self.given_up = None
         if any(t.state == TrialState.WAITING and not self._is_paused(t) for t in trials):
             return True
         trials = [t for t in trials if not is_repeat(t)]
-        new_left = number_counted(trials) < n_trials
+        new_left = budget.new_left(trials)
         waiting = [t for t in trials if self._is_paused(t)]
         if not waiting or self.plan is None:
             return new_left
-        self._resumed = self.plan.resume(trials, new_left=new_left)
+        if not budget.is_spent(trials):
+            self._resumed = self.plan.resume(trials, new_left=new_left)
         if self._resumed is None and not new_left and not any(t.state == TrialState.RUNNING for t in trials):
             best = min(waiting, key=lambda t: (lowest(t.intermediate_values) or (math.inf,), t.number))
             self._resumed = best.number  # the best first: it may be the study's, see `pruning.settled`

@@ -19,6 +19,7 @@ from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
     from search.options import SearchOptions
+    from search.planning.budget import Budget
     from search.planning.prior import Prior
     from search.preflight import Checked
     from search.study import Study
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 def show(
     study: Study,
     options: SearchOptions,
-    n_trials: int,
+    budget: Budget,
     checked: Checked,
     prior: Prior | None,
     *,
@@ -40,7 +41,7 @@ def show(
     Args:
         study: The definition.
         options: How it would be run.
-        n_trials: Configurations in total.
+        budget: Of the whole study.
         checked: The model and the data.
         prior: Of a new study, by `--warm-start`.
         price: What it would take, if that was measured.
@@ -56,14 +57,15 @@ def show(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with _existing(study, options, checked) as (found, strategy):
         pruner = options.pruner or default_pruner(strategy)
-        config = _first(study, strategy, n_trials, prior)
+        config = _first(study, strategy, budget.trials, prior)
         base, examined = study.base_config(), checked.examined
         need = memory.needed(base.model, base.dtype_of_base)
         state = None if found is None else listing.state_of_study(found)
     facts: dict[str, Any] = {
         "study": study.name,
         "description": study.description,
-        "trials": n_trials,
+        "trials": budget.trials,
+        "epochs": budget.epochs,
         "strategy": strategy,
         "sampler": study.sampler,
         "pruner": pruner,
@@ -91,7 +93,7 @@ def show(
         return
     data = facts["data"]
     print(f"study {study.name}: {study.description}")
-    print(f"{n_trials} trials, strategy {strategy}, sampler {study.sampler}, pruner {pruner}, seed {study.seed}")
+    print(f"{budget.line()}, strategy {strategy}, sampler {study.sampler}, pruner {pruner}, seed {study.seed}")
     skipped = f", {len(examined.bad)} bad ones skipped" if examined.bad else ""
     print(f"data {examined.folder}: {len(examined.rows)} rows{skipped}, fingerprint {examined.fingerprint}")
     print(f"layout: {examined.layout}")
@@ -112,7 +114,7 @@ def show(
     print(leaderboard.training_config(facts["first_sampled"]))
     if state is not None:
         print(f"it would go on with the study {listing.as_line(state)}")
-        left = max(0, n_trials - state["counted"])
+        left = max(0, budget.trials - state["counted"])
         print(
             f"{left} more trials would be sampled" if left else "no more trials would be sampled; more with --trials"
         )

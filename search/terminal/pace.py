@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from search import leaderboard, records
+from search.planning.budget import Budget
 from search.records import TrialRecord
 from search.verdict import leaders
 from search.verdict.race import FIRST
@@ -28,7 +29,7 @@ class Pace:
 
     Args:
         read: Reads all trials of the study.
-        n_trials: Configurations in total.
+        budget: Of the whole study.
         rules: How the leaders are repeated; None if they are not.
         clock: Seconds, monotonic.
     """
@@ -36,11 +37,11 @@ class Pace:
     def __init__(
         self,
         read: Callable[[], Sequence[TrialRecord]],
-        n_trials: int,
+        budget: Budget,
         rules: leaders.Rules | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._read, self._n_trials, self._rules, self._clock = read, n_trials, rules, clock
+        self._read, self._budget, self._rules, self._clock = read, budget, rules, clock
         self._began: float | None = None
         self._epochs = 0
         self._not_before = 0.0
@@ -61,7 +62,7 @@ class Pace:
         trials = self._read()
         self._not_before = self._clock() + RARELY * (self._clock() - before)
         done = [trial for trial in leaderboard.searched(trials) if trial.state in ("COMPLETE", "PRUNED", "FAIL")]
-        parts = [f"{len(done)} of {max(self._n_trials, len(done))} trials"]
+        parts = [self._so_far(trials, len(done))]
         paused = sum(map(_is_paused, trials))
         if paused:
             parts[0] += f" done, {paused} paused"
@@ -71,18 +72,25 @@ class Pace:
         best = leaders.leaders(trials)[:1]
         if best and best[0].value is not None:
             parts.append(f"best {best[0].value:.4f} (trial {best[0].number})")
-        left = left_epochs(trials, self._n_trials, self._rules)
+        left = left_epochs(trials, self._budget, self._rules)
         if left is not None and self._epochs and self._began is not None:
             parts.append(f"{about(left * (self._clock() - self._began) / self._epochs)} left")
         return ", ".join(parts)
 
+    def _so_far(self, trials: Sequence[TrialRecord], done: int) -> str:
+        """How much of the budget is spent."""
+        if self._budget.epochs is None:
+            return f"{done} of {max(self._budget.trials, done)} trials"
+        spent = leaderboard.epochs_trained(leaderboard.searched(trials))
+        return f"{spent} of {max(self._budget.epochs, spent)} epochs, {done} trial{'s' * (done != 1)}"
 
-def left_epochs(trials: Sequence[TrialRecord], n_trials: int, rules: leaders.Rules | None) -> float | None:
+
+def left_epochs(trials: Sequence[TrialRecord], budget: Budget, rules: leaders.Rules | None) -> float | None:
     """Epochs that a study will still train, as far as this can be told; None before `FEWEST` trials have come to rest.
 
     Args:
         trials: All of the study's.
-        n_trials: Configurations in total.
+        budget: Of the whole study.
         rules: How the leaders are repeated; None if they are not.
     """
     resumed = {trial.attrs[records.RESUMES] for trial in trials if records.RESUMES in trial.attrs}
@@ -92,7 +100,9 @@ def left_epochs(trials: Sequence[TrialRecord], n_trials: int, rules: leaders.Rul
         return None
     each = leaderboard.epochs_trained(at_rest) / len(at_rest)
     running = [trial for trial in ours if trial not in at_rest and trial.attrs.get(records.TRAIN_LOSSES)]
-    left = max(0.0, (n_trials - len(at_rest)) * each - leaderboard.epochs_trained(running))
+    left = max(0.0, (budget.trials - len(at_rest)) * each - leaderboard.epochs_trained(running))
+    if budget.epochs is not None:
+        left = min(left, max(0.0, budget.epochs - leaderboard.epochs_trained(ours)))
     if rules is None:
         return left
     candidates, limits = leaders.field(trials, rules)

@@ -18,6 +18,7 @@ from trainer.data import dataset
 from trainer.model import memory
 
 if TYPE_CHECKING:
+    from search.planning.budget import Budget
     from search.preflight import Checked
     from search.study import Study
     from trainer.config import TrainConfig
@@ -43,11 +44,14 @@ class Price:
     trials: int
     epochs: int
     """Of a trial."""
+    most_epochs: int | None = None
+    """Of all trials together, where the study has so many and no more."""
 
     @property
     def study_s(self) -> float:
-        """All trials in full, one after the other, without repeats."""
-        return self.trials * self.epochs * self.epoch_s
+        """All trials in full, or all the study's epochs, one after the other, without repeats."""
+        full = self.trials * self.epochs
+        return (full if self.most_epochs is None else min(full, self.most_epochs)) * self.epoch_s
 
     @property
     def disk_bytes(self) -> int:
@@ -56,9 +60,12 @@ class Price:
 
     def line(self) -> str:
         """In one sentence."""
+        what = f"{self.trials} trials of {self.epochs} epochs in full"
+        if self.most_epochs is not None and self.most_epochs < self.trials * self.epochs:
+            what = f"{self.most_epochs} epochs"
         return (
             f"a step of {self.samples} samples takes {self.step_s:.2g} s here (measured), an epoch some "
-            f"{_time(self.epoch_s)}: {self.trials} trials of {self.epochs} epochs in full, one after the other, "
+            f"{_time(self.epoch_s)}: {what}, one after the other, "
             f"{_time(self.study_s)}; pauses, early stops and packs save of that, repeats of the leaders add to it. "
             f"Checkpoints take up to {memory.shown(self.disk_bytes)}"
         )
@@ -83,12 +90,12 @@ class Untrained:
         return {"untrained": self.why}
 
 
-def measure(study: Study, n_trials: int, checked: Checked) -> Price | Untrained | None:
+def measure(study: Study, budget: Budget, checked: Checked) -> Price | Untrained | None:
     """Train a few batches of the base configuration; None for a model too large to try on a CPU.
 
     Args:
         study: The definition.
-        n_trials: Configurations in total.
+        budget: Of the whole study.
         checked: The model and the data.
 
     Raises:
@@ -103,7 +110,7 @@ def measure(study: Study, n_trials: int, checked: Checked) -> Price | Untrained 
         before = os.environ.get(VARIABLE)
         os.environ[VARIABLE] = folder  # vision outputs of a few images are of no use to anyone
         try:
-            return _measured(config, n_trials, checked, Path(folder) / "run")
+            return _measured(config, budget, checked, Path(folder) / "run")
         finally:
             if before is None:
                 del os.environ[VARIABLE]
@@ -111,7 +118,7 @@ def measure(study: Study, n_trials: int, checked: Checked) -> Price | Untrained 
                 os.environ[VARIABLE] = before
 
 
-def _measured(config: TrainConfig, n_trials: int, checked: Checked, out: Path) -> Price | Untrained:
+def _measured(config: TrainConfig, budget: Budget, checked: Checked, out: Path) -> Price | Untrained:
     from trainer.events import Diverged, EpochEnded, OutOfMemory, StepEnded
     from trainer.loop import train
     from trainer.workbench import Workbench
@@ -148,8 +155,9 @@ def _measured(config: TrainConfig, n_trials: int, checked: Checked, out: Path) -
         + ended.timing.eval_s * len(split.val) / validated
         + ended.timing.checkpoint_s,
         checkpoint_bytes=sum(path.stat().st_size for path in made),
-        trials=n_trials,
+        trials=budget.trials,
         epochs=config.num_epochs,
+        most_epochs=budget.epochs,
     )
 
 

@@ -32,7 +32,7 @@ def headline(job: Job, study: optuna.Study, done: int) -> str:
     if len(held_back) > waiting:
         held += f", {len(held_back) - waiting} repeats waiting"
     return (
-        f"study {study.study_name}: {job.n_trials} trials{finished}{held}; "
+        f"study {study.study_name}: {job.budget.line()}{finished}{held}; "
         f"{len(job.examined.rows)} captioned images; files in {job.folder}"
     )
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from search.options import LOST_AFTER_S
 from search.places import Places
+from search.planning.budget import Budget
 from search.planning.prior import Prior
 from search.study import Study
 from search.verdict.leaders import Rules
@@ -39,7 +40,7 @@ class Job:
     study_name: str
     """The name in Optuna's database, which differs between generations of a study."""
     places: Places
-    n_trials: int
+    budget: Budget
     strategy: str
     pruner: str
     prior: Prior | None = None

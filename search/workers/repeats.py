@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import records
 from search.leaderboard import searched
-from search.planning.plan import is_repeat, number_counted
+from search.planning.budget import Budget
+from search.planning.plan import is_repeat
 from search.records import TrialRecord
 from search.storage import lifecycle
 from search.study import Study
@@ -29,17 +30,17 @@ from trainer.data.dataset import Examined
 log = logging.getLogger("search.workers.repeats")
 
 
-def wanted(study: optuna.Study, rules: Rules, n_trials: int) -> tuple[Cell, ...]:
+def wanted(study: optuna.Study, rules: Rules, budget: Budget) -> tuple[Cell, ...]:
     """The repeats to be queued now: none while the search has trials to begin, to run or to give up.
 
     Args:
         study: The study; read once.
         rules: How it is decided.
-        n_trials: Configurations in total.
+        budget: Of the whole study.
     """
     trials = study.get_trials(deepcopy=False)
     own = [trial for trial in trials if not is_repeat(trial)]
-    if number_counted(own) < n_trials or any(not trial.state.is_finished() for trial in own):
+    if budget.new_left(own) or any(not trial.state.is_finished() for trial in own):
         return ()
     return judge(lifecycle.records_of(trials), rules).wanted
 
@@ -51,22 +52,22 @@ class Repeats:
         study: Optuna's.
         definition: Ours.
         rules: How it is decided.
-        n_trials: Configurations in total.
+        budget: Of the whole study.
         examined: The data, which say whether another split is possible.
     """
 
     def __init__(
-        self, study: optuna.Study, definition: Study, rules: Rules, n_trials: int, examined: Examined
+        self, study: optuna.Study, definition: Study, rules: Rules, budget: Budget, examined: Examined
     ) -> None:
         self._study = study
         self._definition = definition
         self._rules = rules
-        self._n_trials = n_trials
+        self._budget = budget
         self._examined = examined
 
     def enqueue(self) -> bool:
         """Queue those that are wanted now, the study's lock held; whether there are any."""
-        cells = wanted(self._study, self._rules, self._n_trials)
+        cells = wanted(self._study, self._rules, self._budget)
         if not cells:
             return False
         trials = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}

@@ -66,7 +66,7 @@ class TrialSource:
         self._check = check
         self._repeats = None
         if job.confirm is not None:
-            self._repeats = Repeats(study, job.study, job.confirm, job.n_trials, job.examined)
+            self._repeats = Repeats(study, job.study, job.confirm, job.budget, job.examined)
         self._definition_is_kept = False
         """Whether a trial was asked for: from then on the study keeps its definition, which need not be checked."""
 
@@ -103,7 +103,7 @@ class TrialSource:
             with exclusive(self._storage):
                 if tries > 1:  # the database went away meanwhile, and may have handed out a trial before it did
                     lifecycle.put_back(self._study, self._identity, began)
-                if not self._study.has_next(self._job.n_trials) and not (self._repeats and self._repeats.enqueue()):
+                if not self._study.has_next(self._job.budget) and not (self._repeats and self._repeats.enqueue()):
                     return None, None
                 if not self._definition_is_kept:
                     check_definition(self._study, self._job.study)

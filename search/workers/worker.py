@@ -73,9 +73,9 @@ class Worker:
         self.study = LongestFirst(
             job.study_name,
             self.storage,
-            make_sampler(job.study, job.strategy, job.n_trials, job.prior),
+            make_sampler(job.study, job.strategy, job.budget.trials, job.prior),
             pruning.pruner_for(
-                job.pruner, job.study, job.n_trials, prior=job.prior, proposes=job.strategy == FREEZE_THAW
+                job.pruner, job.study, job.budget, prior=job.prior, proposes=job.strategy == FREEZE_THAW
             ),
             job.study,
             len(job.examined.rows),

@@ -22,6 +22,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
+from search.planning.budget import Budget
 from search.planning.thaw import FreezeThaw
 from search.pruning import default_pruner, plan_of, pruner_for, settled
 from search.records import Outcome
@@ -83,12 +84,15 @@ def products(setting: Setting, sampler: str = "tpe", pruner: str = "rising", str
     definition = _with(setting, sampler)
     trials = setting.trials or max(40, setting.budget // definition.base_config().num_epochs)
     proposes = strategy == FREEZE_THAW
-    made = make_sampler(definition, strategy, trials), pruner_for(pruner, definition, trials, proposes=proposes)
+    made = (
+        make_sampler(definition, strategy, trials),
+        pruner_for(pruner, definition, Budget(trials), proposes=proposes),
+    )
     study = LongestFirst(*_stored(setting.seed), *made, definition, definition.base_config().max_samples or 0)
     study.longest_first = setting.slots > 1
 
     def ask() -> optuna.Trial | None:
-        while study.has_next(trials):
+        while study.has_next(Budget(trials)):
             trial = study.ask()
             if study.given_up is None:
                 return trial

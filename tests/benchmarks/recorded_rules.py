@@ -99,7 +99,8 @@ def follow(rule: Rule, runs: list[tuple[str, Recorded]]) -> Verdict:
     known = [_losses(curve) for _, curve in runs]
     most = max(max(losses) for losses in known)
     definition = _definition(runs, most)
-    play = rule(Setting(definition=definition, slots=len(runs), budget=most * len(runs)))
+    # As many trials as there are runs: no other could begin in the place of one that pauses.
+    play = rule(Setting(definition=definition, slots=len(runs), budget=most * len(runs), trials=len(runs)))
     for (_, curve), losses in zip(runs, known, strict=True):
         params = {name: curve.config[name] for name in definition.space if name in curve.config}
         play.study.enqueue_trial(params, user_attrs={records.OVERRIDES: {"num_epochs": max(losses)}})

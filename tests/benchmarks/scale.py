@@ -24,6 +24,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from search.planning.budget import Budget
 from tests.benchmarks.sides import machine
 from tests.benchmarks.trial_cost import EPOCHS, STEPS, Deaf, made_up
 
@@ -106,7 +107,7 @@ def new_study(folder: Path, urls: tuple[str, str], n_trials: int) -> Any:
         study=definition,
         study_name=study.study_name,
         places=Places.of(folder, urls[0], urls[1]),
-        n_trials=n_trials,
+        budget=Budget(n_trials),
         strategy="joint",
         pruner="rising",
         examined=dataset.examine("mini"),

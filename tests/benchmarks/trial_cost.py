@@ -17,6 +17,7 @@ import optuna
 
 from search import study_file as studies
 from search.places import Places
+from search.planning.budget import Budget
 from search.storage import studies as store
 from search.storage.database import open_storage
 from search.tracking.client import open_tracking
@@ -163,7 +164,7 @@ def _worker(folder: Path, trials: int) -> Worker:
         study=definition,
         study_name=study.study_name,
         places=Places.of(folder, storage_url, tracking_uri),
-        n_trials=trials,
+        budget=Budget(trials),
         strategy="joint",
         pruner="rising",
         examined=examined,

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 
 from search import records
 from search.errors import DatabaseAway, StorageError
+from search.planning.budget import Budget
 from search.processes import this_process
 from search.space import Float
 from search.storage import database, retry
@@ -70,7 +71,7 @@ def run_trials(
     storage: RetryingStorage, study: optuna.Study, pause_s: float = 0.0, after_step: Callable[[], object] = object
 ) -> None:
     """What a worker does with its trials, but the training."""
-    job: Any = SimpleNamespace(n_trials=12, study=STUDY, confirm=None)
+    job: Any = SimpleNamespace(budget=Budget(12), study=STUDY, confirm=None)
     mine = LongestFirst(study.study_name, storage, study.sampler, study.pruner, STUDY, 40)
     source = TrialSource(mine, storage, job, this_process())
     while (trial := source.ask()) is not None:

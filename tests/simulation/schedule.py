@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 from search import processes, pruning, records
 from search.errors import DatabaseAway
 from search.places import Places
+from search.planning.budget import Budget
 from search.planning.rungs import RungPlan
 from search.space import Float, Int
 from search.storage import database, lifecycle, retry
@@ -334,7 +335,7 @@ class Simulation:
                 gone = lifecycle.requeue_lost(self.study, is_alive=self.is_alive, blamed=blamed)
                 left = lifecycle.unfinished(self.study)
                 if self.rules is not None and not left.waiting and not left.running:
-                    more = len(repeats.wanted(self.study, self.rules, self.definition.n_trials))
+                    more = len(repeats.wanted(self.study, self.rules, Budget(self.definition.n_trials)))
                     left = lifecycle.Unfinished(more, 0)
         except DatabaseAway:
             return None
@@ -514,7 +515,7 @@ class Worker:
                 study=simulation.definition,
                 study_name=simulation.study.study_name,
                 places=simulation.places,
-                n_trials=simulation.definition.n_trials,
+                budget=Budget(simulation.definition.n_trials),
                 strategy="joint",
                 pruner="simulated",
                 examined=SimpleNamespace(rows=(), fingerprint="d"),  # type: ignore[arg-type]

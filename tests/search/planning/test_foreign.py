@@ -13,6 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import pruning, records
+from search.planning.budget import Budget
 from search.planning.plan import is_paused
 from search.planning.prior import Prior
 from search.planning.rungs import RungPlan
@@ -139,11 +140,11 @@ def test_what_waits_of_others_is_taken_and_then_the_search_goes_on(shared: Longe
     theirs = [t.number for t in shared.get_trials() if t.state == TrialState.WAITING and t.number != 1]
     total = len(shared.trials) + 2
     for number in theirs:
-        assert shared.has_next(total)
+        assert shared.has_next(Budget(total))
         assert shared.ask().number == number
     # What is left: the paused one, and two new configurations.
     taken = set()
-    while shared.has_next(total):
+    while shared.has_next(Budget(total)):
         trial = shared.ask()
         STUDY.config(suggest(trial, STUDY))
         taken.add(trial.number)
@@ -158,7 +159,7 @@ def test_one_that_calls_itself_paused_without_an_epoch_just_waits(
     shared.enqueue_trial({}, user_attrs={records.REASON: records.PAUSED, records.PAUSED_AT: 3})
     queued = shared.get_trials()[-1]
     assert not is_paused(queued)
-    assert shared.has_next(STUDY.n_trials) and shared.ask().number == queued.number
+    assert shared.has_next(Budget(STUDY.n_trials)) and shared.ask().number == queued.number
 
 
 def test_an_incomplete_repeat_is_none(shared: LongestFirst) -> None:

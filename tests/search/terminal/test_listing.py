@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from search import records
 from search.errors import DefinitionChanged, StorageError
 from search.options import SearchOptions
 from search.places import Places
+from search.planning.budget import Budget
 from search.session import Session
 from search.storage.database import close_storage, open_storage
 from search.storage.studies import open_study
@@ -41,7 +43,7 @@ def stored(places: Places) -> Places:
 
 def dry(places: Places, *settings: str, as_json: bool = False, **options: object) -> None:
     session = Session("rsicap_mini", SearchOptions(places=places, settings=settings, **options))  # type: ignore[arg-type]
-    dry_run.show(session.definition, session.options, session.n_trials, session.check(), None, as_json=as_json)
+    dry_run.show(session.definition, session.options, session.budget, session.check(), None, as_json=as_json)
 
 
 def test_nothing_is_there_and_nothing_is_made(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,21 +95,23 @@ def test_what_a_study_would_take_is_measured_and_leaves_nothing(
     session = Session("rsicap_mini", SearchOptions(places=places, settings=("max_samples=40", "num_epochs=3")))
     checked = session.check()
     monkeypatch.setenv("LORA_SEARCH_CACHE", str(tmp_path / "cache"))
-    measured = price.measure(session.definition, 5, checked)
+    measured = price.measure(session.definition, Budget(5), checked)
     assert not (tmp_path / "cache").exists() and os.environ["LORA_SEARCH_CACHE"]
     # 32 rows in steps of 4, and the validation.
     assert isinstance(measured, price.Price) and measured.samples == 4
     assert 8 * measured.step_s < measured.epoch_s < 60
     assert measured.study_s == 5 * 3 * measured.epoch_s and measured.disk_bytes > 10 * 1000
-    dry_run.show(session.definition, session.options, 5, checked, None, price=measured)
+    dry_run.show(session.definition, session.options, Budget(5), checked, None, price=measured)
     said = capsys.readouterr().out
     assert "a step of 4 samples takes" in said and "5 trials of 3 epochs in full" in said
+    limited = replace(measured, most_epochs=7)
+    assert limited.study_s == 7 * measured.epoch_s and ": 7 epochs, one after the other" in limited.line()
     assert not places.runs_dir.exists()
 
 
 def test_a_base_that_does_not_train_has_no_price(places: Places) -> None:
     """float16 with AdamW's eps of 1e-8: NaN at the first update, as in the hand-run log's first experiment."""
     session = Session("rsicap_mini", SearchOptions(places=places, settings=("max_samples=40", "torch_dtype=float16")))
-    measured = price.measure(session.definition, 5, session.check())
+    measured = price.measure(session.definition, Budget(5), session.check())
     assert isinstance(measured, price.Untrained)
     assert measured.line().startswith("the base configuration does not train: at step ") and "nan" in measured.line()

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from search import records
+from search.planning.budget import Budget
 from search.terminal.live import LiveDisplay, Logged, Plain
 from search.terminal.pace import Pace, about, left_epochs
 from search.verdict.leaders import Rules
@@ -74,7 +75,7 @@ def test_how_far_the_study_is_follows_each_trial() -> None:
     """By the lines of all epochs that were trained here, and by the trials as the database has them."""
     now = [100.0]
     done = [trial(n, 0.4 - n / 100) for n in range(3)]
-    pace = Pace(lambda: done, 12, None, lambda: now[0])
+    pace = Pace(lambda: done, Budget(12), None, lambda: now[0])
     out = io.StringIO()
     with Logged(Plain(Console(file=out, width=300)), pace) as display:
         display(Progress(number=3, event=epoch(1), from_checkpoint=True))
@@ -89,16 +90,17 @@ def test_how_far_the_study_is_follows_each_trial() -> None:
 
 def test_what_is_left() -> None:
     done = [trial(n, 0.4 + n / 1000) for n in range(4)]
-    assert left_epochs(done[:2], 12, None) is None
-    assert left_epochs(done, 12, None) == 8 * 6
+    assert left_epochs(done[:2], Budget(12), None) is None
+    assert left_epochs(done, Budget(12), None) == 8 * 6
     begun = trial(4, None, "RUNNING")
     paused = trial(5, 0.5, "WAITING", reason=records.PAUSED)
-    assert left_epochs([*done, begun], 12, None) == 8 * 6 - 6
-    assert left_epochs([*done, paused], 12, None) == 7 * 6
+    assert left_epochs([*done, begun], Budget(12), None) == 8 * 6 - 6
+    assert left_epochs([*done, paused], Budget(12), None) == 7 * 6
     # Three blocks of three candidates up to their best epochs, less what their repeats have trained.
     repeats = 3 * 3 * 4
-    assert left_epochs(done, 4, Rules()) == repeats
-    assert left_epochs([*done, repeat(4, 0, 1, 0.4)], 4, Rules()) == repeats - 6
+    assert left_epochs(done, Budget(4), Rules()) == repeats
+    assert left_epochs(done, Budget(30, epochs=30), None) == 30 - 4 * 6  # all that the budget still has
+    assert left_epochs([*done, repeat(4, 0, 1, 0.4)], Budget(4), Rules()) == repeats - 6
 
 
 @pytest.mark.parametrize(

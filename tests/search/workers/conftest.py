@@ -10,6 +10,7 @@ import optuna
 import pytest
 
 from search.places import Places
+from search.planning.budget import Budget
 from search.records import TrialRecord
 from search.space import Float, Int
 from search.storage import lifecycle
@@ -78,6 +79,7 @@ def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest
         strategy: str = "joint",
         pruner: str = "none",
         captions: int = 0,
+        epochs: int | None = None,
         screen: Any = None,
         prepare: Callable[[optuna.Study], None] = lambda study: None,
         **base: Any,
@@ -106,7 +108,7 @@ def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest
             study=study,
             study_name="work",
             places=Places.of(runs, urls[0], urls[1]),
-            n_trials=trials,
+            budget=Budget(trials, epochs),
             strategy=strategy,
             pruner=pruner,
             examined=embedded,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,22 @@ def test_interrupted_between_pauses_it_ends_as_if_undisturbed(
     monkeypatch.setattr(RecordingLink, "order", order)
     again, _ = search(trials=4, slots=1, num_epochs=3, where="cut")
     assert losses(again) == losses(whole)
+
+
+@pytest.mark.parametrize("strategy", ["freeze-thaw", "joint"])
+def test_a_budget_of_epochs_is_kept_to(search: Search, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    """Trials begin until so many epochs are trained; a plan pauses what runs then, other rules let it end."""
+    monkeypatch.setattr(Captioning, "of", lambda self, config, adapter, trained_s: None)
+    pruner = pruning.default_pruner(strategy)
+    trials, _ = search(trials=20, epochs=7, slots=2, num_epochs=3, strategy=strategy, pruner=pruner)
+    spent = sum(len(t.attrs[records.TRAIN_LOSSES]) for t in trials)
+    most = {"freeze-thaw": 7 + 1, "joint": 7 + 2 * 3 - 1}[strategy]
+    assert 7 <= spent <= most
+    assert {t.state for t in trials} <= {"COMPLETE", "PRUNED"}
+    best = min((t for t in trials if t.state == "COMPLETE"), key=lambda t: t.value or math.inf)
+    assert best.value == min(value for t in trials if (value := t.value) is not None)
+    again, _ = search(trials=20, epochs=7, slots=2, num_epochs=3, strategy=strategy, pruner=pruner)
+    assert len(again) == len(trials)  # nothing is left to do
 
 
 def _is_epoch(message: Any) -> bool:
