@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from search.planning import thaw
 from search.planning.curves import Curves, Points
 from search.planning.prior import Prior
 from search.planning.worth import Known, Outlook, expected_improvement
@@ -68,6 +69,21 @@ def test_what_a_trial_may_already_have_is_no_gain() -> None:
     assert worth.total < 2e-3
 
 
+@pytest.mark.parametrize(("rises_by", "goes_on"), [(0.01, True), (0.06, False)])
+def test_what_all_trials_share_may_be_the_split_s(rises_by: float, goes_on: bool) -> None:
+    """A few samples that validate may lie 2 % off, for all trials alike: no reason to stop. 10 % are overfitting."""
+    rng = np.random.default_rng(5)
+
+    def seen(z: float, epochs: int) -> tuple[float, ...]:
+        rise = [rises_by * max(0, epoch - 5) / 4 for epoch in range(1, epochs + 1)]
+        return tuple(loss * math.exp(up) for loss, up in zip(curve(z, rng)[:epochs], rise, strict=True))
+
+    known = [Known(i, z, (), seen(z, 12), 20) for i, z in enumerate((-2.7, -2.55, -2.45, -2.3, -2.2))]
+    (worth,) = Outlook(known, Prior()).of([known[1]])
+    left = (20 - 12) / 20
+    assert (worth.total > thaw.HOPELESS * left) is goes_on
+
+
 def test_the_lowest_of_many_noisy_epochs_is_not_the_lowest_loss() -> None:
     rng = np.random.default_rng(2)
     flat = tuple(0.37 * math.exp(0.01 * x) for x in rng.standard_normal(20))
@@ -82,7 +98,7 @@ def test_nan_counts_as_the_worst_and_breaks_nothing() -> None:
         Known(8, -0.9, (), (math.nan,), EPOCHS),
     ]
     high, low = Outlook(known, Prior()).of([Known(-1, -0.95, (), (), EPOCHS), Known(-1, -2.5, (), (), EPOCHS)])
-    assert high.final > 0.42 > low.final
+    assert high.final > 1.1 * low.final
     assert math.isfinite(high.per_epoch)
 
 
