@@ -20,7 +20,7 @@ from search import records
 from search.records import Outcome
 from search.sampling.params import suggest
 from search.storage.optuna_private import set_state
-from tests.benchmarks import contenders, judged, recorded_rules, stored_tables, strategies
+from tests.benchmarks import contenders, judged, recorded_rules, reliability, stored_tables, strategies
 from tests.benchmarks.contenders import STRATEGIES, Rungs, Screening, Setting, pausing
 from tests.benchmarks.replaying import Memory, Play, Replay, replay
 from tests.benchmarks.world import World
@@ -256,3 +256,21 @@ def test_judges_and_outcomes_have_the_products_form(world: World) -> None:
     frozen: FrozenTrial = study.trials[0]
     assert isinstance(pausing((1,))(study, frozen), Outcome)
     assert pausing((2,))(study, frozen) is None
+
+
+@pytest.mark.skipif(not stored_tables.names(), reason="the repository has no table")
+def test_forecasts_hold_what_came_as_often_as_they_say() -> None:
+    """On the real runs of the table: of 80 % intervals 70 % at least, and few are so wide that they say nothing."""
+    found = list(reliability.forecasts(World(stored_tables.load("aerial")), seeds=24))
+    held = np.mean([abs(each.error) <= reliability.MOST * each.sd for each in found])
+    assert 0.7 <= held <= 0.96
+    assert np.median([each.sd for each in found]) < 0.03
+    assert len(reliability.table(found)) == 2 + len(reliability.SEEN)
+
+
+def test_the_best_of_the_published_real_runs_is_never_given_up() -> None:
+    """Of each group of comparable runs, with as many trials as there are runs."""
+    path = Path(__file__).parents[1] / "data" / "recorded-runs.json"
+    groups = [runs for runs in recorded_rules.groups(path).values() if len(runs) > 1]
+    assert len(groups) == 2
+    assert all(recorded_rules.follow(recorded_rules.RULES["ours"], runs).kept for runs in groups)
