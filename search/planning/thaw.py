@@ -25,8 +25,10 @@ from search.space import fits
 if TYPE_CHECKING:
     from search.study import Study
 
-KEEP = 1.25
-"""A trial pauses for one whose epochs are worth so many times as much: a change costs a checkpoint's loading."""
+KEEP = 4.0
+"""A trial pauses for one whose epochs are worth so many times as much. What a curve gains late is slow and sure, what
+a new configuration may be worth is neither, and a change costs a checkpoint's loading: with 1.25 no trial of 20 epochs
+came beyond 14, and the best that was trained after 160 epochs lay 0.9 % higher (docs/search-quality.md)."""
 HOPELESS = 1e-3
 """A whole trial that is expected to lower the study's best loss by less than this, relatively, is not worth training:
 a fraction of an evaluation's noise on a small split, which no one could tell from luck. For what is left of a trial it
