@@ -149,6 +149,9 @@ class _Race:
         self.left = [c.number for c in candidates]
         self.failed: set[int] = set()
         self.n = 0
+        self._when_out: dict[tuple[int, int], tuple[float, float, int, float]] = {}
+        """By (one that went out, one that was left): `pair` and the level of its test then. With those left later, the
+        deviation is another, and the interval would not be that of the test which the candidate lost."""
         self._pooled: dict[tuple[int, tuple[int, ...]], tuple[float, int]] = {}
         first = min(FIRST, limits.blocks)
         a_block = max(1, sum(self.epochs_of.values()))
@@ -181,8 +184,10 @@ class _Race:
                     self.left.remove(number)
             if not self.left:
                 return self.verdict("undecided", None)
-            for number in [a for a in self.left if any(self.beats(b, a, rivals) for b in self.left if b != a)]:
-                self.left.remove(number)
+            beaten = [a for a in self.left if any(self.beats(b, a, rivals) for b in self.left if b != a)]
+            for a in beaten:
+                self._when_out |= {(a, b): (*self.pair(a, b), self.level) for b in self.left if b != a}
+            self.left = [number for number in self.left if number not in beaten]
             if len(self.left) == 1:
                 return self.verdict("winner", self.left[0])
             cheapest = self.cheapest_of_tied()
@@ -298,10 +303,11 @@ class _Race:
         series = self.series(number)
         behind = low = high = chance = None
         if reference is not None and number != reference and number not in self.failed:
-            mean, error, freedoms = self.pair(number, reference)
-            reach = quantile(self.level / rivals, freedoms) * error
+            now = (*self.pair(number, reference), self.level)
+            mean, error, freedoms, level = self._when_out.get((number, reference), now)
+            reach = quantile(level / rivals, freedoms) * error
             behind, low, high = (math.expm1(x) for x in (mean, mean - reach, mean + reach))
-            chance = min(1.0, above(mean / error, freedoms) * rivals * ALPHA / self.level)
+            chance = min(1.0, above(mean / error, freedoms) * rivals * ALPHA / level)
         return Standing(
             number=number,
             repeats=len(series),

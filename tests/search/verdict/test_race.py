@@ -68,6 +68,17 @@ def test_who_can_no_longer_win_is_trained_no_more() -> None:
     assert verdict.standings[-1].number == 2 and verdict.standings[-1].out
 
 
+def test_the_interval_of_one_that_is_out_is_that_of_the_test_it_lost() -> None:
+    """Else a winner is named beside an interval that holds zero: the deviation of all three is that of no pair."""
+    losses: Losses = {(0, 1): 0.400, (0, 2): 0.410, (0, 3): 0.390, (1, 1): 0.404, (1, 2): 0.428, (1, 3): 0.404}
+    losses |= {(2, 1): 0.432, (2, 2): 0.443, (2, 3): 0.421}
+    verdict = race(candidates(4, 4, 4), losses, Limits(epochs=36))
+    assert (verdict.kind, verdict.choice) == ("winner", 0)
+    for standing in verdict.standings[1:]:
+        assert standing.out and standing.low is not None and standing.low > 0
+        assert standing.chance is not None and standing.chance <= 0.05
+
+
 def test_it_ends_undecided_where_the_budget_does_and_says_what_more_it_would_take() -> None:
     verdict = played({0: 0.0, 1: 0.002}, Limits(epochs=3 * 8), noise=0.02)
     assert verdict.kind == "undecided" and verdict.blocks == 3 and verdict.epochs == 24
