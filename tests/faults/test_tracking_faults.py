@@ -172,7 +172,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, empty: Path) -> dict[str,
     return found
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(more, marks=pytest.mark.slow) for more in (1, 2))])
 def test_calls_that_fail_at_random_before_or_after_they_are_made(
     seed: int, place: Place, expected: dict[str, Any]
 ) -> None:

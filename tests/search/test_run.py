@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +25,7 @@ from search.tracking.client import open_tracking
 from tests.bad_input import harness
 from tests.support.search_process import QUICK, ROOT, Search, command, environment, importer_of, run, workers_of
 from tests.support.small_study import Small
+from tests.support.template import Forked
 
 LONG = ("max_samples=24", "num_epochs=4", "warmup_steps=0", "batch_size=2")
 
@@ -63,7 +63,7 @@ def runs_of(runs: Path, name: str = "rsicap_mini") -> dict[str, tuple[str, dict[
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """(runs folder, output) of an undisturbed study of three trials."""
     runs = tmp_path_factory.mktemp("finished")
-    done = run(command(runs, "--trials", "3"))
+    done = run(command(runs, "--trials", "3"), fresh=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == "", "a worker's end is silent too"
     yield runs, done.stdout
@@ -73,8 +73,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
 def search() -> Iterator[Any]:
     started: list[Search] = []
 
-    def start(arguments: list[str]) -> Search:
-        started.append(Search(arguments))
+    def start(arguments: list[str], **options: bool) -> Search:
+        started.append(Search(arguments, **options))
         return started[-1]
 
     yield start
@@ -157,10 +157,9 @@ def test_trials_is_the_total(finished: tuple[Path, str], tmp_path: Path) -> None
 def test_a_changed_definition_is_refused(finished: tuple[Path, str], tmp_path: Path) -> None:
     runs = tmp_path / "copy"
     shutil.copytree(finished[0], runs)
-    changed = run(command(runs, settings=(*QUICK[:1], "num_epochs=5", QUICK[2])))
-    assert changed.returncode == 2
-    assert "base.num_epochs: 2 -> 5" in changed.stderr and "--fresh" in changed.stderr
-    assert "Traceback" not in changed.stderr
+    with harness.no_workers():
+        changed = harness.search(command(runs, settings=(*QUICK[:1], "num_epochs=5", QUICK[2]))[3:])
+    changed.check_refused("base.num_epochs: 2 -> 5", "--fresh")
 
 
 @pytest.mark.slow  # test_studies.py has the generations of a study
@@ -262,7 +261,7 @@ def test_the_process_that_workers_are_forked_from_is_killed(
 ) -> None:
     """Its workers look dead to the supervisor, which starts another; the trial is given back and goes on there."""
     runs = tmp_path / "runs"
-    running = search(command(runs, "--trials", "1", settings=LONG))
+    running = search(command(runs, "--trials", "1", settings=LONG), fresh=True)
     running.wait_for("epoch 1:")
     (worker,) = workers_of(running.process.pid)
     importer_of(running.process.pid).kill()
@@ -288,15 +287,15 @@ def test_output_that_goes_away_costs_no_trial(tmp_path: Path, gone: str) -> None
     """`| head -1`; ssh gone under nohup, which has SIGHUP ignored; `>&- 2>&-`."""
     runs = tmp_path / "runs"
     ours, theirs = os.openpty() if gone == "terminal" else os.pipe()
-    shell = 'trap "" HUP; exec "$@"' + (" >&- 2>&-" if gone == "closed" else "")
-    process = subprocess.Popen(
-        ["sh", "-c", shell, "sh", *command(runs, "--trials", "1", "--slots", "1")],
-        stdin=subprocess.DEVNULL,
+    process = Forked(
+        command(runs, "--trials", "1", "--slots", "1"),
         stdout=theirs,
         stderr=theirs,
         env=environment(),
         cwd=ROOT,
         start_new_session=True,
+        ignored=[signal.SIGHUP],
+        closed=[1, 2] if gone == "closed" else (),
     )
     os.close(theirs)
     if gone != "closed":
@@ -312,7 +311,7 @@ def test_output_that_goes_away_costs_no_trial(tmp_path: Path, gone: str) -> None
 
 
 def test_ctrl_c_while_imports_are_made(tmp_path: Path, search: Any) -> None:
-    running = search(command(tmp_path / "runs", "--trials", "1", settings=LONG))
+    running = search(command(tmp_path / "runs", "--trials", "1", settings=LONG), fresh=True)
     running.wait_for("study rsicap_mini")  # the supervisor is ready long before the imports
     os.killpg(running.process.pid, signal.SIGINT)
     assert running.end() == 130, running.output()
@@ -327,14 +326,14 @@ def test_where_nothing_can_be_forked_from_workers_import_themselves(
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     monkeypatch.setenv("TMPDIR", str(deep))
-    done = run(command(tmp_path / "runs", "--trials", "1"))
+    done = run(command(tmp_path / "runs", "--trials", "1"), fresh=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == "" and trials_of(tmp_path / "runs")[0].state == "COMPLETE"
 
 
 def test_a_search_that_cannot_start_leaves_no_process(tmp_path: Path) -> None:
     """What would be forked from is importing by then, and is not waited for."""
-    failing = Search(command(tmp_path / "runs", "--set", f"data={tmp_path / 'nowhere'}"))
+    failing = Search(command(tmp_path / "runs", "--set", f"data={tmp_path / 'nowhere'}"), fresh=True)
     assert failing.end() == 2, failing.output()
     session = failing.process.pid
     left = []
@@ -408,7 +407,9 @@ def test_missing_model_and_data_are_one_message(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    done = run([sys.executable, "-m", "search.run", "--study", "rsicap", "--runs-dir", str(tmp_path / "runs")])
+    done = run(
+        [sys.executable, "-m", "search.run", "--study", "rsicap", "--runs-dir", str(tmp_path / "runs")], fresh=True
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for part in ("- model:", "- data:", "hf download", "RSICAP_ROOT", "rsicap_mini"):
         assert part in done.stderr

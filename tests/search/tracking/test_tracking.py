@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy
@@ -27,6 +28,8 @@ from search.tracking.outbox import End, Outbox, Point, Status, Write
 from search.tracking.recorder import Logged, RunRecorder, run_status
 from search.tracking.writer import send
 from search.urls import shown
+from tests.support import template
+from tests.support.template import Forked
 from trainer.common.cache import cache_folder
 from trainer.config import TrainConfig
 from trainer.events import (
@@ -534,11 +537,12 @@ assert is_telemetry_disabled()
 def test_processes_that_start_at_once_share_one_store_and_are_silent(tmp_path: Path) -> None:
     # pytest and CI switch telemetry off by themselves: without their variables it must be ours that does.
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "CI", "GITHUB", "MLFLOW", "DO_NOT"))}
-    command = [sys.executable, "-W", "error", "-c", OPEN, f"sqlite:///{tmp_path}/runs/mlflow.db", str(tmp_path / "a")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": kept}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
-    done = [p.communicate(timeout=120) for p in processes]
-    assert [err for _, err in done] == [""] * 3
+    command = ["-c", OPEN, f"sqlite:///{tmp_path}/runs/mlflow.db", str(tmp_path / "a")]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": kept}
+    imports = subprocess.Popen([sys.executable, "-W", "error", *command], text=True, **pipes)
+    at_once = [Forked([sys.executable, *command], **pipes) for _ in range(3)]
+    done = [each.communicate(timeout=120) for each in (*at_once, imports)]
+    assert [err for _, err in done] == [""] * 4
     assert len({out for out, _ in done}) == 1
 
 
@@ -565,7 +569,7 @@ def test_killed_while_the_tables_are_made_the_next_one_makes_them(
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("LORA_SEARCH_CACHE", str(tmp_path / "cache"))
     command = [sys.executable, "-c", KILLED, uri, str(tmp_path / "a"), str(statements)]
-    assert subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == 9
+    assert template.run(command).returncode == 9
     tracking = open_tracking(uri, tmp_path / "a")
     assert new_run(tracking)
     assert len(list((tmp_path / "cache").iterdir())) == 1
