@@ -23,6 +23,7 @@ from search.storage.database import close_storage, open_storage
 from search.storage.studies import find_study
 from search.tracking.client import open_tracking
 from tests.bad_input import harness
+from tests.support import called
 from tests.support.search_process import QUICK, ROOT, Search, command, environment, importer_of, run, workers_of
 from tests.support.small_study import Small
 from tests.support.template import Forked
@@ -131,7 +132,7 @@ def test_trials_that_trained_together_come_again_alone(finished: tuple[Path, str
     assert re.search(r"up to \d+ trials train at once on one base, until a pass has \d+ samples", output)
     assert all(int(t.attrs[records.SLOTS]) > 1 for t in trials_of(runs))
     threads = torch.get_num_threads()
-    done = harness.call(replay.app, ["--study", "rsicap_mini", "--trial", "1", "--runs-dir", str(runs)])
+    done = called.call(replay.app, ["--study", "rsicap_mini", "--trial", "1", "--runs-dir", str(runs)])
     torch.set_num_threads(threads)  # a replay takes as many as the trial had
     assert done.code == 0, done.out + done.err
     assert re.match(r"trial 1: (bit-identical, all|the same, all \d+ recorded values to a relative)", done.out)
