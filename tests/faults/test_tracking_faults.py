@@ -23,7 +23,7 @@ from search.tracking.client import Tracking, open_tracking
 from search.tracking.delivery import Delivery, DeliveryThread
 from search.tracking.outbox import is_local
 from search.tracking.runs import StudyRuns
-from tests.search.tracking.test_tracking import copy_database, whole_run
+from tests.search.tracking.recorded import copy_database, whole_run
 from trainer.config import TrainConfig
 
 SAME = {"pid", "process_started", "record_id", "mlflow.parentRunId", "resumed_from_epoch"}

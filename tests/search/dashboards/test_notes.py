@@ -28,7 +28,7 @@ from search.sampling import params
 from search.storage import lifecycle
 from search.storage.database import close_storage, open_storage
 from search.tracking.pages import pages_of, run_page
-from tests.search.tracking.test_tracking import BAD, epoch, started, step
+from tests.search.tracking.recorded import BAD, epoch, started, step
 from tests.support import report_data, template
 from trainer.config import TrainConfig
 from trainer.events import Diverged, Event

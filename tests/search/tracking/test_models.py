@@ -15,7 +15,7 @@ from search.tracking.delivery import Delivery
 from search.tracking.outbox import DataUsed, Model, Point
 from search.tracking.recorder import RunRecorder
 from search.tracking.runs import StudyRuns
-from tests.search.tracking.test_tracking import started
+from tests.search.tracking.recorded import started
 from tests.support import template
 from trainer.config import TrainConfig
 
