@@ -29,7 +29,7 @@ LONGEST_FIRST = (
     "search/workers/test_pausing.py",
     "trainer/test_loop.py",
     "trainer/model/test_sizes.py",
-    "search/tracking/test_tracking.py",
+    "search/tracking/test_opening.py",
     "search/storage/test_database.py",
     "search/storage/test_lifecycle.py",
     "search/test_places.py",

@@ -26,6 +26,8 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 200_000
 """Bytes of a request at most."""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+"""For the imports: as it is before any test has changed it."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class Forked:
             self.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
+            self.wait()
             raise
         for reader in readers:
             reader.join(timeout)
@@ -182,7 +185,9 @@ def _template() -> socket.socket:
         for kind in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             ours.setsockopt(socket.SOL_SOCKET, kind, 2 * LARGEST)
         command = [sys.executable, "-m", "tests.support.template_process", str(theirs.fileno())]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL
+        )
         theirs.close()
         _server = process, ours
         atexit.register(_end)

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -151,7 +152,10 @@ def fork_the_fork_server(path: Any, arguments: list[Any], passed: list[int]) -> 
     code = arguments[-1]
     if "multiprocessing.forkserver import main" not in code or threading.active_count() > 2:
         return _spawn(path, arguments, passed)
-    return os.fork() or be_the_fork_server(code, {0, 1, 2, *passed})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on: of a fork beside another thread
+        pid = os.fork()
+    return pid or be_the_fork_server(code, {0, 1, 2, *passed})
 
 
 def be_the_fork_server(code: str, kept: set[int]) -> NoReturn:
