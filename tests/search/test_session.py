@@ -53,14 +53,15 @@ def stop_and_continue(runs: str) -> None:
         if isinstance(message, TrialEnded):
             first.stop()
     stopped = first.result()
-    assert stopped.code == 130
-    assert any(trial.state == "COMPLETE" for trial in stopped.trials)
+    # Pytest does not rewrite these: they are in another process.
+    assert stopped.code == 130, stopped
+    assert any(trial.state == "COMPLETE" for trial in stopped.trials), stopped
 
     second = Session("rsicap_mini", options)
     second.start()
     messages = list(second.watch())
     result = second.result()
-    assert result.code == 0 and [trial.state for trial in result.trials] == ["COMPLETE"] * 2
+    assert result.code == 0 and [trial.state for trial in result.trials] == ["COMPLETE"] * 2, (result, messages)
     assert any(isinstance(message, Notice) and "done" in message.text for message in messages)
     assert result.adapter is not None and result.adapter.is_dir()
     assert list(second.watch()) == [], "a search that has ended has nothing more to say"

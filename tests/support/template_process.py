@@ -84,7 +84,8 @@ def serve(requests: socket.socket) -> tuple[Request, list[int]] | None:
             for each in descriptors[1:]:
                 os.close(each)
             asked[pid] = socket.socket(fileno=descriptors[0])
-            asked[pid].send(str(pid).encode())
+            with suppress(OSError):
+                asked[pid].send(str(pid).encode())
 
 
 def become(request: Request, descriptors: list[int], set_by_imports: dict[str, str]) -> None:
@@ -147,15 +148,27 @@ _spawn = multiprocessing.util.spawnv_passfds
 def fork_the_fork_server(path: Any, arguments: list[Any], passed: list[int]) -> int:
     """In place of `multiprocessing.util.spawnv_passfds`: the process that workers are forked from is forked as well.
 
-    Only while no other thread than a session's watcher is there: locks that another holds would stay locked.
+    Only while no other thread than a session's watcher is there: locks that another holds would stay locked; and
+    before the program has opened a database: SQLite's locks do not survive a fork.
     """
     code = arguments[-1]
-    if "multiprocessing.forkserver import main" not in code or threading.active_count() > 2:
+    if "multiprocessing.forkserver import main" not in code or threading.active_count() > 2 or is_open({*passed}):
         return _spawn(path, arguments, passed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on: of a fork beside another thread
         pid = os.fork()
     return pid or be_the_fork_server(code, {0, 1, 2, *passed})
+
+
+def is_open(passed: set[int]) -> bool:
+    """Whether this process has a file or a connection open, beside standard streams and those that are passed on."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) not in passed:
+            with suppress(OSError):  # that of this listing
+                found = os.readlink(f"/proc/self/fd/{name}")
+                if found.startswith(("/", "socket:")) and not found.startswith(("/dev/", "/proc/")):
+                    return True
+    return False
 
 
 def be_the_fork_server(code: str, kept: set[int]) -> NoReturn:

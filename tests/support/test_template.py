@@ -57,3 +57,19 @@ def test_nothing_of_the_tests_or_of_other_programs_is_open_in_one(tmp_path: Path
     one.kill()
     one.communicate(20)
     assert "socket" not in listed.stdout and str(tmp_path) not in listed.stdout, listed.stdout + os.linesep
+
+
+def test_processes_that_workers_are_forked_from_are_forked_until_a_file_is_open(tmp_path: Path) -> None:
+    """As by the second of two searches of one program: a database that both would have open would be damaged."""
+    search = (
+        "import multiprocessing, os, psutil, sys; from search.workers.multiprocessing_private import end_fork_server\n"
+        "def told():\n"
+        "    multiprocessing.forkserver.ensure_running()\n"
+        "    below = psutil.Process(multiprocessing.forkserver._forkserver._forkserver_pid)\n"
+        "    print(below.cmdline() == psutil.Process().cmdline())\n"
+        "    end_fork_server()\n"
+        "from multiprocessing import forkserver\n"
+        "told(); kept = open(sys.argv[1], 'w'); told()\n"
+    )
+    done = template.run([*code(search), str(tmp_path / "kept")])
+    assert (done.stdout, done.stderr) == ("True\nFalse\n", "")
