@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,67 @@ import pytest
 
 from tests.support import once
 from tests.support import small_study as built
+
+gc.disable()  # until all is imported: a sixth of the time that it takes, see trainer.common.imports
+
+
+LONGEST_FIRST = (
+    "search/test_run.py",
+    "deploy/test_wheel.py",
+    "search/workers/test_worker.py",
+    "search/test_session.py",
+    "faults/test_database_faults.py",
+    "search/workers/test_repeats.py",
+    "search/dashboards/test_browser.py",
+    "faults/test_tracking_passwords.py",
+    "search/test_export.py",
+    "search/workers/test_pausing.py",
+    "trainer/test_loop.py",
+    "trainer/model/test_sizes.py",
+    "search/tracking/test_opening.py",
+    "search/storage/test_database.py",
+    "search/storage/test_lifecycle.py",
+    "search/test_places.py",
+    "search/test_ui.py",
+    "bad_input/test_urls.py",
+)
+"""Files of more than 15 s. Processes take whole files: with a long one last, the others would wait for it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; `make test` keeps xdist from putting those with the most tests there."""
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(LONGEST_FIRST)}
+    assert all(path.is_file() for path in place), "a test file of conftest.LONGEST_FIRST has moved"
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """Nothing that was imported is looked at again when garbage is collected: half a second each time."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _revisions() -> Iterator[None]:
+    """Alembic compiles and runs the files of all revisions, Optuna's and MLflow's, whenever a database is opened: a
+    tenth of the time of the tests that open some. Here once a process.
+    """
+    from alembic.script import base
+
+    load = base.util.load_python_file
+    kept: dict[tuple[str, str], Any] = {}
+
+    def once_each(folder: str, name: str) -> Any:
+        if str(name) == "env.py":  # to load it is to migrate
+            return load(folder, name)
+        if (folder, name) not in kept:
+            kept[folder, name] = load(folder, name)
+        return kept[folder, name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base.util, "load_python_file", once_each)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

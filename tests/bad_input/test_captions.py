@@ -14,8 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.bad_input.harness import Outcome, examples, folder, search, written
+from tests.bad_input.harness import examples, folder, search, written
 from tests.bad_input.test_recorded_runs import ANY
+from tests.support.called import Outcome
 from trainer.common.errors import DataError
 from trainer.data.images import FORMATS, open_image
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from search.run import read_duration
 from search.study_file import available
-from tests.bad_input.harness import TEXT, Outcome, argument, examples, folder, plain, search, written
+from tests.bad_input.harness import TEXT, argument, examples, folder, plain, search, written
+from tests.support.called import Outcome
 from trainer.config import TrainConfig
 
 NAMES = [*TrainConfig.model_fields, "patience", "min_delta"]

@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from search import diagnose
-from tests.bad_input.harness import Outcome, call, examples, folder
+from tests.bad_input.harness import examples, folder
+from tests.support.called import Outcome, call
 from trainer.config import TrainConfig
 
 NUMBER = st.sampled_from(

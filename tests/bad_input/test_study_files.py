@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.bad_input.harness import ODD, Outcome, examples, folder, search, written
+from tests.bad_input.harness import ODD, examples, folder, search, written
+from tests.support.called import Outcome
 from trainer.config import RETIRED, TrainConfig
 
 HEAD = "import decimal, enum, math, sys, types\nfrom search.study import Fixed, Study\nfrom search.space import *\n"

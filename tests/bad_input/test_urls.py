@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from search import replay
 from search.report import __main__ as report
-from tests.bad_input.harness import TEXT, Started, call, examples, folder, search, written
+from tests.bad_input.harness import TEXT, examples, folder, search, written
+from tests.support.called import Started, call
 
 SCHEMES = st.sampled_from(
     [

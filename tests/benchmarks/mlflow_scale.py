@@ -35,7 +35,7 @@ from search.tracking.client import Tracking, open_tracking
 from search.tracking.pages import runs_page
 from tests.benchmarks.tracking_cost import _copy
 from tests.faults.servers import MlflowServer
-from tests.search.tracking.test_tracking import whole_run
+from tests.search.tracking.recorded import whole_run
 
 EPOCHS = 15
 NAME = "rsicap_mini"

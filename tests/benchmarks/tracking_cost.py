@@ -27,7 +27,7 @@ import sqlalchemy as sa
 from search.tracking.client import Tracking, open_tracking
 from search.tracking.outbox import Point
 from search.tracking.reader import ClientReader
-from tests.search.tracking.test_tracking import whole_run
+from tests.search.tracking.recorded import whole_run
 from trainer.config import TrainConfig
 from trainer.events import EpochEnded, StepEnded
 

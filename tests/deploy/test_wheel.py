@@ -10,6 +10,20 @@ from pathlib import Path
 from tests.support.search_process import ROOT, environment
 
 PACKAGES = ("search", "trainer", "studies")
+BOTH = """
+import sys, search
+from search.terminal.commands import main
+print(search.__file__, flush=True)
+small = ["--trials", "2", "--slots", "2", "--set", "max_samples=24", "--set", "num_epochs=1", "--no-confirm"]
+if __name__ == "__main__":
+    for command, *options in (["run", *small], ["report", "--format", "html"]):
+        sys.argv = ["lora-search", command, "--study", "rsicap_mini", *options]
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, command
+"""
+"""A search and its report, by one process: importing everything takes it five seconds."""
 
 
 def test_the_demo_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
@@ -38,20 +52,11 @@ def test_the_demo_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     env = {**environment(), "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
-    code = "import sys; from search.terminal.commands import main; import search; print(search.__file__); main()"
-
-    def lora_search(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            cwd=empty, env=env, capture_output=True, text=True, timeout=240, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.startswith(str(site)), "not the wheel's code"
-        return done.stdout
-
-    small = ("--set", "max_samples=24", "--set", "num_epochs=1")
-    out = lora_search("run", "--study", "rsicap_mini", "--trials", "2", "--slots", "2", *small)
-    assert "2 trials (2 COMPLETE)" in out
-    lora_search("report", "--study", "rsicap_mini", "--format", "html")
+    done = subprocess.run(
+        [sys.executable, "-c", BOTH], cwd=empty, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(str(site)), "not the wheel's code"
+    assert "2 trials (2 COMPLETE)" in done.stdout
     assert {path.suffix for path in (empty / "runs" / "rsicap_mini").glob("tuning-log.*")} == {".md", ".html"}
     assert {path.name for path in empty.iterdir()} == {"runs"}

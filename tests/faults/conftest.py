@@ -12,11 +12,11 @@ from tests.support.search_process import Search
 
 @pytest.fixture
 def start() -> Iterator[Callable[[list[str]], Search]]:
-    """Starts a search; at the end all that is left of it is killed, its stopped workers too."""
+    """Starts a search as users do; at the end all that is left of it is killed, its stopped workers too."""
     started: list[Search] = []
 
     def begin(arguments: list[str]) -> Search:
-        started.append(Search(arguments))
+        started.append(Search(arguments, fresh=True))
         return started[-1]
 
     yield begin

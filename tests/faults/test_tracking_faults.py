@@ -23,7 +23,7 @@ from search.tracking.client import Tracking, open_tracking
 from search.tracking.delivery import Delivery, DeliveryThread
 from search.tracking.outbox import is_local
 from search.tracking.runs import StudyRuns
-from tests.search.tracking.test_tracking import copy_database, whole_run
+from tests.search.tracking.recorded import copy_database, whole_run
 from trainer.config import TrainConfig
 
 SAME = {"pid", "process_started", "record_id", "mlflow.parentRunId", "resumed_from_epoch"}
@@ -172,7 +172,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, empty: Path) -> dict[str,
     return found
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(more, marks=pytest.mark.slow) for more in (1, 2))])
 def test_calls_that_fail_at_random_before_or_after_they_are_made(
     seed: int, place: Place, expected: dict[str, Any]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.faults.postgres import Postgres
-from tests.support.search_process import ROOT, Search, command, environment
+from tests.support.search_process import Search, command, run
 
 SECRET = "S3CRETpw"
 
@@ -82,7 +81,7 @@ def test_a_search_and_a_report_on_postgresql(
 
     # The log, written again by the command.
     report = [sys.executable, "-m", "search.report", "--study", "rsicap_mini", "--runs-dir", str(runs)]
-    done = subprocess.run(report, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False)
+    done = run(report)
     assert done.returncode == 0, done.stderr
     assert SECRET not in done.stdout + done.stderr
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +19,8 @@ from search.space import Float
 from search.storage import lifecycle, studies
 from search.storage.database import open_storage
 from search.study import Study
+from tests.support import called
 from tests.support import candidate_trials as leaders
-from trainer.common import cli
 
 STUDY = Study(name="tidy_one", description="", space={"learning_rate": Float(1e-5, 1e-3, log=True)}, n_trials=6)
 
@@ -68,17 +67,11 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call(runs: Path) -> Call:
     def call(*arguments: object, study: str = "tidy-one") -> tuple[int, str, str]:
-        command = ["clean", "--study", study, "--runs-dir", str(runs), *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", command)
-        code = 0
-        try:
-            cli.run(clean.app)
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        written = capsys.readouterr()
-        return code, written.out, written.err
+        command = ["--study", study, "--runs-dir", str(runs), *map(str, arguments)]
+        done = called.call(clean.app, command)
+        return done.code, done.out, done.err
 
     return call
 

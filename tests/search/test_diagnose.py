@@ -13,7 +13,7 @@ import pytest
 
 from search.diagnose import app
 from search.diagnosis import IDS
-from tests.bad_input.harness import call
+from tests.support.called import call
 
 RECORDED = Path(__file__).parents[1] / "data" / "recorded-runs.json"
 

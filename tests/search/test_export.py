@@ -18,10 +18,9 @@ import yaml
 from search import export
 from search.report.card import command
 from search.storage import lifecycle
-from tests.support import small_study
+from tests.support import called, small_study
 from trainer import caption
 from trainer.captions.adapter import load
-from trainer.common import cli
 from trainer.data import dataset
 from trainer.data.images import open_image
 
@@ -39,17 +38,11 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(small: small_study.Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call(small: small_study.Small) -> Call:
     def call(*arguments: object, app: Callable[[], object] = export.app) -> tuple[int, str, str]:
         study = ("--study", small_study.NAME, "--runs-dir", small.runs) if app is export.app else ()
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, (*study, *arguments))])
-        code = 0
-        try:
-            cli.run(app)
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        written = capsys.readouterr()
-        return code, written.out, written.err
+        done = called.call(app, [*map(str, (*study, *arguments))])
+        return done.code, done.out, done.err
 
     return call
 

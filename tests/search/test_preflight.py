@@ -57,6 +57,7 @@ def test_every_choice_of_a_model_and_device_is_looked_at(tmp_path: Path, monkeyp
     assert preflight.check(study(device=Choice(("cpu", "cuda:1"))), None).examined.rows  # on Ray, nodes have their own
 
 
+@pytest.mark.usefixtures("near")
 def test_models_whose_losses_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     """A loss is a mean over tokens: other tokens, another loss. The same tokens are fine."""
     same, other = checkpoints.write(tmp_path / "same"), checkpoints.write(tmp_path / "other")
@@ -104,7 +105,7 @@ def test_nothing_is_created(tmp_path: Path) -> None:
     model = checkpoints.write(tmp_path / "model")
     shutil.rmtree(model / "qformer_tokenizer")
     wrong = command(tmp_path / "runs", "--set", f"model={model}")
-    done = run(wrong)
+    done = run(wrong, fresh=True)
     assert done.returncode == 2 and "no tokenizer for the Q-Former" in done.stderr
     with harness.no_workers():
         harness.search([*wrong[3:], "--dry-run", "--no-measure"]).check_refused("no tokenizer for the Q-Former")

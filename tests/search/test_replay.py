@@ -22,7 +22,7 @@ from search.storage.database import close_storage, open_storage
 from search.storage.studies import find_study
 from search.tracking.client import open_tracking
 from search.tracking.tags import HIDDEN
-from tests.search.tracking.test_tracking import epoch, step
+from tests.search.tracking.recorded import epoch, step
 from tests.support.small_study import FLOAT16, GOOD, NAME, STALLS, WORSE, Small
 from trainer.config import TrainConfig
 

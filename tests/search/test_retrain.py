@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from search.reading import read_study
 from search.retrain import configuration
 from search.storage import lifecycle
 from search.study import Study
-from tests.support import small_study
+from tests.support import called, small_study
 from trainer import run as trainer_run
-from trainer.common import cli
 from trainer.config import TrainConfig, without_later
 from trainer.data import dataset
 
@@ -26,16 +24,10 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call() -> Call:
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
-        code = 0
-        try:
-            cli.run(trainer_run.app)
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        written = capsys.readouterr()
-        return code, written.out, written.err
+        done = called.call(trainer_run.app, [*map(str, arguments)])
+        return done.code, done.out, done.err
 
     return call
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from search.storage import lifecycle
 from search.tracking.outbox import Model
 from search.workers.protocol import Notice, TrialEnded
 from tests.support import candidate_trials as leaders
+from tests.support import template
 from tests.support.search_process import ROOT, environment
 
 QUICK = ("max_samples=24", "num_epochs=2", "warmup_steps=0")
@@ -30,15 +30,7 @@ def test_the_documents_example(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "example.py").write_text(code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "example.py"],
-        cwd=tmp_path,
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = template.run([sys.executable, "example.py"], timeout=240, cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     assert "0 3 trials in runs/from_python" in done.stdout
     adapter = Path(done.stdout.split("-> ")[-1].strip())
@@ -47,21 +39,29 @@ def test_the_documents_example(tmp_path: Path) -> None:
 
 
 def test_stopped_and_continued(tmp_path: Path) -> None:
-    options = SearchOptions(trials=2, slots=1, confirm=False, settings=QUICK, places=Places.of(tmp_path))
+    code = "import sys; from tests.search import test_session; test_session.stop_and_continue(sys.argv[1])"
+    done = template.run([sys.executable, "-c", code, str(tmp_path)], timeout=240, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr
+
+
+def stop_and_continue(runs: str) -> None:
+    """A program's two sessions, in a process that has made their workers' imports."""
+    options = SearchOptions(trials=2, slots=1, confirm=False, settings=QUICK, places=Places.of(Path(runs)))
     first = Session("rsicap_mini", options)
     first.start()
     for message in first.watch():
         if isinstance(message, TrialEnded):
             first.stop()
     stopped = first.result()
-    assert stopped.code == 130
-    assert any(trial.state == "COMPLETE" for trial in stopped.trials)
+    # Pytest does not rewrite these: they are in another process.
+    assert stopped.code == 130, stopped
+    assert any(trial.state == "COMPLETE" for trial in stopped.trials), stopped
 
     second = Session("rsicap_mini", options)
     second.start()
     messages = list(second.watch())
     result = second.result()
-    assert result.code == 0 and [trial.state for trial in result.trials] == ["COMPLETE"] * 2
+    assert result.code == 0 and [trial.state for trial in result.trials] == ["COMPLETE"] * 2, (result, messages)
     assert any(isinstance(message, Notice) and "done" in message.text for message in messages)
     assert result.adapter is not None and result.adapter.is_dir()
     assert list(second.watch()) == [], "a search that has ended has nothing more to say"

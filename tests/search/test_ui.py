@@ -24,7 +24,7 @@ from search.tracking import views
 from search.tracking.client import Tracking, open_tracking
 from search.tracking.mlflow_private import VIEW, VIEW_PARAMETER
 from search.ui import check
-from tests.search.tracking.test_tracking import whole_run
+from tests.search.tracking.recorded import whole_run
 from trainer.common.errors import UserError
 from trainer.config import TrainConfig
 

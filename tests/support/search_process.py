@@ -1,4 +1,7 @@
-"""Starting `python -m search.run` as users do, and waiting for what it prints."""
+"""Starting `python -m search.run`, and waiting for what it prints.
+
+Searches are forked from a process that has made the imports (`template`); those that are `fresh` start as users do.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.support import template
+from tests.support.template import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("max_samples=24", "num_epochs=2", "warmup_steps=0")
@@ -32,43 +38,54 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}
 
 
-def run(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run to the end."""
+def run(arguments: list[str], *, fresh: bool = False, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end."""
+    if not fresh:
+        return template.run(arguments, timeout, cwd=ROOT, env=environment())
     return subprocess.run(
-        arguments, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=240, check=False, **options
+        arguments, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=timeout, check=False
     )
 
 
 def workers_of(supervisor: int) -> list[psutil.Process]:
     """The worker processes of a supervisor's: forked from the process that makes their imports."""
     found = []
-    with suppress(psutil.NoSuchProcess):
-        for below in psutil.Process(supervisor).children(recursive=True):
+    with suppress(psutil.NoSuchProcess, LookupError):
+        for below in importer_of(supervisor).children():
             with suppress(psutil.NoSuchProcess):
-                forked = below.ppid() != supervisor and "forkserver" in " ".join(below.cmdline())
-                if forked and below.is_running() and below.status() != psutil.STATUS_ZOMBIE:
+                if below.is_running() and below.status() != psutil.STATUS_ZOMBIE:
                     found.append(below)
     return found
 
 
 def importer_of(supervisor: int) -> psutil.Process:
-    """The process that workers are forked from."""
-    (found,) = (p for p in psutil.Process(supervisor).children() if "forkserver" in " ".join(p.cmdline()))
-    return found
+    """The process that workers are forked from.
+
+    Raises:
+        LookupError: there is none.
+    """
+    above = psutil.Process(supervisor)
+    forked = above.cmdline()
+    for below in above.children():
+        with suppress(psutil.NoSuchProcess):
+            if below.cmdline() == forked or "forkserver" in " ".join(below.cmdline()):
+                return below
+    raise LookupError(f"nothing to fork from below process {supervisor}")
 
 
 class Search:
     """A search in the background, in a process group of its own as a shell would give it."""
 
-    def __init__(self, arguments: list[str]) -> None:
-        self.process = subprocess.Popen(
-            arguments,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env={**environment(), "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
+    def __init__(self, arguments: list[str], *, fresh: bool = False) -> None:
+        options: dict[str, Any] = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "cwd": ROOT,
+            "env": {**environment(), "PYTHONUNBUFFERED": "1"},
+            "start_new_session": True,
+        }
+        self.process: Forked | subprocess.Popen[str] = (
+            subprocess.Popen(arguments, text=True, **options) if fresh else Forked(arguments, **options)
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

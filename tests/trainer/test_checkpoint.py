@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from tests.support import template
 from trainer import checkpoint
 from trainer.common.errors import CheckpointError
 from trainer.config import MACHINE_FIELDS, TrainConfig
@@ -172,8 +172,7 @@ def test_a_process_killed_between_write_and_rename(bench: Workbench, small: Smal
         f"{key}={','.join(value) if isinstance(value, tuple) else value}" for key, value in config.model_dump().items()
     ]
     command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), *settings]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    ended = template.run(command)
     assert ended.returncode == 9, ended.stderr
     names = kept(tmp_path / "killed")
     assert len(names) == 2

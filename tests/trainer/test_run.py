@@ -7,42 +7,26 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.support import called
+from tests.support.called import Outcome
 from trainer import run
-from trainer.common import cli
 
 EPOCH = r"Epoch {}: Train=\d+\.\d{{4}}, Val=\d+\.\d{{4}}  \(rate \d\.\d\de-\d\d, gradient norm [\d.]+, \d+\.\d s\)"
 
 
-@dataclass
-class Ended:
-    """The results of a call of the command."""
-
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Ended]
+Call = Callable[..., Outcome]
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """`call(*arguments, out=folder)`: the command within this process, which has the libraries loaded."""
+def call() -> Call:
+    """`call(*arguments, out=folder)`: the command within this process."""
 
-    def call(*arguments: str, out: Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["trainer.run", *arguments, "--out", str(out)])
-        code = 0
-        try:
-            cli.run(run.app)
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        written = capsys.readouterr()
-        return Ended(code, written.out, written.err)
+    def call(*arguments: str, out: Path) -> Outcome:
+        return called.call(run.app, [*arguments, "--out", str(out)])
 
     return call
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -29,8 +28,8 @@ from search.sampling import params
 from search.storage import lifecycle
 from search.storage.database import close_storage, open_storage
 from search.tracking.pages import pages_of, run_page
-from tests.search.tracking.test_tracking import BAD, epoch, started, step
-from tests.support import report_data
+from tests.search.tracking.recorded import BAD, epoch, started, step
+from tests.support import report_data, template
 from trainer.config import TrainConfig
 from trainer.events import Diverged, Event
 
@@ -267,4 +266,5 @@ def test_workers_do_without_scikit_learn() -> None:
         "assert not {'sklearn', 'scipy.stats'} & set(sys.modules); "
         "import sklearn.ensemble; assert 'search.dashboards.notes' in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    done = template.run([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr

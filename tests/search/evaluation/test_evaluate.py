@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,8 @@ from search.places import Places
 from search.tracking.delivery import Delivery
 from search.tracking.runs import StudyRuns
 from search.verdict.race import Verdict
+from tests.support import called, small_study
 from tests.support import candidate_trials as leaders
-from tests.support import small_study
-from trainer.common import cli
 from trainer.common.errors import DataError
 from trainer.config import TrainConfig
 from trainer.data import dataset
@@ -40,17 +38,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Pat
 
 
 @pytest.fixture
-def call(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call(runs: Path) -> Call:
     def call(*arguments: object) -> tuple[int, str, str]:
-        command = ["evaluate", "--study", small_study.NAME, "--runs-dir", runs, "--max-new-tokens", 4, *arguments]
-        monkeypatch.setattr(sys, "argv", [str(each) for each in command])
-        code = 0
-        try:
-            cli.run(evaluate.app)
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        written = capsys.readouterr()
-        return code, written.out, written.err
+        command = ["--study", small_study.NAME, "--runs-dir", runs, "--max-new-tokens", 4, *arguments]
+        done = called.call(evaluate.app, [str(each) for each in command])
+        return done.code, done.out, done.err
 
     return call
 

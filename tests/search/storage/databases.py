@@ -10,7 +10,7 @@ from search.storage.database import close_storage, open_storage
 from search.storage.studies import open_study
 from search.study import Fixed, Study
 
-SPAWN = multiprocessing.get_context("spawn")
+FORKS = multiprocessing.get_context("forkserver")
 SPACE = {
     "learning_rate": Float(5e-6, 1e-3, log=True),
     "lora_r": Int(4, 32, log=True),
@@ -75,9 +75,10 @@ def suggest_all(trial):
 
 
 def in_processes(target, count, *args):
-    """What `count` processes put into a queue, started together."""
-    barrier, results = SPAWN.Barrier(count), SPAWN.Queue()
-    processes = [SPAWN.Process(target=target, args=(*args, barrier, results)) for _ in range(count)]
+    """What `count` processes put into a queue, started together; forked from one that has made the imports."""
+    FORKS.set_forkserver_preload([target.__module__])
+    barrier, results = FORKS.Barrier(count), FORKS.Queue()
+    processes = [FORKS.Process(target=target, args=(*args, barrier, results)) for _ in range(count)]
     for process in processes:
         process.start()
     found = [results.get(timeout=200) for _ in processes]

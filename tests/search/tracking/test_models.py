@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from search.tracking.delivery import Delivery
 from search.tracking.outbox import DataUsed, Model, Point
 from search.tracking.recorder import RunRecorder
 from search.tracking.runs import StudyRuns
-from tests.search.tracking.test_tracking import started
+from tests.search.tracking.recorded import started
+from tests.support import template
 from trainer.config import TrainConfig
 
 LOAD = """
@@ -85,7 +85,7 @@ def test_the_best_adapter_is_loadable_from_the_registry(
     assert logged.params == {"lora_r": "8"}
     # By the lines of the documentation.
     command = [sys.executable, "-c", LOAD, places.tracking_uri]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = template.run(command)
     assert done.returncode == 0, done.stderr
     assert {file.name for file in Path(done.stdout.strip()).iterdir()} >= {f.name for f in adapter.iterdir()}
 

@@ -81,13 +81,7 @@ def test_a_trial_that_paused_reaches_what_one_that_did_not_reaches(
         assert trial.value == by_params[tuple(sorted(trial.params.items()))]
 
 
-def test_the_same_seed_gives_the_same_study(rungs: None, search: Search) -> None:
-    one, _ = search(trials=4, slots=1, num_epochs=3, where="one")
-    other, _ = search(trials=4, slots=1, num_epochs=3, where="other")
-    assert losses(one) == losses(other)
-
-
-def test_interrupted_between_pauses_it_ends_as_if_undisturbed(
+def test_the_same_seed_gives_the_same_study_interrupted_between_pauses_or_not(
     rungs: None, search: Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = search(trials=4, slots=1, num_epochs=3, where="whole")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support import adapters, checkpoints
+from tests.support import adapters, called, checkpoints
 from trainer import caption
 from trainer.captions.adapter import use_of
-from trainer.common import cli
 from trainer.common.errors import CheckpointError
 from trainer.data import dataset
 from trainer.mini import CHECKPOINT
@@ -31,18 +29,12 @@ Call = Callable[..., tuple[int, list[str], str]]
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call() -> Call:
     """`call(*arguments)`: (exit code, lines of standard output, standard error)."""
 
     def call(*arguments: object) -> tuple[int, list[str], str]:
-        monkeypatch.setattr(sys, "argv", ["caption", *map(str, arguments)])
-        code = 0
-        try:
-            cli.run(caption.app)
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        written = capsys.readouterr()
-        return code, written.out.splitlines(), written.err
+        done = called.call(caption.app, [*map(str, arguments)])
+        return done.code, done.out.splitlines(), done.err
 
     return call
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.bad_input.harness import Outcome, call
+from tests.support.called import Outcome, call
 from tests.trainer.data.test_duplicates import scene
 from trainer.data import check, dataset
 

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.template import Forked
 from trainer.common.errors import DataError
 from trainer.data import feature_store, features
 from trainer.data.batches import Pixels
@@ -384,9 +384,9 @@ print(found.computed, found.reused, float(found.take(torch.arange(len(paths))).d
 """
 
 
-def start(checkpoint: Path, store: Path, images: list[Path], marks: Path, slow: float) -> subprocess.Popen[str]:
+def start(checkpoint: Path, store: Path, images: list[Path], marks: Path, slow: float) -> Forked:
     arguments = [str(checkpoint), str(store), str(images[0].parent), str(marks), str(slow)]
-    return subprocess.Popen([sys.executable, "-c", PROCESS, *arguments], stdout=subprocess.PIPE, text=True)
+    return Forked([sys.executable, "-c", PROCESS, *arguments], stdout=subprocess.PIPE)
 
 
 def test_of_several_processes_one_computes(tiny_checkpoint: Path, tmp_path: Path, images: list[Path]) -> None:
@@ -410,8 +410,8 @@ def test_a_killed_process_leaves_nothing_that_counts(
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.communicate(60)
     assert list(tmp_path.glob("store/*/writing-*.bin")), "killed in the middle"
     found = opened(images)
     assert found.computed == len(images)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from tests.support.template import Forked
 from trainer.common.errors import UserError
 from trainer.config import TrainConfig
 from trainer.data import batches as data
@@ -44,7 +45,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_nothing_of_a_killed_process_is_left(method: str, tmp_path: Path) -> None:
     (tmp_path / "loads.py").write_text(LOADS)
-    process = subprocess.Popen([sys.executable, str(tmp_path / "loads.py"), method], stdout=subprocess.PIPE, text=True)
+    process = Forked([sys.executable, str(tmp_path / "loads.py"), method], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == "loading\n"
     family = psutil.Process(process.pid).children(recursive=True)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
 
+from tests.support import template
 from trainer import mini
 from trainer.mini import scenes
 from trainer.mini.captions import SLOTS, Voice, caption
@@ -250,7 +251,8 @@ def test_a_small_recipe_runs_and_repeats_itself(tmp_path: Path) -> None:
 
 def test_help_measures_nothing() -> None:
     command = [sys.executable, "-m", "trainer.mini.behaviour", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = template.run(command)
+    assert done.returncode == 0
     assert "behaves like the real one" in done.stdout and "## " not in done.stdout
 
 
@@ -259,5 +261,5 @@ def test_nothing_that_trains_imports_the_recipe() -> None:
         "import sys; from trainer.preload import import_libraries; import_libraries(); import trainer.run; "
         "print([name for name in sys.modules if name.startswith(('trainer.mini.recipe', 'trainer.mini.behaviour'))])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = template.run([sys.executable, "-c", script])
+    assert done.stdout.strip() == "[]", done.stderr
