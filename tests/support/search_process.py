@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -61,15 +62,19 @@ class Search:
     """A search in the background, in a process group of its own as a shell would give it."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self.process = subprocess.Popen(
-            arguments,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env={**environment(), "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would ignore it, as it then should
+        try:
+            self.process = subprocess.Popen(
+                arguments,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=ROOT,
+                env={**environment(), "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
