@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 600.0
+"""Longer than anything takes where twenty jobs share two cores: only what hangs comes to it."""
 QUICK = ("max_samples=24", "num_epochs=2", "warmup_steps=0")
 
 
@@ -36,7 +38,14 @@ def environment() -> dict[str, str]:
 def run(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """Run to the end."""
     return subprocess.run(
-        arguments, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=240, check=False, **options
+        arguments,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        timeout=PATIENCE_S,
+        check=False,
+        **options,
     )
 
 
@@ -84,7 +93,7 @@ class Search:
         for line in self.process.stdout:
             self.lines.append(line.rstrip("\n"))
 
-    def wait_for(self, text: str, timeout_s: float = 120) -> str:
+    def wait_for(self, text: str, timeout_s: float = PATIENCE_S) -> str:
         """The first line that holds the text."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -96,7 +105,7 @@ class Search:
             time.sleep(0.05)
         raise AssertionError(f"no line with {text!r} in:\n" + "\n".join(self.lines))
 
-    def end(self, timeout_s: float = 120) -> int:
+    def end(self, timeout_s: float = PATIENCE_S) -> int:
         """Wait for its exit code."""
         code = self.process.wait(timeout_s)
         self._reader.join(timeout=10)
