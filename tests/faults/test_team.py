@@ -130,7 +130,7 @@ def test_two_containers_of_one_host_name_leave_each_others_trials_alone(
 ) -> None:
     """Neither sees the other's processes, whose host is called as its own: heartbeats decide."""
     place = Place(tmp_path / "runs")
-    command = place.command(write_study(tmp_path, tiny_checkpoint, trials=4, num_epochs=EPOCHS))
+    command = place.command(write_study(tmp_path, tiny_checkpoint, trials=4, num_epochs=40))
     first = start([*IN_A_CONTAINER, *command])
     first.wait_for("trial 0: epoch 1:")
     second = start([*IN_A_CONTAINER, *command])
@@ -141,7 +141,7 @@ def test_two_containers_of_one_host_name_leave_each_others_trials_alone(
     assert [t.state for t in trials] == ["COMPLETE"] * 4
     workers = [t.attrs[records.WORKER] for t in trials]
     assert len({w["host"] for w in workers}) == 1 and len({w["pid_namespace"] for w in workers}) == 2
-    check_records(place, bench, num_trials=4, num_epochs=EPOCHS)
+    check_records(place, bench, num_trials=4, num_epochs=40)
 
 
 @pytest.mark.slow
