@@ -1,10 +1,13 @@
-# syntax=docker/dockerfile:1
+# syntax=docker/dockerfile:1@sha256:ecfaec9ed6d810b56388c508f4121597bfbba70d41a6dfeee4d8cad5f295fc32
 # One image for workers, MLflow and optuna-dashboard. Models and data are mounted, never inside.
 #   docker build -t lora-search:cpu .
 #   docker build -t lora-search:cuda --build-arg VARIANT=cuda .
-ARG PYTHON=3.11
+# A digest names the index of an image for all platforms; the tag before it only tells people which version that is.
+# SECURITY.md says where the digests come from. To renew one, write down what this prints as "Digest", with its tag:
+#   docker buildx imagetools inspect python:3.11-slim-bookworm
+ARG PYTHON=python:3.11.17-slim-bookworm@sha256:0a310eeecf4e1f5a0743f9a6520c90c88d089c903ca5fd283f501e3a805f5f89
 
-FROM python:${PYTHON}-slim-bookworm AS build
+FROM ${PYTHON} AS build
 ARG VARIANT=cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
@@ -25,7 +28,7 @@ COPY trainer trainer
 COPY studies studies
 RUN pip install --constraint constraints.txt '.[server]' && pip check
 
-FROM python:${PYTHON}-slim-bookworm
+FROM ${PYTHON}
 ARG VARIANT=cpu
 LABEL org.opencontainers.image.title="lora-search" \
       org.opencontainers.image.licenses="Apache-2.0" \

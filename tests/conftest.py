@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,16 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_SEARCH_CACHE", str(once.folder(tmp_path_factory) / "cache"))
         yield
+
+
+@pytest.fixture(scope="session")
+def open_folder() -> Iterator[Callable[[], Path]]:
+    """Makes folders that other users may enter: PostgreSQL that root starts runs as one.
+
+    Not below pytest's own folder, which each pytest that starts on the machine closes to all others.
+    """
+    with tempfile.TemporaryDirectory(prefix="servers-", ignore_cleanup_errors=True) as name:
+        yield lambda: Path(tempfile.mkdtemp(dir=name))
 
 
 @pytest.fixture(scope="session")

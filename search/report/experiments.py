@@ -25,13 +25,15 @@ def experiments_of(trials: Sequence[TrialRecord], noise: Noise) -> tuple[Experim
     varied = _varied(trials)
     judged = findings(trials, noise)
     found: list[Experiment] = []
+    met = told.Before()
     for trial in sorted(trials, key=lambda t: t.number):
         before = by_number.get(trial.attrs.get(records.RESUMES, -1))
         bare = _experiment(trial, judged[trial.number], before, resumed.get(trial.number), noise)
-        against = told.reference(bare, found)
+        against = met.reference(bare)
         lines = _config_lines(trial, against.trial if against else None, varied, bare.findings)
         compared = replace(bare, lines=lines, against=against)
-        found.append(replace(compared, learnt=told.learnt(compared, found, noise)))
+        found.append(replace(compared, learnt=told.learnt(compared, met, noise)))
+        met.add(found[-1])
     return tuple(found)
 
 

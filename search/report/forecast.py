@@ -74,9 +74,9 @@ def outcome(
     outlook = Outlook(tuple(known[number] for number in sorted(known)), Prior())
     trial, epoch = outlook.named()
     done = [e for e in fitting if e.number in known and e.judged and len(e.rows) >= e.planned_epochs > 0]
-    longer = tuple(_forecast(outlook, known[e.number], math.ceil(LONGER * len(e.rows))) for e in done)
+    longer = _forecasts(outlook, [(known[e.number], math.ceil(LONGER * len(e.rows))) for e in done])
     cut = [e for e in fitting if e.number in known and e.record.reason in COMPARED and e.planned_epochs > len(e.rows)]
-    stopped = tuple(_forecast(outlook, known[e.number], e.planned_epochs) for e in cut)
+    stopped = _forecasts(outlook, [(known[e.number], e.planned_epochs) for e in cut])
     late = {e.number for e in done if (e.record.best_epoch or 0) > LATE * len(e.rows)}
     falling = tuple(f.trial for f in longer if f.trial in late and f.now / f.loss - 1 > noise.deviation)
     return Outcome(lowest=(trial, epoch, outlook.lowest_loss), longer=longer, stopped=stopped, falling=falling)
@@ -100,8 +100,16 @@ def _known(coordinates: Coordinates, e: Experiment) -> Known | None:
 _DEFAULTS = TrainConfig().model_dump(mode="json")
 
 
-def _forecast(outlook: Outlook, trial: Known, then: int) -> Forecast:
-    mean, sd = outlook.at(trial, [len(trial.losses), then])
-    half = 1.2816 * sd[1]
+def _forecasts(outlook: Outlook, asked: Sequence[tuple[Known, int]]) -> tuple[Forecast, ...]:
+    """What each trial is expected to reach at an epoch."""
+    found = outlook.at([trial for trial, _ in asked], [(len(trial.losses), then) for trial, then in asked])
+    means, deviations = (each.reshape(-1, 2).tolist() for each in found)
+    return tuple(
+        _forecast(outlook, trial, then, mean, 1.2816 * deviation[1])
+        for (trial, then), mean, deviation in zip(asked, means, deviations, strict=True)
+    )
+
+
+def _forecast(outlook: Outlook, trial: Known, then: int, mean: Sequence[float], half: float) -> Forecast:
     level, loss, low, high = (outlook.curves.loss(v) for v in (mean[0], mean[1], mean[1] - half, mean[1] + half))
     return Forecast(trial=trial.number, epoch=then, now=level, loss=loss, low=low, high=high)

@@ -36,8 +36,8 @@ ALIKE = 2.0
 def findings(trials: Sequence[TrialRecord], noise: Noise) -> dict[int, tuple[Finding, ...]]:
     """The findings of each trial by number; none for one that has not ended, or failed."""
     alone = {trial.number: _alone(trial, noise) for trial in trials}
-    runs = [run for trial in trials if (run := _Run.of(trial)) is not None]
-    by_number = {run.number: run for run in runs}
+    runs = _Runs([run for trial in trials if (run := _Run.of(trial)) is not None])
+    by_number = {run.number: run for run in runs.all}
     return {
         number: tuple(_explained(finding, found, by_number.get(number), runs, noise) for finding in found)
         for number, found in alone.items()
@@ -101,32 +101,47 @@ class _Run:
         return min((loss for at, loss in self.losses if at <= epoch), default=None)
 
 
-def _explained(
-    finding: Finding, all_of_it: Sequence[Finding], own: _Run | None, runs: Sequence[_Run], noise: Noise
-) -> Finding:
+class _Runs:
+    """The runs of a study; how low each had come by an epoch is worked out once, not for each run that asks."""
+
+    def __init__(self, runs: Sequence[_Run]) -> None:
+        self.all = runs
+        self._by: dict[tuple[tuple[Any, ...], int], list[tuple[_Run, float]]] = {}
+
+    def by(self, samples: tuple[Any, ...], epoch: int) -> list[tuple[_Run, float]]:
+        """Those on these samples that had a loss by an epoch, each with its lowest until then."""
+        if (samples, epoch) not in self._by:
+            self._by[samples, epoch] = [
+                (run, low) for run in self.all if run.samples == samples and (low := run.by(epoch)) is not None
+            ]
+        return self._by[samples, epoch]
+
+
+def _explained(finding: Finding, all_of_it: Sequence[Finding], own: _Run | None, runs: _Runs, noise: Noise) -> Finding:
     """A slow run's finding with the cause that the other trials show: too low an effective rate, or none."""
     slow = finding.id == ids.TOO_SLOW or (finding.id == ids.NOT_LEARNING and finding.kind != "high_rate")
     held_back = finding.cause == "long_warmup" or any(f.id == ids.WARMUP_EXCEEDS_TRAINING for f in all_of_it)
     if not slow or held_back or own is None:
         return finding
     epoch, mine = own.losses[-1][0], min(loss for _, loss in own.losses)
-    others = [r for r in runs if r.number != own.number and r.samples == own.samples and r.by(epoch) is not None]
-    lowest = min((r.by(epoch) or 0.0 for r in others), default=mine)
+    every = runs.by(own.samples, epoch)
+    others = [(r, low) for r, low in every if r.number != own.number]
+    lowest = min((low for _, low in others), default=mine)
     near = own.rate + math.log10(ALIKE)
-    if any(r.rate <= near and relative(r.by(epoch) or 0.0, lowest) <= noise.difference for r in [*others, own]):
+    if any(r.rate <= near and relative(low, lowest) <= noise.difference for r, low in every):
         known = finding.cause == "straight" and len(others) >= WITNESSES
         return _to_train_longer(finding, epoch) if known else finding
-    higher = [r for r in others if r.rate >= own.rate + math.log10(TIMES_HIGHER)]
-    shown = [r for r in higher if relative(mine, r.by(epoch) or 0.0) > noise.difference]
+    higher = [(r, low) for r, low in others if r.rate >= own.rate + math.log10(TIMES_HIGHER)]
+    shown = [(r, low) for r, low in higher if relative(mine, low) > noise.difference]
     line = finding.cause == "straight"
     if len(shown) < WITNESSES:
         # A line by itself might be a rate that is too low; trials at higher rates that came no lower say it is not.
         return _to_train_longer(finding, epoch) if line and len(higher) >= WITNESSES else finding
-    best = min(shown, key=lambda r: (r.by(epoch) or 0.0, r.number))
+    best, _ = min(shown, key=lambda each: (each[1], each[0].number))
     evidence: dict[str, Scalar] = {
-        "witnesses": ", ".join(str(r.number) for r in shown[:5]) + (", …" if len(shown) > 5 else ""),
-        "rate_times": 10 ** (min(r.rate for r in shown) - own.rate),
-        "lower_by": min(relative(mine, r.by(epoch) or 0.0) for r in shown),
+        "witnesses": ", ".join(str(r.number) for r, _ in shown[:5]) + (", …" if len(shown) > 5 else ""),
+        "rate_times": 10 ** (min(r.rate for r, _ in shown) - own.rate),
+        "lower_by": min(relative(mine, low) for _, low in shown),
     }
     after = float(f"{own.learning_rate * 10 ** (best.rate - own.rate):.2g}")
     advice = Advice(action="raise", parameter="learning_rate", before=own.learning_rate, after=after)

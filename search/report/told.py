@@ -6,7 +6,6 @@ and each is told against the best of those that the reader has met.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from search import records
@@ -26,16 +25,40 @@ PACE_FIELDS = ("batch_size", "max_samples", "num_workers", "lora_r", "gradient_a
 """Fields that an epoch's time may depend on."""
 
 
-def reference(trial: Experiment, before: Sequence[Experiment]) -> Against | None:
-    """What a trial is told against: see `Against`; None for the first."""
-    known = [e for e in before if e.record.config]
-    complete = [e for e in known if e.record.state == "COMPLETE" and e.value is not None]
-    same = [e for e in complete if e.samples == trial.samples]
-    if same:
-        return Against(trial=min(same, key=by_loss), kind="best")
-    if complete:
-        return Against(trial=min(complete, key=lambda e: (_distance(e, trial), -e.number)), kind="elsewhere")
-    return Against(trial=known[-1], kind="previous") if known else None
+class Before:
+    """The trials told so far, by what is asked of them: a trial that is told late costs no more than an early one.
+
+    Of 2,000 trials, looking through all that came before took four fifths of the time in which a study was closed.
+    """
+
+    def __init__(self) -> None:
+        self._last: Experiment | None = None
+        self._complete: list[Experiment] = []
+        self._best: dict[tuple[Any, ...], Experiment] = {}
+        self._warned: dict[Any, Experiment] = {}
+
+    def add(self, e: Experiment) -> None:
+        """The next one, told."""
+        if e.record.config:
+            self._last = e
+            if e.record.state == "COMPLETE" and e.value is not None:
+                self._complete.append(e)
+                self._best[e.samples] = min(self._best.get(e.samples, e), e, key=by_loss)
+        if e.main_finding is not None and e.main_finding.severity != "info":
+            self._warned[e.samples[0]] = e
+
+    def reference(self, trial: Experiment) -> Against | None:
+        """What a trial is told against: see `Against`; None for the first."""
+        if trial.samples in self._best:
+            return Against(trial=self._best[trial.samples], kind="best")
+        if self._complete:
+            alike = min(self._complete, key=lambda e: (_distance(e, trial), -e.number))
+            return Against(trial=alike, kind="elsewhere")
+        return Against(trial=self._last, kind="previous") if self._last else None
+
+    def warned(self, trial: Experiment) -> Experiment | None:
+        """The latest one on the same data that went wrong."""
+        return self._warned.get(trial.samples[0])
 
 
 def _distance(a: Experiment, b: Experiment) -> int:
@@ -44,7 +67,7 @@ def _distance(a: Experiment, b: Experiment) -> int:
     return sum(value != other.get(name) for name, value in mine.items() if name not in MACHINE_FIELDS)
 
 
-def learnt(e: Experiment, before: Sequence[Experiment], noise: Noise) -> tuple[Learnt, ...]:
+def learnt(e: Experiment, before: Before, noise: Noise) -> tuple[Learnt, ...]:
     """What a trial taught, in the order of telling: what was changed, what that did, what follows.
 
     Args:
@@ -120,20 +143,18 @@ def _when_stopped(e: Experiment, other: Experiment, noise: Noise) -> Learnt:
     )
 
 
-def _remedy(e: Experiment, before: Sequence[Experiment]) -> Learnt | None:
+def _remedy(e: Experiment, before: Before) -> Learnt | None:
     """Whether it did what the trial before it that went wrong had been advised, and whether that helped."""
-    for earlier in reversed(before):
-        main = earlier.main_finding
-        if main is None or main.severity == "info" or not e.findings or earlier.samples[0] != e.samples[0]:
-            continue
-        # The latest warning is the one that a reader has in mind, and its first advice the one that counts.
-        advice = next(iter(main.advice), None)
-        now = e.record.config.get(advice.parameter) if advice is not None else None
-        if advice is None or not _followed(advice, now):
-            return None
-        kind = "remedy_failed" if e.has(main.id) else "remedy_worked"
-        return _item(kind, reference=earlier.number, finding=main.id, advice=advice, now=now)
-    return None
+    earlier = before.warned(e)  # the latest warning is the one that a reader has in mind
+    if earlier is None or earlier.main_finding is None or not e.findings:
+        return None
+    main = earlier.main_finding
+    advice = next(iter(main.advice), None)  # and its first advice the one that counts
+    now = e.record.config.get(advice.parameter) if advice is not None else None
+    if advice is None or not _followed(advice, now):
+        return None
+    kind = "remedy_failed" if e.has(main.id) else "remedy_worked"
+    return _item(kind, reference=earlier.number, finding=main.id, advice=advice, now=now)
 
 
 def _followed(advice: Advice, now: Any) -> bool:

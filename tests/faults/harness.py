@@ -138,11 +138,11 @@ def storm(start: Callable[[], Search], kills: Sequence[str], rng: random.Random,
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
         done[what] += 1
-    if search.process.poll() is None and search.process.wait(240) == 0:
+    if search.process.poll() is None and search.process.wait(search_process.PATIENCE_S) == 0:
         return done
     search.kill()
     last = start()
-    assert last.end(240) == 0, last.output()
+    assert last.end() == 0, last.output()
     return done
 
 

@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from tests.support.search_process import PATIENCE_S
+
 
 def free_port() -> int:
     """A port that nobody listens at."""
@@ -46,7 +48,7 @@ class MlflowServer:
             self._process = subprocess.Popen(
                 arguments, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "DO_NOT_TRACK": "true"}
             )
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=1):

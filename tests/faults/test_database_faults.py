@@ -40,8 +40,8 @@ EPOCHS = 3
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    server = Postgres(tmp_path_factory.mktemp("pg"))
+def postgres(open_folder: Callable[[], Path]) -> Iterator[Postgres]:
+    server = Postgres(open_folder())
     yield server
     server.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ SETTINGS = ("max_samples=24", "num_epochs=4", "warmup_steps=0", "batch_size=2")
 
 
 @pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    server = Postgres(tmp_path_factory.mktemp("pg"))
+def postgres(open_folder: Callable[[], Path]) -> Iterator[Postgres]:
+    server = Postgres(open_folder())
     yield server
     server.close()
 
@@ -64,7 +64,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[str, dict[
     runs = tmp_path_factory.mktemp("calm")
     url = f"sqlite:///{runs / 'optuna.db'}"
     running = Search(command(runs, "--trials", "4", "--slots", "1", settings=SETTINGS))
-    code = running.end(240)
+    code = running.end()
     running.kill()  # closes its pipe
     assert code == 0
     return curves(url)
@@ -86,7 +86,7 @@ def test_postgresql_restarted(postgres: Postgres, search: Any, calm: Any, tmp_pa
     postgres.start()
     running.wait_for("trial 2: epoch 1")
     postgres.cut()
-    assert running.end(240) == 0
+    assert running.end() == 0
     assert "answers again" in running.output() and "FAIL" not in running.output()
     assert curves(url) == calm
 
@@ -99,11 +99,11 @@ def test_postgresql_away_for_long(
     running = search(tmp_path, url)
     running.wait_for("trial 1: epoch 1")
     postgres.stop()
-    assert running.end(120) == 75
+    assert running.end() == 75
     assert "same command" in running.output() and "Traceback" not in running.output()
     postgres.start()
     again = search(tmp_path, url)
-    assert again.end(240) == 0
+    assert again.end() == 0
     check_resumed(curves(url), calm)
 
 
@@ -116,10 +116,10 @@ def test_sqlite_locked_by_another_process(
     running.wait_for("trial 1: epoch 1")
     other = sqlite3.connect(tmp_path / "optuna.db", isolation_level=None, timeout=30)
     other.execute("BEGIN IMMEDIATE")
-    assert running.end(180) == 75
+    assert running.end() == 75
     assert "locked" in running.output() and "Traceback" not in running.output()
     other.execute("ROLLBACK")
     other.close()
     again = search(tmp_path, url)
-    assert again.end(240) == 0
+    assert again.end() == 0
     check_resumed(curves(url), calm)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from search import records
 from tests.faults.harness import Place, check_records, storm, write_study
 from tests.support.search_process import Search
 
 Start = Callable[[list[str]], Search]
+EPOCH = re.compile(r"\bepoch \d+:")
 
 
 @pytest.mark.slow
@@ -51,6 +55,55 @@ def test_preemption_within_the_first_epoch_again_and_again(
     assert last.end() == 0, last.output()
     assert len(place.trials) == 2 + 4
     check_records(place, bench, num_trials=2, num_epochs=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_preempted_every_two_epochs_a_study_has_what_the_undisturbed_one_has(
+    tiny_checkpoint: Path, tmp_path: Path, start: Start, bench: Any
+) -> None:
+    """kill -9 of supervisor, fork server and workers at once; time is scaled down, the same command each time."""
+    rng, trials, num_epochs = random.Random(0), 3, 6
+    file = write_study(tmp_path, tiny_checkpoint, trials=trials, batch_size=1, num_epochs=num_epochs)
+    alone = Place(tmp_path / "alone")
+    undisturbed = start(alone.command(file))
+    assert undisturbed.end() == 0, undisturbed.output()
+    place, kills = Place(tmp_path / "runs"), 0
+    while True:
+        search = start(place.command(file))
+        while search.process.poll() is None and sum(EPOCH.search(line) is not None for line in search.lines) < 2:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))  # somewhere within the third epoch
+        if search.process.poll() is not None:
+            assert search.process.returncode == 0, search.output()
+            break
+        os.killpg(search.process.pid, signal.SIGKILL)
+        search.kill()
+        kills += 1
+    assert kills >= trials * num_epochs // 3 - 1, f"killed {kills} times only: that shows little"
+    assert [t.attrs.get(records.ATTEMPT, 0) for t in place.trials] == [0] * len(place.trials), "an attempt was used"
+    assert outcomes(place) == outcomes(alone)
+    check_records(place, bench, num_trials=trials, num_epochs=num_epochs)
+
+
+def outcomes(place: Place) -> list[tuple[Any, ...]]:
+    """What the trials of a study came to, in order of their first beginning, whoever ended them."""
+    trials, reports, found = place.trials, place.reports, {}
+    resumed = {t.attrs[records.RESUMES] for t in trials if records.RESUMES in t.attrs}
+    for trial in trials:
+        if trial.number not in resumed:
+            first = trial
+            while records.RESUMES in first.attrs:
+                first = trials[first.attrs[records.RESUMES]]
+            losses = tuple(reports[trial.number].values())
+            found[first.number] = (
+                trial.state,
+                trial.params,
+                trial.best_epoch,
+                losses,
+                trial.attrs[records.TRAIN_LOSSES],
+            )
+    return [found[number] for number in sorted(found)]
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def alive(process: psutil.Process) -> bool:
 def test_loaders_of_a_killed_worker_end(tmp_path: Path, start: Callable[[list[str]], Search]) -> None:
     fixed = ("--trials", "1", "--slots", "1", "--workers", "1")
     search = start(command(tmp_path / "runs", *fixed, settings=SETTINGS))
-    search.wait_for("epoch 1:", 400)
+    search.wait_for("epoch 1:")
     worker = workers_of(search.process.pid)[0]
     loaders = worker.children(recursive=True)
     assert len(loaders) >= 4, "two to train and two to validate"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import sqlite3
 import time
@@ -30,8 +29,12 @@ SAME = {"pid", "process_started", "record_id", "mlflow.parentRunId", "resumed_fr
 """Tags that differ between two recordings of the same."""
 
 
+class Killed(BaseException):
+    """The process gets no further."""
+
+
 class Flaky:
-    """MLflow's client, of which calls fail when told to: before they are made, or after."""
+    """MLflow's client, of which calls fail, or kill their process, when told to: before they are made, or after."""
 
     def __init__(self, client: MlflowClient, fail: Callable[[], str]) -> None:
         self._client, self._fail = client, fail
@@ -43,7 +46,9 @@ class Flaky:
         def call(*arguments: Any, **options: Any) -> Any:
             self.calls += 1
             how = self._fail()
-            result = None if how == "before" else method(*arguments, **options)
+            result = None if how.endswith("before") else method(*arguments, **options)
+            if how.startswith("killed"):
+                raise Killed
             if how in ("before", "after"):
                 self.failures += 1
                 raise MlflowException("the server is away", error_code=TEMPORARILY_UNAVAILABLE)
@@ -91,16 +96,24 @@ def place(tmp_path: Path, empty: Path) -> Place:
 
 
 def deliver(place: Place, rounds: int = 400) -> None:
-    """Deliver all, every tenth round by another process that begins again."""
+    """Deliver all, every tenth round by another process that begins again, as after one that was killed."""
+    begins = True
     for number in range(rounds):
-        if number % 10 == 0:
+        if begins:
             runs = place.runs()
             delivery = Delivery(runs.outbox, "demo", runs.connect)
-        with contextlib.suppress(StorageError):
+        begins = number % 10 == 9
+        try:
             delivery.once()
+        except StorageError:
+            pass
+        except Killed:
+            delivery.close()  # the kernel takes a lock back
+            begins = True
+            continue
         if not runs.outbox.runs():
             return
-        if number % 10 == 9:
+        if begins:
             delivery.close()
     raise AssertionError(f"still there: {place.runs().outbox.runs()}")
 
@@ -184,6 +197,26 @@ def test_calls_that_fail_at_random_before_or_after_they_are_made(
     place.fail = fail
     search(place.runs(), place.runs)
     deliver(place)
+    assert content(place.uri) == expected
+    assert not [*place.runs().outbox.folder.glob("*.rejected")]
+
+
+def test_processes_that_are_killed_while_they_deliver(place: Place, expected: dict[str, Any]) -> None:
+    """Before or after a call is made, between calls that fail: the next one goes on."""
+    place.fail = lambda: "before"
+    search(place.runs(), place.runs)
+    chance = random.Random(0)
+    kills = 0
+
+    def fail() -> str:
+        nonlocal kills
+        how = chance.choice(("killed before", "killed after", "before", "after", *[""] * 16))
+        kills += how.startswith("killed")
+        return how
+
+    place.fail = fail
+    deliver(place)
+    assert kills > 3
     assert content(place.uri) == expected
     assert not [*place.runs().outbox.folder.glob("*.rejected")]
 

