@@ -12,8 +12,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -24,6 +22,7 @@ from search import processes
 from search.errors import StudyError
 from search.workers.multiprocessing_private import end_fork_server
 from search.workers.start import environment, main
+from trainer.common import nvidia
 from trainer.common.imports import own_path
 
 log = logging.getLogger("search.workers.pool")
@@ -168,10 +167,5 @@ def gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-    query = shutil.which("nvidia-smi")
-    if query is None:
-        return []
-    found = subprocess.run(
-        [query, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.split() if found.returncode == 0 else []
+    # Not by their numbers: CUDA counts from the fastest, nvidia-smi along the bus.
+    return [gpu.uuid for gpu in nvidia.gpus()]
