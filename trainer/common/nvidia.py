@@ -74,7 +74,8 @@ def parse(text: str) -> list[Gpu]:
         cells = [cell.strip() for cell in line.split(",")]
         if len(cells) == len(FIELDS):
             index, name, driver, *numbers, uuid = cells
-            found.append(Gpu(index, name, driver, *map(_number, numbers), uuid=uuid))
+            total, used, busy, power, limit = map(_number, numbers)
+            found.append(Gpu(index, name, driver, total, used, busy, power, limit, uuid))
     return found
 
 
