@@ -35,6 +35,9 @@ from trainer.workbench import Workbench
 CUDA_WINDOW = 8
 """Rounds on a GPU after which losses and norms are fetched: each time, the host waits for the device."""
 
+STACKS = 4
+"""Stacks of adapters that are kept: of a pass of all runs, of its halves where memory is short, of evaluation."""
+
 SHARED = ("model", "torch_dtype", "base_dtype", "device", "device_map", "matmul_precision", "deterministic")
 """Fields that runs of a pack have in common, besides the form in which they see images."""
 
@@ -89,6 +92,7 @@ class Pack:
         """Rounds after which figures are fetched; None for what suits the device."""
         self._hooks: Hooks | None = None
         self._stack: Stack | None = None
+        self._stacks: dict[tuple[Adapter, ...], Stack] = {}
         self._pending: list[list[tuple[Member, Step]]] = []
         self._passing: Sequence[Member] = ()
 
@@ -100,6 +104,7 @@ class Pack:
         self._pending.clear()
         self._passing = ()
         self._stack = None
+        self._stacks.clear()
         if self._hooks is not None:
             self._hooks.remove()
 
@@ -138,6 +143,7 @@ class Pack:
         """Drop a run, between two rounds or in answer to one of its events."""
         if member in self.members:
             self.members.remove(member)
+            self._stacks.clear()
 
     def round(self) -> Iterator[tuple[Member, Event | RunError]]:
         """One optimizer step of every run, and the evaluation and checkpoint of those whose epoch ends with it.
@@ -322,11 +328,14 @@ class Pack:
 
     def _stacked(self, adapters: Sequence[Adapter]) -> Stack | None:
         """The adapters of a pass with their weights as they are now, to be computed together, if they can be."""
-        if not can_stack(adapters):
-            self._stack = None
-        elif self._stack is None or self._stack.adapters != tuple(adapters):
-            self._stack = Stack(adapters)
-        if self._stack is not None:
+        self._stack = None
+        if can_stack(adapters):
+            key = tuple(adapters)
+            if key not in self._stacks:
+                if len(self._stacks) >= STACKS:
+                    self._stacks.clear()
+                self._stacks[key] = Stack(adapters)
+            self._stack = self._stacks[key]
             self._stack.load()
         return self._stack
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.first_steps import apart, distance, first_steps
-from trainer import runtime
+from trainer import loop, runtime
 from trainer.config import TrainConfig
 from trainer.loop import Pack
 from trainer.model import peak, stacked
@@ -125,6 +125,26 @@ def test_a_further_run_costs_few_operations(
             numbers.append(counting.number)
         further.append(numbers[1] - numbers[0])
     assert used and further[0] - further[1] >= 4 * len(used)
+
+
+@pytest.mark.usefixtures("on")
+def test_a_stack_is_kept_while_the_runs_are_the_same(
+    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in passes of half the runs each: to lay one out takes tenths of a second at the real size."""
+    made: list[int] = []
+    stack = loop.Stack
+    monkeypatch.setattr(loop, "Stack", lambda adapters: made.append(len(adapters)) or stack(adapters))
+    with Pack(bench) as pack:
+        for number in range(4):
+            pack.add(small(seed=number), tmp_path / str(number))
+        list(pack.round())
+        pack.at_once = 2
+        for _ in range(2):
+            list(pack.round())
+        assert made == [4, 2, 2]
+        pack.remove(pack.members[0])
+        assert not pack._stacks
 
 
 @pytest.mark.usefixtures("on")
