@@ -24,14 +24,19 @@ from trainer.common.errors import ConfigError, UserError
 from trainer.config import TrainConfig
 from trainer.events import EpochEnded, Event, MicroBatchReduced, OutOfMemory
 from trainer.member import Member, Step
+from trainer.model import updates
 from trainer.model.base import Forward, at_least_float32, forward, runs_on_rows
 from trainer.model.batch import Batch, layout_of, merge
 from trainer.model.forward import layers_again
-from trainer.model.lora import Hooks, Segment
+from trainer.model.lora import Adapter, Hooks, Segment
+from trainer.model.stacked import Stack, can_stack
 from trainer.workbench import Workbench
 
 CUDA_WINDOW = 8
 """Rounds on a GPU after which losses and norms are fetched: each time, the host waits for the device."""
+
+STACKS = 4
+"""Stacks of adapters that are kept: of a pass of all runs, of its halves where memory is short, of evaluation."""
 
 SHARED = ("model", "torch_dtype", "base_dtype", "device", "device_map", "matmul_precision", "deterministic")
 """Fields that runs of a pack have in common, besides the form in which they see images."""
@@ -86,6 +91,8 @@ class Pack:
         self.window: int | None = None
         """Rounds after which figures are fetched; None for what suits the device."""
         self._hooks: Hooks | None = None
+        self._stack: Stack | None = None
+        self._stacks: dict[tuple[Adapter, ...], Stack] = {}
         self._pending: list[list[tuple[Member, Step]]] = []
         self._passing: Sequence[Member] = ()
 
@@ -96,6 +103,8 @@ class Pack:
         self.members.clear()
         self._pending.clear()
         self._passing = ()
+        self._stack = None
+        self._stacks.clear()
         if self._hooks is not None:
             self._hooks.remove()
 
@@ -134,6 +143,7 @@ class Pack:
         """Drop a run, between two rounds or in answer to one of its events."""
         if member in self.members:
             self.members.remove(member)
+            self._stacks.clear()
 
     def round(self) -> Iterator[tuple[Member, Event | RunError]]:
         """One optimizer step of every run, and the evaluation and checkpoint of those whose epoch ends with it.
@@ -202,8 +212,10 @@ class Pack:
         if not work:
             return
         # Updates; the time of the pass is divided by samples.
+        members = [member for member, _, _ in work]
+        updates.update([m.adapter for m in members], [m.rate() for m in members], torch.stack([f for _, f in done]))
         steps = [
-            (member, member.update(group, tokens, figures, wait_s))
+            (member, member.stepped(group, tokens, figures, wait_s))
             for (member, group, wait_s), (tokens, figures) in zip(work, done, strict=True)
         ]
         seconds = time.perf_counter() - began
@@ -260,9 +272,11 @@ class Pack:
             [micro for batch in group for micro in batch.micro(member.micro_batch_size())] for member, group, _ in work
         ]
         tokens = [sum(batch.num_tokens() for batch in group) for _, group, _ in work]
-        weights = work[0][0].adapter.weights
+        adapters = [member.adapter for member in self._passing]
+        weights = adapters[0].weights
         zero = at_least_float32(torch.zeros((), dtype=weights.dtype, device=weights.device))
         losses, peaks = [zero] * len(work), [zero] * len(work)
+        updates.zero_gradients(adapters)
         for member in self._passing:
             member.seed()
         for turn in range(max(len(parts) for parts in pieces)):
@@ -281,9 +295,12 @@ class Pack:
             live = [share for share in shares if share.requires_grad]
             if live:
                 torch.autograd.backward(live)
+            if self._stack is not None:
+                self._stack.add_gradients()
             del out, shares, live  # frees this graph before the next micro-batch's is built
-        norms = [at_least_float32(torch.linalg.vector_norm(member.adapter.grads)) for member in self._passing]
-        return [(n, torch.stack(each)) for n, each in zip(tokens, zip(losses, norms, peaks, strict=True), strict=True)]
+        norms = [at_least_float32(norm) for norm in updates.norms(adapters)]
+        figures = torch.stack([figure for each in zip(losses, norms, peaks, strict=True) for figure in each])
+        return list(zip(tokens, figures.view(-1, 3).unbind(), strict=True))
 
     def _forward(self, parts: Sequence[tuple[Member, Batch]], *, training: bool) -> tuple[Forward, list[Segment]]:
         """One pass over the batches of several runs, each seeing its own adapter."""
@@ -301,12 +318,26 @@ class Pack:
         if batch.image_rows is not None:
             moved.image_embeds = _vision_outputs(parts)
         self._hooks.segments, self._hooks.training = segments, training
+        self._hooks.stack = self._stacked([segment.adapter for segment in segments])
         again = training and self._layers_again([member for member, _ in parts])
         try:
             with layers_again(again):
                 return self.forward(self._hooks.model, moved), segments
         finally:
             self._hooks.segments = ()
+
+    def _stacked(self, adapters: Sequence[Adapter]) -> Stack | None:
+        """The adapters of a pass with their weights as they are now, to be computed together, if they can be."""
+        self._stack = None
+        if can_stack(adapters):
+            key = tuple(adapters)
+            if key not in self._stacks:
+                if len(self._stacks) >= STACKS:
+                    self._stacks.clear()
+                self._stacks[key] = Stack(adapters)
+            self._stack = self._stacks[key]
+            self._stack.load()
+        return self._stack
 
     def _fetch(self) -> Iterator[tuple[Member, Event]]:
         """The events of the rounds whose figures are still on the device: here alone the host waits for it."""
@@ -380,13 +411,15 @@ class Pack:
 
 
 def _vision_outputs(parts: Sequence[tuple[Member, Batch]]) -> torch.Tensor:
-    """The vision outputs of the parts' images, looked up in one go where the parts share a store."""
+    """The vision outputs of the parts' images: those read ahead, or looked up in one go where parts share a store."""
     stores = [member.features for member, _ in parts]
     rows = [batch.image_rows for _, batch in parts]
     assert stores[0] is not None
-    if all(store is stores[0] for store in stores):
+    if all(store is stores[0] for store in stores) and not any(batch.ahead for _, batch in parts):
         return stores[0].take(torch.cat([each for each in rows if each is not None]))
-    found = [
-        store.take(each) for store, each in zip(stores, rows, strict=True) if store is not None and each is not None
-    ]
-    return torch.cat(found)
+    found = []
+    for store, each, (_, batch) in zip(stores, rows, parts, strict=True):
+        assert store is not None and each is not None
+        here = None if batch.ahead is None else batch.ahead.take()
+        found.append(store.take(each) if here is None else here)
+    return found[0] if len(found) == 1 else torch.cat(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -129,37 +129,44 @@ class Member:
         if self._group is None:
             self.sampler.epoch = self.epoch
             self._steps, self._epoch_s = [], 0.0
-            self._group = batches(self.loader)
+            self._group = self._ahead(batches(self.loader), self.config.gradient_accumulation_steps)
         group = list(islice(self._group, self.config.gradient_accumulation_steps))
         return group, time.perf_counter() - waiting
 
     def val_batches(self) -> Iterator[Batch]:
         """One pass over the validation split, in order."""
         if self.features is None:
-            return batches(self.val_loader)
+            yield from batches(self.val_loader)
+            return
         if self._val_batches is None:  # token ids and row numbers are small: kept
             self._val_batches = list(batches(self.val_loader))
-        return iter(self._val_batches)
+        for batch in self._ahead(self._val_batches, 1):
+            yield batch
+            batch.ahead = None  # its images are not small
+
+    def _ahead(self, source: Iterable[Batch], number: int) -> Iterator[Batch]:
+        return iter(source) if self.features is None else self.features.ahead(source, number)
 
     def micro_batch_size(self) -> int:
         """Most samples in a forward pass."""
         return self.state.micro_batch_size or self.config.micro_batch_size or self.config.batch_size
 
     def seed(self) -> None:
-        """Seed dropout for the next step, and clear the gradients.
+        """Seed dropout for the next step.
 
         The generator's state is a function of (seed, step): a resumed run, and a step repeated after memory ran out,
         draw the same masks as an undisturbed run, and nothing has to be saved.
         """
         self.adapter.generator.manual_seed(runtime.step_seed(self.config.seed, self.next_step))
-        self.adapter.grads.zero_()
 
-    def update(self, group: Sequence[Batch], tokens: int, figures: torch.Tensor, wait_s: float) -> Step:
-        """Apply the gradients if everything was finite; returns the step, its figures not fetched yet."""
-        rate = learning_rate(self.config, self.next_step, self.total_steps)
-        self.adapter.update(rate, figures[1], ~torch.isfinite(figures).all())
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return learning_rate(self.config, self.next_step, self.total_steps)
+
+    def stepped(self, group: Sequence[Batch], tokens: int, figures: torch.Tensor, wait_s: float) -> Step:
+        """The next step, which has been made; its figures are not fetched yet."""
         samples = sum(len(batch) for batch in group)
-        step = Step(self.next_step, self.epoch, rate, samples, tokens, wait_s, figures)
+        step = Step(self.next_step, self.epoch, self.rate(), samples, tokens, wait_s, figures)
         self.next_step += 1
         return step
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from search import processes
 from search.tracking.mlflow_private import GIT_COMMIT, SOURCE_NAME, USER
+from trainer.common import nvidia
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +31,8 @@ PACKAGES = (
 )
 """Packages whose version can change a result or how it is recorded."""
 
+HERE = ("gpu", "gpu_driver", "gpu_id")
+
 
 def run_tags() -> dict[str, str]:
     """The tags of a run that this process creates: `environment`, and what columns of MLflow's pages show."""
@@ -42,15 +45,15 @@ def run_tags() -> dict[str, str]:
 
 def here() -> dict[str, str]:
     """The tags that say where a run continues."""
-    return {**processes.tags(), **{key: value for key, value in _gpu().items() if key == "gpu"}}
+    return {**processes.tags(), **{key: value for key, value in _gpu().items() if key in HERE}}
 
 
 def environment() -> dict[str, str]:
     """What can be known without importing anything heavy; a fact that cannot be known is left out.
 
     Keys: those of `search.processes.tags`, `python`, `platform`, `cpu`, `cpu_count`, `version.<package>`,
-    `git_commit` and `git_dirty` (in a checkout), and `gpu`, `gpu_memory_gib`, `cuda` (where torch is already imported
-    and sees one).
+    `git_commit` and `git_dirty` (in a checkout), and `gpu`, `gpu_memory_gib`, `cuda`, `gpu_driver`, `gpu_id` (where
+    torch is already imported and sees one; the last two by nvidia-smi).
     """
     facts = {
         **processes.tags(),
@@ -126,7 +129,17 @@ def _gpu() -> dict[str, str]:
         "gpu": properties.name,
         "gpu_memory_gib": f"{properties.total_memory / 2**30:.1f}",
         "cuda": str(torch.version.cuda or ""),
+        **gpus_by_driver(),
     }
+
+
+@functools.cache
+def gpus_by_driver() -> dict[str, str]:
+    """`gpu_driver`, and `gpu_id`: the UUIDs of the GPUs that this process sees, or of the parts (MIG)."""
+    seen = nvidia.visible()
+    if not seen:
+        return {}
+    return {"gpu_driver": seen[0].driver, "gpu_id": ", ".join(gpu.part or gpu.uuid for gpu in seen)}
 
 
 def _user() -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from search.errors import StorageError
 from search.records import INTERRUPTED, LOST, PAUSED, epoch_record
+from search.tracking.gpu_metrics import GpuMetrics
 from search.tracking.outbox import DataUsed, End, Outbox, Point, Status
 from search.tracking.writer import RunStore, Writer
 from trainer.events import (
@@ -156,6 +157,8 @@ class RunRecorder:
         close_s: float = CLOSE_S,
     ) -> None:
         self.run_id = run_id
+        self.gpus: GpuMetrics | None = None
+        """What the GPUs do meanwhile, if they are watched."""
         self.logged = logged or Logged()
         self._close_s = close_s
         self._curves = step_curves(0)
@@ -246,6 +249,8 @@ class RunRecorder:
 
     def _step(self, event: StepEnded) -> None:
         self._put(curve.add(event) for curve in self._curves)
+        if self.gpus is not None:
+            self._put((key, value, event.step) for key, value in self.gpus.due().items())
         if event.nonfinite is not None:
             self._nonfinite_steps += 1
             self._nonfinite(event.step, event.nonfinite)

@@ -4,7 +4,7 @@ On a machine without GPUs they are forked from a process that has made the impor
 (`search.workers.preload`): two workers on two cores start two seconds earlier, and a replacement for a dead one
 starts at once. If that process is killed, its workers look dead to the supervisor; it starts others, and they give
 their trials back as they do when a supervisor is gone. CUDA does not survive a fork, so on machines with GPUs each
-worker makes its own imports.
+worker makes its own imports: all start with the search, and import while it looks at model and data.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import shutil
-import subprocess
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from search import processes
 from search.errors import StudyError
 from search.workers.multiprocessing_private import end_fork_server
-from search.workers.start import environment, main
+from search.workers.start import OF_A_TERMINAL, environment, main
+from trainer.common import nvidia
 from trainer.common.imports import own_path
 
 log = logging.getLogger("search.workers.pool")
@@ -68,31 +68,41 @@ class WorkerPool:
 
     @contextmanager
     def importing(self) -> Iterator[None]:
-        """Make the imports of workers that will be forked, in a process of their own while this block runs."""
-        if not self._forks:
-            yield
-            return
+        """Make the workers' imports while this block runs: in a process that they are forked from, or in their own."""
+        if self._forks:
+            try:
+                _start_importing(self.threads)
+            except OSError as error:  # no room for its socket, or a TMPDIR too long to be a socket's address
+                log.info("each worker makes its own imports: %s", error)
+                self._forks = False
+        forks = self._forks
         try:
-            _start_importing(self.threads)
-        except OSError as error:  # no room for its socket, or a TMPDIR too long to be a socket's address
-            log.info("each worker makes its own imports: %s", error)
-            self._forks = False
-            yield
-            return
-        try:
+            if not forks:
+                self._start_all()
             yield
         finally:
-            end_fork_server()
+            self._end_idle()
+            if forks:
+                end_fork_server()
 
     def __enter__(self) -> WorkerPool:
         if not self._forks:  # to fork one now would mean to wait for the imports
-            for index in range(self.size):
-                self._ready[index] = self._spawn(index)
+            self._start_all()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end_idle()
+
+    def _start_all(self) -> None:
+        """Start the workers that there are not yet."""
+        for index in range(self.size):
+            if index not in self._ready:
+                self._ready[index] = self._spawn(index)
+
+    def _end_idle(self) -> None:
+        """End the workers that were given no job: they have nothing to lose."""
         for process, link in self._ready.values():
-            process.kill()  # it has no job, and so nothing to lose
+            process.kill()
             process.join()
             link.close()
         self._ready.clear()
@@ -111,7 +121,8 @@ class WorkerPool:
         gpu = self._devices[index % len(self._devices)] if self._devices else None
         process = context.Process(target=main, args=(theirs, gpu, self.threads), name=f"worker-{index}", daemon=False)
         try:
-            with _threads_of(self.threads):  # in case the process to fork from has to be started again
+            # The threads in case the process to fork from has to be started again.
+            with _threads_of(self.threads), _deaf():
                 process.start()
         except (OSError, EOFError):  # it was killed just now, or its socket finds no room
             if not self._forks:
@@ -148,6 +159,20 @@ def _threads_of(threads: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Ctrl-C does not reach a process that is started in this block until it is ready to ignore it.
+
+    It comes to the whole process group; while a new process still imports, it would print where it was interrupted.
+    """
+    resource_tracker.ensure_running()  # starting it later would let signals through again (Python 3.11)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_TERMINAL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def device_groups(devices: list[str], size: int) -> list[str]:
     """What each worker sees, as CUDA_VISIBLE_DEVICES names it.
 
@@ -168,10 +193,5 @@ def gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-    query = shutil.which("nvidia-smi")
-    if query is None:
-        return []
-    found = subprocess.run(
-        [query, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.split() if found.returncode == 0 else []
+    # Not by their numbers: CUDA counts from the fastest, nvidia-smi along the bus.
+    return [gpu.uuid for gpu in nvidia.gpus()]

@@ -24,6 +24,9 @@ from trainer.common.imports import without_collection
 from trainer.common.output import keep_going
 from trainer.preload import import_libraries
 
+OF_A_TERMINAL = (signal.SIGINT, signal.SIGHUP)
+"""Signals that reach a whole process group: of Ctrl-C, and of a terminal that closes. The supervisor decides."""
+
 log = logging.getLogger("search.workers.start")
 
 
@@ -54,7 +57,7 @@ def main(connection: Connection, gpu: str | None, threads: int) -> None:
 def work(connection: Connection, gpu: str | None, threads: int) -> None:
     """Wait for a job and do it.
 
-    The imports are made before the job is known, while the supervisor still opens the databases.
+    The imports are made before the job is known, while the supervisor still looks at model and data.
 
     Args:
         connection: The worker's end of the pipe.
@@ -66,9 +69,9 @@ def work(connection: Connection, gpu: str | None, threads: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     os.environ.update(environment(threads))
     keep_going()
-    # Ctrl-C and a terminal that closes reach the whole process group; the supervisor decides what they mean.
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in OF_A_TERMINAL:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_A_TERMINAL)  # blocked for a process that starts
     link = Link(connection)
     signal.signal(signal.SIGTERM, lambda *_: link.raise_to(Order.END_NOW))
     import_early()
@@ -112,9 +115,13 @@ def import_early() -> None:
     """Make a worker's imports: five seconds, most of them Transformers'."""
     with without_collection(), suppress(ImportError):
         import_libraries()
+        import alembic.command  # as the next, what Optuna and MLflow import when they open a database
+
+        from search.tracking.library import preload
         from search.workers import worker
 
-        del worker
+        preload()
+        del alembic, worker
 
 
 def set_up_logging(folder: Path) -> Callable[[], None]:

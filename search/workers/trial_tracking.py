@@ -15,6 +15,7 @@ from search.diagnosis import messages
 from search.errors import StorageError
 from search.markdown import escape
 from search.records import Outcome
+from search.tracking.gpu_metrics import GpuMetrics, GpuWatch
 from search.tracking.outbox import File
 from search.tracking.pages import pages_of, run_page
 from search.tracking.recorder import run_status
@@ -54,6 +55,8 @@ class TrialContext:
     """Raises StudyGone if the study is not there any more: its number may be another's by then."""
     captioning: Captioning | None = None
     """Captions a few images with each trial that completes; None for no captions."""
+    gpus: GpuWatch | None = None
+    """Watches the worker's GPUs; None without any."""
 
 
 class TrialTracking:
@@ -83,6 +86,8 @@ class TrialTracking:
             recorder = runs.begin(self._name(), self._config.model_dump(), tags)
         if recorder.run_id != run_id:
             self._trial.set_user_attr(records.RUN_ID, recorder.run_id)
+        if self._context.gpus is not None:
+            recorder.gpus = GpuMetrics(self._context.gpus)
         self._recorder = recorder
 
     def record(self, event: Event) -> None:

@@ -25,6 +25,7 @@ from search.storage import lifecycle, studies
 from search.storage.database import reopen_storage
 from search.storage.identity import Watch
 from search.storage.queue import LongestFirst
+from search.tracking.gpu_metrics import GpuWatch
 from search.tracking.runs import StudyRuns
 from search.workers import slots
 from search.workers.captioning import Captioning
@@ -88,6 +89,7 @@ class Worker:
         self._captioning = Captioning(self.study, self.base, self.bench, job.folder, job.captions)
         self._room = Room(Slots(1), one_by_one=job.one_by_one)
         self._handing_over = HandingOver(link)
+        self._gpus: GpuWatch | None = None
         self._running: dict[Member, TrialRun] = {}
         self._held: TrialRun | None = None
         """Asked for, but of a kind that cannot train beside those that are running."""
@@ -105,6 +107,7 @@ class Worker:
             slots=self._room.slots.most,
             check=self.watch.check,
             captioning=self._captioning,
+            gpus=self._gpus,
         )
 
     def run(self) -> None:
@@ -130,6 +133,9 @@ class Worker:
         self.study.longest_first = chosen.most > 1 or self.job.workers > 1
         self.link.send(SlotsChosen(most=chosen.most, samples=chosen.samples, auto=self.job.slots is None))
         # One pack after the other.
+        if base.device.type == "cuda":
+            self._gpus = GpuWatch()  # a daemon: it ends with the process
+            self._gpus.start()
         with beating(self.study, self.job.lost_after_s, self._alive):
             try:
                 while self._train() or self._more_may_come():

@@ -29,6 +29,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(equality, "PACKS", (2,))
     monkeypatch.setattr(equality, "STEPS", 2)
     rows = (("ours", "bfloat16", 4, 2), ("HF", "bfloat16", 4, 1), ("attention", "float32", 4, 1))
+    rows = (*rows, ("adapters", "bfloat16", 4, 8))
     monkeypatch.setattr(steps, "FIRST", rows)
     monkeypatch.setattr(steps, "FURTHER", ())
     monkeypatch.setattr(steps, "CPU_ROUNDS", 1)
@@ -54,6 +55,7 @@ def test_steps_are_rehearsed(short: None, tiny_checkpoint: Path, tmp_path: Path)
     found = json.loads(file.read_text())
     assert found["failed"] == [] and found["machine"]["rehearsal"] is True
     names = [row["name"] for row in found["rows"]]
+    assert "adapters together, bfloat16, 8 x 4" in names
     assert "HF Trainer + PEFT, bfloat16, 4" in names and "ours, bfloat16, 2 x 4" in names
     assert [target["reached"] for target in found["targets"]] == [None] * 3  # of a rehearsal they mean nothing
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from trainer.common.errors import DataError
 from trainer.data.batches import Pixels, preprocessed
 from trainer.data.feature_store import Store, Stored, bytes_of, gb
 from trainer.data.images import IMAGE_ERRORS, content_of, decode, identity, problem_of
+from trainer.data.read_ahead import Ahead, Reader, begun_ahead, gathered
 from trainer.model.base import Base, encode_images
+from trainer.model.batch import Batch
 from trainer.model.library_private import attention_kernels
 
 log = logging.getLogger("trainer.data.features")
@@ -68,6 +70,8 @@ class Features:
         self.reused = len(rows) - computed
         """Distinct images that were found in the store."""
         self._table = _upload(rows, device) if _fits(self.nbytes, device) else None
+        self.reader = Reader(device) if device.type == "cuda" and self._table is None else None
+        """Reads ahead; None where nothing is gained by it."""
 
     def index(self, image: Path) -> int:
         """The image's row number, for `take`; two paths to the same bytes share one.
@@ -81,12 +85,20 @@ class Features:
         """(B,) row numbers, long, on CPU -> (B, patches + 1, vision hidden size) on the base's device."""
         if self._table is not None:
             return self._table.index_select(0, rows.to(self._device, non_blocking=True))
-        chosen = [self._rows[row] for row in rows.tolist()]
-        if self._device.type != "cuda":
-            return torch.stack(chosen)
-        # A fresh pinned buffer each time: PyTorch's host allocator hands it out again only after the copy has ended.
-        pinned = torch.empty((len(chosen), *self.shape), dtype=chosen[0].dtype, pin_memory=True)
-        return torch.stack(chosen, out=pinned).to(self._device, non_blocking=True)
+        return gathered(self._chosen(rows), self._device)
+
+    def ahead(self, batches: Iterable[Batch], number: int) -> Iterator[Batch]:
+        """The batches; where rows are copied to a GPU, each is begun `number` batches before (`Batch.ahead`)."""
+        if self.reader is None:
+            return iter(batches)
+        return begun_ahead(batches, number, self._begin)
+
+    def _begin(self, rows: torch.Tensor) -> Ahead:
+        assert self.reader is not None
+        return self.reader.begin(self._chosen(rows))
+
+    def _chosen(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        return [self._rows[row] for row in rows.tolist()]
 
 
 def compute_or_open(

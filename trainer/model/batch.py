@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,12 @@ from trainer.model.ragged import Layout
 
 IGNORE = -100
 """Label of positions that take no part in the loss, as in Transformers."""
+
+
+class Ahead(Protocol):
+    """Vision outputs on their way to the device: `trainer.data.read_ahead`."""
+
+    def take(self) -> torch.Tensor | None: ...
 
 
 @dataclass
@@ -38,6 +44,8 @@ class Batch:
     """(B, patches + 1, vision hidden size)."""
     layout: Layout | None = None
     """The layout of its rows, if it has been found already."""
+    ahead: Ahead | None = None
+    """The images of `image_rows`, if they are on their way."""
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -53,7 +61,10 @@ class Batch:
         return replace(moved, layout=layout, image_rows=self.image_rows)  # the store looks rows up on the host
 
     def micro(self, size: int) -> Iterator[Batch]:
-        """Slices of at most `size` samples, padded as the whole batch is."""
+        """Slices of at most `size` samples, padded as the whole batch is; the batch itself if it is no larger."""
+        if len(self) <= size:
+            yield self
+            return
         for start in range(0, len(self), size):
             yield self._each(lambda tensor, start=start: tensor[start : start + size])  # type: ignore[misc]
 
@@ -62,9 +73,11 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"}
+        values: dict[str, Any] = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layout", "ahead")
+        }
         changed = {name: change(value) for name, value in values.items() if value is not None}
-        return replace(self, **changed, layout=None)
+        return replace(self, **changed, layout=None, ahead=None)
 
 
 def merge(batches: Sequence[Batch]) -> Batch:

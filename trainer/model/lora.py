@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from torch import nn
 from trainer.common.errors import ModelError
 from trainer.config import TrainConfig
 from trainer.model import peft_format
-from trainer.model.library_private import forward_attribute, skip_update_if
+from trainer.model.library_private import forward_attribute
 from trainer.model.ragged import current_input_rows
 
 STATE = ("exp_avg", "exp_avg_sq")
@@ -132,25 +132,6 @@ class Adapter:
         state = self.optimizer.state.get(self.parameter, {})
         return int(state["step"]) if "step" in state else 0
 
-    def update(self, rate: float, norm: torch.Tensor, bad: torch.Tensor) -> None:
-        """Clip and apply the gradients, unless something was not finite; nothing is fetched from the device.
-
-        Args:
-            rate: learning rate.
-            norm: scalar, of the gradients, before clipping.
-            bad: scalar bool; true leaves weights and moments as they are.
-        """
-        # As in torch.nn.utils.clip_grad_norm_.
-        keep = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        keep = keep.masked_fill(bad, 1.0)  # the gradients of a bad step are inspected afterwards
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.grads.mul_(keep)
-        if self.fused:
-            skip_update_if(self.optimizer, bad)
-            self.optimizer.step()
-        elif not bool(bad):
-            self.optimizer.step()
-
     def save(self, folder: Path, base_name: str) -> None:
         """The adapter in PEFT's format: loads with `PeftModel.from_pretrained(base, folder)`."""
         from safetensors.torch import save_file
@@ -222,6 +203,17 @@ class Segment:
     last_token: int
 
 
+class OfAllRuns(Protocol):
+    """The adapters of all runs of a pass, computed together: `trainer.model.stacked`."""
+
+    @property
+    def modules(self) -> Mapping[str, Any]: ...
+
+    def apply(
+        self, anchor: torch.Tensor | None, x: torch.Tensor, module: nn.Linear, name: str, training: bool
+    ) -> torch.Tensor: ...
+
+
 class Hooks:
     """Replaces the forward of adapted modules by one that adds the adapters of `segments`, the runs of the pass."""
 
@@ -229,6 +221,8 @@ class Hooks:
         self.model = model
         self.segments: Sequence[Segment] = ()
         self.training = False
+        self.stack: OfAllRuns | None = None
+        """Of the segments' adapters, where they are computed together."""
         self._covered: dict[str, tuple[nn.Module, str, Any, bool]] = {}
         self._anchor: torch.Tensor | None = None
 
@@ -260,6 +254,9 @@ class Hooks:
         segments = self.segments
         if not any(name in segment.adapter.pairs for segment in segments):
             return original(x)
+        stack = self.stack
+        if stack is not None and name in stack.modules and len(set(_sizes(segments, x))) == 1:
+            return stack.apply(self._anchor, x, module, name, self.training)
         return _Lora.apply(self._anchor, x, module.weight, module.bias, name, segments, self.training)  # type: ignore[no-untyped-call]
 
 

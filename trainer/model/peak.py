@@ -20,6 +20,8 @@ CONTEXT = 600 * 2**20
 """Bytes that CUDA and cuBLAS take for themselves on a GPU. An assumption: it differs between drivers."""
 MOMENTS = 4
 """An adapter's weights, gradients and AdamW's two moments."""
+PLACE = 4
+"""Bytes of an index into a stack of adapters."""
 FLOAT = 4
 """Bytes of float32, of adapters and of what is kept for losses."""
 
@@ -200,10 +202,19 @@ def estimate(
     return Peak(
         weights=weights,
         store=int(stored * sizes.patches * sizes.vision * base),
-        adapters=sum(MOMENTS * memory.BYTES[c.torch_dtype] * adapter_weights(sizes, c) for c in configs),
+        adapters=sum(MOMENTS * memory.BYTES[c.torch_dtype] * adapter_weights(sizes, c) for c in configs)
+        + (0 if on_cpu or len(configs) == 1 else _stack(sizes, configs)),
         kept=int(kept + language + logits * FLOAT),
         passing=int(max(logits * (base + FLOAT), recomputed, evaluated * (base + upcast + FLOAT) - kept - language)),
     )
+
+
+def _stack(sizes: Sizes, configs: Sequence[TrainConfig]) -> int:
+    """Bytes of the runs' adapters in one stack (`trainer.model.stacked`): weights, gradients, scales and places."""
+    rank = max(config.lora_r for config in configs)
+    own = sum(adapter_weights(sizes, config) for config in configs)
+    filled = sum(adapter_weights(sizes, config) // config.lora_r * rank for config in configs)
+    return filled * (3 * memory.BYTES[configs[0].torch_dtype] + PLACE) + own * PLACE
 
 
 def adapter_weights(sizes: Sizes, config: TrainConfig) -> int:

@@ -17,7 +17,7 @@ from trainer import runtime
 from trainer.config import TrainConfig
 from trainer.events import Event, StepEnded
 from trainer.loop import Pack, train
-from trainer.model import peak
+from trainer.model import peak, stacked
 from trainer.model.base import Forward, forward
 from trainer.model.batch import Batch
 
@@ -32,6 +32,7 @@ def check(scene: Scene, report: Report) -> None:
     """All of it, the most important first."""
     for precision in PRECISIONS:
         report.run(f"equality, {precision}", 25, lambda precision=precision: _equal(scene, report, precision))  # type: ignore[misc]
+    report.run("adapters together", 10, lambda: _together(scene, report))
     report.run("determinism", 10, lambda: _deterministic(scene, report))
     report.run("NaN in one of a pack", 8, lambda: _nan(scene, report))
     report.run("out of memory", 12, lambda: _full(scene, report))
@@ -50,6 +51,25 @@ def _equal(scene: Scene, report: Report, precision: str) -> None:
         ok = loss <= loss_bound and norm <= norm_bound
         facts = {"loss": loss, "norm": norm, "adapter": distance(ours, theirs), "bound": loss_bound, "ok": ok}
         report.say(f"{precision}, pack of {k}, against HF + PEFT", **facts)
+
+
+def _together(scene: Scene, report: Report) -> None:
+    """Adapters of a pack computed together, and run by run: trainer.model.stacked."""
+    configs = [scene.config(seed=i, lora_r=4 * (i % 4 + 1)) for i in range(8)]
+    kept = stacked.STACKED
+    try:
+        stacked.STACKED = ("cpu", "cuda")
+        together = first_steps(scene.bench, configs, STEPS, scene.folder / "together")
+        stacked.STACKED = ()
+        apiece = first_steps(scene.bench, configs, STEPS, scene.folder / "apiece")
+    finally:
+        stacked.STACKED = kept
+    loss = max(apart(a.losses, b.losses) for a, b in zip(together, apiece, strict=True))
+    norm = max(apart(a.norms, b.norms) for a, b in zip(together, apiece, strict=True))
+    bound, norm_bound = BOUNDS["float32"]
+    report.say(
+        "adapters together and run by run", loss=loss, norm=norm, bound=bound, ok=loss <= bound and norm <= norm_bound
+    )
 
 
 def _deterministic(scene: Scene, report: Report) -> None:

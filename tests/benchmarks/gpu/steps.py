@@ -23,7 +23,7 @@ from tests.support import peft_reference
 from trainer import runtime
 from trainer.config import TrainConfig
 from trainer.loop import Pack
-from trainer.model import attention, peak
+from trainer.model import attention, peak, stacked
 from trainer.model.arithmetic import card_of, step_flops
 
 ROUNDS = 8
@@ -40,6 +40,7 @@ FIRST = (
     ("ours", "TF32", 4, 1),
     ("ours", "TF32", 4, 8),
     ("ours", "float32", 4, 8),
+    ("adapters", "bfloat16", 4, 8),
     ("attention", "float32", 4, 1),
     ("attention", "bfloat16", 4, 1),
 )
@@ -131,6 +132,19 @@ class Rows:
             facts = {"ms": 1e3 * seconds, "taken_gib": None if taken is None else taken / 2**30}
             self.report.say(f"attention {name}, {precision}, 1 x 4", **facts)
 
+    def adapters(self, precision: str) -> None:
+        """Adapters of 8 runs together, and run by run."""
+        for name, kinds in (("together", ("cpu", "cuda")), ("run by run", ())):
+            config = self.scene.config(precision, batch_size=4, lora_dropout=0.05)
+            kept, stacked.STACKED = stacked.STACKED, kinds
+            try:
+                with packing.packed(self.scene.bench, config, 8) as pack:
+                    seconds, taken = self._timed(pack)
+            finally:
+                stacked.STACKED = kept
+            facts = {"ms": 1e3 * seconds, "taken_gib": None if taken is None else taken / 2**30}
+            self.report.say(f"adapters {name}, {precision}, 8 x 4", **facts)
+
     def _timed(self, pack: Pack) -> tuple[float, int | None]:
         """(seconds of a round, bytes above those in use before) of a pack, after two rounds that warm up."""
         on_gpu = self.scene.device.type == "cuda"
@@ -182,6 +196,8 @@ def check(scene: Scene, report: Report) -> None:
         name = f"{side}, {precision}, {k} x {batch}"
         if side == "attention":
             report.run(name, 12, lambda p=precision: rows.variants(p))  # type: ignore[misc]
+        elif side == "adapters":
+            report.run(name, 12, lambda p=precision: rows.adapters(p))  # type: ignore[misc]
         elif side == "ours":
             report.run(name, 6, lambda p=precision, b=batch, k=k: rows.ours(p, b, k))  # type: ignore[misc]
         else:

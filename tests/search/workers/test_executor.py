@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -128,13 +129,47 @@ def test_where_no_socket_can_be_made_workers_import_themselves(
     """A socket's address has some hundred characters at most, and lies below TMPDIR."""
     monkeypatch.setattr(pool, "gpus", list)
     monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: str(tmp_path / ("x" * 100)))
+    asked: list[str] = []
+    context = pool.multiprocessing.get_context
+    monkeypatch.setattr(
+        pool.multiprocessing, "get_context", lambda m: context(m) if m == "forkserver" else Pretended(asked, m)
+    )
     workers = WorkerPool(1, 1)
     with workers.importing():
-        pass
+        workers.take(0)[1].close()
+    assert asked == ["spawn"]
+
+
+def test_ctrl_c_does_not_reach_a_worker_that_still_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is sent to all processes of a terminal; a new one would print where its imports were interrupted."""
+    monkeypatch.setattr(pool, "gpus", lambda: ["0"])
+    blocked: set[int] = set()
+
+    class Starting(Pretended):
+        def start(self) -> None:
+            blocked.update(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    monkeypatch.setattr(pool.multiprocessing, "get_context", lambda method: Starting([], method))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    WorkerPool(1, 1).take(0)[1].close()
+    assert {signal.SIGINT, signal.SIGHUP} <= blocked
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_workers_with_gpus_start_before_model_and_data_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They import meanwhile; those that are given no job are ended, also if the look finds a fault."""
+    monkeypatch.setattr(pool, "gpus", lambda: ["0", "1"])
     asked: list[str] = []
     monkeypatch.setattr(pool.multiprocessing, "get_context", lambda method: Pretended(asked, method))
-    workers.take(0)[1].close()
-    assert asked == ["spawn"]
+    workers = WorkerPool(2, 1)
+    with pytest.raises(StudyError, match="no data"), workers.importing():
+        assert asked == ["spawn", "spawn"]
+        with workers:
+            process, link = workers.take(0)
+            link.close()
+            assert asked == ["spawn", "spawn"] and process.exitcode is None
+            raise StudyError("no data")
+    assert process.exitcode is None and asked == ["spawn", "spawn", "killed"]
 
 
 class Pretended:
@@ -142,6 +177,8 @@ class Pretended:
 
     def __init__(self, asked: list[str], method: str, fault: type[Exception] | None = None) -> None:
         asked.append(method)
+        self._asked = asked
+        self.exitcode: int | None = None
         self.fault = fault if method == "forkserver" else None
 
     def Pipe(self) -> tuple[Any, Any]:
@@ -153,6 +190,11 @@ class Pretended:
     def start(self) -> None:
         if self.fault is not None:
             raise self.fault
+
+    def kill(self) -> None:
+        self._asked.append("killed")
+
+    def join(self) -> None: ...
 
 
 @pytest.mark.parametrize("fault", [EOFError, ConnectionRefusedError])

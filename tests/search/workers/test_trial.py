@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from search.storage import studies as store
 from search.storage.database import close_storage, open_storage
 from search.study import Study
 from search.tracking.client import open_tracking
+from search.tracking.gpu_metrics import GpuWatch
 from search.tracking.runs import StudyRuns
 from search.workers.protocol import HandOver, Job, Link, Message, Order, Progress, TrialEnded, TrialStarted
 from search.workers.trial import TrialRun
@@ -126,6 +128,19 @@ def test_progress_carries_the_trainers_own_events_and_few_steps(ground: Ground) 
     assert sum(isinstance(message.event, StepEnded) for message in sent) <= 3
     assert sent[0].event == RunStarted(**{**vars(events[0]), "adapted_modules": (), "skipped_rows": ()})
     assert max(len(pickle.dumps(message)) for message in sent) < 2000
+
+
+def test_the_gpus_of_its_worker_are_recorded_with_a_trial(ground: Ground) -> None:
+    watch, key = GpuWatch(lambda: [], every_s=0.0), "system/gpu_3_power_usage_watts"
+    ground.context = replace(ground.context, gpus=watch)
+    run = ground.trial()
+    run.take(started())
+    watch.sums = {key: (2, 700.0)}
+    for event in (step(1), step(2), epoch(1)):  # no look between the two steps
+        run.take(event)
+    run.end(run.interrupted())
+    found = ground.tracking._client.get_metric_history(run.trial.user_attrs[records.RUN_ID], key)
+    assert [(each.step, each.value) for each in found] == [(1, 350.0)]
 
 
 def test_an_order_to_end_makes_a_trial_wait(ground: Ground) -> None:

@@ -15,7 +15,7 @@ from tests.support import peft_reference
 from tests.support.tiny import IMAGE_TOKEN, QUERIES, tiny_batch, tiny_model
 from trainer.common.errors import ModelError
 from trainer.config import TrainConfig
-from trainer.model import peft_format
+from trainer.model import peft_format, updates
 from trainer.model.base import encode_images, forward, label_logits, load_base
 from trainer.model.batch import IGNORE, Batch, layout_of
 from trainer.model.forward import query_images
@@ -301,7 +301,7 @@ def test_moments_are_kept_in_pefts_order() -> None:
     """A checkpoint must not depend on how B lies in memory."""
     adapter = Adapter(tiny_model("t5"), TrainConfig(lora_r=3))
     adapter.grads.normal_()
-    adapter.update(1e-2, torch.tensor(1.0), torch.tensor(False))
+    updates.update([adapter], [1e-2], torch.ones(1, 3))
     kept = {key: value.clone() for key, value in adapter.optimizer_tensors().items()}
     moments = [each.exp_avg for each in adapter.named().values()]
     assert torch.equal(kept["exp_avg"], torch.cat([m.contiguous().view(-1) for m in moments if m is not None]))

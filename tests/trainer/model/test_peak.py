@@ -138,7 +138,7 @@ def test_a_model_of_another_kind_is_not_guessed_at(tmp_path: Any) -> None:
 
 
 def test_what_nvidia_smi_says() -> None:
-    (gpu,) = nvidia.parse("0, NVIDIA H100 80GB HBM3, 580.159.03, 81559, 1024, 37, [N/A]\n")
+    (gpu,) = nvidia.parse("0, NVIDIA H100 80GB HBM3, 580.159.03, 81559, 1024, 37, [N/A], 700.00, GPU-1\n")
     assert (gpu.name, gpu.driver, gpu.memory_mib, gpu.utilization) == (
         "NVIDIA H100 80GB HBM3",
         "580.159.03",
