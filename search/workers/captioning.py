@@ -119,7 +119,7 @@ class Captioning:
             began=None if budget_s is None else time.time(),
         )
         try:
-            with hooked_captioner(base, config, adapter, decoding, len(self._opened)) as captioner:
+            with hooked_captioner(base, config, adapter, decoding) as captioner:
                 texts = captioner(self._opened, self._pictured.instruction)
         except (RuntimeError, MemoryError) as error:
             if runtime.is_out_of_memory(error):

@@ -105,6 +105,7 @@ class Worker:
             slots=self._room.slots.most,
             check=self.watch.check,
             captioning=self._captioning,
+            bench=self.bench,
         )
 
     def run(self) -> None:
