@@ -46,10 +46,10 @@ class MlflowServer:
             self._process = subprocess.Popen(
                 arguments, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "DO_NOT_TRACK": "true"}
             )
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300  # with 30 processes on two cores it takes minutes
         while time.monotonic() < deadline:
             try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
                     return
             except (OSError, urllib.error.URLError):
                 time.sleep(0.2)
