@@ -60,6 +60,8 @@ class Side:
     """Sum of its trials' times, repeats included."""
     best_trial: int | None
     best_val_loss: float | None
+    """None too where the best trial is that of the highest CIDEr-D."""
+    best_cider_d: float | None
     best_epoch: int | None
     best_config: dict[str, Any]
     """Of its searched fields."""
@@ -126,6 +128,7 @@ def _side(study: Recorded) -> Side:
     repeats = [t for t in trials if is_repeat(t)]
     ended = sorted((t for t in own if t.state in ENDED), key=lambda t: (t.end_s or 0.0, t.number))
     best = leaderboard.best(own)
+    score = None if best is None else records.score_of(best.attrs)
     until = [] if best is None else ended[: [t.number for t in ended].index(best.number) + 1]
     verdict = verdict_of(trials, attrs)
     chosen = winner(trials, verdict)
@@ -144,7 +147,8 @@ def _side(study: Recorded) -> Side:
         repeat_epochs=epochs_trained(repeats),
         seconds=sum(t.end_s - t.start_s for t in trials if t.end_s is not None and t.start_s is not None),
         best_trial=None if best is None else best.number,
-        best_val_loss=None if best is None else best.value,
+        best_val_loss=None if best is None or score is not None else best.value,
+        best_cider_d=score,
         best_epoch=None if best is None else best.best_epoch,
         best_config={} if best is None else {key: best.config.get(key) for key in space},
         trials_to_best=len(until) or None,
@@ -205,6 +209,8 @@ def rows(found: Comparison) -> list[tuple[str, list[str]]]:
 
     sides = found.sides
     row("best val_loss", [None if s.best_val_loss is None else f"{s.best_val_loss:.4f}" for s in sides])
+    if any(s.best_cider_d is not None for s in sides):
+        row("best CIDEr-D", [None if s.best_cider_d is None else f"{s.best_cider_d:.4f}" for s in sides])
     row("best trial", [s.best_trial for s in sides])
     row("at epoch", [s.best_epoch for s in sides])
     row("chosen trial", [s.chosen_trial for s in sides])

@@ -38,6 +38,9 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest caption in tokens.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, help="Images at once.")] = 8,
     model: Annotated[str | None, typer.Option(help="The base, if it lies elsewhere now.")] = None,
+    meteor: Annotated[
+        bool | None, typer.Option(help="METEOR too, which needs Java and pycocoevalcap; by default where they are.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, captions included.")] = False,
     storage: StorageOption = None,
@@ -49,6 +52,7 @@ def main(
     import optuna
 
     from search.evaluation import candidates
+    from search.evaluation.java import why_no_meteor
     from search.storage import lifecycle
     from search.storage.database import open_storage
     from search.verdict.leaders import verdict_of
@@ -57,6 +61,9 @@ def main(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if rows not in ("auto", "test", "validation", "all"):
         raise UserError(f"--rows must be auto, test, validation or all, but got {rows!r}")
+    without = why_no_meteor()
+    if meteor and without is not None:
+        raise UserError(f"METEOR is {without}")
     places = Places.of(runs_dir, storage, tracking_uri)
     _check_storage(places)
     found = find_study(open_storage(places.storage_url), study)
@@ -89,6 +96,7 @@ def main(
             batch_size=batch_size,
             device=device,
             model=model,
+            meteor=without is None if meteor is None else meteor,
             progress=progress,
         )
     away = record(result, found, chosen, places)
@@ -152,13 +160,13 @@ def record(result: Evaluation, study: optuna.Study, trials: list[TrialRecord], p
 def describe(result: Evaluation) -> str:
     """The figures as a table, what differs, and what to beware of."""
     from search.evaluation.compare import LEVEL
-    from search.evaluation.metrics import NAMES
 
     estimates = result.estimates()
+    names = list(next(iter(estimates.values())))
     lines = [f"{result.rows.where}; intervals of {LEVEL:.0%} from resampling the images", ""]
-    lines.append(f"{'':<10}" + "".join(f"{name:>22}" for name in NAMES))
+    lines.append(f"{'':<10}" + "".join(f"{name:>22}" for name in names))
     for candidate, found in estimates.items():
-        cells = [f"{found[n].value:.3f} [{found[n].low:.3f}, {found[n].high:.3f}]" for n in NAMES]
+        cells = [f"{found[n].value:.3f} [{found[n].low:.3f}, {found[n].high:.3f}]" for n in names]
         label = candidate if candidate == "base" else f"trial {candidate}"
         lines.append(f"{label:<10}" + "".join(f"{cell:>22}" for cell in cells))
     lines.append("")
@@ -173,6 +181,7 @@ def describe(result: Evaluation) -> str:
     disagreement = result.disagreement()
     lines += [f"note: {disagreement}"] if disagreement else []
     lines += [f"warning: {warning}" for warning in result.rows.warnings]
+    lines += [f"{metric.upper()} is {why}" for metric, why in result.not_computed.items()]
     return "\n".join(lines)
 
 

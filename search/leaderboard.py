@@ -66,13 +66,15 @@ def searched(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def ranked(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Trials by value, best first: COMPLETE ones, then PRUNED ones that violated nothing, then the rest by number,
-    and repeats at the end, those of one trial together."""
+    """Trials, best first: COMPLETE ones, then PRUNED ones that violated nothing, then the rest by number, and repeats
+    at the end, those of one trial together. The lowest loss is best, or the highest CIDEr-D if the study ranks by it,
+    which COMPLETE trials alone have."""
 
     def key(trial: TrialRecord) -> tuple[int, float, int]:
         if is_repeat(trial):
             return (4, trial.attrs[records.REPEAT_OF], trial.number)
-        value = trial.value if trial.value is not None else float("inf")
+        score = records.score_of(trial.attrs)
+        value = -score if score is not None else trial.value if trial.value is not None else float("inf")
         group = {"COMPLETE": 0, "PRUNED": 1}.get(trial.state, 3)
         return (2 if trial.violated else group, value, trial.number)
 
@@ -80,7 +82,7 @@ def ranked(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def best(trials: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The COMPLETE trial with the lowest validation loss, None if there is none.
+    """The first COMPLETE trial in the order of `ranked`, None if there is none.
 
     One that was added or told by hand has no epoch that measured its value, and no adapter: it is not the best.
     """
@@ -120,6 +122,13 @@ def show_metric(value: float, spec: str = ".4f") -> str:
     return format(value, spec if abs(value) < 1e4 else spec.replace("f", "g"))
 
 
+def result_of(trial: TrialRecord) -> str:
+    """What a trial came to: `validation loss 0.3742`, behind CIDEr-D if its study ranks by that."""
+    score = records.score_of(trial.attrs)
+    loss = "no validation loss" if trial.value is None else f"validation loss {show_metric(trial.value)}"
+    return loss if score is None else f"CIDEr-D {score:.4f}, {loss}"
+
+
 def state_of(trial: TrialRecord) -> str:
     """A trial's state with its reason, e.g. `PRUNED (rising)`."""
     if trial.state == "COMPLETE":
@@ -137,16 +146,19 @@ def columns(trials: Sequence[TrialRecord]) -> list[str]:
 def rows(trials: Sequence[TrialRecord]) -> tuple[list[str], list[list[str]]]:
     """(headings, a row of texts for each trial), best first."""
     names = columns(trials)
-    heads = ["rank", "trial", "val_loss", "epoch", *names, "state", "findings"]
+    by_cider = any(records.score_of(trial.attrs) is not None for trial in trials)
+    heads = ["rank", "trial", *(["cider_d"] if by_cider else []), "val_loss", "epoch", *names, "state", "findings"]
     table = []
     for rank, trial in enumerate(ranked(trials), start=1):
         value = "-" if trial.value is None else f"{trial.value:.4f}"
-        label = name_of(trial)
+        label, score = name_of(trial), records.score_of(trial.attrs)
+        cider = "-" if score is None else f"{score:.4f}"
         found = ", ".join(key(Finding.from_dict(f)) for f in trial.attrs.get(records.FINDINGS, ()))
         table.append(
             [
                 str(rank) if trial.state == "COMPLETE" else "-",
                 str(trial.number) + (f" ({label})" if label else ""),
+                *([cider] if by_cider else []),
                 value,
                 "-" if trial.best_epoch is None else str(trial.best_epoch),
                 *(show_value(name, trial.config[name]) if name in trial.config else "-" for name in names),

@@ -79,8 +79,9 @@ def diverged(train_losses: Losses, val_losses: Losses, jump: float = JUMP) -> bo
 
 
 def best_value(trial: FrozenTrial) -> float | None:
-    """The lowest finite validation loss of a trial: its value if COMPLETE, else of what it reported."""
-    if trial.state == TrialState.COMPLETE:
+    """The lowest finite validation loss of a trial: its value if COMPLETE, unless that is of its captions
+    (`records.CIDER`), else of what it reported."""
+    if trial.state == TrialState.COMPLETE and records.CIDER not in trial.user_attrs:
         return trial.value
     return min((v for v in trial.intermediate_values.values() if math.isfinite(v)), default=None)
 

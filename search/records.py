@@ -68,6 +68,12 @@ TRAINS_TO = "trains_to"
 CONFIRM = "confirm"
 """Study attribute: how its leaders are repeated, as `search.verdict.leaders.Rules` has it; none if they are not."""
 
+CIDER = "cider_d"
+"""User attribute of a COMPLETE trial of a study whose objective is "cider": CIDEr-D of its best checkpoint's captions
+of all validation images. Optuna is told its negative; all other values of the trial are of its losses."""
+VAL_CIDER = "val_cider_d"
+"""The same as metric of the trial's MLflow run."""
+
 SETTINGS = "settings"
 """Study attribute: the `--set` settings as given."""
 STOP_RULE = "stop_rule"
@@ -129,6 +135,7 @@ _FORMS: dict[str, Callable[[Any, int], bool]] = {
     REPEAT_OF: lambda value, number: type(value) is int and 0 <= value < number,
     BLOCK: lambda value, number: type(value) is int and value > 0,
     TRAINS_TO: lambda value, number: type(value) is int and value > 0,
+    CIDER: lambda value, number: type(value) in _NUMBERS and math.isfinite(value),
 }
 """Of each user attribute of a trial, whether a value has the form in which this program writes it, by trial number."""
 _OF_A_REPEAT = (REPEAT_OF, BLOCK, TRAINS_TO)
@@ -174,6 +181,12 @@ def folder_of(first: int) -> str:
 def finite(value: float | None) -> TypeGuard[float]:
     """Whether there is a number: neither missing nor NaN nor infinite."""
     return value is not None and math.isfinite(value)
+
+
+def score_of(attrs: Mapping[str, Any]) -> float | None:
+    """CIDEr-D of a trial, by its user attributes; None where its study does not rank by it."""
+    found = attrs.get(CIDER)
+    return None if found is None else float(found)
 
 
 def lowest(losses: Mapping[int, float | None]) -> tuple[float, int] | None:

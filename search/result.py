@@ -34,7 +34,7 @@ class Result:
 
     @property
     def best(self) -> TrialRecord | None:
-        """The completed trial with the lowest validation loss."""
+        """The completed trial with the lowest validation loss, or the highest CIDEr-D if the study ranks by it."""
         return best(self.trials)
 
     @property

@@ -80,6 +80,8 @@ class Session:
         self.budget = Budget(
             self.options.trials or self.options.epochs or self.definition.n_trials, self.options.epochs
         )
+        asked = self.options.top is not None or self.options.seeds is not None
+        self.definition.check_way(self.options.strategy, self.options.pruner, repeats=asked)
         self._executor = Executor(
             kind=self.options.executor,
             workers=self.options.workers,
@@ -238,6 +240,7 @@ class Session:
         preflight.log_data(checked)
         self._runs = runs
         stated = {"strategy": self.strategy, "pruner": self.pruner, **self.definition.stop_rule()}
+        stated |= {"objective": self.definition.objective}
         away = runs.start_study(checked.tags(), study_run.params(self.definition.definition(), stated))
 
         job = self._job(name, checked.examined, pool)
@@ -318,7 +321,11 @@ class Session:
         elif given is not None and not {self.strategy, self.pruner} & {FREEZE_THAW}:
             self._notes.append(f"--warm-start is of no use here: it is for --strategy or --pruner {FREEZE_THAW}")
         study.set_user_attr(records.SETTINGS, list(options.settings))  # for the commands that the tuning log proposes
-        if options.confirm:
+        if self.definition.objective == "cider":
+            self._notes.append(
+                "trials are ranked by CIDEr-D of their captions of all validation images; the leaders are not repeated"
+            )
+        elif options.confirm:
             held = study.user_attrs.get(records.CONFIRM)
             asked = options.top is not None or options.seeds is not None
             self._rules = Rules(**held) if held and not asked else Rules(top=options.top, seeds=options.seeds)
@@ -452,18 +459,19 @@ class Session:
     def _keep_winner(self, trial: TrialRecord | None, folder: Path, name: str, runs: StudyRuns) -> None:
         """The winner's adapter as its run's model in MLflow, registered under the study's name."""
         from search import leaderboard
+        from search.records import VAL_CIDER, score_of
         from search.tracking.outbox import Model
 
         if trial is None or trial.run_id is None or trial.value is None or trial.best_epoch is None:
             return
-        adapter = leaderboard.adapter(folder, trial)
+        adapter, score = leaderboard.adapter(folder, trial), score_of(trial.attrs)
         if adapter.is_dir():
             model = Model(
                 path=str(adapter.absolute()),
                 name=name,
                 alias=BEST,
                 step=trial.best_epoch,
-                metrics={"val_loss": trial.value},
+                metrics={"val_loss": trial.value, **({} if score is None else {VAL_CIDER: score})},
                 params={key: str(value) for key, value in trial.params.items()},
             )
             runs.keep_model(trial.run_id, model)

@@ -44,12 +44,15 @@ LOCATION_FIELDS = ("model", "data")
 """Where the model and the data lie may differ between machines; their fingerprints may not."""
 
 Sampler = Literal["tpe", "random", "grid"]
+Objective = Literal["loss", "cider"]
 Screen = Literal["TF32", "bfloat16"]
 SCREENS: Mapping[str, Mapping[str, Any]] = {
     "TF32": {"matmul_precision": "high"},
     "bfloat16": {"base_dtype": "bfloat16"},
 }
 """The fields by which trials are trained in a faster precision."""
+BY_LOSS = ("freeze-thaw", "rungs", "staged")
+"""Strategies and pruners that decide by losses alone which trial is worth more."""
 LIMITS = {"n_trials": (1, MOST), "seed": (0, 2**32 - 1), "patience": (1, MOST)}
 """(Smallest, largest) value of whole numbers. NumPy takes no larger seed."""
 MOST_CHARACTERS = 100
@@ -101,6 +104,9 @@ class Study:
     """Seed of the sampler."""
     screen: Screen | None = None
     """A faster precision for the trials; the leaders' repeats, by which the verdict is made, have the base's own."""
+    objective: Objective = "loss"
+    """What trials are ranked by: their lowest validation loss, or CIDEr-D of the captions that the checkpoint of that
+    loss gives all validation images. Rules that stop a trial early see its losses either way."""
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -151,7 +157,7 @@ class Study:
         """
         values = read_settings(settings)
         checked = _Settings.parse({**self.base, **values})  # before they become the study's, in whose name errors are
-        rule = {name: getattr(checked, name) for name in (*self.stop_rule(), "screen") if name in values}
+        rule = {name: getattr(checked, name) for name in (*self.stop_rule(), "screen", "objective") if name in values}
         values = {name: value for name, value in values.items() if name not in rule}
         if rule.get("screen") == "none":
             rule["screen"] = None
@@ -181,7 +187,31 @@ class Study:
         base = self.base_config().model_dump(mode="json")
         for name in (*MACHINE_FIELDS, *LOCATION_FIELDS):
             base.pop(name)
-        return {"space": to_dict(self.space), "base": without_later(base), "sampler": self.sampler, "seed": self.seed}
+        found = {"space": to_dict(self.space), "base": without_later(base), "sampler": self.sampler, "seed": self.seed}
+        # Left out where it is what earlier versions did, whose studies go on.
+        return found if self.objective == "loss" else {**found, "objective": self.objective}
+
+    def check_way(self, strategy: str | None, pruner: str | None, *, repeats: bool) -> None:
+        """Make sure that what the study is ranked by goes with how it is searched.
+
+        Args:
+            strategy: `--strategy`; None for the default.
+            pruner: `--pruner`; None likewise.
+            repeats: Whether repeats of the leaders are asked for.
+
+        Raises:
+            StudyError: it does not.
+        """
+        if self.objective != "cider":
+            return
+        wrong = [f"--strategy {strategy}"] if strategy in BY_LOSS else []
+        wrong += [f"--pruner {pruner}"] if pruner in BY_LOSS else []
+        wrong += ["repeats of the leaders (search.confirm, --top, --seeds)"] if repeats else []
+        if wrong:
+            raise StudyError(
+                f"the study {shown(self.name)} ranks trials by CIDEr-D (objective='cider'), but these compare them by "
+                f"their losses: {', '.join(wrong)}; leave them out, or take objective='loss'"
+            )
 
     def stop_rule(self) -> dict[str, float]:
         """When its trials stop early, as plain data; it may change, since it does not alter what a trial computes."""
@@ -194,6 +224,7 @@ class _Settings(TrainConfig):
     patience: Annotated[int, Field(ge=LIMITS["patience"][0], le=LIMITS["patience"][1])] = Study.patience
     min_delta: Annotated[float, Field(ge=0)] = Study.min_delta
     screen: Screen | Literal["none"] | None = None
+    objective: Objective = Study.objective
 
 
 def _problems(study: Study) -> Iterator[str]:
@@ -249,6 +280,9 @@ def _screen_problems(study: Study) -> Iterator[str]:
     """What is wrong with the precision in which trials are screened."""
     if study.screen is None:
         return
+    if study.objective == "cider":
+        yield "screen is decided by repeats, which are compared by loss; it does not go with objective='cider'"
+        return
     if study.screen not in SCREENS:
         hint = nearest(study.screen, SCREENS) if isinstance(study.screen, str) else ""
         yield f"screen must be one of {', '.join(SCREENS)}, but got {shown(study.screen)}{hint}"
@@ -281,6 +315,10 @@ def _form_problems(study: Study) -> Iterator[str]:
     if study.sampler not in samplers:
         hint = nearest(study.sampler, samplers) if isinstance(study.sampler, str) else ""
         yield f"sampler must be one of {', '.join(samplers)}, but got {shown(study.sampler)}{hint}"
+    objectives = get_args(Objective)
+    if study.objective not in objectives:
+        hint = nearest(study.objective, objectives) if isinstance(study.objective, str) else ""
+        yield f"objective must be one of {', '.join(objectives)}, but got {shown(study.objective)}{hint}"
     yield from _mapping_problems("base", study.base)
     yield from _mapping_problems("space", study.space)
     if isinstance(study.space, Mapping):

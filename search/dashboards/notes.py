@@ -122,7 +122,7 @@ def _of_study(study: optuna.Study, trials: Sequence[TrialRecord], links: str, lo
     lines = [escape(leaderboard.summary(trials)), ""]
     best = leaderboard.best(trials)
     if best is not None:
-        where = f"trial {best.number}, validation loss {best.value:.4f} at epoch {best.best_epoch}"
+        where = f"trial {best.number}, {leaderboard.result_of(best)} at epoch {best.best_epoch}"
         lines += [f"**Best: {where}**", ""]
     verdict = verdict_of(trials, study.user_attrs)
     if verdict is not None:

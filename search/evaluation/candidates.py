@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from search import leaderboard
 from search.errors import StudyError
 from search.evaluation import compare
-from search.evaluation.metrics import NAMES, Scores, score
+from search.evaluation.java import METEOR, SPICE, Meteor, why_no_meteor
+from search.evaluation.metrics import Scores, score
 from search.verdict.leaders import winner
 from trainer.common.errors import DataError, shown
 from trainer.config import TrainConfig
@@ -179,10 +180,20 @@ class Evaluation:
     scores: Mapping[str, Scores]
     losses: Mapping[str, float | None] = field(default_factory=dict)
     """Lowest validation loss of each trial."""
+    meteor: Mapping[str, compare.Estimate] = field(default_factory=dict)
+    """By candidate; empty where it was not computed."""
+    not_computed: Mapping[str, str] = field(default_factory=dict)
+    """Metric -> why."""
 
     def estimates(self) -> dict[str, dict[str, compare.Estimate]]:
         """By candidate and metric, with intervals."""
-        return {name: compare.estimates(found, self.rows.scenes()) for name, found in self.scores.items()}
+        return {
+            name: {
+                **compare.estimates(found, self.rows.scenes()),
+                **({METEOR: self.meteor[name]} if name in self.meteor else {}),
+            }
+            for name, found in self.scores.items()
+        }
 
     def differences(self) -> dict[tuple[str, str], dict[str, compare.Difference]]:
         """(candidate, other) -> other minus candidate: each against the base, and the first trial against others."""
@@ -226,6 +237,7 @@ class Evaluation:
                 for (a, b), found in self.differences().items()
             ],
             "disagreement": self.disagreement(),
+            "not_computed": dict(self.not_computed),
         }
 
 
@@ -239,6 +251,7 @@ def evaluate(
     batch_size: int = 8,
     device: str = "auto",
     model: str | None = None,
+    meteor: bool = False,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Evaluation:
     """Caption the rows with the base and with each trial's best adapter, and score them.
@@ -252,6 +265,7 @@ def evaluate(
         batch_size: images at once.
         device: as the configuration's.
         model: where the base is now; None for where the trials had it.
+        meteor: whether METEOR is computed, too, see `java.why_no_meteor`.
         progress: called with (candidate, images done, images).
 
     Raises:
@@ -284,7 +298,18 @@ def evaluate(
         detach(base, adapted)
     references = [row.captions for row in rows.rows]
     scores = {name: score(found, references) for name, found in captions.items()}
-    return Evaluation(rows=rows, captions=captions, scores=scores, losses=losses)
+    reasons = {"spice": SPICE}
+    estimates: dict[str, compare.Estimate] = {}
+    if meteor:
+        with Meteor() as program:
+            for name, found in captions.items():
+                counts = program.statistics(found, references)
+                estimates[name] = compare.estimate_of_sums(counts, program.values, rows.scenes())
+    else:
+        reasons = {METEOR: why_no_meteor() or "not asked for", **reasons}
+    return Evaluation(
+        rows=rows, captions=captions, scores=scores, losses=losses, meteor=estimates, not_computed=reasons
+    )
 
 
 def _captions(
@@ -306,8 +331,8 @@ def _captions(
 def points(estimates: Mapping[str, compare.Estimate], prefix: str) -> dict[str, float]:
     """An evaluation as metrics of an MLflow run: `caption/test/cider_d`, and its interval."""
     found = {}
-    for name in NAMES:
-        found[f"{prefix}/{name}"] = estimates[name].value
-        found[f"{prefix}/{name}_low"] = estimates[name].low
-        found[f"{prefix}/{name}_high"] = estimates[name].high
+    for name, estimate in estimates.items():
+        found[f"{prefix}/{name}"] = estimate.value
+        found[f"{prefix}/{name}_low"] = estimate.low
+        found[f"{prefix}/{name}_high"] = estimate.high
     return found

@@ -7,7 +7,7 @@ too narrow, so that whole scenes are drawn where scenes are known.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +54,21 @@ def estimates(scores: Scores, scenes: Sequence[str] | None = None) -> dict[str, 
     """
     found, sampled = scores.values(), scores.weighted(_bootstrap(_units(len(scores), scenes)))
     return {name: Estimate(found[name], *_ends(sampled[name])) for name in NAMES}
+
+
+def estimate_of_sums(
+    counts: np.ndarray, value: Callable[[np.ndarray], np.ndarray], scenes: Sequence[str] | None = None
+) -> Estimate:
+    """A metric of summed counts with its bootstrap interval.
+
+    Args:
+        counts: (images, counts).
+        value: the metric of sums, (samples, counts) -> (samples,).
+        scenes: as of `estimates`.
+    """
+    own = np.ones((1, len(counts)))
+    found = value(np.concatenate([own, _bootstrap(_units(len(counts), scenes))]) @ counts)
+    return Estimate(float(found[0]), *_ends(found[1:]))
 
 
 def differences(one: Scores, other: Scores, scenes: Sequence[str] | None = None) -> dict[str, Difference]:

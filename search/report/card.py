@@ -11,7 +11,7 @@ from typing import Any
 
 from search.diagnosis import messages
 from search.markdown import escape
-from search.records import TrialRecord
+from search.records import TrialRecord, score_of
 from search.report.facts import Facts
 from search.tracking.client import as_text
 from search.verdict import text
@@ -111,6 +111,12 @@ def verdict(facts: Facts, trial: TrialRecord) -> str:
     if trial.value is None:
         return f"Trial {trial.number} was named by hand; it has no validation loss."
     told = f"Lowest validation loss {trial.value:.4f} at epoch {trial.best_epoch}"
+    score = score_of(trial.attrs)
+    if score is not None and named is not None and trial.number == named.number:
+        return (
+            f"CIDEr-D {score:.4f} of the validation captions (greedy): the highest of the study, which ranks its "
+            f"trials by it. {told}."
+        )
     if named is None or best is None or trial.number not in (named.number, best.best.number):
         return f"{told}. Trial {trial.number} was named by hand; it is not the study's best."
     if trial.number != best.best.number:

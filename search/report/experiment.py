@@ -78,6 +78,11 @@ class Experiment:
         return self.record.value
 
     @property
+    def score(self) -> float | None:
+        """CIDEr-D of its validation captions, where the study ranks by it."""
+        return records.score_of(self.record.attrs)
+
+    @property
     def stage(self) -> str | None:
         """Its stage in the staged strategy; None in any other."""
         return self.record.attrs.get(records.STAGE)

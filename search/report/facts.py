@@ -90,7 +90,7 @@ class Facts:
     clipping: Clipping
     best: Recommended | None
     chosen: Experiment | None
-    """What the study names: the trial of its verdict, else the one with the lowest loss."""
+    """What the study names: the trial of its verdict, else the first of its leaderboard."""
     curves: Outcome | None
     """What the model of all curves says."""
     board: Board
@@ -109,6 +109,11 @@ class Facts:
     """What base, best and runner-up say of the images that all trials caption; empty where none did."""
     updated_s: float | None
     """When the latest of the trials began or ended, by its worker's clock; None before the first."""
+
+    @property
+    def by_cider(self) -> bool:
+        """Whether the study ranks its trials by CIDEr-D."""
+        return any(e.score is not None for e in self.experiments)
 
     def experiment(self, number: int) -> Experiment:
         """The experiment of a trial."""

@@ -131,7 +131,8 @@ class LogKeeper(threading.Thread):
         self._book.add(STUDY, new, {NOTE: summary})
         self._told.update(new)
         leaders = _leaders(record)
-        self._book.describe(views.of_two(leaders) if len(leaders) > 1 else {})
+        shown = views.tags(cider=record.definition.get("objective") == "cider")
+        self._book.describe({**shown, **(views.of_two(leaders) if len(leaders) > 1 else {})})
 
 
 def _leaders(record: StudyRecord) -> list[str]:

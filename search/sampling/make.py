@@ -20,7 +20,7 @@ STRATEGIES = (FREEZE_THAW, "joint", "staged")
 
 def default_strategy(study: Study) -> str:
     """The strategy of a study for which none is given: what its sampler can do."""
-    return FREEZE_THAW if study.sampler == "tpe" and study.space else "joint"
+    return FREEZE_THAW if study.sampler == "tpe" and study.space and study.objective == "loss" else "joint"
 
 
 def make_sampler(

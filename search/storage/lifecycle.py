@@ -299,7 +299,7 @@ def _successor(lost: FrozenTrial, attempt: int) -> FrozenTrial | None:
 def _record(trial: FrozenTrial) -> TrialRecord:
     attrs = trial.user_attrs
     value = trial.value if trial.state == TrialState.COMPLETE else None
-    if trial.state == TrialState.PRUNED:
+    if trial.state == TrialState.PRUNED or records.CIDER in attrs:
         value = min((v for v in trial.intermediate_values.values() if math.isfinite(v)), default=None)
     if records.REPEAT_OF in attrs:  # not its lowest, which would be too low by chance
         value = trial.intermediate_values.get(attrs[records.TRAINS_TO])

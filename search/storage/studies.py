@@ -40,7 +40,7 @@ STRATEGY = "strategy"
 """Study attribute: the value of `--strategy` its trials were sampled with."""
 
 
-METRIC = "lowest val_loss"
+METRICS = {"loss": "lowest val_loss", "cider": "minus CIDEr-D of the validation captions"}
 """What a trial's value is, for the axes of plots."""
 
 
@@ -79,7 +79,7 @@ def open_study(
         if records.STUDY_ID not in opened.user_attrs:
             opened.set_user_attr(records.STUDY_ID, EARLIER + new_id())
         opened.set_user_attr(records.STOP_RULE, study.stop_rule())
-        _name_metric(opened)
+        _name_metric(opened, METRICS[study.objective])
         _enqueue_missing(opened, study)
     return opened
 
@@ -226,11 +226,11 @@ def _create(
     return created
 
 
-def _name_metric(opened: optuna.Study) -> None:
+def _name_metric(opened: optuna.Study, name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # of both, that they may change
-        if opened.metric_names != [METRIC]:
-            opened.set_metric_names([METRIC])
+        if opened.metric_names != [name]:
+            opened.set_metric_names([name])
 
 
 def _enqueue_missing(opened: optuna.Study, study: Study) -> None:

@@ -69,6 +69,7 @@ def show(
         "strategy": strategy,
         "sampler": study.sampler,
         "pruner": pruner,
+        "objective": study.objective,
         "seed": study.seed,
         "data": {
             "folder": str(examined.folder),
@@ -94,6 +95,8 @@ def show(
     data = facts["data"]
     print(f"study {study.name}: {study.description}")
     print(f"{budget.line()}, strategy {strategy}, sampler {study.sampler}, pruner {pruner}, seed {study.seed}")
+    if study.objective == "cider":
+        print("ranked by CIDEr-D of the validation captions of each complete trial; its leaders are not repeated")
     skipped = f", {len(examined.bad)} bad ones skipped" if examined.bad else ""
     print(f"data {examined.folder}: {len(examined.rows)} rows{skipped}, fingerprint {examined.fingerprint}")
     print(f"layout: {examined.layout}")

@@ -10,7 +10,7 @@ import optuna
 
 from search import leaderboard
 from search.places import Places
-from search.records import TrialRecord
+from search.records import TrialRecord, score_of
 from search.storage import lifecycle, studies
 from search.storage.database import close_storage, open_existing
 from search.verdict import text
@@ -71,6 +71,7 @@ def state_of_study(study: optuna.Study) -> dict[str, Any]:
         "states": _states(trials),
         "best_trial": None if named is None else named.number,
         "best_val_loss": None if named is None else named.value,
+        "best_cider_d": None if named is None else score_of(named.attrs),
         "verdict": None if verdict is None else verdict.kind,
         "sentence": None if verdict is None else text.sentence(verdict),
     }
@@ -89,6 +90,8 @@ def as_line(state: dict[str, Any]) -> str:
     best = "no loss yet"
     if state["best_trial"] is not None:
         best = f"best {state['best_val_loss']:.4f} (trial {state['best_trial']})"
+        if state["best_cider_d"] is not None:
+            best = f"best CIDEr-D {state['best_cider_d']:.4f} (trial {state['best_trial']})"
     verdict = f", verdict: {state['verdict']}" if state["verdict"] else ""
     trials = f"{state['counted']} trials ({states})" if states else "no trials yet"
     return f"{state['name']}: {trials}, {best}{verdict}"

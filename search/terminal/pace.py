@@ -69,8 +69,12 @@ class Pace:
         repeats = sum(leaderboard.is_repeat(trial) and trial.reason == records.REPEAT for trial in trials)
         if repeats:
             parts.append(f"{repeats} repeats")
+        first = leaderboard.best(trials)
+        score = None if first is None else records.score_of(first.attrs)
         best = leaders.leaders(trials)[:1]
-        if best and best[0].value is not None:
+        if first is not None and score is not None:
+            parts.append(f"best CIDEr-D {score:.4f} (trial {first.number})")
+        elif best and best[0].value is not None:
             parts.append(f"best {best[0].value:.4f} (trial {best[0].number})")
         left = left_epochs(trials, self._budget, self._rules)
         if left is not None and self._epochs and self._began is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
     from search.preflight import Checked
     from search.study import Study
     from trainer.config import TrainConfig
+    from trainer.workbench import Workbench
 
 BATCHES = 6
 """That are trained: the first is left out, since it allocates."""
 LARGE = 4 * 2**30
 """Bytes of weights from which a step on a CPU takes minutes: it is not measured there."""
+CAPTIONED = 8
+"""Most images that are captioned to time it."""
 KEPT = 2
 """Checkpoints of a trial that stay, at most: the last one and the best."""
 
@@ -46,12 +50,20 @@ class Price:
     """Of a trial."""
     most_epochs: int | None = None
     """Of all trials together, where the study has so many and no more."""
+    captions_s: float = 0.0
+    """Of all validation images once, where trials are ranked by what the captions score."""
+    captioned: int = 0
+    """Validation images."""
+    tokens: int = 0
+    """Of a caption, as many as the references have in the middle."""
 
     @property
     def study_s(self) -> float:
         """All trials in full, or all the study's epochs, one after the other, without repeats."""
         full = self.trials * self.epochs
-        return (full if self.most_epochs is None else min(full, self.most_epochs)) * self.epoch_s
+        epochs = full if self.most_epochs is None else min(full, self.most_epochs)
+        # With a budget of epochs no more trials come to their end than it has room for, and only those are captioned.
+        return epochs * self.epoch_s + epochs / self.epochs * self.captions_s
 
     @property
     def disk_bytes(self) -> int:
@@ -66,8 +78,18 @@ class Price:
         return (
             f"a step of {self.samples} samples takes {self.step_s:.2g} s here (measured), an epoch some "
             f"{_time(self.epoch_s)}: {what}, one after the other, "
-            f"{_time(self.study_s)}; pauses, early stops and packs save of that, repeats of the leaders add to it. "
-            f"Checkpoints take up to {memory.shown(self.disk_bytes)}"
+            f"{_time(self.study_s)}; pauses, early stops and packs save of that"
+            f"{'' if self.captioned else ', repeats of the leaders add to it'}. "
+            f"Checkpoints take up to {memory.shown(self.disk_bytes)}{self._captions()}"
+        )
+
+    def _captions(self) -> str:
+        if not self.captioned:
+            return ""
+        return (
+            f". Trials are ranked by CIDEr-D: at its end each complete one captions the {self.captioned} validation "
+            f"images, which takes some {_time(self.captions_s)} with captions of {self.tokens} tokens (measured; as "
+            f"long as {self.captions_s / self.epoch_s:.2g} epochs)"
         )
 
     def facts(self) -> dict[str, Any]:
@@ -110,7 +132,7 @@ def measure(study: Study, budget: Budget, checked: Checked) -> Price | Untrained
         before = os.environ.get(VARIABLE)
         os.environ[VARIABLE] = folder  # vision outputs of a few images are of no use to anyone
         try:
-            return _measured(config, budget, checked, Path(folder) / "run")
+            return _measured(study, budget, checked, Path(folder) / "run")
         finally:
             if before is None:
                 del os.environ[VARIABLE]
@@ -118,11 +140,13 @@ def measure(study: Study, budget: Budget, checked: Checked) -> Price | Untrained
                 os.environ[VARIABLE] = before
 
 
-def _measured(config: TrainConfig, budget: Budget, checked: Checked, out: Path) -> Price | Untrained:
+def _measured(study: Study, budget: Budget, checked: Checked, out: Path) -> Price | Untrained:
+    from trainer.checkpoint import folder_of
     from trainer.events import Diverged, EpochEnded, OutOfMemory, StepEnded
     from trainer.loop import train
     from trainer.workbench import Workbench
 
+    config = study.base_config()
     split = dataset.split(checked.examined, config)
     wanted = BATCHES * config.batch_size * config.gradient_accumulation_steps / (1 - config.val_fraction)
     few = min(len(split.train) + len(split.val), math.ceil(wanted))
@@ -131,7 +155,8 @@ def _measured(config: TrainConfig, budget: Budget, checked: Checked, out: Path) 
     )
     steps: list[StepEnded] = []
     ended: EpochEnded | None = None
-    for event in train(tried, Workbench(checked.examined, tried.data), out):
+    bench = Workbench(checked.examined, tried.data)
+    for event in train(tried, bench, out):
         match event:
             case StepEnded():
                 steps.append(event)
@@ -147,6 +172,10 @@ def _measured(config: TrainConfig, budget: Budget, checked: Checked, out: Path) 
     a_sample_s = median(step.timing.step_s / step.num_samples for step in counted)
     samples = max(step.num_samples for step in counted)
     validated = len(dataset.split(checked.examined, tried).val)
+    captions: dict[str, Any] = {}
+    if study.objective == "cider":
+        a_caption_s, tokens = _caption(tried, bench, folder_of(out, 1) / "adapter")
+        captions = {"captions_s": a_caption_s * len(split.val), "captioned": len(split.val), "tokens": tokens}
     made = [path for path in (out / "checkpoints").rglob("*") if path.is_file() and not path.match(UNFINISHED)]
     return Price(
         step_s=a_sample_s * samples,
@@ -158,7 +187,26 @@ def _measured(config: TrainConfig, budget: Budget, checked: Checked, out: Path) 
         trials=budget.trials,
         epochs=config.num_epochs,
         most_epochs=budget.epochs,
+        **captions,
     )
+
+
+def _caption(config: TrainConfig, bench: Workbench, adapter: Path) -> tuple[float, int]:
+    """(seconds of a caption, its tokens): of as many images at once as trials caption, to the references' length."""
+    from trainer.captions.generate import Decoding
+    from trainer.captions.hooked import hooked_captioner
+    from trainer.data.images import open_image
+
+    _, val = bench.datasets(config)
+    tokens = round(median(len(each.target) for each in val.tokens))
+    images = [open_image(row.image) for row in val.rows[: min(CAPTIONED, config.eval_batch_size)]]
+    decoding = Decoding(
+        max_new_tokens=tokens, min_new_tokens=tokens
+    )  # an adapter of a few steps says nothing of length
+    with hooked_captioner(bench.base(config), config, adapter, decoding) as captioner:
+        began = time.perf_counter()
+        captioner(images, val.rows[0].prompt)
+    return (time.perf_counter() - began) / len(images), tokens
 
 
 def _time(seconds: float) -> str:

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from search import leaderboard
 from search.planning.plan import is_repeat
-from search.records import TrialRecord
+from search.records import TrialRecord, score_of
 from search.result import INTERRUPTED, Result
 from search.urls import has_secret, shown
 from search.verdict import text
@@ -42,7 +42,9 @@ def study_tags(trials: Sequence[TrialRecord], verdict: Verdict | None = None) ->
     best = leaderboard.best(trials)
     tags = {"summary": leaderboard.summary(trials)}
     if best is not None and best.value is not None:
-        tags |= {"best_trial": str(best.number), "best_val_loss": f"{best.value:.6f}"}
+        score = score_of(best.attrs)
+        tags["best_trial"] = str(best.number)
+        tags |= {"best_val_loss": f"{best.value:.6f}"} if score is None else {"best_cider_d": f"{score:.6f}"}
     return tags if verdict is None else tags | text.tags(verdict)
 
 
@@ -63,7 +65,7 @@ def sum_up(console: Any, result: Result, places: Places) -> None:
     say(leaderboard.summary(result.trials))
     best, chosen = result.best, result.winner
     if best is not None and chosen is not None:
-        named = f"Best: trial {chosen.number}, validation loss {chosen.value:.4f} at epoch {chosen.best_epoch}"
+        named = f"Best: trial {chosen.number}, {leaderboard.result_of(chosen)} at epoch {chosen.best_epoch}"
         if chosen is not best:
             named += f", named by the verdict; the lowest is that of trial {best.number}, {best.value:.4f}"
         say(f"\n{named}")

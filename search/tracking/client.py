@@ -132,7 +132,7 @@ class Tracking:
         if found is None:
             return
         with translated(f"describing experiment {study_name!r}"):
-            for key, value in {**views.tags(), **tags}.items():
+            for key, value in tags.items():
                 if found.tags.get(key) != value:
                     self._client.set_experiment_tag(found.experiment_id, key, value)
 
@@ -160,7 +160,7 @@ class Tracking:
             with translated(f"reading run {found}"):
                 known = self._client.get_run(found).data.params
             self.set_params(found, {key: value for key, value in params.items() if key not in known})
-        self.describe(study_name, {})
+        self.describe(study_name, views.tags(cider=(params or {}).get("objective") == "cider"))
         return found
 
     def some_parent(self, study_name: str, tags: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from search import leaderboard
-from search.records import TrialRecord, finite
+from search.records import TrialRecord, finite, score_of
 from search.space import in_words
 from search.tracking.outbox import Point
 
@@ -16,6 +16,8 @@ BEST = "best_val_loss"
 metric of this name it is what MLflow sorts by."""
 TRIAL = "trial_val_loss"
 """Metric of the study's run: the lowest validation loss of each trial, by the trial's number."""
+TRIAL_CIDER, BEST_CIDER = "trial_cider_d", "best_cider_d"
+"""The same of CIDEr-D, the highest, where the study ranks by it."""
 ENDED = ("COMPLETE", "PRUNED", "FAIL")
 
 
@@ -32,10 +34,12 @@ def params(definition: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str
 
 
 def points(trials: Sequence[TrialRecord]) -> list[Point]:
-    """`BEST` and `TRIAL` of all trials that have ended; more trials only add points, unless clocks differ."""
+    """`BEST` and `TRIAL` of all trials that have ended, and those of CIDEr-D where the study ranks by it; more trials
+    only add points, unless clocks differ."""
     ended = [t for t in leaderboard.searched(trials) if t.state in ENDED and t.end_s is not None]
     found: list[Point] = []
-    best = None
+    best: float | None = None
+    top: float | None = None
     for count, trial in enumerate(sorted(ended, key=lambda t: (t.end_s, t.number)), start=1):
         time_ms = int((trial.end_s or 0.0) * 1000)
         if finite(trial.value) and not trial.violated:
@@ -44,4 +48,10 @@ def points(trials: Sequence[TrialRecord]) -> list[Point]:
             best = trial.value if best is None else min(best, trial.value)
         if best is not None:
             found.append(Point(BEST, best, count, time_ms))
+        score = score_of(trial.attrs)
+        if score is not None:
+            top = score if top is None else max(top, score)
+            found.append(Point(TRIAL_CIDER, score, trial.number, time_ms))
+        if top is not None:
+            found.append(Point(BEST_CIDER, top, count, time_ms))
     return found

@@ -34,16 +34,22 @@ COLUMNS = (
     *("params.`batch_size`", "params.`lora_dropout`", "params.`warmup_steps`", "tags.`state`", "tags.`finding`"),
 )
 """Of the table of runs."""
+CIDER = "metrics.`val_cider_d`"
+"""The first of them, by which runs are sorted, where the study ranks by it."""
 STEADY_MS = 1_700_000_000_000
 """Time of a view's making: always the same, so that an unchanged view is not written again."""
 
 
-def tags() -> dict[str, str]:
-    """The experiment's tags that hold the views of many runs."""
+def tags(*, cider: bool = False) -> dict[str, str]:
+    """The experiment's tags that hold the views of many runs.
+
+    Args:
+        cider: whether the study ranks its trials by CIDEr-D.
+    """
     trials = "tags.kind = 'trial' AND tags.repeat_of IS NULL"
     return {
-        f"{VIEW}{TRIALS}": _view("Trials by epoch", _state(trials)),
-        f"{VIEW}{ALL}": _view("All runs, repeats too", _state("tags.kind != 'study'")),
+        f"{VIEW}{TRIALS}": _view("Trials by epoch", _state(trials, cider=cider)),
+        f"{VIEW}{ALL}": _view("All runs, repeats too", _state("tags.kind != 'study'", cider=cider)),
     }
 
 
@@ -86,19 +92,20 @@ def read(value: str) -> dict[str, Any]:
     return state
 
 
-def _state(query: str) -> dict[str, Any]:
+def _state(query: str, *, cider: bool = False) -> dict[str, Any]:
+    columns = [CIDER, *COLUMNS] if cider else list(COLUMNS)
     epochs = "lora-search-epochs"
     sections = [_section(epochs, "By epoch", is_open=True), *(_section(name, name, is_open=False) for name in FOLDED)]
     return {
         "searchFilter": query,
-        "orderByKey": "metrics.`best_val_loss`",
-        "orderByAsc": True,
+        "orderByKey": columns[0],
+        "orderByAsc": not cider,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": list(COLUMNS),
-        "columnOrder": list(COLUMNS),
+        "selectedColumns": columns,
+        "columnOrder": columns,
         "columnWidths": {},
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": [_chart(metric, epochs) for metric in FIRST],

@@ -164,7 +164,7 @@ def verdict_of(trials: Sequence[TrialRecord], attrs: Mapping[str, Any]) -> Verdi
 
 
 def winner(trials: Sequence[TrialRecord], verdict: Verdict | None) -> TrialRecord | None:
-    """What a study has come to: the trial that its verdict names, else the one with the lowest validation loss.
+    """What a study has come to: the trial that its verdict names, else the first of its leaderboard.
 
     Who only leads, or is to be repeated further, is not named.
 

@@ -112,20 +112,19 @@ class Captioning:
     def _captions(self, config: TrainConfig, adapter: Path | None, budget_s: float | None) -> tuple[str, ...]:
         assert self._pictured is not None
         base = self._bench.base(config)
-        began = time.perf_counter()
         decoding = Decoding(
             max_new_tokens=min(config.max_target_length, MOST_TOKENS),
             max_time=budget_s,
             began=None if budget_s is None else time.time(),
         )
         try:
-            with hooked_captioner(base, config, adapter, decoding, len(self._opened)) as captioner:
+            with hooked_captioner(base, config, adapter, decoding) as captioner:
                 texts = captioner(self._opened, self._pictured.instruction)
+                late = captioner.late
         except (RuntimeError, MemoryError) as error:
             if runtime.is_out_of_memory(error):
                 runtime.release_memory(base.device)
             raise
-        late = budget_s is not None and time.perf_counter() - began >= budget_s
         return tuple(text + CUT if late and not text.endswith((".", "!", "?")) else text for text in texts)
 
     def _write_pictures(self) -> None:

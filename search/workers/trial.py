@@ -33,6 +33,7 @@ from search.storage import lifecycle, optuna_private
 from search.storage.searched import searched
 from search.verdict.leaders import APART
 from search.workers.protocol import Notice, Order, Progress, TrialEnded, TrialStarted
+from search.workers.scoring import cider_of
 from search.workers.trial_tracking import TrialContext, TrialTracking
 from trainer.checkpoint import folder_of
 from trainer.events import Diverged, EpochEnded, Event, OutOfMemory, RunStarted, StepEnded
@@ -71,6 +72,8 @@ class TrialRun:
         self._last_shown = 0.0
         self._findings: tuple[diagnosis.Finding, ...] = ()
         self._captioned: Captioned | None = None
+        self._cider: float | None = None
+        """What it is ranked by, if its study ranks by CIDEr-D and it is complete."""
 
     def begin(self) -> Outcome | None:
         """Record what is run, open its MLflow run, and take in what its checkpoint remembers.
@@ -93,10 +96,10 @@ class TrialRun:
             self._tracking.record(epoch)
             outcome = self._epoch(epoch, from_checkpoint=True)
             if outcome is not None and (outcome.reason != records.PAUSED or self._may_pause_at(epoch, history)):
-                return outcome
+                return self._scored(outcome)
         if records.GIVEN_UP in self.trial.user_attrs:
             return pruning.settled(self.study, self._frozen(), self.trial.user_attrs[records.GIVEN_UP])
-        return self._finished() if len(history) >= self.last_epoch else None
+        return self._scored(self._finished()) if len(history) >= self.last_epoch else None
 
     def take(self, event: Event) -> Outcome | None:
         """Record an event and judge it; the outcome if it ends the trial."""
@@ -113,9 +116,9 @@ class TrialRun:
             case EpochEnded():
                 outcome = self._epoch(event, from_checkpoint=False)
                 if outcome is not None:
-                    return outcome
+                    return self._scored(outcome)
                 if event.epoch >= self.last_epoch:
-                    return self._finished()
+                    return self._scored(self._finished())
                 if self._context.link.order() >= Order.END_AFTER_EPOCH:
                     return self.interrupted()
             case Diverged():
@@ -149,7 +152,7 @@ class TrialRun:
         except BaseException:  # the worker ends it as FAIL next, unless a disk is full
             self._tracking.end_by_fault()
             raise
-        self._tracking.end(outcome, self._best(), self._findings)
+        self._tracking.end(outcome, self._best(), self._findings, self._cider)
         self._announce(outcome)
         self.over = True
 
@@ -245,6 +248,24 @@ class TrialRun:
             return Outcome(state="PRUNED", reason=records.REPEAT, detail=detail)
         return Outcome(state="COMPLETE", reason=records.FINISHED, detail=f"{self.config.num_epochs} epochs done")
 
+    def _scored(self, outcome: Outcome) -> Outcome:
+        """A complete trial with what its study ranks by, where that is CIDEr-D; it may be interrupted on the way."""
+        best, bench = self._best(), self._context.bench
+        if self._context.job.study.objective != "cider" or outcome.state != "COMPLETE" or bench is None:
+            return outcome
+        assert best is not None
+
+        def go_on() -> bool:
+            self._context.link.alive()  # captions of many images take minutes, which is not hanging
+            return self._context.link.order() != Order.END_NOW
+
+        found = cider_of(self.config, folder_of(self.folder, best[1]) / "adapter", bench, go_on)
+        if found is None:
+            return self.interrupted()
+        cider, images = found
+        self._cider = cider
+        return replace(outcome, detail=f"{outcome.detail}; CIDEr-D {cider:.4f} of {images} validation images")
+
     def _best(self) -> tuple[float, int] | None:
         """(lowest finite validation loss, its epoch); of a repeat that has had its epochs, the loss after the last."""
         if self.repeat_of is not None and self.last_epoch in self._reported:
@@ -271,12 +292,14 @@ class TrialRun:
             self.trial.set_user_attr(records.STOPPED_EARLY, True)
         if best is not None:
             self.trial.set_user_attr(records.BEST_EPOCH, best[1])
+        if self._cider is not None:
+            self.trial.set_user_attr(records.CIDER, self._cider)
         params.mark_constraints(self.trial, outcome.violated)
         self._caption(outcome)
         self._annotate(outcome, curve.epochs)
         if outcome.state == "COMPLETE":
             assert best is not None
-            self._tell_state(TrialState.COMPLETE, best[0])
+            self._tell_state(TrialState.COMPLETE, best[0] if self._cider is None else -self._cider)
         else:
             self._tell_state(TrialState.PRUNED)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from search.captions import Captioned
     from search.tracking.recorder import RunRecorder
     from search.workers.captioning import Captioning
+    from trainer.workbench import Workbench
 
 TAGGED = (
     *(records.LABEL, records.STAGE, records.RESUMES, records.ATTEMPT, records.SLOTS),
@@ -57,6 +58,8 @@ class TrialContext:
     """Captions a few images with each trial that completes; None for no captions."""
     gpus: GpuWatch | None = None
     """Watches the worker's GPUs; None without any."""
+    bench: Workbench | None = None
+    """The worker's, for what captions of all validation images score."""
 
 
 class TrialTracking:
@@ -96,12 +99,19 @@ class TrialTracking:
         self._recorder(event)
 
     def end(
-        self, outcome: Outcome, best: tuple[float, int] | None = None, findings: Sequence[diagnosis.Finding] = ()
+        self,
+        outcome: Outcome,
+        best: tuple[float, int] | None = None,
+        findings: Sequence[diagnosis.Finding] = (),
+        cider: float | None = None,
     ) -> None:
         """End the run, if there is one.
 
         Args:
+            outcome: How the trial ended.
             best: (lowest finite validation loss, its epoch).
+            findings: About the trial.
+            cider: CIDEr-D of that epoch's captions, where the study ranks by it.
         """
         if self._recorder is None:
             return
@@ -111,6 +121,8 @@ class TrialTracking:
                 tags["best_epoch"] = str(best[1])
                 # MLflow sorts runs by a metric's last value, and val_loss' last is not its best.
                 self._recorder.put_metric("best_val_loss", best[0], best[1])
+                if cider is not None:
+                    self._recorder.put_metric(records.VAL_CIDER, cider, best[1])
             self._recorder.finish(
                 run_status(outcome.state, outcome.reason),
                 state=outcome.state,

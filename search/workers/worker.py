@@ -108,6 +108,7 @@ class Worker:
             check=self.watch.check,
             captioning=self._captioning,
             gpus=self._gpus,
+            bench=self.bench,
         )
 
     def run(self) -> None:

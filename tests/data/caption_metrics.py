@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
@@ -64,7 +65,11 @@ def main() -> None:
         rouge, per_rouge = Rouge().compute_score(gts, res)
         cider, per_cider = Cider().compute_score(gts, res)
         values[name] = {f"bleu_{n + 1}": value for n, value in enumerate(bleu)}
-        values[name] |= {"rouge_l": float(rouge), "cider_d": float(cider)}
+        values[name] |= {
+            "rouge_l": float(rouge),
+            "cider_d": float(cider),
+            "meteor": Meteor().compute_score(gts, res)[0],
+        }
         values[name] |= {"rouge_l_images": per_rouge.tolist(), "cider_d_images": per_cider.tolist()}
     found |= {"tokens": tokens, "values": values}
     file = Path(__file__).with_name("caption-metrics.json")

@@ -51,7 +51,7 @@ class MlflowServer:
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
                     return
             except (OSError, urllib.error.URLError):
                 time.sleep(0.2)

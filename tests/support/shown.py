@@ -24,6 +24,7 @@ SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "docs/images/optuna-study.png": (PICTURES, ("search/dashboards/notes.py", "search/dashboards/losses_svg.py")),
     "docs/images/optuna-trial.png": (PICTURES, ("search/dashboards/notes.py", "search/dashboards/losses_svg.py")),
     "docs/images/captions-page.png": ("a search; runs/STUDY/.../captions.html of a trial", ("search/captions.py",)),
+    "docs/images/captions-real.png": ("a search on a real input; its captions.html", ("search/captions.py",)),
     "docs/images/data-audit.png": ("python -m tests.support.audit_picture", ("trainer/data/page.py",)),
 }
 """For each file that shows the product: how it is made again, and the sources that decide how it looks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Decoding:
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     max_time: float | None = None
-    """Seconds after which generation stops, with captions cut where they are."""
+    """Seconds after which generation stops, with captions cut where they are; with `began` it stops before."""
     began: float | None = None
     """When these seconds began (`time.time()`); None for the first token."""
 
@@ -34,10 +34,11 @@ class Decoding:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         began = given.pop("began", None)
         if began is not None:
-            from transformers.generation import MaxTimeCriteria, StoppingCriteriaList
+            from transformers.generation import StoppingCriteriaList
 
-            limit = MaxTimeCriteria(given.pop("max_time"), initial_timestamp=began)
-            given["stopping_criteria"] = StoppingCriteriaList([limit])
+            from trainer.captions.deadline import Deadline
+
+            given["stopping_criteria"] = StoppingCriteriaList([Deadline(began + given.pop("max_time"))])
         return {**given, "do_sample": False}
 
 
@@ -51,6 +52,8 @@ class Captioner:
     device: torch.device
     dtype: torch.dtype
     decoding: Decoding
+    late: bool = field(default=False, init=False)
+    """Whether the last captions were cut at the end of the time."""
 
     def __call__(self, images: Sequence[Image], instruction: str) -> list[str]:
         """A caption for each image. All have one instruction, so that a batch is not padded: the captions do not
@@ -58,8 +61,10 @@ class Captioner:
         inputs = self.processor(images=list(images), text=[instruction] * len(images), return_tensors="pt")
         inputs = inputs.to(self.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+        arguments = self.decoding.arguments()
         with torch.no_grad():
-            output = self.model.generate(**inputs, **self.decoding.arguments())
+            output = self.model.generate(**inputs, **arguments)
+        self.late = any(limit.over for limit in arguments.get("stopping_criteria", ()))
         if self.model.config.use_decoder_only_language_model:
             output = output[:, inputs["input_ids"].shape[1] :]  # a Llama's output begins with what was asked
         texts = self.processor.tokenizer.batch_decode(output, skip_special_tokens=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from search import evaluate, leaderboard
-from search.evaluation import candidates
+from search.evaluation import candidates, java
 from search.evaluation.candidates import Evaluation, choose_rows
 from search.evaluation.metrics import score
 from search.options import opened
@@ -140,3 +141,44 @@ def test_the_verdicts_trial_is_the_first_that_is_evaluated(tmp_path: Path) -> No
     verdict = Verdict(kind="tied", choice=2, tied=(0, 1, 2))
     assert [t.number for t in candidates.choose_trials(trials, "best", tmp_path, verdict)] == [2, 0]
     assert [t.number for t in candidates.choose_trials(trials, "best", tmp_path)] == [0, 1]
+
+
+class Counted:
+    """In place of METEOR's program: the share of a caption's words in its first reference."""
+
+    def __enter__(self) -> Counted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def statistics(self, captions: list[str], references: list[tuple[str, ...]]) -> np.ndarray:
+        found = [
+            [sum(w in refs[0].split() for w in c.split()), len(c.split())]
+            for c, refs in zip(captions, references, strict=True)
+        ]
+        return np.array(found, dtype=float)
+
+    def values(self, sums: np.ndarray) -> np.ndarray:
+        return np.asarray(sums[:, 0] / np.maximum(sums[:, 1], 1))
+
+
+def test_meteor_is_a_figure_where_it_can_be_computed_and_its_lack_is_said(
+    call: Call, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("--trials", small_study.GOOD, "--rows", "validation")
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    code, out, err = call(*asked, "--meteor")
+    assert code == 2 and "METEOR is not computed: there is no Java" in err and not out
+    code, out, _ = call(*asked)
+    assert code == 0 and "METEOR is not computed: there is no Java" in out and "SPICE is not computed" in out
+    monkeypatch.setattr(java, "why_no_meteor", lambda: None)
+    monkeypatch.setattr(candidates, "Meteor", Counted)
+    code, out, _ = call(*asked, "--json")
+    found = json.loads(out)
+    for figures in found["candidates"].values():
+        assert 0 <= figures["meteor"]["low"] <= figures["meteor"]["value"] <= figures["meteor"]["high"] <= 1
+    assert list(found["not_computed"]) == ["spice"]
+    with opened(small_study.NAME, Places.of(runs)) as (study, tracking):
+        (run_id,) = {t.user_attrs["run_id"] for t in study.trials if t.number == small_study.GOOD}
+        assert "caption/validation/meteor_low" in tracking._client.get_run(run_id).data.metrics

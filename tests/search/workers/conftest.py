@@ -81,6 +81,7 @@ def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest
         captions: int = 0,
         epochs: int | None = None,
         screen: Any = None,
+        objective: Any = "loss",
         prepare: Callable[[optuna.Study], None] = lambda study: None,
         **base: Any,
     ) -> Any:
@@ -94,6 +95,7 @@ def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest
             space={"learning_rate": Float(1e-4, 1e-2, log=True), "lora_r": Int(2, 8)},
             n_trials=trials,
             screen=screen,
+            objective=objective,
         )
         urls = [f"sqlite:///{runs / name}" for name in ("optuna.db", "mlflow.db")]
         storage = open_storage(urls[0])

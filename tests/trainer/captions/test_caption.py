@@ -113,7 +113,7 @@ def test_an_adapter_applied_by_hooks_captions_as_peft_does(adapted: tuple[str, P
     others = Hooks(base.model)
     others.cover(name for name, _ in base.model.named_modules() if name.endswith(".query"))
     before = {name: vars(module).get("forward") for name, module in base.model.named_modules()}
-    with hooked_captioner(base, config, adapter, Decoding(max_new_tokens=12), len(images)) as captioner:
+    with hooked_captioner(base, config, adapter, Decoding(max_new_tokens=12)) as captioner:
         assert captioner([open_image(image) for image in images], "What is seen?") == expected
     assert {name: vars(module).get("forward") for name, module in base.model.named_modules()} == before
     others.remove()
