@@ -61,7 +61,7 @@ def forecasts(world: World, seeds: int) -> Iterator[Forecast]:
         for seen in (each for each in SEEN if each < late[0]):
             asked = _known(coordinates, world, target, 99, seen)
             outlook = Outlook([*shown, asked] if seen else shown, Prior())
-            mean, sd = outlook.at(asked, list(late))
+            mean, sd = outlook.at([asked], [list(late)])
             logs = [math.log(outlook.curves.loss(each)) for each in mean]
             yield Forecast(seen, float(np.mean(logs)) - _mean(target, late), float(np.mean(sd)))
 

@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 
 from search.errors import StorageError, Unavailable
 from search.places import Places
+from search.planning.budget import Budget
 from search.space import Int
 from search.storage import database
 from search.study import Study
@@ -197,7 +198,7 @@ def test_a_job_shows_no_url() -> None:
         study=Study(name="a", description="", space={"lora_r": Int(2, 4)}, n_trials=1),
         study_name="a",
         places=Places.of(Path("runs"), URLS[0], URLS[1]),
-        n_trials=1,
+        budget=Budget(1),
         strategy="joint",
         pruner="rising",
         examined=Examined("data", (), (), ""),

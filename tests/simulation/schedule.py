@@ -541,7 +541,7 @@ class Worker:
 
     def base(self, _config: Any) -> Any:
         """No model."""
-        return SimpleNamespace(model=None, fingerprint="m")
+        return SimpleNamespace(model=None, fingerprint="m", device=SimpleNamespace(type="cpu"))
 
     def beat(self) -> None:
         """What the heartbeat's thread does meanwhile."""

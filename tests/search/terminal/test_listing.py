@@ -123,11 +123,11 @@ def test_what_captions_take_is_measured_where_trials_are_ranked_by_them(
     settings = ("max_samples=40", "num_epochs=3", "objective=cider")
     session = Session("rsicap_mini", SearchOptions(places=places, settings=settings))
     checked = session.check()
-    measured = price.measure(session.definition, 5, checked)
+    measured = price.measure(session.definition, Budget(5), checked)
     assert isinstance(measured, price.Price) and measured.captions_s > 0 and measured.tokens > 10
     plain = replace(measured, captioned=0, captions_s=0.0)
     assert measured.study_s - plain.study_s == pytest.approx(5 * measured.captions_s)
-    dry_run.show(session.definition, session.options, 5, checked, None, price=measured)
+    dry_run.show(session.definition, session.options, Budget(5), checked, None, price=measured)
     shown = capsys.readouterr().out
     assert f"captions the {measured.captioned} validation images" in shown and "strategy joint" in shown
     assert "repeats of the leaders add" not in shown and "repeats of the leaders add" in plain.line()

@@ -127,6 +127,7 @@ def test_where_no_socket_can_be_made_workers_import_themselves(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A socket's address has some hundred characters at most, and lies below TMPDIR."""
+    pool.end_fork_server()  # another test's: it would need no socket
     monkeypatch.setattr(pool, "gpus", list)
     monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: str(tmp_path / ("x" * 100)))
     asked: list[str] = []

@@ -15,6 +15,7 @@ import pytest
 from search import pruning, records
 from search.errors import DatabaseAway
 from search.places import Places
+from search.planning.budget import Budget
 from search.records import Outcome
 from search.sampling import params
 from search.space import Float
@@ -49,7 +50,7 @@ class Ground:
             study=definition,
             study_name=self.study.study_name,
             places=Places.of(folder, urls[0], urls[1]),
-            n_trials=3,
+            budget=Budget(3),
             strategy="joint",
             pruner="none",
             examined=examined,
