@@ -106,6 +106,11 @@ class TestSections:
         levels = [re.findall(r"^#+ ", markdown(hand, lang, LINKS), flags=re.MULTILINE) for lang in LANGS]
         assert levels[0] == levels[1]
 
+    @pytest.mark.parametrize("lang", LANGS)
+    def test_each_point_of_a_list_begins_a_line(self, hand: Facts, lang: Lang) -> None:
+        """Jinja drops the line's end behind a tag; `+%}` keeps it."""
+        assert not re.findall(r"[^\n>\s]- \*\*.*", markdown(hand, lang, LINKS))
+
     @pytest.mark.parametrize("record", [hand_run(), many(14)], ids=["hand_run", "many"])
     def test_both_languages_give_the_same_losses_in_the_same_order(self, record: StudyRecord) -> None:
         facts = gather(record)
