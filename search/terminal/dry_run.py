@@ -61,6 +61,7 @@ def show(
         base, examined = study.base_config(), checked.examined
         need = memory.needed(base.model, base.dtype_of_base)
         state = None if found is None else listing.state_of_study(found)
+        spent = found is not None and budget.is_spent(found.get_trials(deepcopy=False))
     facts: dict[str, Any] = {
         "study": study.name,
         "description": study.description,
@@ -118,9 +119,11 @@ def show(
     if state is not None:
         print(f"it would go on with the study {listing.as_line(state)}")
         left = max(0, budget.trials - state["counted"])
-        print(
-            f"{left} more trials would be sampled" if left else "no more trials would be sampled; more with --trials"
-        )
+        if spent:
+            print(f"no more trials would be sampled: all {budget.epochs} epochs are trained; more with --epochs")
+        else:
+            none = "no more trials would be sampled; more with --trials"
+            print(f"{left} more trials would be sampled" if left else none)
     if facts["mlflow"]:
         print(facts["mlflow"])
     print("nothing was run (--dry-run)")

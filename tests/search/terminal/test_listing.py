@@ -74,6 +74,8 @@ def test_what_a_study_has_come_to(stored: Places, capsys: pytest.CaptureFixture[
     dry(stored, trials=5)
     said = capsys.readouterr().out
     assert f"it would go on with the study {line}\n3 more trials would be sampled\n" in said
+    dry(stored, epochs=2)
+    assert "no more trials would be sampled: all 2 epochs are trained; more with --epochs\n" in capsys.readouterr().out
     dry(stored, fresh=True)
     assert "go on" not in capsys.readouterr().out
 
