@@ -111,10 +111,14 @@ def test_the_good_one_is_accepted(tmp_path: Path) -> None:
 @examples(60)
 @given(entries("filename", "text_output", "text_input"), st.booleans())
 @example([{"filename": "link.png", "text_output": "A device."}], False)
+@example([{"filename": "a_1.png", "text_output": "0\x1b\x08"}], True)  # 13 % of all text is none to the tokenizer
 def test_rsicaps_entries(rows: list[Any], skip: bool) -> None:
     with folder() as here:
         (make(here) / "captions.json").write_text(json.dumps({"annotations": [*GOOD, *rows]}))
         outcome = tried(here, f"skip_bad_rows={str(skip).lower()}")
+        if "the model's tokenizer lacks" in outcome.err:  # of all captions together: no row is to blame alone
+            outcome.check_refused("translate the captions")
+            return
         assert outcome.accepted or not skip
         if not outcome.accepted:
             outcome.check_refused("captions.json, annotation", "--set skip_bad_rows=true")

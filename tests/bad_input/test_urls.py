@@ -71,6 +71,7 @@ def place(url: str, here: Any) -> str:
 @example("sqlite:///HERE/new.db?nothing=1")  # sqlite3 raises TypeError
 @example("sqlite:////" + "n" * 300 + "/x.db")
 @example("sqlite:/u:secret@127.0.0.1:1/x")  # a slash too few
+@example("sqlite:///0/")  # a folder that is not there
 def test_storage(url: str) -> None:
     from search.tracking import client
 
@@ -94,6 +95,7 @@ def _accepted(*_: Any) -> None:
 @given(URLS)
 @example("sqlite:///HERE/new.db?nothing=1")
 @example("http://127.0.0.1:99999")  # OverflowError
+@example("sqlite:///0/")
 @example("sqlite:///" + "n/" * 890 + "n")  # the path twice: in the URL, and in what the system says
 def test_tracking(uri: str) -> None:
     """The check alone and the lock, up to where MLflow would create its tables."""
