@@ -102,11 +102,15 @@ def _check_database(uri: str) -> None:
     try:
         url = sa.make_url(uri)
         if url.get_backend_name() == "sqlite" and url.database:
+            if url.database.endswith("/"):
+                raise StorageError(f"the tracking database {shown(uri)} is a folder; name a file in it")
             Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
         networked = url.get_backend_name() in ("postgresql", "mysql")
         with warnings.catch_warnings():
             warnings.simplefilter("error", sa.exc.SAWarning)  # it would go on without an option it does not know
             engine = sa.create_engine(url, connect_args={"connect_timeout": CONNECT_S} if networked else {})
+    except StorageError:  # which is a ValueError too
+        raise
     except (sa.exc.ArgumentError, sa.exc.SAWarning, ImportError, OSError, TypeError, ValueError) as error:
         raise StorageError(f"the tracking database {shown(uri)} cannot be opened: {first_line(error)}") from error
     try:

@@ -121,7 +121,7 @@ class Tracking:
             return self.experiment(study_name)
         if self._study_id is not None and STUDY_ID not in found.tags:
             with translated(f"marking experiment {study_name!r}"):
-                self._client.set_experiment_tag(found.experiment_id, STUDY_ID, self._study_id)
+                self._tag(found.experiment_id, STUDY_ID, self._study_id)
         if location is not None:
             relocate(self.uri, str(found.experiment_id), location)
         return str(found.experiment_id)
@@ -134,7 +134,17 @@ class Tracking:
         with translated(f"describing experiment {study_name!r}"):
             for key, value in tags.items():
                 if found.tags.get(key) != value:
-                    self._client.set_experiment_tag(found.experiment_id, key, value)
+                    self._tag(found.experiment_id, key, value)
+
+    def _tag(self, experiment_id: str, key: str, value: str) -> None:
+        """Set a tag of an experiment. Two searches that begin at once may both find it missing: MLflow's server then
+        refuses the second's as a duplicate (BAD_REQUEST, UniqueViolation), which set again replaces the first's."""
+        try:
+            self._client.set_experiment_tag(experiment_id, key, value)
+        except MlflowException as error:
+            if "unique" not in str(error).lower() and "duplicate" not in str(error).lower():
+                raise
+            self._client.set_experiment_tag(experiment_id, key, value)
 
     def find_parent(self, study_name: str) -> str | None:
         """Id of the study's parent run, None if there is none."""

@@ -63,6 +63,25 @@ def test_a_trial_as_mlflow_has_it(tracking: Tracking) -> None:
     assert [a.path for a in client.list_artifacts(run_id)] == ["adapted_modules.txt", tags.FACTS]
 
 
+def test_two_searches_may_describe_one_experiment_at_once(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow looks for a tag and then inserts it: of two servers' threads at once PostgreSQL refuses one."""
+    experiment = tracking.experiment("demo")
+    client, refused = tracking._client, []
+    real = client.set_experiment_tag
+
+    def at_once(experiment_id: str, key: str, value: str) -> None:
+        if not refused:
+            refused.append(key)
+            real(experiment_id, key, "the other's")
+            raise MlflowException('(psycopg.errors.UniqueViolation) duplicate key ... constraint "experiment_tag_pk"')
+        real(experiment_id, key, value)
+
+    monkeypatch.setattr(client, "set_experiment_tag", at_once)
+    tracking.describe("demo", {"what": "ours"})
+    assert refused == ["what"]
+    assert MlflowClient(tracking.uri).get_experiment(experiment).tags["what"] == "ours"
+
+
 def test_params_can_be_given_back_as_settings() -> None:
     config = TrainConfig(max_samples=None, target_modules=("query", "value"), learning_rate=3e-5)
     settings = [f"{k}={as_text(v)}" for k, v in config.model_dump().items()]
