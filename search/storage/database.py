@@ -229,9 +229,8 @@ def _check_file(url: URL) -> None:
         raise StorageError(f"{shown(url)}: give the file as a plain path, sqlite:///FOLDER/FILE")
     if not path.parent.is_dir():
         raise StorageError(f"{shown(url)}: the folder {str(path.parent)!r} does not exist; create it, or name another")
-    if path.is_dir() or str(url.database).endswith(
-        "/"
-    ):  # which a Path leaves out, and a lock beside it would be in it
+    # A Path leaves the last slash out, and the lock beside the file would be made in a folder of its name.
+    if path.is_dir() or str(url.database).endswith("/"):
         raise StorageError(f"{shown(url)}: {str(path)!r} is a folder; name a file in it")
     if not path.exists():
         return
