@@ -154,7 +154,7 @@ def test_three_workers_ran_the_study_between_them(
     trials = [trial for trial in trials if "repeat_of" not in trial.user_attrs]
     assert len(trials) == TRIALS
     assert {trial.state.name for trial in trials} <= {"COMPLETE", "PRUNED"}
-    assert len({json.dumps(trial.user_attrs["worker"], sort_keys=True) for trial in trials}) > 1
+    assert len({json.dumps(trial.system_attrs["lora_search:worker"], sort_keys=True) for trial in trials}) > 1
 
 
 def test_mlflow_has_the_runs_and_keeps_their_files(team: Deployment) -> None:
