@@ -97,7 +97,8 @@ def check(runs: Path, uri: str, trials: int = TRIALS) -> None:
         assert steps == sorted(set(steps)) and steps
         if not resumed:
             assert steps == list(range(1, steps[-1] + 1))
-        assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["adapted_modules.txt", "facts.json"]
+        kept = [artifact.path for artifact in client.list_artifacts(run.info.run_id)]
+        assert {"adapted_modules.txt", "facts.json"} <= set(kept)  # and captions, of those that completed
     assert not list((runs / "rsicap_mini" / "spool").glob("*.rejected"))
 
 
