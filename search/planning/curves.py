@@ -11,7 +11,7 @@ A Gaussian process over (configuration, epoch) models the logarithm of the valid
     the split's drift  the same for all trials: 32 validation samples are not the task, and the more a trial has learnt
                        the further they may lie from it. Many trials together cannot average it out, so without this
                        part a flat or rising loss of them all says that training on is no use, where the test loss
-                       still falls by 1.2 % (docs/search-quality.md)
+                       still falls by 1.1 % (docs/search-quality.md)
     noise              of each evaluation
 
 so that a trial's first epochs, and those of its neighbours, say what its last will be, and how sure that is. Swersky

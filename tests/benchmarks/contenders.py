@@ -23,6 +23,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
 from search.planning.budget import Budget
+from search.planning.prior import Prior
 from search.planning.thaw import FreezeThaw
 from search.pruning import default_pruner, plan_of, pruner_for, settled
 from search.records import Outcome
@@ -79,14 +80,20 @@ def optunas(setting: Setting, sampler: BaseSampler, pruner: BasePruner) -> Play:
     return Play(study=study)
 
 
-def products(setting: Setting, sampler: str = "tpe", pruner: str = "rising", strategy: str = "joint") -> Play:
+def products(
+    setting: Setting,
+    sampler: str = "tpe",
+    pruner: str = "rising",
+    strategy: str = "joint",
+    prior: Prior | None = None,
+) -> Play:
     """A study as a worker of the product opens it."""
     definition = _with(setting, sampler)
     trials = setting.trials or max(40, setting.budget // definition.base_config().num_epochs)
     proposes = strategy == FREEZE_THAW
     made = (
-        make_sampler(definition, strategy, trials),
-        pruner_for(pruner, definition, Budget(trials), proposes=proposes),
+        make_sampler(definition, strategy, trials, prior),
+        pruner_for(pruner, definition, Budget(trials), prior=prior, proposes=proposes),
     )
     study = LongestFirst(*_stored(setting.seed), *made, definition, definition.base_config().max_samples or 0)
     study.longest_first = setting.slots > 1
@@ -244,10 +251,15 @@ def _gp(setting: Setting) -> Play:
         return optunas(setting, GPSampler(seed=setting.seed), MedianPruner())
 
 
-def ours(setting: Setting) -> Play:
-    """The product's default, whatever it is."""
+def ours(setting: Setting, prior: Prior | None = None) -> Play:
+    """The product's default, whatever it is; with another prior of the effective rate than its own."""
     strategy = default_strategy(setting.definition)
-    return products(setting, pruner=default_pruner(strategy), strategy=strategy)
+    return products(setting, pruner=default_pruner(strategy), strategy=strategy, prior=prior)
+
+
+def off(decades: float) -> Callable[[Setting], Play]:
+    """The product's default with a prior that is wrong by so much."""
+    return lambda setting: ours(setting, Prior(centre=Prior().centre + decades))
 
 
 STRATEGIES = {
@@ -299,6 +311,8 @@ STRATEGIES = {
         ),
         Strategy("ours", "the product's default", ours),
         Strategy("ours by curves", "the same, its best so far named by the curves", by_curves),
+        Strategy("ours prior low", "ours, its prior half a decade too low", off(-0.5)),
+        Strategy("ours prior high", "ours, its prior half a decade too high", off(0.5)),
     )
 }
 """By name; the first of the comparison first."""
