@@ -73,6 +73,21 @@ def test_the_best_that_still_falls_goes_on_and_what_has_nothing_to_gain_does_not
         assert (plan.pause([*done, waits], waits, new_left=False) is not None) is pauses
 
 
+@pytest.mark.parametrize(("times", "pauses"), [(3.0, False), (5.0, True)])
+def test_a_trial_pauses_for_what_is_worth_several_times_as_much(
+    monkeypatch: pytest.MonkeyPatch, times: float, pauses: bool
+) -> None:
+    """Not for a little more: a curve's late gain is small and sure, what a new configuration promises is neither."""
+    done = [trial(i, TrialState.COMPLETE, falling(10, 1.05), rate) for i, rate in enumerate((1e-4, 3e-4, 4e-4))]
+    running = trial(3, TrialState.RUNNING, falling(4), 2e-4)
+    plan = FreezeThaw(STUDY, Prior())
+    own = plan._known(running)
+    assert own is not None
+    (mine,) = plan.outlook([*done, running]).of([own])
+    monkeypatch.setattr(plan, "_of_new", lambda outlook, trials: ({}, times * mine.per_epoch))
+    assert (plan.pause([*done, running], running, new_left=True) is not None) is pauses
+
+
 @pytest.mark.parametrize("changed", [{"max_samples": 400}, {"data": "/other"}], ids=str)
 def test_a_trial_on_other_samples_says_nothing_of_what_can_be_reached(changed: dict[str, Any]) -> None:
     """Its losses are of another validation split: with ten times the samples they are lower for everyone."""
