@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -24,8 +25,9 @@ from search.tracking.client import open_tracking
 from search.workers.protocol import Job, Message, Order
 from search.workers.trial import TrialRun
 from search.workers.worker import Worker
+from tests.support.made_up_events import started
 from trainer.data import dataset
-from trainer.events import EpochEnded, EpochTiming, Event, RunStarted, StepEnded, StepTiming
+from trainer.events import EpochEnded, EpochTiming, Event, StepEnded, StepTiming
 
 EPOCHS, STEPS = 6, 20
 """Of a made-up trial: about what a trial of rsicap_mini has."""
@@ -48,20 +50,12 @@ def made_up(number: int) -> Iterator[Event]:
     """The events of a healthy trial; its losses depend on its number alone."""
     rng = random.Random(number)
     level = rng.uniform(0.4, 0.6)
-    yield RunStarted(
+    yield replace(
+        started(EPOCHS * STEPS, modules=4),
         num_train_samples=128,
         num_val_samples=32,
         steps_per_epoch=STEPS,
-        total_steps=EPOCHS * STEPS,
-        warmup_steps=0,
-        trainable_parameters=10_000,
-        adapted_modules=tuple(f"qformer.encoder.layer.{i}.attention.attention.query" for i in range(4)),
         skipped_rows=(),
-        data_fingerprint="d" * 16,
-        model_fingerprint="m" * 16,
-        device="cpu",
-        num_threads=1,
-        resumed_from_epoch=0,
     )
     for step in range(1, EPOCHS * STEPS + 1):
         epoch = 1 + (step - 1) // STEPS

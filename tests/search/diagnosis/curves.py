@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from search.diagnosis import (
@@ -12,6 +13,7 @@ from search.diagnosis import (
     diagnose,
 )
 from search.records import EpochRecord
+from tests.support import made_up_events
 from trainer.events import (
     EpochEnded,
     EpochTiming,
@@ -68,20 +70,13 @@ def step(number: int, loss: float, nonfinite: NonFinite | None = None, norm: flo
 
 
 def started() -> RunStarted:
-    return RunStarted(
+    return replace(
+        made_up_events.started(30, modules=1),
         num_train_samples=80,
         num_val_samples=20,
         steps_per_epoch=10,
-        total_steps=30,
         warmup_steps=200,
-        trainable_parameters=1,
-        adapted_modules=("a",),
         skipped_rows=(),
-        data_fingerprint="d",
-        model_fingerprint="m",
-        device="cpu",
-        num_threads=1,
-        resumed_from_epoch=0,
     )
 
 
@@ -89,15 +84,13 @@ def ended(epoch: int, train: float, val: float) -> EpochEnded:
     timing = EpochTiming(
         epoch_s=100, train_s=80, data_wait_s=40, eval_s=15, checkpoint_s=5, samples_per_s=1, peak_memory_gib=1
     )
-    return EpochEnded(
-        epoch=epoch,
+    return replace(
+        made_up_events.epoch(epoch, val),
         step=10 * epoch,
         train_loss=train,
-        val_loss=val,
         learning_rate=1e-4,
         grad_norm_mean=0.5,
         grad_norm_max=0.9,
-        nonfinite_steps=0,
         timing=timing,
     )
 

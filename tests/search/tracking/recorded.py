@@ -3,11 +3,13 @@
 import contextlib
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from search.tracking.client import Tracking
 from search.tracking.outbox import Point, Status
 from search.tracking.recorder import Logged, RunRecorder
+from tests.support import made_up_events
 from trainer.config import TrainConfig
 from trainer.events import (
     EpochEnded,
@@ -23,20 +25,17 @@ BAD = NonFinite(tensor="grad: q.lora_A", value="nan", after_update=False, detail
 
 
 def started(total_steps: int, epochs: int = 2) -> RunStarted:
-    return RunStarted(
+    return replace(
+        made_up_events.started(total_steps),
         num_train_samples=160,
         num_val_samples=40,
         steps_per_epoch=total_steps // epochs,
-        total_steps=total_steps,
         warmup_steps=10,
         trainable_parameters=1234,
         adapted_modules=("qformer.a", "qformer.b"),
         skipped_rows=(),
         data_fingerprint="d" * 16,
         model_fingerprint="m" * 16,
-        device="cpu",
-        num_threads=1,
-        resumed_from_epoch=0,
     )
 
 
@@ -57,15 +56,13 @@ def epoch(number: int, last_step: int, *, val_loss: float = 1.5) -> EpochEnded:
     timing = EpochTiming(
         epoch_s=2.0, train_s=1.5, data_wait_s=0.3, eval_s=0.4, checkpoint_s=0.1, samples_per_s=100, peak_memory_gib=0.5
     )
-    return EpochEnded(
-        epoch=number,
+    return replace(
+        made_up_events.epoch(number, val_loss),
         step=last_step,
         train_loss=2.0 / number,
-        val_loss=val_loss,
         learning_rate=1e-4,
         grad_norm_mean=0.5,
         grad_norm_max=0.9,
-        nonfinite_steps=0,
         timing=timing,
     )
 
