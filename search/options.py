@@ -96,6 +96,10 @@ class SearchOptions:
     """Validation images that each trial which completes captions; 0 for none."""
 
     def __post_init__(self) -> None:
+        for name in ("trials", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise StudyError(f"{name} must be at least 1, but got {value}")
         for name in ("hang_timeout_s", "lost_after_s"):
             if getattr(self, name) < SHORTEST_S:
                 raise StudyError(f"{name} must be at least {SHORTEST_S}, but got {getattr(self, name)}")

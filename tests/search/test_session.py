@@ -72,6 +72,8 @@ def test_what_is_wrong_is_said_before_anything_is_made(tmp_path: Path) -> None:
         Session("rsicap_mimi")
     with pytest.raises(StudyError, match="hang_timeout_s must be at least"):
         SearchOptions(hang_timeout_s=1)
+    with pytest.raises(StudyError, match="epochs must be at least 1, but got 0"):
+        SearchOptions(epochs=0)  # not as many as the trials take
     assert not list(tmp_path.iterdir())
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"pruner": "risin"}, "there is no pruner"),
