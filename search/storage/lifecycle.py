@@ -84,8 +84,7 @@ def park(study: optuna.Study, trial: optuna.Trial | FrozenTrial, reason: str = r
         optuna.exceptions.UpdateFinishedTrialError: the trial is finished.
     """
     set_user_attr(study, trial, records.REASON, reason)
-    # A worker that takes it up has not named itself yet, and must not be mistaken for this process.
-    set_user_attr(study, trial, records.WORKER, None)
+    # It stays this process's until another takes it: without a worker, RUNNING, nobody would know that it is lost.
     set_state(study, trial, TrialState.WAITING)
 
 
@@ -94,11 +93,11 @@ def put_back(study: optuna.Study, worker: Mapping[str, Any], since: datetime) ->
 
     Args:
         study: The study; its lock is held.
-        worker: The worker's `records.WORKER`. A trial may be its own before it could name itself there.
+        worker: The worker's `records.WORKER`, which its trials have from the first, see `OrderedStudy.first_attrs`.
         since: When it began to ask.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        mine = trial.user_attrs.get(records.WORKER) in (None, worker)
+        mine = trial.user_attrs.get(records.WORKER) == worker
         if mine and trial.datetime_start is not None and trial.datetime_start >= since:
             park(study, trial)
 
@@ -112,8 +111,8 @@ def requeue_lost(
 ) -> tuple[Lost, ...]:
     """Fail the RUNNING trials whose worker is gone, and queue a successor that takes up the work of each.
 
-    A worker is gone if `is_alive` says so. Where that is unknown (another host, or a trial whose worker has not named
-    itself yet), the trial is lost once neither its last heartbeat nor its start lies within the worker's own limit, or
+    A worker is gone if `is_alive` says so. Where that is unknown (another host, or a trial that another program asked
+    for), the trial is lost once neither its last heartbeat nor its start lies within the worker's own limit, or
     the storage's grace period. A live process never counts as lost, however late its heartbeats: a laptop may have
     slept.
 

@@ -12,8 +12,9 @@ tests/search/storage/test_optuna_private.py says which one is missing, and finds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -22,7 +23,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import GridSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 AnyTrial = optuna.Trial | FrozenTrial
 
@@ -86,22 +87,35 @@ def running_heartbeats(study: optuna.Study, engine: sqlalchemy.Engine) -> list[t
 
 
 class OrderedStudy(optuna.Study):
-    """A study whose `ask` takes waiting trials in an order of our choice; Optuna's is that of their numbers."""
+    """A study whose `ask` takes waiting trials in an order of our choice; Optuna's is that of their numbers.
+
+    Attributes:
+        first_attrs: User attributes that a trial has before anyone can see it RUNNING. `ask` followed by
+            `set_user_attr` leaves a moment, and a process that is killed in it leaves a trial that nobody owns.
+    """
+
+    first_attrs: Mapping[str, Any] = MappingProxyType({})
 
     def in_order(self, waiting: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
         """The trials that wait, the one to be taken first in front."""
         return waiting
 
     def _pop_waiting_trial_id(self) -> int | None:
-        """As Optuna's but for the order: `ask` calls it, and creates a trial if it returns None."""
+        """As Optuna's but for the order and the attributes: `ask` calls it, and creates a trial if it returns None."""
         waiting = self._storage.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.WAITING,))
         for trial in self.in_order(waiting):
             try:
+                for key, value in self.first_attrs.items():
+                    self._storage.set_trial_user_attr(trial._trial_id, key, value)
                 if self._storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING):
                     return trial_id(trial)
             except UpdateFinishedTrialError:
                 continue  # another process has taken and ended it
-        return None
+        if not self.first_attrs:
+            return None
+        template = create_trial(state=TrialState.RUNNING, user_attrs=dict(self.first_attrs))
+        created: int = self._storage.create_new_trial(self._study_id, template)  # one transaction
+        return created
 
 
 class FilteredStudy(optuna.Study):

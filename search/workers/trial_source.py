@@ -62,6 +62,7 @@ class TrialSource:
         self._storage = storage
         self._job = job
         self._identity = dict(identity)
+        study.first_attrs = {records.WORKER: self._identity}
         self._say = say
         self._check = check
         self._repeats = None
@@ -109,7 +110,6 @@ class TrialSource:
                     check_definition(self._study, self._job.study)
                     self._definition_is_kept = True
                 trial = self._study.ask()
-                trial.set_user_attr(records.WORKER, self._identity)
                 lifecycle.heartbeat(self._study, trial)  # a trial that was parked has an old one
                 if self._study.given_up is not None:
                     trial.set_user_attr(records.GIVEN_UP, self._study.given_up)

@@ -289,7 +289,10 @@ class Simulation:
             self.deaths += 1
             supervisor = self.supervisors[host]
             if supervisor is not None:
-                self.look(supervisor, self.trials_of(each.process))
+                for number in (running := self.trials_of(each.process)):
+                    first = lifecycle.lineage(self.study, number)[-1]
+                    self.blamed[first] = self.blamed.get(first, 0) + 1
+                self.look(supervisor, running)
 
     def trials_of(self, process: Process) -> list[int]:
         """Numbers of the trials that a process runs, by its record."""
@@ -347,13 +350,11 @@ class Simulation:
             return None
         for lost in gone:
             if lost.number in before:
-                self.check_loss(before[lost.number], lost.number in blamed)
+                self.check_loss(before[lost.number])
         return left
 
-    def check_loss(self, lost: FrozenTrial, blamed: bool) -> None:
+    def check_loss(self, lost: FrozenTrial) -> None:
         """Nothing is taken from a process that lives and was heard of."""
-        first = lifecycle.lineage(self.study, lost.number)[-1]
-        self.blamed[first] = self.blamed.get(first, 0) + blamed
         record = lost.user_attrs.get(records.WORKER) or {}
         silence = self.world.now - self.world.beats.get(lost._trial_id, -1e9)
         for process in self.world.processes:

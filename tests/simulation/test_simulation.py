@@ -64,7 +64,7 @@ def test_a_process_that_slept_and_drops_later_checkpoints_is_found(tmp_path: Pat
         return [each for each in there if each not in (epoch, best, *before)]
 
     with mock.patch.object(world, "superseded", once), pytest.raises(Wrong, match="no adapter of its best epoch"):
-        Simulation(0, tmp_path / "runs").run()
+        Simulation(3, tmp_path / "runs").run()
 
 
 def test_a_trial_that_pauses_for_ever_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,4 +72,4 @@ def test_a_trial_that_pauses_for_ever_is_found(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(TrialRun, "judged_before", lambda self, epoch: False)
     monkeypatch.setattr("tests.simulation.schedule.MOST_TURNS", 2000)
     with pytest.raises(Wrong, match="no end after"):
-        Simulation(10, tmp_path / "runs").run()
+        Simulation(185, tmp_path / "runs").run()

@@ -47,7 +47,8 @@ def test_a_parked_trial_goes_on_as_it_was(storage):
     assert suggest_all(again) == trial.params
     assert again.user_attrs["train_losses"] == [2.1, 2.0]
     assert study.trials[0].intermediate_values == {1: 1.9, 2: 1.8}
-    assert requeue_lost(study, is_alive=lambda worker: False) == ()  # it has not said who runs it
+    assert again.user_attrs[records.WORKER] == this_process()  # of who had it, until another takes it
+    assert requeue_lost(study) == ()
     again.report(1.5, step=3)
     study.tell(again, 1.5)
     assert study.trials[0].intermediate_values == {1: 1.9, 2: 1.8, 3: 1.5}

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
+from search import processes, records
 from search.sampling.make import make_sampler
 from search.sampling.params import suggest
 from search.space import Choice, Float, Int, Multiple, param_name
-from search.storage import lifecycle
+from search.storage import lifecycle, optuna_private
 from search.storage.database import close_storage, open_storage
 from search.storage.queue import LongestFirst
 from search.storage.studies import open_study
 from search.study import Fixed, Study
 
+GONE = {**processes.this_process(), "pid": 2**22 + 1}
 BATCHES = {"short": 16, "long": 2, "middle": 8, "as long": 2}
 DEFINITION = Study(
     name="queue",
@@ -132,3 +135,36 @@ def test_what_cannot_be_run_is_no_obstacle(waiting: LongestFirst) -> None:
     waiting.longest_first = True
     waiting.enqueue_trial({"batch_size": 0}, user_attrs={"label": "wrong"})
     assert taken(waiting)[-1] == "wrong"
+
+
+@pytest.mark.parametrize("step", ["create", "set_trial_state_values", "set_trial_user_attr"])
+def test_a_trial_has_its_worker_from_its_first_moment(
+    waiting: LongestFirst, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Or one whose process is killed within `ask` belongs to nobody, and is waited for until the hosts' limit."""
+
+    class Killed(BaseException):
+        pass
+
+    storage = optuna_private.backend(waiting)
+    waiting.first_attrs = {records.WORKER: GONE}
+    if step == "create":
+        taken(waiting)
+        lifecycle.requeue_lost(waiting)
+        taken(waiting)
+    name = "_create_new_trial" if step == "create" else step
+    inner = getattr(storage, name)
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        inner(*args, **kwargs)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, name, die)
+        with pytest.raises(Killed):
+            waiting.ask()
+    running = waiting.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    assert [t.user_attrs[records.WORKER] for t in running] == [GONE] * len(running)
+    lifecycle.requeue_lost(waiting)
+    assert lifecycle.unfinished(waiting).running == 0
+    assert waiting.ask().user_attrs[records.WORKER] == GONE
