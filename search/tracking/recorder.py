@@ -174,6 +174,11 @@ class RunRecorder:
         """Why the latest write went to the outbox or was refused, None while all is well."""
         return self.writer.problem
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run has been ended."""
+        return self._finished
+
     def __call__(self, event: Event) -> None:
         """Take one event. Costs some microseconds: writing is another thread's work."""
         match event:

@@ -130,7 +130,10 @@ class TrialRun:
         return None
 
     def end(self, outcome: Outcome) -> None:
-        """Tell Optuna, MLflow and the supervisor how the trial ended, or that it waits to be resumed.
+        """Tell MLflow, Optuna and the supervisor how the trial ended, or that it waits to be resumed.
+
+        MLflow first: a process that is killed in between leaves a trial that is taken up again, and whose run is ended
+        as lost. The other way round nobody would come back for what MLflow had not been told.
 
         A FAIL is of a fault, about which the worker sends a notice of its own. Its MLflow run is ended first, and the
         trial counts as over however much of that succeeds.
@@ -152,7 +155,8 @@ class TrialRun:
         except BaseException:  # the worker ends it as FAIL next, unless a disk is full
             self._tracking.end_by_fault()
             raise
-        self._tracking.end(outcome, self._best(), self._findings, self._cider)
+        if outcome.state == "WAITING":
+            self._tracking.end(outcome, self._best(), self._findings)
         self._announce(outcome)
         self.over = True
 
@@ -275,7 +279,7 @@ class TrialRun:
         return min(finite) if finite else None
 
     def _tell(self, outcome: Outcome) -> None:
-        """Tell Optuna the outcome. Attributes first: a finished trial takes none."""
+        """Tell Optuna the outcome, MLflow before that. Attributes first: a finished trial takes none."""
         self._context.check()
         if outcome.state == "WAITING":
             if outcome.reason == records.PAUSED:
@@ -297,6 +301,7 @@ class TrialRun:
         params.mark_constraints(self.trial, outcome.violated)
         self._caption(outcome)
         self._annotate(outcome, curve.epochs)
+        self._tracking.end(outcome, best, self._findings, self._cider)
         if outcome.state == "COMPLETE":
             assert best is not None
             self._tell_state(TrialState.COMPLETE, best[0] if self._cider is None else -self._cider)

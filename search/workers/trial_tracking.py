@@ -105,7 +105,7 @@ class TrialTracking:
         findings: Sequence[diagnosis.Finding] = (),
         cider: float | None = None,
     ) -> None:
-        """End the run, if there is one.
+        """End the run, if there is one. One that has ended already is corrected: Optuna did not take its trial's end.
 
         Args:
             outcome: How the trial ended.
@@ -117,6 +117,9 @@ class TrialTracking:
             return
         tags = {"detail": outcome.detail}
         try:
+            if self._recorder.finished:
+                self._correct(outcome.state, outcome.reason, outcome.detail)
+                return
             if best is not None:
                 tags["best_epoch"] = str(best[1])
                 # MLflow sorts runs by a metric's last value, and val_loss' last is not its best.
@@ -137,7 +140,9 @@ class TrialTracking:
     def end_by_fault(self) -> None:
         """End the run, if there is one, because of an exception; `fail` adds the detail later."""
         try:
-            if self._recorder is not None:
+            if self._recorder is not None and self._recorder.finished:
+                self._correct("FAIL", records.ERROR)
+            elif self._recorder is not None:
                 self._recorder.finish(run_status("FAIL"), state="FAIL", reason=records.ERROR)
         except StorageError as error:
             self._report(error)
@@ -152,10 +157,18 @@ class TrialTracking:
     def end_as_lost(self) -> None:
         """End the run, if there is one, of a trial that another process has taken over."""
         try:
-            if self._recorder is not None:
+            if self._recorder is not None and self._recorder.finished:
+                self._correct("FAIL", records.LOST)
+            elif self._recorder is not None:
                 self._recorder.finish(run_status("FAIL", records.LOST), state="FAIL", reason=records.LOST)
         except StorageError:
             log.exception("trial %d: its run could not be ended", self._trial.number)
+
+    def _correct(self, state: str, reason: str, detail: str | None = None) -> None:
+        """End a run that has ended in another way."""
+        assert self._recorder is not None
+        tags = {"state": state, "reason": reason} | ({} if detail is None else {"detail": detail})
+        self._context.runs.end(self._recorder.run_id, run_status(state, reason), tags)
 
     def caption(self, said: Captioned) -> None:
         """Keep captions with the run: an artifact table with the images, and a page."""

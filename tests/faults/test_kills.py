@@ -111,8 +111,8 @@ def outcomes(place: Place) -> list[tuple[Any, ...]]:
 def test_fifty_kills_in_one_study(tiny_checkpoint: Path, tmp_path: Path, start: Start, bench: Any) -> None:
     rng = random.Random(0)
     place = Place(tmp_path / "runs", workers=2)
-    command = place.command(write_study(tmp_path, tiny_checkpoint, trials=24, num_epochs=60))
+    command = place.command(write_study(tmp_path, tiny_checkpoint, trials=24, num_epochs=120))
     kills = rng.choices(["worker", "supervisor", "both", "importer"], weights=[5, 3, 2, 1], k=50)
     done = storm(lambda: start(command), kills, rng, longest_s=6)
     print(dict(done))
-    check_records(place, bench, num_trials=24, num_epochs=60)
+    check_records(place, bench, num_trials=24, num_epochs=120)

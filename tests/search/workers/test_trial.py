@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.exceptions import UpdateFinishedTrialError
 
 from search import pruning, records
 from search.errors import DatabaseAway
@@ -192,6 +193,42 @@ def test_a_trial_whose_end_cannot_be_recorded_is_not_over(
     with pytest.raises(type(fault)):
         run.end(outcome)
     assert not run.over and ground.mlflow(run)[0] == status
+
+
+def test_mlflow_has_the_end_before_optuna(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a process that is killed between the two leaves a complete trial whose run lacks its last epochs for ever."""
+    run = ground.trial()
+    run.take(epoch(1))
+    outcome = run.take(epoch(2, val_loss=0.3))
+    assert outcome is not None
+    then = []
+    tell = ground.study.tell
+
+    def killed_here(*args: Any, **named: Any) -> None:
+        client = ground.tracking._client
+        run_id = run.trial.user_attrs[records.RUN_ID]
+        epochs = client.get_metric_history(run_id, "val_loss")
+        then.append((ground.mlflow(run)[0], [point.step for point in epochs], ground.optuna().state.name))
+        tell(*args, **named)
+
+    monkeypatch.setattr(ground.study, "tell", killed_here)
+    run.end(outcome)
+    assert then == [("FINISHED", [1, 2], "RUNNING")]
+
+
+def test_a_trial_that_was_taken_over_in_the_last_moment_ends_as_lost_in_mlflow(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ground.trial()
+    run.take(epoch(1))
+    outcome = run.take(epoch(2))
+    assert outcome is not None
+    monkeypatch.setattr(ground.study, "tell", _raises(UpdateFinishedTrialError("it is FAIL")))
+    with pytest.raises(UpdateFinishedTrialError):
+        run.end(outcome)
+    run.abandon(records.LOST)
+    status, tags = ground.mlflow(run)
+    assert (status, tags["state"], tags["reason"]) == ("KILLED", "FAIL", records.LOST)
 
 
 def _raises(fault: Exception) -> Callable[..., None]:
