@@ -17,7 +17,7 @@ from tests.simulation import world
 from tests.simulation.__main__ import play
 from tests.simulation.schedule import Simulation, Wrong
 
-QUICK, ALL, AT_ONCE = 8, 1000, 50
+QUICK, ALL, AT_ONCE = 50, 1000, 50
 
 
 @pytest.fixture(autouse=True)
