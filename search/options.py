@@ -43,6 +43,8 @@ LOST_AFTER_S = 600.0
 from its epochs, so this need not grow with the length of an epoch; a short one kills live trials (optuna#5470)."""
 CAPTIONS = 4
 """Images that each trial captions: they are one batch, which takes little longer than one image."""
+TEST_IMAGES = 512
+"""Images outside of the search for the candidates' test loss: their difference is then known to some 0.3 %."""
 SHORTEST_S = 10
 """Shortest `--hang-timeout` and `--lost-after`: a busy machine is silent for seconds."""
 
@@ -94,6 +96,8 @@ class SearchOptions:
     """Seed of the sampler; None for the study's own."""
     captions: int = CAPTIONS
     """Validation images that each trial which completes captions; 0 for none."""
+    test_images: int = TEST_IMAGES
+    """Images outside of the search on which the verdict's candidates are judged once, at the end; 0 for none."""
 
     def __post_init__(self) -> None:
         for name in ("trials", "epochs"):

@@ -9,6 +9,7 @@ from search.leaderboard import adapter, best
 from search.records import TrialRecord
 from search.verdict.leaders import winner
 from search.verdict.race import Verdict
+from search.verdict.tested import TestLosses
 
 INTERRUPTED = (129, 130, 143)
 """Exit codes after SIGHUP, Ctrl-C and SIGTERM."""
@@ -29,6 +30,8 @@ class Result:
     """Where the study's files lie."""
     verdict: Verdict | None = None
     """What the repeats of the leaders say; None if none were asked for."""
+    tested: TestLosses | None = None
+    """The test loss of the verdict's candidates; None where it was not read."""
     undelivered: str | None = None
     """What MLflow has not taken yet, None if it has all."""
 

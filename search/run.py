@@ -13,6 +13,7 @@ from search.errors import DatabaseAway, StudyError
 from search.options import (
     CAPTIONS,
     SHORTEST_S,
+    TEST_IMAGES,
     RunsOption,
     SearchOptions,
     StorageOption,
@@ -99,6 +100,10 @@ def main(
     captions: Annotated[
         int, typer.Option(min=0, max=MOST_CAPTIONS, help="Validation images that each trial captions; 0 for none.")
     ] = CAPTIONS,
+    test_images: Annotated[
+        int,
+        typer.Option(min=0, help="Images outside of the search for the test loss of the candidates; 0: none."),
+    ] = TEST_IMAGES,
     storage: StorageOption = None,
     tracking_uri: TrackingOption = None,
     runs_dir: RunsOption = RUNS,
@@ -158,6 +163,7 @@ def main(
             settings=tuple(settings or ()),
             seed=seed,
             captions=captions,
+            test_images=test_images,
         ),
     )
     if dry_run:

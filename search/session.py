@@ -29,6 +29,7 @@ from search.result import INTERRUPTED, Result
 from search.study import Study
 from search.study_file import load
 from search.verdict.leaders import Rules, verdict_of, winner
+from search.verdict.tested import TestLosses
 from search.workers.executor import Executor
 from search.workers.protocol import Display, Job, Message, Notice
 from trainer.common import progress
@@ -384,6 +385,7 @@ class Session:
             lost_after_s=options.lost_after_s,
             confirm=self._rules,
             captions=options.captions,
+            test_images=options.test_images,
         )
 
     def _look_for_lost(
@@ -453,6 +455,7 @@ class Session:
             logs=tuple(logs),
             folder=folder,
             verdict=verdict,
+            tested=TestLosses.of(study.user_attrs),
             undelivered=undelivered,
         )
 

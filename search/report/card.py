@@ -143,7 +143,8 @@ def _repeated(facts: Facts) -> list[str]:
     if found is None or not found.standings:
         return []
     about = f"The leaders were trained again with other seeds and splits. Verdict: {text.sentence(found)}."
-    return ["", about, "", *(f"- {line}" for line in text.table(found))]
+    tested = [] if facts.tested is None else ["", f"{facts.tested.sentence()}."]
+    return ["", about, "", *(f"- {line}" for line in text.table(found)), *tested]
 
 
 def command(trial: TrialRecord) -> str:

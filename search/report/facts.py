@@ -31,6 +31,7 @@ from search.report.parameters import Table
 from search.report.summary import Budget, Lessons, Recommended, Sign
 from search.verdict.leaders import verdict_of, winner
 from search.verdict.race import Verdict
+from search.verdict.tested import TestLosses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,8 @@ class Facts:
     """Trials told in full; the others have a line each."""
     verdict: Verdict | None
     """What the repeats of the leaders say; None if none were asked for."""
+    tested: TestLosses | None
+    """The test loss of the verdict's candidates; None where it was not read for them."""
     repeats: tuple[TrialRecord, ...]
     """Those of one trial together; everything else here is without them."""
     next: NextSteps
@@ -198,6 +201,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         board=board(record, experiments, best.best if best else None, noise),
         full=in_full(experiments, chosen, best.best if best else None),
         verdict=verdict,
+        tested=_tested(record, verdict),
         repeats=repeats,
         next=steps.next_steps(record, experiments, chosen, options, verdict=verdict, curves=curves),
         health=summary.health(experiments),
@@ -207,6 +211,14 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         captions=_captions(record, best),
         updated_s=max(times, default=None),
     )
+
+
+def _tested(record: StudyRecord, verdict: Verdict | None) -> TestLosses | None:
+    """What was read at the end, unless the study has gone on since and names another trial."""
+    found = TestLosses.of(record.attrs)
+    if found is None or verdict is None or verdict.choice not in (None, found.losses[0].trial):
+        return None
+    return found
 
 
 def _as_repeated(trial: TrialRecord) -> tuple[int, int, int]:

@@ -75,6 +75,8 @@ def sum_up(console: Any, result: Result, places: Places) -> None:
         say(f"\nVerdict: {text.sentence(result.verdict)}")
         for line in text.table(result.verdict):
             say(f"  {line}")
+        if result.tested is not None:
+            say(f"  {result.tested.sentence()}")
         say()
     say(f"files    {result.folder}")
     for path in result.logs:

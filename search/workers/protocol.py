@@ -58,6 +58,8 @@ class Job:
     """How the leaders are repeated once the search has nothing left; None if they are not."""
     captions: int = 0
     """Validation images that each trial which completes captions."""
+    test_images: int = 0
+    """Images outside of the search on which the verdict's candidates are judged once, at the end."""
     one_by_one: int = 0
     """Trials to be run alone first: those of a worker that died with several, one of which may have killed it."""
 

@@ -33,6 +33,7 @@ from search.workers.hand_over import HandingOver
 from search.workers.heartbeat import beating
 from search.workers.protocol import Idle, Job, Link, Loading, Notice, Order, SlotsChosen
 from search.workers.slots import Room, Slots
+from search.workers.testing import Testing
 from search.workers.trial import TrialRun
 from search.workers.trial_source import Supply, TrialSource
 from search.workers.trial_tracking import TrialContext
@@ -87,6 +88,7 @@ class Worker:
         identity = {**this_process(), lifecycle.LOST_AFTER: job.lost_after_s}
         self.source = TrialSource(self.study, self.storage, job, identity, self._say, self.watch.check)
         self._captioning = Captioning(self.study, self.base, self.bench, job.folder, job.captions)
+        self._testing = Testing(self.study, job, self.bench, self.runs, link)
         self._room = Room(Slots(1), one_by_one=job.one_by_one)
         self._handing_over = HandingOver(link)
         self._gpus: GpuWatch | None = None
@@ -172,6 +174,8 @@ class Worker:
 
     def _more_may_come(self) -> bool:
         """Wait a while as long as other workers have trials that they could hand over; False at the search's end."""
+        if self.link.order() == Order.GO_ON:
+            self._testing.test()
         if self.link.order() == Order.GO_ON:
             self.link.send(Idle())
             self.link.wait(IDLE_S)

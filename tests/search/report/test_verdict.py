@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from search.terminal import summary
 from search.verdict import text
 from search.verdict.leaders import verdict_of
 from search.verdict.race import LONGEST_FORECAST, Verdict
+from search.verdict.tested import ATTRIBUTE, TestLoss, TestLosses
 from tests.support.report_data import study, trial
 
 RULES = {"top": 2, "seeds": 3}
@@ -147,3 +149,40 @@ def test_the_card_of_an_export_tells_the_verdict_that_chose_it(losses: dict[str,
     assert "named by hand" not in told
     if named == 1:
         assert "the lowest of 2 trials that completed on the same rows (1.4100)" in told
+
+
+def read(*losses: tuple[int, float, tuple[float, float, float] | None], rows: str = "test") -> dict[str, Any]:
+    each = tuple(TestLoss(trial=n, epoch=2, loss=v, low=v - 0.05, high=v + 0.05, above=a) for n, v, a in losses)
+    found = TestLosses(rows=rows, images=120, scenes=True, fingerprint="f", losses=each)
+    return {ATTRIBUTE: json.loads(json.dumps(found.to_dict()))}
+
+
+WON = {"a": [1.40, 1.45, 1.38], "b": [1.50, 1.55, 1.481]}
+
+
+@pytest.mark.parametrize("rows", ["test", "unused"])
+def test_the_test_loss_of_the_candidates_stands_beside_the_verdict(rows: str) -> None:
+    record = repeated(**WON)
+    behind = read((0, 1.4321, None), (1, 1.5432, (0.0776, 0.05, 0.1)), rows=rows)
+    facts = gather(replace(record, attrs={**record.attrs, **behind}))
+    english, chinese = markdown(facts, "en", {}), markdown(facts, "zh", {})
+    for log in (english, chinese):
+        assert "1.4321" in log and "1.5432" in log and "+7.76" in log and "120" in log
+    kinds = {"test": ("of the test split", "测试集的"), "unused": ("that the search did not use", "搜索未使用的")}
+    assert all(words in log for words, log in zip(kinds[rows], (english, chinese), strict=True))
+    assert "By more than chance" not in english
+    assert "test loss, read once on 120 images" in card.verdict(facts, facts.record.trials[0])
+
+
+def test_a_test_loss_that_speaks_against_the_verdict_is_said() -> None:
+    record = repeated(**WON)
+    lower = read((0, 1.4321, None), (1, 1.40, (-0.022, -0.03, -0.01)))
+    log = markdown(gather(replace(record, attrs={**record.attrs, **lower})), "en", {})
+    assert "By more than chance, the test loss of trial [1]" in log and "is below that of [trial 0]" in log
+
+
+def test_the_test_loss_of_an_earlier_verdict_is_not_shown() -> None:
+    record = repeated(**WON)
+    earlier = read((1, 1.4321, None), (0, 1.5432, (0.0776, 0.05, 0.1)))
+    assert gather(replace(record, attrs={**record.attrs, **earlier})).tested is None
+    assert gather(record).tested is None

@@ -79,6 +79,7 @@ def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest
         strategy: str = "joint",
         pruner: str = "none",
         captions: int = 0,
+        test_images: int = 0,
         epochs: int | None = None,
         screen: Any = None,
         objective: Any = "loss",
@@ -117,6 +118,7 @@ def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest
             threads=1,
             slots=slots,
             captions=captions,
+            test_images=test_images,
             one_by_one=one_by_one,
             confirm=confirm,
         )
