@@ -30,7 +30,7 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 1800
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist loadfile --timeout 1800
 
 # Schedules of faults drawn from seeds 0, 1, ...: `make simulate SEEDS=5000 FIRST=1000`. One that breaks a promise is
 # printed with its seed, and comes again with it.

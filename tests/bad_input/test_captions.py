@@ -112,12 +112,16 @@ def test_the_good_one_is_accepted(tmp_path: Path) -> None:
 @given(entries("filename", "text_output", "text_input"), st.booleans())
 @example([{"filename": "link.png", "text_output": "A device."}], False)
 @example([{"filename": "a_1.png", "text_output": "0\x1b\x08"}], True)  # 13 % of all text is none to the tokenizer
+@example([{"filename": "a_1.png", "text_output": "0", "text_input": "00000Æ"}], True)
 def test_rsicaps_entries(rows: list[Any], skip: bool) -> None:
     with folder() as here:
         (make(here) / "captions.json").write_text(json.dumps({"annotations": [*GOOD, *rows]}))
         outcome = tried(here, f"skip_bad_rows={str(skip).lower()}")
         if "the model's tokenizer lacks" in outcome.err:  # of all captions together: no row is to blame alone
             outcome.check_refused("translate the captions")
+            return
+        if "tokenizer of the model's Q-Former lacks" in outcome.err:  # likewise of all prompts together
+            outcome.check_refused("translate the prompts")
             return
         assert outcome.accepted or not skip
         if not outcome.accepted:
@@ -143,6 +147,7 @@ def test_lines_of_an_image_folder(rows: list[Any], line: bytes) -> None:
 @example(b'{"annotations": [' + b"9" * 5000 + b"]}")
 @example(b"[" * 100_000)
 @example(b'\xef\xbb\xbf{"annotations": []}')
+@example(b"\0")
 def test_caption_files(content: bytes) -> None:
     with folder() as here:
         (make(here) / "captions.json").write_bytes(content)

@@ -146,7 +146,8 @@ def test_the_gate_refuses_other_trials() -> None:
 @pytest.mark.slow
 def test_the_benchmark_of_scale_goes_on_with_a_prefilled_study() -> None:
     done = search_process.run(
-        [sys.executable, "-m", "tests.benchmarks.scale", "--workers", "2", "--prefill", "30", "--trials", "4"]
+        [sys.executable, "-m", "tests.benchmarks.scale", "--workers", "2", "--prefill", "30", "--trials", "4"],
+        fresh=True,  # its workers unpickle what they find in __main__
     )
     assert done.returncode == 0, done.stderr
     label, workers, _, trials, *figures = done.stdout.splitlines()[-1].replace("+", " ").split()

@@ -48,7 +48,7 @@ def text_of(path: Path) -> str:
             f"{path}: is not readable as JSON, JSONL or CSV: it is not UTF-8 text ({byte}) but looks like {encoding}; "
             f"convert it: iconv -f {encoding} -t UTF-8 {shlex.quote(path.name)} > {shlex.quote(copy.name)}"
         ) from None
-    if text[:2].count("\0") == 1:
+    if len(text) > 1 and text[:2].count("\0") == 1:
         order = "LE" if text[1] == "\0" else "BE"
         raise DataError(
             f"{path}: is not readable as JSON, JSONL or CSV: every other byte is 0, so it looks like UTF-16{order}; "
