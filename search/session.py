@@ -26,6 +26,7 @@ from search.errors import DatabaseAway, StudyError, Unavailable
 from search.options import SearchOptions
 from search.planning.budget import Budget
 from search.result import INTERRUPTED, Result
+from search.space import size
 from search.study import Study
 from search.study_file import load
 from search.verdict.leaders import Rules, verdict_of, winner
@@ -312,7 +313,9 @@ class Session:
         )
         studies.check_strategy(study, self.strategy)
         if isinstance(study.sampler, GridInOrder):
-            self._cap(study.sampler.total(study))
+            self._cap("grid", study.sampler.total(study))
+        elif self.definition.space and self.strategy != "staged" and (most := size(self.definition.space)) is not None:
+            self._cap("space", most + studies.beside_the_space(study))
         given, self.prior = self.prior, studies.hold_prior(study, self.prior)
         if given is not None and given != self.prior:
             self._notes.append(
@@ -340,11 +343,11 @@ class Session:
             with suppress(Exception):  # what ended the search is what is to be told
                 self._runs.end_study("KILLED" if killed else "FAILED", {})
 
-    def _cap(self, most: int) -> None:
-        """Ask for no more trials than a grid has points."""
+    def _cap(self, what: str, most: int) -> None:
+        """Ask for no more trials than a grid or a finite space has points."""
         if self.budget.trials > most:
             self._notes.append(
-                f"the grid has {most} trials, and {self.budget.trials} were asked for: it ends once it is done"
+                f"the {what} has {most} trials, and {self.budget.trials} were asked for: it ends once it is done"
             )
             self.budget = replace(self.budget, trials=most)
 

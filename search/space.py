@@ -5,8 +5,9 @@ Pure descriptions: `search.sampling.params` turns them into Optuna's distributio
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -184,6 +185,38 @@ def to_params(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{field}={values[field]!r} lies outside its search range {param}")
         params[param_name(field, param)] = value
     return params
+
+
+def size(space: Space) -> int | None:
+    """How many configurations a space has; None if one of its ranges is continuous."""
+    found = 1
+    for param in space.values():
+        values = _values(param)
+        if values is None:
+            return None
+        found *= len(values)
+    return found
+
+
+def points(space: Space) -> Iterator[dict[str, Any]]:
+    """All configurations of a finite space: params by Optuna's names."""
+    names = [param_name(field, param) for field, param in space.items()]
+    values = [_values(param) or () for param in space.values()]
+    return (dict(zip(names, point, strict=True)) for point in itertools.product(*values))
+
+
+def _values(param: Param) -> Sequence[Any] | None:
+    """What Optuna's param can be; None for a continuous range."""
+    match param:
+        case Float(low=low, high=high):
+            return (low,) if low == high else None
+        case Int(low=low, high=high):
+            return range(low, high + 1)
+        case Choice(values=values):
+            return values
+        case Multiple(factors=factors):
+            return factors
+    raise TypeError(param)
 
 
 def contains(param: Param, value: Any) -> bool:

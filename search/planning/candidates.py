@@ -5,15 +5,16 @@ What is drawn, sampled and recorded are always the study's own params; the effec
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from search.planning.coordinates import model_rate
 from search.planning.prior import Prior
-from search.space import Choice, Float, Int, Multiple, Param, Space, param_name, to_config
+from search.space import Choice, Float, Int, Multiple, Param, Space, param_name, points, size, to_config
 
 SOUND = {"lora_r": 8, "lora_alpha": 16}
 """The ladder's rank and alpha: the hand-run log's recommended start."""
@@ -23,7 +24,10 @@ DRAWN, UNIFORM, NEAR = 24, 12, 12
 """Candidates drawn from the prior of the effective rate, from the whole space, and near the best trials."""
 NEAR_STEP = 0.15
 """Standard deviation of a step from a good trial's params, in their ranges."""
+MOST_POINTS = 10_000
+"""Configurations of a finite space that are gone through for those that are left."""
 Values = dict[str, Any]
+Key = tuple[tuple[str, str], ...]
 
 
 class Candidates:
@@ -62,6 +66,13 @@ class Candidates:
         found += [self._near(rng, good[i % len(good)]) for i in range(NEAR if good else 0)]
         return list({key(params): params for params in found}.values())
 
+    def left(self, begun: Collection[Key]) -> list[Values]:
+        """Configurations of a finite space that have not begun, by their keys; none of a continuous one."""
+        if size(self._space) is None:
+            return []
+        some = itertools.islice(points(self._space), MOST_POINTS)
+        return list(itertools.islice((point for point in some if key(point) not in begun), DRAWN + UNIFORM + NEAR))
+
     def _sound(self) -> Values:
         """Params of the base, with the ladder's rank and alpha, each moved into its range."""
         values = {**self._base, **SOUND}
@@ -90,7 +101,7 @@ class Candidates:
         return {**params, "learning_rate": min(max(rate, self._rate.low), self._rate.high)}
 
 
-def key(params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def key(params: Mapping[str, Any]) -> Key:
     """What tells configurations apart: the same params give equal keys."""
     return tuple(sorted((name, repr(value)) for name, value in params.items()))
 

@@ -138,7 +138,7 @@ class FreezeThaw(Plan):
         rng = np.random.default_rng((self._study.seed, number))
         begun = {key(t.params) for t in trials}
         drawn = self._candidates.draw(rng, self._prior, self._good(trials))
-        drawn = [params for params in drawn if key(params) not in begun] or drawn
+        drawn = [params for params in drawn if key(params) not in begun] or self._candidates.left(begun) or drawn
         known = []
         for params in drawn:
             config = self._candidates.config(params)

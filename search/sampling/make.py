@@ -8,8 +8,9 @@ from search.errors import StudyError
 from search.planning.prior import Prior
 from search.planning.thaw import FreezeThaw
 from search.sampling.aimed import AimedSampler
-from search.sampling.samplers import GridInOrder, SeededByTrial, base_sampler
+from search.sampling.samplers import GridInOrder, SeededByTrial, Untried, base_sampler
 from search.sampling.staged import StagedSampler
+from search.space import size
 from search.study import Study
 from trainer.common.errors import nearest
 
@@ -52,4 +53,6 @@ def make_sampler(
         return AimedSampler(study, FreezeThaw(study, prior or Prior()))
     if strategy == "staged":
         return StagedSampler(study, study.n_trials if n_trials is None else n_trials)
+    if size(study.space) is not None:
+        return Untried(lambda seed: base_sampler(study, seed), study)
     return SeededByTrial(lambda seed: base_sampler(study, seed), study.seed)

@@ -175,6 +175,12 @@ def check_strategy(study: optuna.Study, strategy: str) -> None:
     _hold(study, STRATEGY, {"strategy": strategy})
 
 
+def beside_the_space(study: optuna.Study) -> int:
+    """How many trials were given by hand with fields that the space does not have, lost ones counted once."""
+    trials = study.get_trials(deepcopy=False)
+    return sum(bool(t.user_attrs.get(records.OVERRIDES)) and records.RESUMES not in t.user_attrs for t in trials)
+
+
 def held_strategy(storage: RetryingStorage, name: str) -> str | None:
     """The strategy that the latest generation of a study was begun with; None if there is none, or it is older."""
     generations = _generations(storage, name)

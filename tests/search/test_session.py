@@ -16,7 +16,9 @@ from search import SearchOptions, Session, records
 from search.errors import StudyError
 from search.leaderboard import adapter
 from search.places import Places
+from search.space import Choice, Float
 from search.storage import lifecycle
+from search.study import Fixed, Study
 from search.tracking.outbox import Model
 from search.workers.protocol import Notice, TrialEnded
 from tests.support import candidate_trials as leaders
@@ -114,3 +116,29 @@ def test_the_model_that_mlflow_calls_best_is_the_verdicts(tmp_path: Path, monkey
         ("run-0", "best", {"val_loss": 0.4}),
         ("run-1", "best", {"val_loss": 0.401}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "strategy", "trials", "note"),
+    [
+        ({}, None, 6, "the space has 6 trials, and 20 were asked for: it ends once it is done"),
+        ({"enqueue": (Fixed(label="long", config={"num_epochs": 9}),)}, "joint", 7, "the space has 7 trials, and 20"),
+        ({"sampler": "grid"}, None, 6, "the grid has 6 trials, and 20"),
+        ({"space": {"learning_rate": Float(1e-5, 1e-3, log=True)}}, None, 20, None),
+    ],
+)
+def test_a_finite_space_is_asked_for_no_more_than_it_has(
+    fields: dict[str, Any], strategy: str | None, trials: int, note: str | None, tmp_path: Path
+) -> None:
+    space = {"learning_rate": Choice((1e-4, 1e-3)), "lora_r": Choice((4, 8, 16))}
+    study = Study(
+        **{"name": "small", "description": "six points", "base": {}, "space": space, "n_trials": 20, **fields}
+    )
+    session = Session(study, SearchOptions(strategy=strategy, places=Places.of(tmp_path / "runs")))
+    try:
+        session._open_study()
+        assert session.budget.trials == trials
+        assert [n for n in session._notes if "asked for" in n] == ([] if note is None else session._notes[:1])
+        assert note is None or session._notes[0].startswith(note)
+    finally:
+        session._close_storage()

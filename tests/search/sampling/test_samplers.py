@@ -13,7 +13,7 @@ from search.sampling import samplers
 from search.sampling.make import make_sampler
 from search.sampling.params import suggest
 from search.sampling.samplers import N_STARTUP_TRIALS
-from search.space import Float
+from search.space import Choice, Float, Int, points, size
 from search.storage.lifecycle import park, requeue_lost
 from search.storage.studies import open_study
 from search.study import Fixed
@@ -32,10 +32,14 @@ def undisturbed(study, strategy, n=N, **options):
     return params_of(run)
 
 
+FINITE = replace(MINI, space={"learning_rate": Choice((1e-4, 3e-4, 1e-3)), "lora_r": Int(4, 7)})
+"""12 configurations."""
 STUDIES = [
     pytest.param(MINI, "joint", id="tpe"),
     pytest.param(replace(MINI, sampler="random"), "joint", id="random"),
     pytest.param(GRID, "joint", id="grid"),
+    pytest.param(FINITE, "joint", id="finite"),
+    pytest.param(replace(FINITE, sampler="random"), "joint", id="finite, random"),
     pytest.param(MINI, "staged", id="staged"),
 ]
 
@@ -165,3 +169,41 @@ def test_workers_at_once_take_different_points():
 def test_a_grid_with_ranges_is_refused():
     with pytest.raises(StudyError, match="must be Choice or Multiple, but it has learning_rate=Float"):
         make_sampler(replace(MINI, sampler="grid"))
+
+
+# Finite spaces
+
+
+@pytest.mark.parametrize(("strategy", "sampler"), [("joint", "tpe"), ("joint", "random"), ("freeze-thaw", "tpe")])
+def test_no_configuration_of_a_finite_space_comes_twice(strategy, sampler):
+    study = replace(FINITE, sampler=sampler)
+    assert size(study.space) == 12
+    trained = undisturbed(study, strategy, 12)
+    assert len(trained) == 12
+    assert {tuple(sorted(p.items())) for p in trained} == {tuple(sorted(p.items())) for p in points(study.space)}
+
+
+def test_what_is_drawn_first_in_a_finite_space_is_what_tpe_draws():
+    one = in_memory(FINITE, "joint", 12)
+    other = in_memory(FINITE, "joint", 12)
+    other.sampler = samplers.SeededByTrial(lambda seed: samplers.base_sampler(FINITE, seed), FINITE.seed)
+    run_trial(one, FINITE)
+    run_trial(other, FINITE)
+    assert params_of(one) == params_of(other)
+
+
+def test_a_trial_given_by_hand_in_a_finite_space_is_completed_and_not_drawn_again():
+    run = in_memory(FINITE, "joint", 12)
+    run.enqueue_trial({"learning_rate": 1e-4, "lora_r": 5})
+    run.enqueue_trial({"lora_r": 6})
+    for _ in range(12):
+        run_trial(run, FINITE)
+    found = params_of(run)
+    assert found[0] == {"learning_rate": 1e-4, "lora_r": 5} and found[1]["lora_r"] == 6
+    assert len({tuple(sorted(p.items())) for p in found}) == 12
+
+
+def test_sizes_of_spaces():
+    assert size({"lora_r": Int(4, 7), "learning_rate": Float(1e-4, 1e-4)}) == 4
+    assert size({"lora_r": Int(4, 7), "learning_rate": Float(1e-5, 1e-4)}) is None
+    assert size({}) == 1
