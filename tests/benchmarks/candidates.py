@@ -1,11 +1,12 @@
 """Who should be repeated for the verdict: how good the best of the first few is, by how they are picked.
 
     python -m tests.benchmarks.candidates --table aerial --trials 12 --slots 8 --seeds 20
+    python -m tests.benchmarks.candidates --only "ours,ours prior low,optuna,ladder"
 
-Studies of the product's are replayed on a table to their end, then their trials are put in order: those that are
-complete alone or those that were paused and given up as well, by their lowest validation loss or by what the model of
-all curves makes of it. Printed is how far the best of the first one, three and five lies above the best of the table,
-by the expected test loss: what repeats that never err would come to.
+Studies are replayed on a table to their end: ours at so many trials, the others at the epochs of so many in full. Then
+their trials are put in order: those that are complete alone or those that were paused and given up as well, by their
+lowest validation loss or by what the model of all curves makes of it. Printed is how far the best of the first one,
+three and five lies above the best of the table, by the expected test loss: what repeats that never err would come to.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 from search.planning.thaw import FreezeThaw
 from search.pruning import plan_of
 from tests.benchmarks import stored_tables
-from tests.benchmarks.contenders import Setting, ours
+from tests.benchmarks.contenders import STRATEGIES, Setting
 from tests.benchmarks.replaying import replay
 from tests.benchmarks.strategies import quiet
 from tests.benchmarks.world import World
@@ -35,50 +36,68 @@ class Ended:
 
     complete: bool
     loss: float
-    by_curves: float
-    """The same epoch's loss by the model, freed of noise (bent, for the order alone)."""
+    by_curves: float | None
+    """The same epoch's loss by the model, freed of noise (bent, for the order alone); None where there is none."""
     expected: float
     """Its expected test loss."""
 
 
+def _by_curves(trial: Ended) -> float:
+    assert trial.by_curves is not None
+    return trial.by_curves
+
+
 RULES: Mapping[str, tuple[Callable[[Ended], bool], Callable[[Ended], float]]] = {
     "complete, by loss": (lambda trial: trial.complete, lambda trial: trial.loss),
-    "complete, by curves": (lambda trial: trial.complete, lambda trial: trial.by_curves),
+    "complete, by curves": (lambda trial: trial.complete, _by_curves),
     "all that ended, by loss": (lambda trial: True, lambda trial: trial.loss),
-    "all that ended, by curves": (lambda trial: True, lambda trial: trial.by_curves),
+    "all that ended, by curves": (lambda trial: True, _by_curves),
 }
+USED = "all that ended, by loss"
+"""The product's (`search.verdict.leaders`)."""
 
 _world: World | None = None
 
 
-def ended(seed: int, trials: int, slots: int) -> list[Ended]:
-    """The trials of one replayed study."""
+def ended(name: str, seed: int, trials: int, slots: int, full: bool) -> tuple[list[Ended], int]:
+    """(the trials of one replayed study, the epochs that it took).
+
+    Args:
+        name: Of the strategy.
+        seed: Of the study and the noise.
+        trials: In full, the budget.
+        slots: Trials side by side.
+        full: Whether ours goes on with more configurations until the budget is spent, as with `--epochs`.
+    """
     world = _world
     assert world is not None
     definition, budget = world.definition(seed=seed), trials * world.epochs
-    play = ours(Setting(definition=definition, slots=slots, budget=budget, seed=seed, trials=trials))
+    play = STRATEGIES[name].make(
+        Setting(definition=definition, slots=slots, budget=budget, seed=seed, trials=None if full else trials)
+    )
     found = replay(play, definition, lambda values, trial: world.curve(values, seed + 1), slots=slots, budget=budget)
     plan = plan_of(play.study.pruner)
-    assert isinstance(plan, FreezeThaw)
-    outlook = plan.outlook(play.study.get_trials(deepcopy=False))
+    outlook, known = None, {}
+    if isinstance(plan, FreezeThaw):
+        outlook = plan.outlook(play.study.get_trials(deepcopy=False))
+        known = {trial.number: trial for trial in outlook.trials}
     rows = []
-    for known in outlook.trials:
-        run = found.runs[known.number]
-        if not run.done:
+    for number, run in found.runs.items():
+        if not run.done or (outlook is not None and number not in known):
             continue
         epoch = int(np.argmin(run.curve.val[: run.done])) + 1
         rows.append(
             Ended(
-                complete=known.number in found.ends and found.ends[known.number].state == "COMPLETE",
+                complete=number in found.ends and found.ends[number].state == "COMPLETE",
                 loss=float(run.curve.val[epoch - 1]),
-                by_curves=float(outlook.at([known], [[epoch]])[0][0]),
+                by_curves=None if outlook is None else float(outlook.at([known[number]], [[epoch]])[0][0]),
                 expected=float(run.curve.expected[epoch - 1]),
             )
         )
-    return rows
+    return rows, found.spent
 
 
-def _job(job: tuple[int, int, int]) -> list[Ended]:
+def _job(job: tuple[str, int, int, int, bool]) -> tuple[list[Ended], int]:
     quiet()
     return ended(*job)
 
@@ -98,22 +117,35 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--only", default="ours", help="names of strategies, with commas")
+    parser.add_argument("--full", action="store_true", help="all the epochs of so many trials, as --epochs gives them")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
+    names = args.only.split(",")
     _world = World(stored_tables.load(args.table))
+    jobs = [(name, seed, args.trials, args.slots, args.full) for name in names for seed in range(args.seeds)]
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
-        studies = pool.map(_job, [(seed, args.trials, args.slots) for seed in range(args.seeds)], chunksize=1)
+        studies = pool.map(_job, jobs, chunksize=1)
     print(
         f"{args.table}, {args.trials} trials, {args.slots} side by side, {args.seeds} seeds: median (90 % quantile), %"
     )
-    print("| candidates | " + " | ".join(f"first {n}" for n in FIRST) + " |\n|---|" + "---|" * len(FIRST))
-    for rule in RULES:
-        cells = []
-        for first in FIRST:
-            shares = [100 * behind(rows, rule, first, _world.best) for rows in studies]
-            median, high = np.quantile(shares, [0.5, 0.9], method="closest_observation")
-            cells.append(f"{median:.2f} ({high:.2f})")
-        print(f"| {rule} | " + " | ".join(cells) + " |")
+    print(
+        "| | candidates, epochs | " + " | ".join(f"first {n}" for n in FIRST) + " |\n|---|---|" + "---|" * len(FIRST)
+    )
+    for name in names:
+        own = [rows for (of, *_), (rows, _) in zip(jobs, studies, strict=True) if of == name]
+        spent = np.median([epochs for (of, *_), (_, epochs) in zip(jobs, studies, strict=True) if of == name])
+        for rule in RULES if name == "ours" else [USED]:
+            print(f"| {name} | {rule}, {spent:.0f} | {' | '.join(_cells(own, rule, _world.best))} |")
+
+
+def _cells(studies: Sequence[list[Ended]], rule: str, best: float) -> list[str]:
+    cells = []
+    for first in FIRST:
+        shares = [100 * behind(rows, rule, first, best) for rows in studies]
+        median, high = np.quantile(shares, [0.5, 0.9], method="closest_observation")
+        cells.append(f"{median:.2f} ({high:.2f})")
+    return cells
 
 
 if __name__ == "__main__":

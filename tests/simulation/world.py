@@ -149,6 +149,8 @@ class World:
         """The database's lock; a process that dies gives it up."""
         process = self.current
         while self.holder is not None and self.holder is not process:
+            if self.holder.host.asleep_until > self.now:
+                self.now += 1.0  # or time would stand still while all wait for a host that sleeps
             if process is not None and process.thread is not None:
                 process.give_way()
             else:  # who has no thread waits by letting the holder go on
