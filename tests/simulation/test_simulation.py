@@ -12,7 +12,6 @@ import pytest
 
 from search import processes
 from search.storage import lifecycle
-from search.workers.trial import TrialRun
 from tests.simulation import world
 from tests.simulation.__main__ import play
 from tests.simulation.schedule import Simulation, Wrong
@@ -65,11 +64,3 @@ def test_a_process_that_slept_and_drops_later_checkpoints_is_found(tmp_path: Pat
 
     with mock.patch.object(world, "superseded", once), pytest.raises(Wrong, match="no adapter of its best epoch"):
         Simulation(3, tmp_path / "runs").run()
-
-
-def test_a_trial_that_pauses_for_ever_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last checkpoint is damaged, and it was judged by the report of an epoch that it was to train again."""
-    monkeypatch.setattr(TrialRun, "judged_before", lambda self, epoch: False)
-    monkeypatch.setattr("tests.simulation.schedule.MOST_TURNS", 2000)
-    with pytest.raises(Wrong, match="no end after"):
-        Simulation(185, tmp_path / "runs").run()

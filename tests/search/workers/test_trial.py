@@ -195,6 +195,22 @@ def test_a_trial_whose_end_cannot_be_recorded_is_not_over(
     assert not run.over and ground.mlflow(run)[0] == status
 
 
+def test_an_epoch_that_is_trained_again_is_not_judged(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last checkpoint is damaged. A plan looks at the latest report, which the trial would never come to again."""
+    first = ground.trial()
+    first.last_epoch = 4
+    first.take(epoch(1))
+    first.take(epoch(2))
+    first.end(first.interrupted())
+    monkeypatch.setattr("search.workers.trial.history_of", lambda *_: [epoch(1)])
+    paused = Outcome(state="WAITING", reason=records.PAUSED, detail="others are worth more")
+    monkeypatch.setattr(pruning, "verdict", lambda *_: paused)
+    again = TrialRun(ground.study.ask(), ground.context)
+    again.last_epoch = 4
+    assert again.trial.number == first.trial.number
+    assert again.begin() is None and again.take(epoch(2)) == paused
+
+
 def test_mlflow_has_the_end_before_optuna(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a process that is killed between the two leaves a complete trial whose run lacks its last epochs for ever."""
     run = ground.trial()
