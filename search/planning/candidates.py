@@ -97,7 +97,8 @@ class Candidates:
         """The params with the learning rate that gives this effective rate, as near as its range allows."""
         assert self._rate is not None
         now = self.config({**params, "learning_rate": 1.0})
-        rate = 10.0 ** (z - model_rate({**now, "learning_rate": 1.0}))
+        power = z - model_rate({**now, "learning_rate": 1.0})
+        rate = 10.0 ** min(max(power, -300.0), 300.0)  # what an alpha of 1e-320 asks for is more than a float can hold
         return {**params, "learning_rate": min(max(rate, self._rate.low), self._rate.high)}
 
 

@@ -29,7 +29,11 @@ def effective_rate(config: Mapping[str, Any]) -> float:
         config: A resolved configuration's values by field.
     """
     samples = config["batch_size"] * config["gradient_accumulation_steps"]
-    return math.log10(config["learning_rate"] * config["lora_alpha"]) - 0.5 * math.log10(samples)
+    rate, alpha = config["learning_rate"], config["lora_alpha"]
+    product = rate * alpha
+    if not 0 < product < math.inf and rate > 0 and alpha > 0:  # an alpha of 1e-320
+        return math.log10(rate) + math.log10(alpha) - 0.5 * math.log10(samples)
+    return math.log10(product) - 0.5 * math.log10(samples)
 
 
 USUAL = {"batch_size": 4, "lora_r": 8}

@@ -50,6 +50,8 @@ def tried(*arguments: str) -> Outcome:
 @example("model", "a/b c")  # looks like a hub id, and can be none
 @example("warmup_steps", "9" * 400)  # more than a float can hold
 @example("data", "\udcff")  # a file name that is no UTF-8
+@example("lora_alpha", "1e-320")  # a learning rate that would make up for it is none that a float can hold
+@example("lora_alpha", "1e308")
 def test_one_setting(key: str, value: str) -> None:
     outcome = tried("--set", f"{key}={value}")
     name = key.strip().partition("=")[0]
