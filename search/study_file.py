@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 from search.errors import StudyError
 from search.study import Study
@@ -60,10 +61,20 @@ def load(name_or_path: str) -> Study:
     return study.located()
 
 
+class _Source(SourceFileLoader):
+    """Compiles a study file each time. Compiled code beside it would be a folder in the user's place, and stale for a
+    file that was changed within the second to one of the same length."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """See `importlib.abc.InspectLoader`."""
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
+
+
 def _execute(path: Path) -> ModuleType:
     """Run a study file as a module. A study file is Python, and trusted as such."""
     name = f"studies.{path.stem}" if path.parent == STUDIES else f"study_file_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
