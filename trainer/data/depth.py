@@ -28,7 +28,7 @@ def bits(content: bytes) -> int | None:
             return _of_jpeg(content)
         if content.startswith((b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  ")):
             return _of_jpeg2000(content)
-    except (struct.error, IndexError, ValueError):
+    except (struct.error, IndexError, ValueError, OverflowError):  # the last: a place beyond 2^63 in a BigTIFF
         return None
     return None
 

@@ -174,6 +174,14 @@ def test_a_broken_header_is_not_a_crash(content: bytes, data: st.DataObject) -> 
     assert found is None or found >= 0
 
 
+@pytest.mark.parametrize("at", [8, 16])
+def test_a_bigtiff_that_points_beyond_any_file_says_nothing(at: int) -> None:
+    broken = bytearray(tiff(RGB16, big=True))
+    broken[at : at + 8] = b"\xff" * 8
+    assert depth.bits(bytes(broken)) in (None, 16)
+    assert depth.bits(b"II+\x00\x08\x00\x00\x00" + b"\xff" * 8) is None
+
+
 def other_mode(mode: str) -> Image.Image:
     """An image of this mode, with all of its values and, where it can have some, with transparent pixels."""
     colours = Image.fromarray(noise(40, 24, 3))
