@@ -165,6 +165,7 @@ class Worker:
                 while self._fill(pack):
                     for member, event in pack.round():
                         self._take(pack, member, event)
+                    self._let_go(pack)
             except DatabaseAway:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is: reported, logged, and the trials resume or fail
@@ -234,6 +235,15 @@ class Worker:
         if run.over:
             pack.remove(member)
             del self._running[member]
+
+    def _let_go(self, pack: Pack) -> None:
+        """Runs that left the pack without a word: another process finished them while this one slept, after it had
+        read their history and before it loaded their checkpoint. Parked, or left to the other; nobody waits for them.
+        """
+        for member in [member for member in self._running if member not in pack.members]:
+            run = self._running.pop(member)
+            with self._blamed_on(run):
+                self._end(run, run.interrupted())
 
     def _end(self, run: TrialRun, outcome: Outcome) -> None:
         run.end(outcome)

@@ -99,6 +99,10 @@ class Pack:
             if member not in self.members:
                 continue
             config, folder = self.members[member]
+            state = self.states[member]
+            if state is not None and len(state.losses) >= config.num_epochs:
+                del self.members[member]  # as the trainer's: finished by another process meanwhile
+                continue
             world.sleep(ROUND_S)
             self.bench.beat()
             process.check()

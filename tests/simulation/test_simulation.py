@@ -32,6 +32,10 @@ def test_a_schedule_keeps_every_promise(seed: int) -> None:
     assert play(seed) is None
 
 
+def test_a_trial_that_another_finishes_between_its_history_and_its_checkpoint_is_not_waited_for() -> None:
+    assert play(620) is None
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("first", range(QUICK, ALL, AT_ONCE))
