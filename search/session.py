@@ -458,7 +458,7 @@ class Session:
             logs=tuple(logs),
             folder=folder,
             verdict=verdict,
-            tested=TestLosses.of(study.user_attrs),
+            tested=TestLosses.of(study.user_attrs, verdict),
             undelivered=undelivered,
         )
 

@@ -209,7 +209,7 @@ def _values(param: Param) -> Sequence[Any] | None:
     """What Optuna's param can be; None for a continuous range."""
     match param:
         case Float(low=low, high=high):
-            return (low,) if low == high else None
+            return (float(low),) if low == high else None
         case Int(low=low, high=high):
             return range(low, high + 1)
         case Choice(values=values):

@@ -66,13 +66,6 @@ class Candidates:
         found += [self._near(rng, good[i % len(good)]) for i in range(NEAR if good else 0)]
         return list({key(params): params for params in found}.values())
 
-    def left(self, begun: Collection[Key]) -> list[Values]:
-        """Configurations of a finite space that have not begun, by their keys; none of a continuous one."""
-        if size(self._space) is None:
-            return []
-        some = itertools.islice(points(self._space), MOST_POINTS)
-        return list(itertools.islice((point for point in some if key(point) not in begun), DRAWN + UNIFORM + NEAR))
-
     def _sound(self) -> Values:
         """Params of the base, with the ladder's rank and alpha, each moved into its range."""
         values = {**self._base, **SOUND}
@@ -105,6 +98,13 @@ class Candidates:
 def key(params: Mapping[str, Any]) -> Key:
     """What tells configurations apart: the same params give equal keys."""
     return tuple(sorted((name, repr(value)) for name, value in params.items()))
+
+
+def left(space: Space, begun: Collection[Key]) -> list[Values]:
+    """Configurations of a finite space that have not begun, by their keys; none of a continuous one."""
+    if size(space) is None:
+        return []
+    return [point for point in itertools.islice(points(space), MOST_POINTS) if key(point) not in begun]
 
 
 def _at(param: Param, place: float) -> Any:

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import records
 from search.leaderboard import SAMPLE_FIELDS, own_path
-from search.planning.candidates import Candidates, Values, key
+from search.planning.candidates import Candidates, Values, key, left
 from search.planning.coordinates import Coordinates
 from search.planning.plan import Plan, number_counted, paused
 from search.planning.prior import Prior
@@ -138,7 +138,7 @@ class FreezeThaw(Plan):
         rng = np.random.default_rng((self._study.seed, number))
         begun = {key(t.params) for t in trials}
         drawn = self._candidates.draw(rng, self._prior, self._good(trials))
-        drawn = [params for params in drawn if key(params) not in begun] or self._candidates.left(begun) or drawn
+        drawn = [params for params in drawn if key(params) not in begun] or left(self._study.space, begun) or drawn
         known = []
         for params in drawn:
             config = self._candidates.config(params)

@@ -201,7 +201,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         board=board(record, experiments, best.best if best else None, noise),
         full=in_full(experiments, chosen, best.best if best else None),
         verdict=verdict,
-        tested=_tested(record, verdict),
+        tested=TestLosses.of(record.attrs, verdict),
         repeats=repeats,
         next=steps.next_steps(record, experiments, chosen, options, verdict=verdict, curves=curves),
         health=summary.health(experiments),
@@ -211,14 +211,6 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         captions=_captions(record, best),
         updated_s=max(times, default=None),
     )
-
-
-def _tested(record: StudyRecord, verdict: Verdict | None) -> TestLosses | None:
-    """What was read at the end, unless the study has gone on since and names another trial."""
-    found = TestLosses.of(record.attrs)
-    if found is None or verdict is None or verdict.choice not in (None, found.losses[0].trial):
-        return None
-    return found
 
 
 def _as_repeated(trial: TrialRecord) -> tuple[int, int, int]:

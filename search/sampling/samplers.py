@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,9 +21,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import records
 from search.errors import StudyError
-from search.planning.candidates import MOST_POINTS, key
+from search.planning.candidates import key, left
 from search.sampling.params import distribution, root
-from search.space import Choice, Multiple, param_name, points
+from search.space import Choice, Multiple, param_name
 from search.storage.optuna_private import GridPoints, trial_id
 from search.study import Study
 
@@ -144,9 +143,8 @@ class Untried(SeededByTrial):
             drawn = self._draw(self._make(int(seed)), study, trial)
             if key(drawn) not in begun:
                 return drawn
-        some = itertools.islice(points(self._definition.space), MOST_POINTS)
-        left = [point for point in some if key(point) not in begun]
-        return left[int(np.random.default_rng(seeds[-1]).integers(len(left)))] if left else first
+        others = left(self._definition.space, begun)
+        return others[int(np.random.default_rng(seeds[-1]).integers(len(others)))] if others else first
 
     def _draw(self, sampler: BaseSampler, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
         """All params of the space by one sampler."""

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from search.verdict.race import Verdict
+
 ATTRIBUTE = "test_losses"
 """User attribute of a study: `TestLosses.to_dict`."""
 METRIC = "test_loss"
@@ -52,17 +54,26 @@ class TestLosses:
         return asdict(self)
 
     @classmethod
-    def of(cls, attrs: Mapping[str, Any]) -> TestLosses | None:
-        """What a study's user attributes have; None where nothing, or what is not ours."""
+    def of(cls, attrs: Mapping[str, Any], verdict: Verdict | None) -> TestLosses | None:
+        """What was read for a verdict, from a study's user attributes.
+
+        None where nothing was, where it was for an earlier verdict that named another trial, and where the attribute
+        is another program's.
+        """
         try:
-            data = dict(attrs[ATTRIBUTE])
-            losses = tuple(
-                TestLoss(**{**each, "above": None if each["above"] is None else tuple(map(float, each["above"]))})
-                for each in data.pop("losses")
+            data = attrs[ATTRIBUTE]
+            found = cls(
+                rows=str(data["rows"]),
+                images=int(data["images"]),
+                scenes=bool(data["scenes"]),
+                fingerprint=str(data["fingerprint"]),
+                losses=tuple(map(_loss, data["losses"])),
             )
-            return cls(**data, losses=losses) if losses else None
         except (KeyError, TypeError, ValueError):
             return None
+        if verdict is None or not found.losses or verdict.choice not in (None, found.losses[0].trial):
+            return None
+        return found
 
     @property
     def lower(self) -> tuple[int, ...]:
@@ -74,6 +85,15 @@ class TestLosses:
         kind = "of the test split" if self.rows == "test" else "that the search did not use"
         listed = ", ".join(f"trial {each.trial} {each.loss:.4f}{_aside(each.above)}" for each in self.losses)
         return f"test loss, read once on {self.images} images {kind}: {listed}"
+
+
+def _loss(data: Mapping[str, Any]) -> TestLoss:
+    above = data["above"]
+    if above is not None:
+        value, low, high = map(float, above)
+        above = (value, low, high)
+    numbers = {name: float(data[name]) for name in ("loss", "low", "high")}
+    return TestLoss(trial=int(data["trial"]), epoch=int(data["epoch"]), above=above, **numbers)
 
 
 def _aside(above: tuple[float, float, float] | None) -> str:

@@ -51,8 +51,7 @@ class Testing:
         if left.waiting or left.running:
             return
         try:
-            self._test()
-            self._over = True
+            self._over = self._test()
         except DatabaseAway:
             raise
         except _Ended:
@@ -63,18 +62,17 @@ class Testing:
             if isinstance(error, UserError):
                 self._link.send(Notice(text=f"no test losses: {error}"))
 
-    def _test(self) -> None:
+    def _test(self) -> bool:
+        """Judge the candidates; False if there is no verdict yet."""
         assert self._job.confirm is not None
         trials = lifecycle.read_trials(self._study)
         verdict = judge(trials, self._job.confirm)
         if verdict.kind == "running":
-            return
+            return False
         candidates = self._candidates(trials, verdict)
-        if not candidates:
-            return
-        rows = self._rows(TrainConfig.parse(candidates[0].config))
-        if rows is None or self._is_done(rows, candidates):
-            return
+        rows = self._rows(TrainConfig.parse(candidates[0].config)) if candidates else None
+        if rows is None or self._is_done(rows, candidates, verdict):
+            return True
         sums = {}
         for trial in candidates:
             adapter = leaderboard.adapter(self._job.folder, trial)
@@ -89,6 +87,7 @@ class Testing:
                 tags = {tested.METRIC: f"{rows.where}; fingerprint {rows.fingerprint}"}
                 point = Point(tested.METRIC, losses[trial.number], trial.best_epoch or 1, now)
                 self._runs.add(trial.run_id, [point], tags)
+        return True
 
     def _candidates(self, trials: tuple[TrialRecord, ...], verdict: Verdict) -> list[TrialRecord]:
         """Those of the verdict that have an adapter, the one that it names first."""
@@ -108,8 +107,8 @@ class Testing:
         some = tuple(choose(rows.rows, self._job.test_images, config.split_seed))
         return replace(rows, rows=some, where=f"{len(some)} of {rows.where}")
 
-    def _is_done(self, rows: Chosen, candidates: list[TrialRecord]) -> bool:
-        known = tested.TestLosses.of(self._study.user_attrs)
+    def _is_done(self, rows: Chosen, candidates: list[TrialRecord], verdict: Verdict) -> bool:
+        known = tested.TestLosses.of(self._study.user_attrs, verdict)
         asked = [(trial.number, trial.best_epoch) for trial in candidates]
         return (
             known is not None

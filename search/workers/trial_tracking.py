@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -118,7 +118,7 @@ class TrialTracking:
         tags = {"detail": outcome.detail}
         try:
             if self._recorder.finished:
-                self._correct(outcome.state, outcome.reason, outcome.detail)
+                self._correct({"state": outcome.state, "reason": outcome.reason, **tags})
                 return
             if best is not None:
                 tags["best_epoch"] = str(best[1])
@@ -140,10 +140,7 @@ class TrialTracking:
     def end_by_fault(self) -> None:
         """End the run, if there is one, because of an exception; `fail` adds the detail later."""
         try:
-            if self._recorder is not None and self._recorder.finished:
-                self._correct("FAIL", records.ERROR)
-            elif self._recorder is not None:
-                self._recorder.finish(run_status("FAIL"), state="FAIL", reason=records.ERROR)
+            self._fail(records.ERROR)
         except StorageError as error:
             self._report(error)
 
@@ -157,18 +154,21 @@ class TrialTracking:
     def end_as_lost(self) -> None:
         """End the run, if there is one, of a trial that another process has taken over."""
         try:
-            if self._recorder is not None and self._recorder.finished:
-                self._correct("FAIL", records.LOST)
-            elif self._recorder is not None:
-                self._recorder.finish(run_status("FAIL", records.LOST), state="FAIL", reason=records.LOST)
+            self._fail(records.LOST)
         except StorageError:
             log.exception("trial %d: its run could not be ended", self._trial.number)
 
-    def _correct(self, state: str, reason: str, detail: str | None = None) -> None:
+    def _fail(self, reason: str) -> None:
+        """End the run as FAIL, if there is one, also one that has ended in another way."""
+        if self._recorder is not None and self._recorder.finished:
+            self._correct({"state": "FAIL", "reason": reason})
+        elif self._recorder is not None:
+            self._recorder.finish(run_status("FAIL", reason), state="FAIL", reason=reason)
+
+    def _correct(self, tags: Mapping[str, str]) -> None:
         """End a run that has ended in another way."""
         assert self._recorder is not None
-        tags = {"state": state, "reason": reason} | ({} if detail is None else {"detail": detail})
-        self._context.runs.end(self._recorder.run_id, run_status(state, reason), tags)
+        self._context.runs.end(self._recorder.run_id, run_status(tags["state"], tags["reason"]), tags)
 
     def caption(self, said: Captioned) -> None:
         """Keep captions with the run: an artifact table with the images, and a page."""

@@ -11,6 +11,7 @@ import pytest
 
 from search.evaluation.candidates import Chosen
 from search.evaluation.held_out import judged
+from search.verdict.race import Verdict
 from search.verdict.tested import ATTRIBUTE, TestLosses
 from trainer.data.dataset import Row
 
@@ -58,5 +59,7 @@ def test_scenes_make_intervals_wider() -> None:
 def test_it_is_read_as_it_was_written() -> None:
     found = judged(rows(1), {7: 3, 2: 5}, {7: sums(0.4, 0.01, 1), 2: sums(0.41, 0.01, 2)})
     stored = json.loads(json.dumps(found.to_dict()))
-    assert TestLosses.of({ATTRIBUTE: stored}) == found
+    assert TestLosses.of({ATTRIBUTE: stored}, Verdict(kind="tied", choice=7)) == found
+    assert TestLosses.of({ATTRIBUTE: stored}, Verdict(kind="winner", choice=2)) is None, "of an earlier verdict"
+    assert TestLosses.of({ATTRIBUTE: stored}, None) is None
     assert "trial 2 0.4" in replace(found, rows="unused").sentence()

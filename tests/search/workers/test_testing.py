@@ -10,6 +10,7 @@ from search import leaderboard
 from search.evaluation import candidates
 from search.storage.database import close_storage, open_storage
 from search.verdict.leaders import Rules, judge
+from search.verdict.race import Verdict
 from search.verdict.tested import ATTRIBUTE, TestLosses
 from search.workers import testing
 from search.workers.protocol import Notice
@@ -17,15 +18,16 @@ from tests.search.workers.conftest import Search
 from trainer.common.errors import DataError
 
 RULES = Rules(top=2, seeds=2)
+NONE_NAMED = Verdict(kind="undecided", choice=None)
 
 
-def read(runs: Path) -> TestLosses | None:
+def read(runs: Path, verdict: Verdict = NONE_NAMED) -> TestLosses | None:
     """What the study has."""
     import optuna
 
     storage = open_storage(f"sqlite:///{runs / 'optuna.db'}")
     try:
-        return TestLosses.of(optuna.load_study(study_name="work", storage=storage).user_attrs)
+        return TestLosses.of(optuna.load_study(study_name="work", storage=storage).user_attrs, verdict)
     finally:
         close_storage(storage)
 
@@ -80,6 +82,15 @@ def test_what_goes_wrong_costs_no_trial(search: Search, tmp_path: Path, monkeypa
     assert read(tmp_path / "runs") is None
 
 
+WRONG = {
+    "rows": "test",
+    "images": 3,
+    "scenes": True,
+    "fingerprint": "f",
+    "losses": [{"trial": 1, "epoch": 1, "loss": "low", "low": 0, "high": 1, "above": None}],
+}
+
+
 def test_what_another_program_wrote_there_is_left_out() -> None:
-    for value in (7, "x", {}, {"losses": []}, {"rows": "test", "losses": [{"trial": "one"}]}):
-        assert TestLosses.of({ATTRIBUTE: value}) is None
+    for value in (7, "x", {}, {"losses": []}, WRONG):
+        assert TestLosses.of({ATTRIBUTE: value}, NONE_NAMED) is None
