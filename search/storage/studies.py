@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 
 from search import records
 from search.errors import DefinitionChanged, StorageError, StudyError
+from search.planning.plan import is_repeat
 from search.planning.prior import Prior
 from search.storage.database import exclusive
 from search.storage.identity import EARLIER, new_id
@@ -176,9 +177,12 @@ def check_strategy(study: optuna.Study, strategy: str) -> None:
 
 
 def beside_the_space(study: optuna.Study) -> int:
-    """How many trials were given by hand with fields that the space does not have, lost ones counted once."""
-    trials = study.get_trials(deepcopy=False)
-    return sum(bool(t.user_attrs.get(records.OVERRIDES)) and records.RESUMES not in t.user_attrs for t in trials)
+    """How many trials were given by hand with fields that the space does not have, lost ones counted once.
+
+    Repeats have such fields too, their seeds, but are no configurations of their own.
+    """
+    trials = (t.user_attrs for t in study.get_trials(deepcopy=False) if not is_repeat(t))
+    return sum(bool(attrs.get(records.OVERRIDES)) and records.RESUMES not in attrs for attrs in trials)
 
 
 def held_strategy(storage: RetryingStorage, name: str) -> str | None:

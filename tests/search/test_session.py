@@ -10,12 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
+import optuna
 import pytest
+from optuna.trial import TrialState
 
 from search import SearchOptions, Session, records
 from search.errors import StudyError
 from search.leaderboard import adapter
 from search.places import Places
+from search.planning.budget import Budget
 from search.space import Choice, Float
 from search.storage import lifecycle
 from search.study import Fixed, Study
@@ -140,5 +143,29 @@ def test_a_finite_space_is_asked_for_no_more_than_it_has(
         assert session.budget.trials == trials
         assert [n for n in session._notes if "asked for" in n] == ([] if note is None else session._notes[:1])
         assert note is None or session._notes[0].startswith(note)
+    finally:
+        session._close_storage()
+
+
+def test_repeats_make_no_room_in_a_finite_space(tmp_path: Path) -> None:
+    """A study that is done, its leaders repeated: the same command once more must not train its points again."""
+    made = {
+        "name": "small",
+        "description": "two points",
+        "base": {},
+        "space": {"lora_r": Choice((4, 8))},
+        "n_trials": 9,
+    }
+    session = Session(Study(**made), SearchOptions(places=Places.of(tmp_path / "runs")))
+    try:
+        study = session._open_study()
+        study.ask()
+        for block in (1, 2):
+            attrs = {records.OVERRIDES: {"seed": block}, records.REPEAT_OF: 0}
+            attrs |= {records.BLOCK: block, records.TRAINS_TO: 2}
+            study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attrs))
+        session.budget = Budget(9)
+        session._open_study()
+        assert session.budget.trials == 2
     finally:
         session._close_storage()
