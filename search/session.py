@@ -30,7 +30,7 @@ from search.space import size
 from search.study import Study
 from search.study_file import load
 from search.verdict.leaders import Rules, verdict_of, winner
-from search.verdict.tested import TestLosses
+from search.verdict.tested import TestLosses, is_due
 from search.workers.executor import Executor
 from search.workers.protocol import Display, Job, Message, Notice
 from trainer.common import progress
@@ -269,7 +269,7 @@ class Session:
                 display.say(note)
             courier.start(away)
             code = 0
-            if left.waiting or left.running or self.budget.new_left(study.get_trials(deepcopy=False)):
+            if self._has_work(study, left):
                 keeper.start()
                 self._supervisor = Supervisor(
                     job,
@@ -286,6 +286,22 @@ class Session:
             elif caught_up:
                 keeper.start()  # the log was written without what came now
         return self._close(code, study, runs, courier, keeper)
+
+    def _has_work(self, study: optuna.Study, left: Unfinished) -> bool:
+        """Whether workers have anything to do: trials, or the test loss, if a search was interrupted before it.
+
+        Args:
+            study: The study.
+            left: What waits and runs, repeats that are wanted included.
+        """
+        from search.storage import lifecycle
+
+        if left.waiting or left.running or self.budget.new_left(study.get_trials(deepcopy=False)):
+            return True
+        if self._rules is None or not self.options.test_images:
+            return False
+        verdict = verdict_of(lifecycle.read_trials(study), study.user_attrs)
+        return verdict is not None and is_due(study.user_attrs, verdict)
 
     def _open_study(self) -> optuna.Study:
         """The study in Optuna's database: continued, or created."""

@@ -87,6 +87,19 @@ class TestLosses:
         return f"test loss, read once on {self.images} images {kind}: {listed}"
 
 
+NOTHING: Mapping[str, Any] = {"losses": []}
+"""What `ATTRIBUTE` is where there was nothing to read: no rows beside the search, or no adapters."""
+
+
+def is_due(attrs: Mapping[str, Any], verdict: Verdict) -> bool:
+    """Whether the test loss of a verdict is still to be read, as after a search that was interrupted before it was."""
+    if verdict.kind in ("none", "running"):
+        return False
+    stored = attrs.get(ATTRIBUTE)
+    nothing = isinstance(stored, Mapping) and not stored.get("losses")
+    return not nothing and TestLosses.of(attrs, verdict) is None
+
+
 def _loss(data: Mapping[str, Any]) -> TestLoss:
     above = data["above"]
     if above is not None:

@@ -71,7 +71,10 @@ class Testing:
             return False
         candidates = self._candidates(trials, verdict)
         rows = self._rows(TrainConfig.parse(candidates[0].config)) if candidates else None
-        if rows is None or self._is_done(rows, candidates, verdict):
+        if rows is None:
+            self._study.set_user_attr(tested.ATTRIBUTE, dict(tested.NOTHING))
+            return True
+        if self._is_done(rows, candidates, verdict):
             return True
         sums = {}
         for trial in candidates:
@@ -123,4 +126,4 @@ class Testing:
 
 
 class _Ended(Exception):
-    """The worker is to end; the next search judges them."""
+    """The worker is to end; the next search judges them (`search.session`)."""

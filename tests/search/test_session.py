@@ -23,6 +23,8 @@ from search.space import Choice, Float
 from search.storage import lifecycle
 from search.study import Fixed, Study
 from search.tracking.outbox import Model
+from search.verdict.race import Verdict
+from search.verdict.tested import ATTRIBUTE, NOTHING
 from search.workers.protocol import Notice, TrialEnded
 from tests.support import candidate_trials as leaders
 from tests.support import template
@@ -167,5 +169,49 @@ def test_repeats_make_no_room_in_a_finite_space(tmp_path: Path) -> None:
         session.budget = Budget(9)
         session._open_study()
         assert session.budget.trials == 2
+    finally:
+        session._close_storage()
+
+
+READ = {
+    "rows": "test",
+    "images": 3,
+    "scenes": True,
+    "fingerprint": "f",
+    "losses": [{"trial": 0, "epoch": 1, "loss": 0.4, "low": 0.3, "high": 0.5, "above": None}],
+}
+
+
+@pytest.mark.parametrize(
+    ("stored", "kind", "choice", "options", "due"),
+    [
+        (None, "winner", 0, {}, True),
+        (READ, "winner", 0, {}, False),
+        (READ, "winner", 1, {}, True),
+        (NOTHING, "winner", 0, {}, False),
+        (None, "none", None, {}, False),
+        (None, "winner", 0, {"test_images": 0}, False),
+        (None, "winner", 0, {"confirm": False}, False),
+    ],
+)
+def test_a_search_that_was_interrupted_before_the_test_loss_reads_it_the_next_time(
+    stored: Any,
+    kind: Any,
+    choice: int | None,
+    options: Any,
+    due: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And one that is done starts no workers."""
+    monkeypatch.setattr("search.session.verdict_of", lambda *_: Verdict(kind=kind, choice=choice))
+    session = Session("rsicap_mini", SearchOptions(trials=1, places=Places.of(tmp_path / "runs"), **options))
+    try:
+        study = session._open_study()
+        assert session._has_work(study, lifecycle.Unfinished(0, 0)), "its trial is still to be trained"
+        study.ask()
+        if stored is not None:
+            study.set_user_attr(ATTRIBUTE, stored)
+        assert session._has_work(study, lifecycle.Unfinished(0, 0)) is due
     finally:
         session._close_storage()
