@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 
 from search import records
 from search.errors import StudyError
+from search.planning.candidates import Candidates
 from search.sampling import samplers
 from search.sampling.make import make_sampler
 from search.sampling.params import suggest
@@ -181,6 +182,13 @@ def test_no_configuration_of_a_finite_space_comes_twice(strategy, sampler):
     trained = undisturbed(study, strategy, 12)
     assert len(trained) == 12
     assert {tuple(sorted(p.items())) for p in trained} == {tuple(sorted(p.items())) for p in points(study.space)}
+
+
+def test_where_all_candidates_have_begun_one_of_those_left_is_taken(monkeypatch):
+    always = {"learning_rate": 1e-4, "lora_r": 4}
+    monkeypatch.setattr(Candidates, "draw", lambda *_: [always])
+    trained = undisturbed(FINITE, "freeze-thaw", 12)
+    assert trained[0] == always and len({tuple(sorted(p.items())) for p in trained}) == 12
 
 
 def test_what_is_drawn_first_in_a_finite_space_is_what_tpe_draws():
