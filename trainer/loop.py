@@ -30,6 +30,7 @@ from trainer.model.batch import Batch, layout_of, merge
 from trainer.model.forward import layers_again
 from trainer.model.lora import Adapter, Hooks, Segment
 from trainer.model.stacked import Stack, can_stack
+from trainer.recorded import Recorded
 from trainer.workbench import Workbench
 
 CUDA_WINDOW = 8
@@ -90,6 +91,9 @@ class Pack:
         """Called before each forward pass, in training and in evaluation."""
         self.window: int | None = None
         """Rounds after which figures are fetched; None for what suits the device."""
+        self.records = True
+        """Whether passes are recorded and played again where the device can do it (`trainer.recorded`)."""
+        self._recorded: Recorded | None = None
         self._hooks: Hooks | None = None
         self._stack: Stack | None = None
         self._stacks: dict[tuple[Adapter, ...], Stack] = {}
@@ -105,6 +109,7 @@ class Pack:
         self._passing = ()
         self._stack = None
         self._stacks.clear()
+        self._recorded = None
         if self._hooks is not None:
             self._hooks.remove()
 
@@ -131,6 +136,7 @@ class Pack:
         base = inputs.base
         if self._hooks is None or self._hooks.model is not base.model:
             self._hooks = Hooks(base.model)
+            self._recorded = Recorded(self._hooks, base.device)
             # Padded to the longest of a pass, dropout would depend on a run's company.
             self.at_once = None if runs_on_rows(base.model.config) else 1
         member = Member(config, inputs, out_dir)
@@ -144,6 +150,8 @@ class Pack:
         if member in self.members:
             self.members.remove(member)
             self._stacks.clear()
+            if self._recorded is not None:
+                self._recorded.forget_runs()
 
     def round(self) -> Iterator[tuple[Member, Event | RunError]]:
         """One optimizer step of every run, and the evaluation and checkpoint of those whose epoch ends with it.
@@ -191,6 +199,8 @@ class Pack:
             if not detail:
                 break
             # Outside the except block: there the traceback would still hold the tensors of the failed pass.
+            if self._forget_recordings():
+                continue
             runtime.release_memory(work[0][0].device)
             if self._waits_for_launches() and self._compute_again():
                 continue
@@ -223,6 +233,21 @@ class Pack:
         for _, step in steps:
             step.step_s = seconds * step.num_samples / samples
         self._pending.append(steps)
+
+    def _forget_recordings(self) -> bool:
+        """Free what recordings hold, and record no more; false if there are none."""
+        if self._recorded is None or not len(self._recorded):
+            return False
+        self._recorded.stop("out of memory")
+        return True
+
+    def _records(self, members: Sequence[Member]) -> bool:
+        return (
+            self.records
+            and self._recorded is not None
+            and self._recorded.takes(members)
+            and not self._layers_again(members)
+        )
 
     def _pass_fewer(self, size: int) -> None:
         self.at_once = (size + 1) // 2
@@ -273,6 +298,8 @@ class Pack:
         ]
         tokens = [sum(batch.num_tokens() for batch in group) for _, group, _ in work]
         adapters = [member.adapter for member in self._passing]
+        if all(len(parts) == 1 for parts in pieces) and self._records(self._passing):
+            return self._recorded_pass([(m, parts[0]) for m, parts in zip(self._passing, pieces, strict=True)], tokens)
         weights = adapters[0].weights
         zero = at_least_float32(torch.zeros((), dtype=weights.dtype, device=weights.device))
         losses, peaks = [zero] * len(work), [zero] * len(work)
@@ -301,6 +328,20 @@ class Pack:
         norms = [at_least_float32(norm) for norm in updates.norms(adapters)]
         figures = torch.stack([figure for each in zip(losses, norms, peaks, strict=True) for figure in each])
         return list(zip(tokens, figures.view(-1, 3).unbind(), strict=True))
+
+    def _recorded_pass(
+        self, parts: Sequence[tuple[Member, Batch]], tokens: Sequence[int]
+    ) -> list[tuple[int, torch.Tensor]]:
+        """The same by a recording: whatever its shape was first."""
+        assert self._recorded is not None
+        self.alive()
+        adapters = [member.adapter for member, _ in parts]
+        updates.zero_gradients(adapters)
+        for member, _ in parts:
+            member.seed()
+        losses, peaks = self._recorded.train(parts, _vision_outputs(parts), self.forward)
+        norms = torch.stack([at_least_float32(norm) for norm in updates.norms(adapters)])
+        return list(zip(tokens, torch.stack([losses, norms, peaks], 1).unbind(), strict=True))
 
     def _forward(self, parts: Sequence[tuple[Member, Batch]], *, training: bool) -> tuple[Forward, list[Segment]]:
         """One pass over the batches of several runs, each seeing its own adapter."""
@@ -395,12 +436,18 @@ class Pack:
         if len(parts) > size:
             return [total for i in range(0, len(parts), size) for total in self._evaluate_batch(parts[i : i + size])]
         try:
+            if self._records([member for member, _ in parts]):
+                assert self._recorded is not None
+                self.alive()
+                return self._recorded.evaluate(parts, _vision_outputs(parts), self.forward).tolist()
             out, segments = self._forward(parts, training=False)
             sums = [out.token_losses[s.first_token : s.last_token].double().sum() for s in segments]
             return torch.stack(sums).tolist()
         except (RuntimeError, MemoryError) as error:
             if not runtime.is_out_of_memory(error) or (len(parts) == 1 and len(parts[0][1]) == 1):
                 raise
+        if self._forget_recordings():
+            return self._evaluate_batch(parts)
         runtime.release_memory(parts[0][0].device)
         if len(parts) > 1:
             self._pass_fewer(len(parts))

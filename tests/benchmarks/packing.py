@@ -59,6 +59,20 @@ def packed(bench: Workbench, config: TrainConfig, k: int) -> Iterator[Pack]:
         yield pack
 
 
+def hold(pack: Pack) -> float:
+    """Have each run take its first batches again and again; returns their label tokens a sample.
+
+    Passes are then of one shape, and recorded after the second: what a step takes once its shape has been.
+    """
+    tokens = samples = 0
+    for member in pack.members:
+        group, _ = member.next_group()
+        member.next_group = lambda group=group: (group, 0.0)  # type: ignore[method-assign,misc]
+        tokens += sum(batch.num_tokens() for batch in group)
+        samples += sum(len(batch) for batch in group)
+    return tokens / samples
+
+
 def step(pack: Pack) -> float | None:
     """Seconds of a round: one optimizer step of every run. None for a round in which an epoch ended."""
     synchronize()

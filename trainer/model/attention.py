@@ -20,6 +20,9 @@ DENSE = 10_000
 instead of 4.08 (4 samples, 9 heads of 64), of 47 x 47 4.0 instead of 5.2 (32 samples, 4 heads of 32), of 128 x 128 the
 same time."""
 
+EXACT = (torch.float32, torch.float64)
+"""Dtypes in which it may be written out."""
+
 WRITTEN_OUT = ("cpu",)
 """Kinds of devices on which short sequences go through attention written out. On a GPU it has fewer kernels than
 PyTorch's math kernel, the deterministic one that takes a bias; which is faster there was not measured yet
@@ -52,7 +55,7 @@ def attend(
     """
     # Short sequences.
     few = rows.length * keys.length <= DENSE
-    if few and query.device.type in WRITTEN_OUT and query.dtype in (torch.float32, torch.float64):
+    if few and query.device.type in WRITTEN_OUT and query.dtype in EXACT:
         return _Dense.apply(query, key, value, bias, size, rows, keys, scale)  # type: ignore[no-any-return,no-untyped-call]
     # Everything else: padded, through the fused kernel.
     padded = rows.pad(query), keys.pad(key), keys.pad(value)

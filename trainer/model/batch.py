@@ -111,8 +111,8 @@ def merge(batches: Sequence[Batch]) -> Batch:
     )
 
 
-def layout_of(config: Any, batch: Batch) -> Layout:
-    """The layout of the batch's rows, for an InstructBLIP of this config.
+def layout_of(config: Any, batch: Batch, longest: tuple[int, int] | None = None) -> Layout:
+    """The layout of the batch's rows, for an InstructBLIP of this config; `longest` as in `Layout.of`.
 
     Found on the host, which would otherwise wait for a GPU at each length; by NumPy, since PyTorch takes five times as
     long for each operation on arrays this small.
@@ -127,4 +127,5 @@ def layout_of(config: Any, batch: Batch) -> Layout:
         queries=int(config.num_query_tokens),
         decoder_only=bool(config.use_decoder_only_language_model),
         device=device,
+        longest=longest,
     )

@@ -117,8 +117,7 @@ def t5(language: Any, embeds: torch.Tensor, layout: Layout) -> torch.Tensor:
 def _shifted(layout: Layout, start: int) -> torch.Tensor:
     """The inputs from which T5's decoder predicts the labels: each sample's labels, moved on by one."""
     ids = layout.label_ids.roll(1)
-    firsts = torch.tensor(layout.labels.starts[:-1]).to(ids.device, non_blocking=True)
-    return ids.index_fill_(0, firsts, start)
+    return ids.index_fill_(0, layout.label_firsts.to(ids.device), start)
 
 
 def _t5_stack(
@@ -128,7 +127,8 @@ def _t5_stack(
     # A decoder needs no mask for padding: it comes after everything that is read.
     seen = rows.seen() if encoded is None else None
     if seen is not None:
-        bias = torch.where(seen.to(bias.device), bias, torch.finfo(bias.dtype).min)
+        # Not by `where`: it copies its number to a GPU and waits, which a recording cannot.
+        bias = bias.expand(rows.samples, -1, -1, -1).masked_fill(~seen.to(bias.device), torch.finfo(bias.dtype).min)
     memory, memory_rows = encoded or (None, rows)
     memory_bias = hidden(memory_rows.seen(), states.dtype)
     for block in stack.block:
@@ -157,6 +157,11 @@ def _t5_layer(
 
 
 _position_biases: WeakKeyDictionary[torch.nn.Module, torch.Tensor] = WeakKeyDictionary()
+
+
+def position_biases() -> list[torch.Tensor]:
+    """The position biases that are kept now; a longer batch replaces a stack's, and a recording must keep its own."""
+    return list(_position_biases.values())
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ AdamW finds them. Initial values and file format are PEFT's, which tests compare
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ from trainer.config import TrainConfig
 from trainer.model import peft_format
 from trainer.model.library_private import forward_attribute
 from trainer.model.ragged import current_input_rows
+
+UNIFORM = ("cuda",)
+"""Kinds of devices on which dropout is drawn with the rate as a tensor: what is recorded once can serve other runs."""
 
 STATE = ("exp_avg", "exp_avg_sq")
 """AdamW's moments, as its state names them."""
@@ -210,7 +214,7 @@ class OfAllRuns(Protocol):
     def modules(self) -> Mapping[str, Any]: ...
 
     def apply(
-        self, anchor: torch.Tensor | None, x: torch.Tensor, module: nn.Linear, name: str, training: bool
+        self, anchor: torch.Tensor | None, x: torch.Tensor, module: nn.Linear, name: str, sizes: list[int], train: bool
     ) -> torch.Tensor: ...
 
 
@@ -223,6 +227,8 @@ class Hooks:
         self.training = False
         self.stack: OfAllRuns | None = None
         """Of the segments' adapters, where they are computed together."""
+        self.all_stacked = False
+        """Whether also modules in which the runs have different numbers of rows go through the stack."""
         self._covered: dict[str, tuple[nn.Module, str, Any, bool]] = {}
         self._anchor: torch.Tensor | None = None
 
@@ -241,6 +247,19 @@ class Hooks:
                     # another input has to require a gradient.
                     self._anchor = torch.zeros((), device=module.weight.device, requires_grad=True)
 
+    @contextmanager
+    def recording(self, segments: Sequence[Segment], stack: OfAllRuns, *, training: bool) -> Iterator[None]:
+        """Within, the runs of a pass that may be recorded: all their modules go through the stack."""
+        anchor = self._anchor
+        if anchor is not None:
+            # The old one may belong to a graph of autograd that began on another stream.
+            self._anchor = torch.zeros_like(anchor, requires_grad=True)
+        self.segments, self.training, self.stack, self.all_stacked = segments, training, stack, True
+        try:
+            yield
+        finally:
+            self.segments, self.stack, self.all_stacked, self._anchor = (), None, False, anchor
+
     def remove(self) -> None:
         """Leave the base as it was."""
         for module, attribute, original, was_there in self._covered.values():
@@ -255,8 +274,10 @@ class Hooks:
         if not any(name in segment.adapter.pairs for segment in segments):
             return original(x)
         stack = self.stack
-        if stack is not None and name in stack.modules and len(set(_sizes(segments, x))) == 1:
-            return stack.apply(self._anchor, x, module, name, self.training)
+        if stack is not None and name in stack.modules:
+            sizes = _sizes(segments, x)
+            if self.all_stacked or len(set(sizes)) == 1:
+                return stack.apply(self._anchor, x, module, name, sizes, self.training)
         return _Lora.apply(self._anchor, x, module.weight, module.bias, name, segments, self.training)  # type: ignore[no-untyped-call]
 
 
@@ -358,7 +379,16 @@ def _split(rows: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
     return rows.split_with_sizes(sizes) if len(sizes) > 1 else (rows,)
 
 
+def by_uniform(device: torch.device) -> bool:
+    """Whether dropout compares uniform numbers with the rate, which may then be a tensor, on this device."""
+    return device.type in UNIFORM
+
+
 def _dropout_mask(adapter: Adapter, rows: torch.Tensor) -> torch.Tensor:
     """The factors of a run's rows, (rows, features): 0, or 1 / (1 - p)."""
     keep = 1.0 - adapter.dropout
-    return torch.empty_like(rows).bernoulli_(keep, generator=adapter.generator).div_(keep)
+    mask = torch.empty_like(rows)
+    if by_uniform(rows.device):
+        mask.uniform_(generator=adapter.generator)
+        return torch.lt(mask, keep, out=mask).mul_(1.0 / keep)
+    return mask.bernoulli_(keep, generator=adapter.generator).div_(keep)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -39,10 +39,10 @@ class Ragged:
     _heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, compare=False)
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Ragged:
-        """The layout of samples of these lengths."""
+    def of(cls, lengths: Sequence[int], device: torch.device, longest: int = 0) -> Ragged:
+        """The layout of samples of these lengths, as if the longest had at least `longest` rows."""
         starts = tuple(accumulate(lengths, initial=0))
-        longest = max(lengths)
+        longest = max(longest, *lengths)
         if min(lengths) == longest:
             return cls(starts, longest, None, None, None)
         columns, counts = np.arange(longest), np.array(lengths, dtype=np.int64)[:, None]
@@ -55,6 +55,10 @@ class Ragged:
     def samples(self) -> int:
         """B."""
         return len(self.starts) - 1
+
+    def steady(self) -> Ragged:
+        """The same without what differs from batch to batch on the host: of `starts`, B and N alone are left."""
+        return replace(self, starts=(*(0 for _ in range(self.samples)), self.starts[-1]))
 
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
         """(N, features) to (B, L, features); padding is finite if its sample is, and means nothing."""
@@ -132,9 +136,11 @@ class QueriesWithText:
     """(N,): where each row is among all queries followed by all text."""
 
     @classmethod
-    def of(cls, text: Ragged, lengths: Sequence[int], queries: int, device: torch.device) -> QueriesWithText:
-        """The layout for texts of these lengths."""
-        rows = Ragged.of([queries + length for length in lengths], device)
+    def of(
+        cls, text: Ragged, lengths: Sequence[int], queries: int, device: torch.device, longest: int = 0
+    ) -> QueriesWithText:
+        """The layout for texts of these lengths, the longest of which has at least `longest` tokens."""
+        rows = Ragged.of([queries + length for length in lengths], device, queries + longest if longest else 0)
         own = (np.array(rows.starts[:-1], dtype=np.int64)[:, None] + np.arange(queries)).ravel()
         # The text's rows, each moved on by the queries of its own sample and of those before.
         moved = np.arange(text.starts[-1]) + np.repeat(queries * np.arange(1, len(lengths) + 1), lengths)
@@ -190,6 +196,8 @@ class Layout:
     labels: Ragged
     """Label tokens."""
     label_ids: torch.Tensor
+    label_firsts: torch.Tensor
+    """(B,): the first label token of each sample."""
     predicts: Selection | None
     """The row of `text` that predicts each label token, where the language model is decoder-only."""
 
@@ -203,8 +211,13 @@ class Layout:
         queries: int,
         decoder_only: bool,
         device: torch.device,
+        longest: tuple[int, int] | None = None,
     ) -> Layout:
-        """The layout of padded samples, `queries` query tokens each."""
+        """The layout of padded samples, `queries` query tokens each.
+
+        With `longest`, the (text, label) tokens that the longest sample is to have at least, what differs from batch
+        to batch is in tensors alone, their shapes apart: what was recorded with one layout serves others.
+        """
         (instruction_ids, instruction_mask), (text_ids, text_mask), (label_ids, label_mask) = (
             instructions,
             text,
@@ -214,13 +227,20 @@ class Layout:
             mask.sum(1).tolist() for mask in (instruction_mask, text_mask, label_mask)
         )
         instruction_rows = Ragged.of(instruction_lengths, device)
-        joined = QueriesWithText.of(Ragged.of(text_lengths, device), text_lengths, queries, device)
+        most_text, most_labels = longest or (0, 0)
+        joined = QueriesWithText.of(Ragged.of(text_lengths, device), text_lengths, queries, device, most_text)
         predicts = None
         if decoder_only:
             # The state before a token predicts it, and before the first there are the queries.
             sample, place = np.nonzero(label_mask)
             predicting = np.array(joined.rows.starts, dtype=np.int64)[sample] + place + queries - 1
             predicts = Selection.of(predicting, joined.rows.starts[-1], device)
+        label_rows = Ragged.of(label_lengths, device, most_labels)
+        firsts = np.array(label_rows.starts[:-1], dtype=np.int64)
+        if longest is not None:
+            label_rows = label_rows.steady()
+            if decoder_only:
+                joined = replace(joined, rows=joined.rows.steady())
         return cls(
             queries=Ragged.of([queries] * len(label_ids), device),
             instructions=QueriesWithText.of(instruction_rows, instruction_lengths, queries, device),
@@ -229,8 +249,9 @@ class Layout:
             instruction_rows=instruction_rows,
             text=joined,
             text_ids=_tensor(text_ids[text_mask], device),
-            labels=Ragged.of(label_lengths, device),
+            labels=label_rows,
             label_ids=_tensor(label_ids[label_mask], device),
+            label_firsts=_tensor(firsts, device),
             predicts=predicts,
         )
 
@@ -253,22 +274,37 @@ def in_one_copy(layout: Layout, device: torch.device) -> Layout:
 
     Its two dozen small tensors, each copied by itself, would be as many launches, and the host would wait at each.
     """
+    return views(layout, flat(layout, pin=device.type == "cuda").to(device, non_blocking=True))  # type: ignore[no-any-return]
+
+
+def flat(layout: Any, *, pin: bool) -> torch.Tensor:
+    """All tensors of a layout on the host, one after the other."""
     parts = _tensors(layout)
-    whole = torch.empty(sum(part.numel() for part in parts), dtype=torch.long, pin_memory=device.type == "cuda")
-    torch.cat([part.reshape(-1) for part in parts], out=whole)
-    there = whole.to(device, non_blocking=True).split([part.numel() for part in parts])
-    views = [view.view(part.shape) for view, part in zip(there, parts, strict=True)]
-    return _moved(layout, iter(views))  # type: ignore[no-any-return]
+    whole = torch.empty(sum(part.numel() for part in parts), dtype=torch.long, pin_memory=pin)
+    return torch.cat([part.reshape(-1) for part in parts], out=whole)
 
 
-_NESTED = (Ragged, QueriesWithText, Selection, Layout)
+def views(layout: Any, whole: torch.Tensor) -> Any:
+    """The layout with its tensors as views of a result of `flat`, elsewhere."""
+    parts = _tensors(layout)
+    there = whole.split([part.numel() for part in parts])
+    return _moved(layout, iter([view.view(part.shape) for view, part in zip(there, parts, strict=True)]))
+
+
+def shape_of(value: Any) -> Any:
+    """Everything about a layout but the values in its tensors, hashable: where it is the same, a recording serves."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if is_dataclass(value):
+        return tuple(shape_of(getattr(value, f.name)) for f in fields(value) if f.init)
+    return value
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     """All tensors in a layout, which are of whole numbers, in the order of the fields."""
     if isinstance(value, torch.Tensor):
         return [value]
-    if isinstance(value, _NESTED):
+    if is_dataclass(value):
         return [each for f in fields(value) if f.init for each in _tensors(getattr(value, f.name))]
     return []
 
@@ -277,7 +313,7 @@ def _moved(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     """The same layout with these tensors, taken in the order of `_tensors`."""
     if isinstance(value, torch.Tensor):
         return next(tensors)
-    if isinstance(value, _NESTED):
+    if is_dataclass(value) and not isinstance(value, type):
         return type(value)(**{f.name: _moved(getattr(value, f.name), tensors) for f in fields(value) if f.init})
     return value
 

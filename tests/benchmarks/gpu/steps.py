@@ -6,7 +6,7 @@ import tempfile
 import time
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from trainer.model.arithmetic import card_of, step_flops
 ROUNDS = 8
 """Timed together, after two that warm up: a window on a GPU, after which figures are fetched."""
 CPU_ROUNDS = 2
+LONGEST, PRINTED = 25, 6
+"""Kernels that the file names, and that are printed."""
 
 
 FIRST = (
@@ -40,9 +42,12 @@ FIRST = (
     ("ours", "TF32", 4, 1),
     ("ours", "TF32", 4, 8),
     ("ours", "float32", 4, 8),
+    ("kernels", "float32", 4, 1),
+    ("kernels", "bfloat16", 4, 1),
+    ("kernels", "bfloat16", 4, 8),
     ("adapters", "bfloat16", 4, 8),
     ("attention", "float32", 4, 1),
-    ("attention", "bfloat16", 4, 1),
+    ("attention", "bfloat16", 4, 8),
 )
 """What decides the targets, and what to build next: (side, precision, batch, runs in the pass)."""
 FURTHER = (
@@ -97,17 +102,21 @@ class Rows:
     def ours(self, precision: str, batch: int, k: int) -> None:
         """Measure a pack of our runs."""
         config = self.scene.config(precision, batch_size=batch)
-        lengths = _lengths(self.scene, config)
         on_gpu = self.scene.device.type == "cuda"
         with packing.packed(self.scene.bench, config, k) as pack:
             configs = [member.config for member in pack.members]
-            seconds, taken = self._timed(pack)
+            lengths = replace(_lengths(self.scene, config), labels=packing.hold(pack))
+            pack.records = False
+            launched, taken = self._timed(pack)
             with FlopCounterMode(display=False) as counter:
                 _round(pack)
+            pack.records = True
+            seconds, _ = self._timed(pack)
         self.found["ours", precision, batch, k] = Row(seconds, k * batch / seconds)
         flops = counter.get_total_flops()
         told = peak.estimate(self.scene.sizes, configs, lengths, weights=0, on_cpu=not on_gpu)
         facts: dict[str, Any] = {"ms": 1e3 * seconds, "samples_per_s": k * batch / seconds}
+        facts["launched_ms"] = 1e3 * launched if on_gpu else None
         facts["of_product"] = flops / seconds / self.peak_flops(precision)
         facts["of_sheet"] = flops / seconds / self.sheet[precision] if self.sheet else None
         facts["told_gib"] = (told.kept + told.passing) / 2**30
@@ -115,22 +124,31 @@ class Rows:
         facts["flops_told"] = k * batch * step_flops(self.scene.sizes, lengths) / flops
         self.report.say(f"ours, {precision}, {k} x {batch}", **facts)
 
-    def variants(self, precision: str) -> None:
-        """Attention's kernels: the deterministic one as PyTorch has it and written out, and any."""
-        for name, kinds, deterministic in (
-            ("PyTorch's deterministic", ("cpu",), True),
-            ("written out", ("cpu", "cuda"), True),
-            ("any", ("cpu",), False),
+    def variants(self, precision: str, k: int) -> None:
+        """Attention's kernels: the deterministic ones as PyTorch has them and written out, and any."""
+        for name, kinds, deterministic, strict in (
+            ("math", ("cpu",), True, False),
+            ("written out", ("cpu", "cuda"), True, False),
+            ("fused, deterministic", ("cpu",), True, True),
+            ("any", ("cpu",), False, False),
         ):
             config = self.scene.config(precision, batch_size=4, deterministic=deterministic)
             kept, attention.WRITTEN_OUT = attention.WRITTEN_OUT, kinds
+            exact, attention.EXACT = attention.EXACT, (*attention.EXACT, torch.bfloat16)
             try:
-                with packing.packed(self.scene.bench, config, 1) as pack:
-                    seconds, taken = self._timed(pack)
+                with packing.packed(self.scene.bench, config, k) as pack:
+                    if strict:  # where PyTorch does not only warn, fused kernels have a deterministic backward pass
+                        torch.use_deterministic_algorithms(True)
+                        _allow_fused()
+                    packing.hold(pack)
+                    pack.records = False
+                    _, taken = self._timed(pack)
+                    pack.records = True
+                    seconds, _ = self._timed(pack)
             finally:
-                attention.WRITTEN_OUT = kept
+                attention.WRITTEN_OUT, attention.EXACT = kept, exact
             facts = {"ms": 1e3 * seconds, "taken_gib": None if taken is None else taken / 2**30}
-            self.report.say(f"attention {name}, {precision}, 1 x 4", **facts)
+            self.report.say(f"attention {name}, {precision}, {k} x 4", **facts)
 
     def adapters(self, precision: str) -> None:
         """Adapters of 8 runs together, and run by run."""
@@ -139,6 +157,8 @@ class Rows:
             kept, stacked.STACKED = stacked.STACKED, kinds
             try:
                 with packing.packed(self.scene.bench, config, 8) as pack:
+                    packing.hold(pack)
+                    pack.records = False
                     seconds, taken = self._timed(pack)
             finally:
                 stacked.STACKED = kept
@@ -168,13 +188,15 @@ class Rows:
         self.found["HF", precision, batch, 1] = Row(seconds, batch / seconds)
         self.report.say(f"HF Trainer + PEFT, {precision}, {batch}", ms=1e3 * seconds, samples_per_s=batch / seconds)
 
-    def kernels(self, precision: str, batch: int) -> None:
-        """Count the kernels of a step, and how long they run."""
+    def kernels(self, precision: str, batch: int, k: int) -> None:
+        """Count the kernels of a round, how long they run, and name those that take longest."""
         from torch.profiler import ProfilerActivity, profile
 
         config = self.scene.config(precision, batch_size=batch)
         on_gpu = self.scene.device.type == "cuda"
-        with packing.packed(self.scene.bench, config, 1) as pack:
+        with packing.packed(self.scene.bench, config, k) as pack:
+            pack.records = False
+            _round(pack)
             _round(pack)
             synchronize()
             began = time.perf_counter()
@@ -184,18 +206,28 @@ class Rows:
             wall = time.perf_counter() - began
         kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
         ran = [event for event in profiled.events() if event.device_type == kind]
-        busy = sum(event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in ran) / 1e3
-        self.report.say(f"kernels of a step, {precision}, {batch}", kernels=len(ran), busy_ms=busy, wall_ms=1e3 * wall)
+        by_name: dict[str, list[float]] = {}
+        for event in ran:
+            spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+            by_name.setdefault(event.name[:90], []).append(spent)
+        busy = sum(map(sum, by_name.values()))
+        facts = {"kernels": len(ran), "busy_ms": busy, "wall_ms": 1e3 * wall}
+        self.report.say(f"kernels of a round, {precision}, {k} x {batch}", **facts)
+        longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:LONGEST]
+        self.report.rows[-1]["longest"] = [[name, len(times), round(sum(times), 3)] for name, times in longest]
+        for name, times in longest[:PRINTED]:
+            print(f"      {sum(times):7.2f} ms {len(times):5d} x  {name}", flush=True)
 
 
 def check(scene: Scene, report: Report) -> None:
     """The rows that decide the targets first, then the rest of the table."""
     rows = Rows(scene, report)
-    report.run("kernels", 5, lambda: rows.kernels("float32", 4))
     for side, precision, batch, k in [*FIRST, *FURTHER]:
         name = f"{side}, {precision}, {k} x {batch}"
         if side == "attention":
-            report.run(name, 12, lambda p=precision: rows.variants(p))  # type: ignore[misc]
+            report.run(name, 20, lambda p=precision, k=k: rows.variants(p, k))  # type: ignore[misc]
+        elif side == "kernels":
+            report.run(name, 6, lambda p=precision, b=batch, k=k: rows.kernels(p, b, k))  # type: ignore[misc]
         elif side == "adapters":
             report.run(name, 12, lambda p=precision: rows.adapters(p))  # type: ignore[misc]
         elif side == "ours":
@@ -287,6 +319,13 @@ def _deterministic_off() -> ExitStack:
     """The libraries at their best: whatever kernels they would take by themselves."""
     stack = ExitStack()
     torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.enable_mem_efficient_sdp(True)
+    _allow_fused()
     stack.callback(torch.use_deterministic_algorithms, True, warn_only=True)
     return stack
+
+
+def _allow_fused() -> None:
+    """Let attention take whichever of PyTorch's fused kernels it prefers."""
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)

@@ -1,0 +1,141 @@
+"""Passes that are recorded as CUDA graphs and played again: one launch in place of some thousands.
+
+A step of 4 samples launches 9,000 kernels, and on an H200 it took 440 ms in float32 and 760 in bfloat16, of which
+the GPU worked 87 and 28 (docs/gpu.md): the host could not launch any faster. A recording holds the kernels of a
+forward and backward pass with the addresses that they read and write; new inputs are copied to where it reads them. It
+computes the same bits as the pass that it was recorded from.
+CUDA graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html
+
+Only passes of a shape (`trainer.model.steady`) are recorded, at its second use: most shapes of odd batches come once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+MOST = 32
+"""Recordings that are kept, those used last; each has the parameters of some thousands of kernels."""
+
+Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(whole numbers, vision outputs), both on the device, -> results. All else that it reads stays where it is."""
+Played = tuple[torch.Tensor, Callable[[], None]]
+Recorder = Callable[[Callable[[], torch.Tensor], Sequence[torch.Generator], Any], Played]
+"""(computation, generators that it draws from, memory pool) -> (its results, what plays it again)."""
+
+log = logging.getLogger("trainer.graphs")
+
+
+def record_cuda(compute: Callable[[], torch.Tensor], generators: Sequence[torch.Generator], pool: Any) -> Played:
+    """Record a computation, which is not carried out meanwhile, as a CUDA graph.
+
+    Raises:
+        RuntimeError: it does what a graph cannot hold, or memory ran out.
+    """
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    before = torch.cuda.current_stream()
+    try:
+        # Other threads (vision outputs read ahead, pinned memory) may call what a recording thread may not.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            results = compute()
+    finally:
+        torch.cuda.set_stream(before)  # where ending the recording failed, it stays on the recording's stream
+    return results, graph.replay
+
+
+RECORDERS: dict[str, Recorder] = {"cuda": record_cuda}
+"""By kind of device; on others passes are not recorded."""
+
+
+class _Recording:
+    def __init__(self, whole: torch.Tensor, images: torch.Tensor, holds: Any) -> None:
+        self.whole, self.images = whole.clone(), images.clone()
+        self.holds = holds
+        """What the recording reads and nobody else might keep."""
+        self.results = torch.empty(())
+        self.play: Callable[[], None] = lambda: None
+
+
+class Graphs:
+    """The recordings of a pack's passes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._recorder = RECORDERS.get(device.type)
+        self._kept: OrderedDict[Hashable, _Recording | None] = OrderedDict()
+        self._pool: Any = None
+
+    @property
+    def on(self) -> bool:
+        """Whether passes are recorded."""
+        return self._recorder is not None
+
+    def run(
+        self,
+        key: Hashable,
+        whole: torch.Tensor,
+        images: torch.Tensor,
+        compute: Compute,
+        generators: Sequence[torch.Generator] = (),
+        holds: Callable[[], Any] = lambda: None,
+    ) -> torch.Tensor:
+        """The results of a pass, which the next pass of this key overwrites.
+
+        Args:
+            key: what its kernels depend on, but for the inputs' values.
+            whole: whole numbers on the host, in pinned memory where the device is a GPU.
+            images: vision outputs on the device.
+            compute: the pass.
+            generators: that it draws from, seeded before.
+            holds: tensors to keep for as long as the recording.
+        """
+        recorder = self._recorder
+        if recorder is None or key not in self._kept:
+            self._kept[key] = None
+            self._drop_oldest()
+            return compute(whole.to(self._device, non_blocking=True), images)
+        kept = self._kept[key]
+        if kept is None:
+            kept = _Recording(whole.to(self._device), images, holds())
+            if self._pool is None and self._device.type == "cuda":
+                self._pool = torch.cuda.graph_pool_handle()
+            try:
+                kept.results, kept.play = recorder(lambda: compute(kept.whole, kept.images), generators, self._pool)
+            except RuntimeError as error:
+                self.stop((str(error).strip().splitlines() or [type(error).__name__])[0])
+                return compute(whole.to(self._device, non_blocking=True), images)
+            self._kept[key] = kept
+        else:
+            kept.whole.copy_(whole, non_blocking=True)
+            kept.images.copy_(images)
+        self._kept.move_to_end(key)
+        kept.play()
+        return kept.results
+
+    def stop(self, reason: str) -> None:
+        """Record nothing from now on, and free what recordings hold."""
+        log.warning("steps are not recorded as CUDA graphs from now on: %s", reason)
+        self._recorder = None
+        self.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def clear(self) -> None:
+        """Forget all recordings."""
+        self._kept.clear()
+        self._pool = None
+
+    def __len__(self) -> int:
+        return sum(recording is not None for recording in self._kept.values())
+
+    def _drop_oldest(self) -> None:
+        # Those that were used once are small, and many where hardly any batch has the shape of another.
+        while len(self) > MOST or len(self._kept) > 32 * MOST:
+            oldest = next(key for key, each in self._kept.items() if len(self) <= MOST or each is not None)
+            del self._kept[oldest]
