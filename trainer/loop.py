@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from trainer import checkpoint, runtime
+from trainer import checkpoint, kernels, runtime
 from trainer.common.errors import ConfigError, UserError
 from trainer.config import TrainConfig
 from trainer.events import EpochEnded, Event, MicroBatchReduced, OutOfMemory
@@ -191,8 +191,11 @@ class Pack:
             began = time.perf_counter()
             detail = ""
             try:
-                done = self._gradients(work)
+                with kernels.strict(work[0][0].config, work[0][0].device):
+                    done = self._gradients(work)
             except (RuntimeError, MemoryError) as error:
+                if kernels.gave_up(error):
+                    continue
                 if not runtime.is_out_of_memory(error):
                     raise
                 detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -335,13 +338,17 @@ class Pack:
         """The same by a recording: whatever its shape was first."""
         assert self._recorded is not None
         self.alive()
+        # In the order of their batches' sizes: whoever comes and goes, there are fewer shapes.
+        order = sorted(range(len(parts)), key=lambda i: len(parts[i][1]))
+        parts = [parts[i] for i in order]
         adapters = [member.adapter for member, _ in parts]
         updates.zero_gradients(adapters)
         for member, _ in parts:
             member.seed()
         losses, peaks = self._recorded.train(parts, _vision_outputs(parts), self.forward)
         norms = torch.stack([at_least_float32(norm) for norm in updates.norms(adapters)])
-        return list(zip(tokens, torch.stack([losses, norms, peaks], 1).unbind(), strict=True))
+        figures = torch.stack([losses, norms, peaks], 1).unbind()
+        return [(each, figures[order.index(i)]) for i, each in enumerate(tokens)]
 
     def _forward(self, parts: Sequence[tuple[Member, Batch]], *, training: bool) -> tuple[Forward, list[Segment]]:
         """One pass over the batches of several runs, each seeing its own adapter."""
@@ -406,7 +413,8 @@ class Pack:
             by_rows.setdefault(member.val_key, []).append(member)
         for alike in by_rows.values():
             began = time.perf_counter()
-            losses = self._evaluate(alike)
+            with kernels.strict(alike[0].config, alike[0].device):
+                losses = self._evaluate(alike)
             seconds = (time.perf_counter() - began) / len(alike)
             for member, loss in zip(alike, losses, strict=True):
                 if member not in self.members:

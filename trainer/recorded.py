@@ -19,6 +19,7 @@ from trainer.model.forward import position_biases
 from trainer.model.graphs import Graphs
 from trainer.model.lora import Adapter, Hooks, Segment
 from trainer.model.ragged import flat, shape_of, views
+from trainer.model.rounding import filled_rank
 from trainer.model.stacked import Room, Stack, alike
 from trainer.model.steady import Steady, steady
 
@@ -143,7 +144,7 @@ class Recorded:
         """The adapters in a room that has been used before, if there is one of the size."""
         key = tuple(adapters)
         if key not in self._stacks:
-            rank = 1 << (max(adapter.config.lora_r for adapter in adapters) - 1).bit_length()
+            rank = filled_rank(adapter.config.lora_r for adapter in adapters)
             size = (len(adapters), rank, adapters[0].modules, adapters[0].weights.dtype)
             if size not in self._rooms:
                 if len(self._rooms) >= ROOMS:

@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+from trainer import kernels
 from trainer.common.errors import ConfigError
 from trainer.config import TrainConfig
 
@@ -63,10 +64,7 @@ def prepare(config: TrainConfig) -> torch.device:
     # Filling new memory reveals reads before a write; there are none here, and it costs some percent of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
-        # Their backward passes are not deterministic where PyTorch only warns; on an H200 bfloat16 took cuDNN's.
-        torch.backends.cuda.enable_mem_efficient_sdp(not config.deterministic)
-        torch.backends.cuda.enable_cudnn_sdp(not config.deterministic)
-        torch.backends.cuda.enable_flash_sdp(not config.deterministic)
+        kernels.allow_fused_attention(not config.deterministic)
         torch.cuda.reset_peak_memory_stats(device)
     return device
 

@@ -89,7 +89,7 @@ def counted(k: int, batch: int, dropout: float, *, together: bool) -> dict[str, 
         config = TrainConfig.parse({**fields, "warmup_steps": 0, "lora_dropout": dropout})
         counting = Counting()
         with (
-            mock.patch.object(attention, "WRITTEN_OUT", ()),
+            mock.patch.object(attention, "_written_out", lambda *_: False),
             mock.patch.object(stacked, "STACKED", ("cpu",) if together else ()),
             mock.patch.object(fused._TanhGELU, "apply", partial(nn.functional.gelu, approximate="tanh")),
             packing.packed(bench, config, k) as pack,

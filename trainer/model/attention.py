@@ -1,7 +1,8 @@
 """Scaled dot-product attention between rows without padding (`trainer.model.ragged`).
 
-It is PyTorch's fused kernel on padded sequences, or, for short ones on a CPU, batched products of matrices: the kernel
-works head by head there, and for some dozens of tokens its overhead is more than its arithmetic.
+It is PyTorch's fused kernel on padded sequences, or batched products of matrices: for short sequences on a CPU, where
+the kernel works head by head and for some dozens of tokens its overhead is more than its arithmetic, and on a GPU
+where no fused kernel may be taken (`trainer.kernels`).
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from trainer import kernels
 from trainer.model.library_private import softmax_backward
 from trainer.model.ragged import Ragged
 
@@ -19,14 +21,6 @@ DENSE = 10_000
 """Scores of a head up to which attention written out is faster on a CPU: forward and backward of 70 x 70 take 2.95 ms
 instead of 4.08 (4 samples, 9 heads of 64), of 47 x 47 4.0 instead of 5.2 (32 samples, 4 heads of 32), of 128 x 128 the
 same time."""
-
-EXACT = (torch.float32, torch.float64)
-"""Dtypes in which it may be written out."""
-
-WRITTEN_OUT = ("cpu",)
-"""Kinds of devices on which short sequences go through attention written out. On a GPU it has fewer kernels than
-PyTorch's math kernel, the deterministic one that takes a bias; which is faster there was not measured yet
-(`tests.benchmarks.gpu` does)."""
 
 
 def attend(
@@ -53,11 +47,9 @@ def attend(
         bias: added to the products, broadcast to (B, heads, L, keys): from `hidden`, where there must be no attention,
             for example to padding.
     """
-    # Short sequences.
-    few = rows.length * keys.length <= DENSE
-    if few and query.device.type in WRITTEN_OUT and query.dtype in EXACT:
+    if _written_out(query, rows.length * keys.length):
         return _Dense.apply(query, key, value, bias, size, rows, keys, scale)  # type: ignore[no-any-return,no-untyped-call]
-    # Everything else: padded, through the fused kernel.
+    # Padded, through the fused kernel.
     padded = rows.pad(query), keys.pad(key), keys.pad(value)
     q, k, v = (each.unflatten(2, (-1, size)).transpose(1, 2) for each in padded)
     if k.shape[1] != q.shape[1]:
@@ -65,6 +57,17 @@ def attend(
         k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return rows.unpad(out.transpose(1, 2).flatten(2))
+
+
+def _written_out(query: torch.Tensor, scores: int) -> bool:
+    """Whether attention of so many scores a head is written out.
+
+    PyTorch's math kernel, which is left on a GPU where no fused one may be taken, keeps the scores twice; it is as
+    fast in float32 and slower in bfloat16: 145 instead of 136 ms for a round of eight runs of 4 (H200).
+    """
+    if query.device.type == "cuda":
+        return query.dtype != torch.float16 and not kernels.fused_attention_allowed()
+    return scores <= DENSE and query.dtype in (torch.float32, torch.float64)
 
 
 def hidden(seen: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

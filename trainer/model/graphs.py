@@ -6,7 +6,8 @@ forward and backward pass with the addresses that they read and write; new input
 computes the same bits as the pass that it was recorded from.
 CUDA graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html
 
-Only passes of a shape (`trainer.model.steady`) are recorded, at its second use: most shapes of odd batches come once.
+Only passes of a shape (`trainer.model.steady`) are recorded, and only from its third use on: to record takes as long
+as to carry it out twice, and the shapes of an epoch's last batches come rarely.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import torch
 
 MOST = 32
 """Recordings that are kept, those used last; each has the parameters of some thousands of kernels."""
+
+USES = 2
+"""That a pass of a shape is carried out before it is recorded."""
 
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(whole numbers, vision outputs), both on the device, -> results. All else that it reads stays where it is."""
@@ -68,7 +72,8 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._recorder = RECORDERS.get(device.type)
-        self._kept: OrderedDict[Hashable, _Recording | None] = OrderedDict()
+        self._kept: OrderedDict[Hashable, _Recording | int] = OrderedDict()
+        """What has been recorded, and how often other shapes came."""
         self._pool: Any = None
 
     @property
@@ -96,12 +101,13 @@ class Graphs:
             holds: tensors to keep for as long as the recording.
         """
         recorder = self._recorder
-        if recorder is None or key not in self._kept:
-            self._kept[key] = None
+        kept = self._kept.get(key, 0)
+        if recorder is None or (isinstance(kept, int) and kept < USES):
+            self._kept[key] = kept + 1 if isinstance(kept, int) else 0
+            self._kept.move_to_end(key)
             self._drop_oldest()
             return compute(whole.to(self._device, non_blocking=True), images)
-        kept = self._kept[key]
-        if kept is None:
+        if isinstance(kept, int):
             kept = _Recording(whole.to(self._device), images, holds())
             if self._pool is None and self._device.type == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
@@ -132,10 +138,11 @@ class Graphs:
         self._pool = None
 
     def __len__(self) -> int:
-        return sum(recording is not None for recording in self._kept.values())
+        return sum(isinstance(each, _Recording) for each in self._kept.values())
 
     def _drop_oldest(self) -> None:
         # Those that were used once are small, and many where hardly any batch has the shape of another.
         while len(self) > MOST or len(self._kept) > 32 * MOST:
-            oldest = next(key for key, each in self._kept.items() if len(self) <= MOST or each is not None)
+            drop = _Recording if len(self) > MOST else (_Recording, int)
+            oldest = next(key for key, each in self._kept.items() if isinstance(each, drop))
             del self._kept[oldest]

@@ -360,7 +360,7 @@ def _is_mixed(segments: Sequence[Segment], weight: torch.Tensor) -> bool:
 def _add_product(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor, scale: float, mixed: bool) -> None:
     """total += scale * one @ other, in place; the sum is made in the adapter's dtype and rounded once."""
     if mixed:
-        total.copy_(total.to(one.dtype).addmm_(one, other, alpha=scale))
+        total.add_(torch.mm(one, other), alpha=scale)
     else:
         total.addmm_(one, other, alpha=scale)
 

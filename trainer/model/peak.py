@@ -15,6 +15,7 @@ from typing import Any
 from trainer.config import TrainConfig
 from trainer.model import memory
 from trainer.model.locate import locate
+from trainer.model.rounding import filled_longest, filled_rank
 
 CONTEXT = 600 * 2**20
 """Bytes that CUDA and cuBLAS take for themselves on a GPU. An assumption: it differs between drivers."""
@@ -185,8 +186,8 @@ def estimate(
     base = memory.BYTES[configs[0].dtype_of_base]
     adapter = memory.BYTES[configs[0].torch_dtype]
     again = _again(configs)
-    # A CPU takes a kernel without scores in a lower dtype, a GPU where sums may come in any order.
-    fused = base < FLOAT if on_cpu else not configs[0].deterministic
+    # A kernel without scores is taken in a lower dtype, on a GPU also where sums may come in any order.
+    fused = base < FLOAT or not (on_cpu or configs[0].deterministic)
     kept = language = recomputed = 0.0
     for config in configs:
         samples = min(config.micro_batch_size or config.batch_size, config.batch_size)
@@ -203,7 +204,7 @@ def estimate(
         weights=weights,
         store=int(stored * sizes.patches * sizes.vision * base),
         adapters=sum(MOMENTS * memory.BYTES[c.torch_dtype] * adapter_weights(sizes, c) for c in configs)
-        + (0 if on_cpu or len(configs) == 1 else _stack(sizes, configs)),
+        + (0 if on_cpu else _stack(sizes, configs)),
         kept=int(kept + language + logits * FLOAT),
         passing=int(max(logits * (base + FLOAT), recomputed, evaluated * (base + upcast + FLOAT) - kept - language)),
     )
@@ -211,7 +212,7 @@ def estimate(
 
 def _stack(sizes: Sizes, configs: Sequence[TrainConfig]) -> int:
     """Bytes of the runs' adapters in one stack (`trainer.model.stacked`): weights, gradients, scales and places."""
-    rank = max(config.lora_r for config in configs)
+    rank = filled_rank(config.lora_r for config in configs)
     own = sum(adapter_weights(sizes, config) for config in configs)
     filled = sum(adapter_weights(sizes, config) // config.lora_r * rank for config in configs)
     return filled * (3 * memory.BYTES[configs[0].torch_dtype] + PLACE) + own * PLACE
@@ -255,13 +256,13 @@ def _qformer(sizes: Sizes, lengths: Lengths, base: int, dropout: int, config: Tr
 
 
 def _attention(queries: float, keys: float, width: int, heads: int, base: int, fused: bool) -> float:
-    """Bytes that attention keeps: queries, keys, values and shares, in float32 on a GPU (PyTorch's math kernel).
+    """Bytes that attention keeps: queries, keys, values and shares.
 
     A fused kernel keeps the output and a number for each query in place of the shares.
     """
     if fused:
         return base * (2 * queries + 2 * keys) * width + FLOAT * heads * queries
-    return FLOAT * ((queries + 2 * keys) * width + heads * queries * keys)
+    return base * ((queries + 2 * keys) * width + heads * queries * keys)
 
 
 def _language(
@@ -270,13 +271,15 @@ def _language(
     """Bytes that the language model keeps for a sample, and those of a layer while it is computed again."""
     text = sizes.queries + lengths.prompt
     labels = lengths.labels
+    # Attention is padded to the longest caption, on a GPU to a multiple of some tokens.
+    longest = max(labels, lengths.longest_labels if on_cpu else filled_longest(int(lengths.longest_labels)))
     if sizes.decoder_only:
-        text += labels
-        layer = _layer(sizes, text, ((text, text),), base, fused, on_cpu)
+        padded, text = text + longest, text + labels
+        layer = _layer(sizes, text, ((padded, padded),), base, fused, on_cpu)
         states = base * sizes.text_width * sizes.decoder_layers * text
         return (states, layer) if again else (sizes.decoder_layers * layer, 0.0)
     encoder = _layer(sizes, text, ((text, text),), base, fused, on_cpu)
-    decoder = _layer(sizes, labels, ((labels, labels), (labels, text)), base, fused, on_cpu)
+    decoder = _layer(sizes, labels, ((longest, longest), (longest, text)), base, fused, on_cpu)
     if again:  # of each layer the input stays
         return base * sizes.text_width * (sizes.encoder_layers * text + sizes.decoder_layers * labels), decoder
     return sizes.encoder_layers * encoder + sizes.decoder_layers * decoder, 0.0
@@ -287,8 +290,8 @@ def _layer(
 ) -> float:
     """Bytes that a layer keeps: norms' inputs; queries, keys, values and shares; the feed-forward's products."""
     norms = (len(attentions) + 1) * rows * sizes.text_width
-    # In a lower dtype the norm is the library's, which keeps its input in float32 too.
-    kept = norms * (base if base == FLOAT else base + FLOAT)
+    # On a CPU, in a lower dtype, the norm is the library's, which keeps its input in float32 too.
+    kept = norms * (base + FLOAT if on_cpu and base < FLOAT else base)
     for queries, keys in attentions:
         kept += _attention(queries, keys, sizes.attention, sizes.text_heads, base, fused)
     if sizes.gated:

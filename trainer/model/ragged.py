@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+ZEROS_GATHERED = ("cuda",)
+"""Kinds of devices on which padding is filled with zeros by gathering: a scatter sorts its indices there first."""
+
 Padded = tuple[np.ndarray, np.ndarray]
 """(values, which of them are not padding), both (B, length): as a batch holds them, on the host."""
 
@@ -96,11 +99,21 @@ class Ragged:
             )
         slots, sources = self._by_head(heads)
         parts = rows.reshape(-1, rows.shape[1] // heads)
-        if zeros:
+        if zeros and rows.device.type in ZEROS_GATHERED:
+            assert self.gradients is not None
+            whole = torch.cat([parts, parts.new_zeros(heads, parts.shape[1])])
+            out = whole.index_select(0, self._gradients_by_head(heads))
+        elif zeros:
             out = parts.new_zeros(len(sources), parts.shape[1]).index_copy_(0, slots, parts)
         else:
             out = parts.index_select(0, sources)
         return out.view(self.samples * heads, self.length, -1)
+
+    def _gradients_by_head(self, heads: int) -> torch.Tensor:
+        """The part of a row for each of (B, heads, L) places; behind all parts, `heads` of zeros, for padding."""
+        assert self.gradients is not None
+        head = torch.arange(heads, device=self.gradients.device)
+        return (self.gradients.view(-1, 1, self.length) * heads + head[:, None]).view(-1)
 
     def together(self, heads_apart: torch.Tensor, heads: int) -> torch.Tensor:
         """The inverse of `apart`: (B x heads, L, size) to (N, heads x size); no autograd."""

@@ -15,11 +15,7 @@ import torch
 
 from trainer.model.batch import IGNORE, Batch, layout_of
 from trainer.model.ragged import Layout
-
-STEP = 32
-"""The longest caption is filled up to a multiple of this, and the label tokens too where they are few."""
-FINENESS = 8
-"""Where they are many, to a multiple of the power of two below an eighth of them: at most an eighth is added."""
+from trainer.model.rounding import filled_longest, filled_up
 
 
 @dataclass(frozen=True)
@@ -33,14 +29,6 @@ class Steady:
     """(k,): label tokens of each run."""
 
 
-def filled_up(number: int) -> int:
-    """The number of label tokens to which as many are filled up."""
-    step = STEP
-    while step * 2 * FINENESS <= number:
-        step *= 2
-    return -(-number // step) * step
-
-
 def steady(config: Any, batch: Batch, sizes: list[int]) -> Steady:
     """The layout of a batch on the host, filled up.
 
@@ -52,10 +40,10 @@ def steady(config: Any, batch: Batch, sizes: list[int]) -> Steady:
     labels = batch.labels.numpy()
     given = labels != IGNORE
     lengths = given.sum(1)
-    longest = -(-int(lengths.max()) // STEP) * STEP
+    longest = filled_longest(int(lengths.max()))
     wanted = filled_up(int(lengths.sum()))
     while longest * len(lengths) < wanted:
-        longest += STEP
+        longest = filled_longest(longest + 1)
     extra = _shared_out(wanted - int(lengths.sum()), longest - lengths)
     decoder_only = bool(config.use_decoder_only_language_model)
     # A caption ends where its sample does.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,10 +22,10 @@ from tests.benchmarks.bare import synchronize
 from tests.benchmarks.gpu.report import Report
 from tests.benchmarks.gpu.scene import PRECISIONS, Scene
 from tests.support import peft_reference
-from trainer import runtime
+from trainer import kernels, runtime
 from trainer.config import TrainConfig
 from trainer.loop import Pack
-from trainer.model import attention, peak, stacked
+from trainer.model import peak, stacked
 from trainer.model.arithmetic import card_of, step_flops
 
 ROUNDS = 8
@@ -125,28 +127,15 @@ class Rows:
         self.report.say(f"ours, {precision}, {k} x {batch}", **facts)
 
     def variants(self, precision: str, k: int) -> None:
-        """Attention's kernels: the deterministic ones as PyTorch has them and written out, and any."""
-        for name, kinds, deterministic, strict in (
-            ("math", ("cpu",), True, False),
-            ("written out", ("cpu", "cuda"), True, False),
-            ("fused, deterministic", ("cpu",), True, True),
-            ("any", ("cpu",), False, False),
-        ):
-            config = self.scene.config(precision, batch_size=4, deterministic=deterministic)
-            kept, attention.WRITTEN_OUT = attention.WRITTEN_OUT, kinds
-            exact, attention.EXACT = attention.EXACT, (*attention.EXACT, torch.bfloat16)
-            try:
-                with packing.packed(self.scene.bench, config, k) as pack:
-                    if strict:  # where PyTorch does not only warn, fused kernels have a deterministic backward pass
-                        torch.use_deterministic_algorithms(True)
-                        _allow_fused()
-                    packing.hold(pack)
-                    pack.records = False
-                    _, taken = self._timed(pack)
-                    pack.records = True
-                    seconds, _ = self._timed(pack)
-            finally:
-                attention.WRITTEN_OUT, attention.EXACT = kept, exact
+        """Attention written out, by fused kernels that are deterministic, and by any."""
+        for name in ("written out", "fused, deterministic", "any"):
+            config = self.scene.config(precision, batch_size=4, deterministic=name != "any")
+            with packing.packed(self.scene.bench, config, k) as pack, _attention(name == "fused, deterministic"):
+                packing.hold(pack)
+                pack.records = False
+                _, taken = self._timed(pack)
+                pack.records = True
+                seconds, _ = self._timed(pack)
             facts = {"ms": 1e3 * seconds, "taken_gib": None if taken is None else taken / 2**30}
             self.report.say(f"attention {name}, {precision}, {k} x 4", **facts)
 
@@ -319,13 +308,13 @@ def _deterministic_off() -> ExitStack:
     """The libraries at their best: whatever kernels they would take by themselves."""
     stack = ExitStack()
     torch.use_deterministic_algorithms(False)
-    _allow_fused()
+    kernels.allow_fused_attention(True)
     stack.callback(torch.use_deterministic_algorithms, True, warn_only=True)
     return stack
 
 
-def _allow_fused() -> None:
-    """Let attention take whichever of PyTorch's fused kernels it prefers."""
-    torch.backends.cuda.enable_flash_sdp(True)
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    torch.backends.cuda.enable_mem_efficient_sdp(True)
+@contextmanager
+def _attention(fused: bool) -> Iterator[None]:
+    """Within, deterministic passes take fused kernels, or none."""
+    with mock.patch.object(kernels, "_repeat", lambda *_: fused):
+        yield

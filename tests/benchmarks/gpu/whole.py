@@ -43,6 +43,11 @@ def check(scene: Scene, report: Report, checkpoint: subprocess.Popen[bytes] | No
         60 if not scene.rehearsed else 5,
         lambda: _ours(scene, bench, report, "screened", "--set", "screen=bfloat16"),
     )
+    report.run(
+        "ours, bfloat16",
+        45 if not scene.rehearsed else 5,
+        lambda: _ours(scene, bench, report, "fast", "--set", "base_dtype=bfloat16", confirm=False),
+    )
     peer = report.run("the peer", START_S + 30 if not scene.rehearsed else 5, lambda: _peer(scene, bench, report))
     report.run("targets of searches", 0, lambda: _targets(report, exact, screened, peer))
 
@@ -71,8 +76,8 @@ def _prepare(scene: Scene) -> Bench:
     return bench
 
 
-def _ours(scene: Scene, bench: Bench, report: Report, name: str, *options: str) -> Ran:
-    confirm = ("--confirm",) if options else ()
+def _ours(scene: Scene, bench: Bench, report: Report, name: str, *options: str, confirm: bool | None = None) -> Ran:
+    confirm = ("--confirm",) if confirm is None and options else ()
     ran = replace(bench, limit_s=report.left()).run_ours(name, "none", *confirm, *options)
     facts = {"makespan_s": ran.wall_s, "trials": bench.trials, "best": ran.best, "named": _named(bench, name)}
     report.say(f"search, {name}", **facts)
