@@ -86,6 +86,7 @@ class Member:
         self.ended = self.state.epoch >= config.num_epochs
         self.next_step = self.state.step + 1
         self._group: Iterator[Batch] | None = None
+        self._held: list[Batch] | None = None
         self._steps: list[StepEnded] = []
         self._val_batches: list[Batch] | None = None
         self._epoch_s = 0.0
@@ -125,6 +126,8 @@ class Member:
 
     def next_group(self) -> tuple[list[Batch], float]:
         """The batches of the next optimizer step, and the seconds waited for them."""
+        if self._held is not None:
+            return self._held, 0.0
         waiting = time.perf_counter()
         if self._group is None:
             self.sampler.epoch = self.epoch
@@ -132,6 +135,11 @@ class Member:
             self._group = self._ahead(batches(self.loader), self.config.gradient_accumulation_steps)
         group = list(islice(self._group, self.config.gradient_accumulation_steps))
         return group, time.perf_counter() - waiting
+
+    def hold(self) -> list[Batch]:
+        """Take the batches of the next step for all that follow, so that their passes are of one shape: for timing."""
+        self._held, _ = self.next_group()
+        return self._held
 
     def val_batches(self) -> Iterator[Batch]:
         """One pass over the validation split, in order."""

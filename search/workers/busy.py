@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 
 GAIN = 1.1
 """Samples a second of a pass with twice the runs, over those of one without, from which it is worth having."""
-LIMIT_S = 10.0
+LIMIT_S = 15.0
 """The probe begins no larger pass after this."""
+WARM_UP = 3
+"""Rounds of the same batches after which their pass has been recorded, where passes are (`trainer.model.graphs`)."""
 ROUNDS = 4
-"""Timed together, after one that warms up. The best of `TIMES`: another process may have the host for a while."""
+"""Timed together. The best of `TIMES`: another process may have the host for a while."""
 TIMES = 2
 TRIES = 6
 RUNS = (1, 2, 4, 8, 16)
@@ -112,7 +114,9 @@ def _probe(config: TrainConfig, bench: Workbench, clock: Clock) -> dict[int, flo
 
 def _best_round(pack: Pack, device: torch.device, clock: Clock) -> float:
     """Seconds of a round: one step of every run. Rounds in which an epoch ended are timed once more."""
-    _rounds(pack, 1, device)
+    for member in pack.members:
+        member.hold()
+    _rounds(pack, WARM_UP, device)
     found: list[float] = []
     for _ in range(TRIES):
         began = clock()
