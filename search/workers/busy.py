@@ -34,8 +34,6 @@ GAIN = 1.1
 """Samples a second of a pass with twice the runs, over those of one without, from which it is worth having."""
 LIMIT_S = 15.0
 """The probe begins no larger pass after this."""
-WARM_UP = 3
-"""Rounds of the same batches after which their pass has been recorded, where passes are (`trainer.model.graphs`)."""
 ROUNDS = 4
 """Timed together. The best of `TIMES`: another process may have the host for a while."""
 TIMES = 2
@@ -96,6 +94,7 @@ def _probe(config: TrainConfig, bench: Workbench, clock: Clock) -> dict[int, flo
     from trainer.loop import Pack
 
     device = runtime.resolve_device(config.device)
+    bench.inputs(config)  # vision outputs of all images are no part of the time
     began = clock()
     rates: dict[int, float] = {}
     for runs in RUNS:
@@ -114,9 +113,12 @@ def _probe(config: TrainConfig, bench: Workbench, clock: Clock) -> dict[int, flo
 
 def _best_round(pack: Pack, device: torch.device, clock: Clock) -> float:
     """Seconds of a round: one step of every run. Rounds in which an epoch ended are timed once more."""
+    from trainer.model.graphs import USES
+
+    # The same batches each time, and first as often as it takes until their pass has been recorded, where passes are.
     for member in pack.members:
         member.hold()
-    _rounds(pack, WARM_UP, device)
+    _rounds(pack, USES + 1, device)
     found: list[float] = []
     for _ in range(TRIES):
         began = clock()

@@ -206,7 +206,8 @@ def estimate(
         adapters=sum(MOMENTS * memory.BYTES[c.torch_dtype] * adapter_weights(sizes, c) for c in configs)
         + (0 if on_cpu else _stack(sizes, configs)),
         kept=int(kept + language + logits * FLOAT),
-        passing=int(max(logits * (base + FLOAT), recomputed, evaluated * (base + upcast + FLOAT) - kept - language)),
+        # Of the loss, while the gradients go back: its own and that of the softmax.
+        passing=int(max(logits * 2 * FLOAT, recomputed, evaluated * (base + upcast + FLOAT) - kept - language)),
     )
 
 

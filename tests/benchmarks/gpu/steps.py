@@ -25,11 +25,11 @@ from tests.support import peft_reference
 from trainer import kernels, runtime
 from trainer.config import TrainConfig
 from trainer.loop import Pack
-from trainer.model import peak, stacked
+from trainer.model import graphs, peak, stacked
 from trainer.model.arithmetic import card_of, step_flops
 
 ROUNDS = 8
-"""Timed together, after two that warm up: a window on a GPU, after which figures are fetched."""
+"""Timed together: a window on a GPU, after which figures are fetched."""
 CPU_ROUNDS = 2
 LONGEST, PRINTED = 25, 6
 """Kernels that the file names, and that are printed."""
@@ -105,11 +105,12 @@ class Rows:
         """Measure a pack of our runs."""
         config = self.scene.config(precision, batch_size=batch)
         on_gpu = self.scene.device.type == "cuda"
+        before = torch.cuda.memory_allocated() if on_gpu else 0
         with packing.packed(self.scene.bench, config, k) as pack:
             configs = [member.config for member in pack.members]
             lengths = replace(_lengths(self.scene, config), labels=packing.hold(pack))
             pack.records = False
-            launched, taken = self._timed(pack)
+            launched, highest = self._timed(pack)
             with FlopCounterMode(display=False) as counter:
                 _round(pack)
             pack.records = True
@@ -121,8 +122,8 @@ class Rows:
         facts["launched_ms"] = 1e3 * launched if on_gpu else None
         facts["of_product"] = flops / seconds / self.peak_flops(precision)
         facts["of_sheet"] = flops / seconds / self.sheet[precision] if self.sheet else None
-        facts["told_gib"] = (told.kept + told.passing) / 2**30
-        facts["taken_gib"] = None if taken is None else taken / 2**30
+        facts["told_gib"] = told.total / 2**30
+        facts["taken_gib"] = None if highest is None else (highest - before) / 2**30
         facts["flops_told"] = k * batch * step_flops(self.scene.sizes, lengths) / flops
         self.report.say(f"ours, {precision}, {k} x {batch}", **facts)
 
@@ -130,13 +131,14 @@ class Rows:
         """Attention written out, by fused kernels that are deterministic, and by any."""
         for name in ("written out", "fused, deterministic", "any"):
             config = self.scene.config(precision, batch_size=4, deterministic=name != "any")
+            before = torch.cuda.memory_allocated() if self.scene.device.type == "cuda" else 0
             with packing.packed(self.scene.bench, config, k) as pack, _attention(name == "fused, deterministic"):
                 packing.hold(pack)
                 pack.records = False
                 _, taken = self._timed(pack)
                 pack.records = True
                 seconds, _ = self._timed(pack)
-            facts = {"ms": 1e3 * seconds, "taken_gib": None if taken is None else taken / 2**30}
+            facts = {"ms": 1e3 * seconds, "taken_gib": None if taken is None else (taken - before) / 2**30}
             self.report.say(f"attention {name}, {precision}, {k} x 4", **facts)
 
     def adapters(self, precision: str) -> None:
@@ -145,21 +147,21 @@ class Rows:
             config = self.scene.config(precision, batch_size=4, lora_dropout=0.05)
             kept, stacked.STACKED = stacked.STACKED, kinds
             try:
+                before = torch.cuda.memory_allocated() if self.scene.device.type == "cuda" else 0
                 with packing.packed(self.scene.bench, config, 8) as pack:
                     packing.hold(pack)
                     pack.records = False
                     seconds, taken = self._timed(pack)
             finally:
                 stacked.STACKED = kept
-            facts = {"ms": 1e3 * seconds, "taken_gib": None if taken is None else taken / 2**30}
+            facts = {"ms": 1e3 * seconds, "taken_gib": None if taken is None else (taken - before) / 2**30}
             self.report.say(f"adapters {name}, {precision}, 8 x 4", **facts)
 
     def _timed(self, pack: Pack) -> tuple[float, int | None]:
-        """(seconds of a round, bytes above those in use before) of a pack, after two rounds that warm up."""
+        """(seconds of a round, most bytes in use) of a pack, after rounds that warm up and record its pass."""
         on_gpu = self.scene.device.type == "cuda"
-        before = torch.cuda.memory_allocated() if on_gpu else 0
-        _round(pack)
-        _round(pack)
+        for _ in range(graphs.USES + 1):
+            _round(pack)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         synchronize()
@@ -169,7 +171,7 @@ class Rows:
             _round(pack)
         synchronize()
         seconds = (time.perf_counter() - began) / rounds
-        return seconds, torch.cuda.max_memory_allocated() - before if on_gpu else None
+        return seconds, torch.cuda.max_memory_allocated() if on_gpu else None
 
     def library(self, precision: str, batch: int) -> None:
         """Measure HF Trainer + PEFT, with the vision tower in each step, as it trains by default."""

@@ -17,6 +17,7 @@ from search.workers.slots import Slots
 from trainer import runtime
 from trainer.config import TrainConfig
 from trainer.loop import Pack
+from trainer.model.graphs import USES
 from trainer.workbench import Workbench
 
 Small = Callable[..., TrainConfig]
@@ -82,7 +83,23 @@ def test_it_takes_some_seconds_at_most(
 ) -> None:
     machine = Machine(monkeypatch, 2.0, 0.0)
     assert busy.samples_when_busy(small(), bench, 2, folder=tmp_path, clock=machine) == 2
-    assert machine.rounds == 1 + busy.TIMES * busy.ROUNDS  # no second pass was begun
+    assert machine.rounds == USES + 1 + busy.TIMES * busy.ROUNDS  # no second pass was begun
+
+
+def test_reading_images_is_no_part_of_it(
+    monkeypatch: pytest.MonkeyPatch, bench: Workbench, small: Small, tmp_path: Path
+) -> None:
+    """Vision outputs of all images are computed when the first run is added; on an H200 the probe ended at 4 runs."""
+    machine = Machine(monkeypatch, 0.018, 0.0008)
+    inputs, asked = bench.inputs, []
+
+    def slow(config: TrainConfig) -> Any:
+        machine.now += 0.0 if asked else 100.0
+        asked.append(config)
+        return inputs(config)
+
+    monkeypatch.setattr(bench, "inputs", slow)
+    assert busy.samples_when_busy(small(), bench, 2, folder=tmp_path, clock=machine) == 32
 
 
 def test_what_does_not_fit_is_not_packed(
