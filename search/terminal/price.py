@@ -141,9 +141,12 @@ def measure(study: Study, budget: Budget, checked: Checked) -> Price | Untrained
 
 
 def _measured(study: Study, budget: Budget, checked: Checked, out: Path) -> Price | Untrained:
+    from search.workers.busy import seconds_of_a_round
+    from trainer import runtime
     from trainer.checkpoint import folder_of
     from trainer.events import Diverged, EpochEnded, OutOfMemory, StepEnded
     from trainer.loop import train
+    from trainer.model.graphs import RECORDERS
     from trainer.workbench import Workbench
 
     config = study.base_config()
@@ -171,6 +174,10 @@ def _measured(study: Study, budget: Budget, checked: Checked, out: Path) -> Pric
     counted = steps[1:] or steps
     a_sample_s = median(step.timing.step_s / step.num_samples for step in counted)
     samples = max(step.num_samples for step in counted)
+    if runtime.resolve_device(tried.device).type in RECORDERS:
+        # They are recorded after some: then a step takes a third, or a tenth.
+        recorded = seconds_of_a_round(tried, bench)
+        a_sample_s = min(a_sample_s, (recorded or math.inf) / samples)
     validated = len(dataset.split(checked.examined, tried).val)
     captions: dict[str, Any] = {}
     if study.objective == "cider":

@@ -90,25 +90,34 @@ def _runs_worth_having(rates: Mapping[int, float]) -> int:
 
 def _probe(config: TrainConfig, bench: Workbench, clock: Clock) -> dict[int, float]:
     """Samples a second by the number of runs in a pass; a pass that memory does not hold ends it."""
-    from trainer import runtime
-    from trainer.loop import Pack
-
-    device = runtime.resolve_device(config.device)
     bench.inputs(config)  # vision outputs of all images are no part of the time
     began = clock()
     rates: dict[int, float] = {}
     for runs in RUNS:
         if rates and (clock() - began > LIMIT_S or _runs_worth_having(rates) < max(rates)):
             break
-        with tempfile.TemporaryDirectory() as folder, Pack(bench) as pack:
-            for number in range(runs):
-                own = config.model_copy(update={"seed": number, "num_epochs": 1000})
-                pack.add(own, Path(folder) / str(number))
-            seconds = _best_round(pack, device, clock)
-            if pack.at_once is not None and runs > 1:
-                break  # memory ran out, and runs were passed in halves
+        seconds = seconds_of_a_round(config, bench, runs, clock)
+        if seconds is None:
+            break
         rates[runs] = runs * config.batch_size / max(seconds, 1e-9)
     return rates
+
+
+def seconds_of_a_round(
+    config: TrainConfig, bench: Workbench, runs: int = 1, clock: Clock = time.perf_counter
+) -> float | None:
+    """Seconds of one step of so many runs in a pass, recorded where passes are; None if memory does not hold them."""
+    from trainer import runtime
+    from trainer.loop import Pack
+
+    device = runtime.resolve_device(config.device)
+    with tempfile.TemporaryDirectory() as folder, Pack(bench) as pack:
+        for number in range(runs):
+            own = config.model_copy(update={"seed": number, "num_epochs": 1000})
+            pack.add(own, Path(folder) / str(number))
+        seconds = _best_round(pack, device, clock)
+        halved = pack.at_once is not None and runs > 1
+    return None if halved else seconds
 
 
 def _best_round(pack: Pack, device: torch.device, clock: Clock) -> float:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 BUDGET_S = 465
-SHARES = {1: 0.25, 2: 0.6, 3: 1.0}
+SHARES = {1: 0.25, 2: 0.45, 3: 1.0}
 """By when each part has to end, of the whole time."""
 
 

@@ -32,13 +32,13 @@ PACKS = (1, 4, 8)
 def check(scene: Scene, report: Report) -> None:
     """All of it, the most important first."""
     for precision in PRECISIONS:
-        report.run(f"equality, {precision}", 25, lambda precision=precision: _equal(scene, report, precision))  # type: ignore[misc]
-    report.run("adapters together", 10, lambda: _together(scene, report))
-    for precision in ("float32", "bfloat16"):
+        report.run(f"equality, {precision}", 18, lambda precision=precision: _equal(scene, report, precision))  # type: ignore[misc]
+    report.run("determinism", 16, lambda: _deterministic(scene, report))
+    for precision in ("bfloat16", "float32"):
         report.run(f"recorded, {precision}", 20, lambda precision=precision: _recorded(scene, report, precision))  # type: ignore[misc]
-    report.run("determinism", 10, lambda: _deterministic(scene, report))
     report.run("NaN in one of a pack", 8, lambda: _nan(scene, report))
     report.run("out of memory", 12, lambda: _full(scene, report))
+    report.run("adapters together", 14, lambda: _together(scene, report))
 
 
 def _equal(scene: Scene, report: Report, precision: str) -> None:

@@ -20,6 +20,8 @@ from search.storage.database import close_storage, open_storage
 from search.storage.studies import open_study
 from search.study_file import load
 from search.terminal import dry_run, listing, price
+from search.workers import busy
+from trainer.model import graphs
 
 
 @pytest.fixture
@@ -109,6 +111,20 @@ def test_what_a_study_would_take_is_measured_and_leaves_nothing(
     limited = replace(measured, most_epochs=7)
     assert limited.study_s == 7 * measured.epoch_s and ": 7 epochs, one after the other" in limited.line()
     assert not places.runs_dir.exists()
+
+
+def test_where_passes_are_recorded_a_recorded_step_is_priced(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the first steps, which are not, take three to ten times as long."""
+    session = Session("rsicap_mini", SearchOptions(places=places, settings=("max_samples=40", "num_epochs=3")))
+
+    def refuse(*_: object) -> graphs.Played:
+        raise RuntimeError("not here")
+
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", refuse)
+    monkeypatch.setattr(busy, "seconds_of_a_round", lambda config, bench: 1e-6 * config.batch_size)
+    measured = price.measure(session.definition, Budget(3), session.check())
+    assert isinstance(measured, price.Price)
+    assert measured.step_s == pytest.approx(1e-6 * measured.samples)
 
 
 def test_a_base_that_does_not_train_has_no_price(places: Places) -> None:

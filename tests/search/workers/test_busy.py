@@ -86,6 +86,12 @@ def test_it_takes_some_seconds_at_most(
     assert machine.rounds == USES + 1 + busy.TIMES * busy.ROUNDS  # no second pass was begun
 
 
+def test_a_round_of_one_run(monkeypatch: pytest.MonkeyPatch, bench: Workbench, small: Small) -> None:
+    machine = Machine(monkeypatch, 0.018, 0.0008)
+    assert busy.seconds_of_a_round(small(), bench, clock=machine) == pytest.approx(0.018)
+    assert busy.seconds_of_a_round(small(batch_size=8), bench, 8, clock=machine) == pytest.approx(64 * 0.0008)
+
+
 def test_reading_images_is_no_part_of_it(
     monkeypatch: pytest.MonkeyPatch, bench: Workbench, small: Small, tmp_path: Path
 ) -> None:
