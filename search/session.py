@@ -308,7 +308,7 @@ class Session:
         import optuna
 
         from search import pruning, records
-        from search.sampling.make import FREEZE_THAW, default_strategy, make_sampler
+        from search.sampling.make import FREEZE_THAW, RUNGS, default_strategy, make_sampler
         from search.sampling.samplers import GridInOrder
         from search.storage import studies
         from search.storage.database import open_storage
@@ -338,8 +338,13 @@ class Session:
                 f"--warm-start is left out: the study {study.study_name!r} has begun without these runs; a new one, "
                 "with --fresh, begins with them"
             )
-        elif given is not None and not {self.strategy, self.pruner} & {FREEZE_THAW}:
-            self._notes.append(f"--warm-start is of no use here: it is for --strategy or --pruner {FREEZE_THAW}")
+        elif given is not None and not {self.strategy, self.pruner} & {FREEZE_THAW, RUNGS}:
+            self._notes.append(f"--warm-start is of no use here: it is for --strategy {FREEZE_THAW} or {RUNGS}")
+        if self.strategy == RUNGS and self.budget.epochs is None:
+            self._notes.append(
+                f"of {self.budget.trials} trials {RUNGS} trains few beyond an epoch or three: with --epochs "
+                f"{self.definition.n_trials * self.definition.base_config().num_epochs} it begins as many as pay"
+            )
         study.set_user_attr(records.SETTINGS, list(options.settings))  # for the commands that the tuning log proposes
         if self.definition.objective == "cider":
             self._notes.append(

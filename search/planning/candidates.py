@@ -24,6 +24,11 @@ DRAWN, UNIFORM, NEAR = 24, 12, 12
 """Candidates drawn from the prior of the effective rate, from the whole space, and near the best trials."""
 NEAR_STEP = 0.15
 """Standard deviation of a step from a good trial's params, in their ranges."""
+SHORT = 0.1
+"""Place in the range of a warmup whose base value lies beyond: `rsicap`'s 100 steps are 1 % of a trial's. At the
+range's end the best of a study with short trials lies 0.7 % higher (docs/search-quality.md)."""
+KEPT = 0.6
+"""Chance that a param of a good trial is kept in a variant of it."""
 MOST_POINTS = 10_000
 """Configurations of a finite space that are gone through for those that are left."""
 Values = dict[str, Any]
@@ -65,6 +70,27 @@ class Candidates:
         found += [self._uniform(rng) for _ in range(UNIFORM if self._rate is not None else UNIFORM + DRAWN)]
         found += [self._near(rng, good[i % len(good)]) for i in range(NEAR if good else 0)]
         return list({key(params): params for params in found}.values())
+
+    def sound_at(self, rng: np.random.Generator, z: float) -> Values:
+        """The ladder's params at this effective rate; any of a space without the learning rate."""
+        if self._rate is None:
+            return self._uniform(rng)
+        params, warmup = self._sound(), self._space.get("warmup_steps")
+        if isinstance(warmup, Int) and self._base["warmup_steps"] > warmup.high:
+            params["warmup_steps"] = _at(warmup, SHORT)  # not its end: a base of another size says nothing of it
+        return self._aimed(params, z)
+
+    def any_at(self, rng: np.random.Generator, z: float) -> Values:
+        """Any params at this effective rate, where the space has the learning rate."""
+        params = self._uniform(rng)
+        return params if self._rate is None else self._aimed(params, z)
+
+    def varied(self, rng: np.random.Generator, good: Mapping[str, Any], step: float) -> Values:
+        """A good trial's params, some drawn anew, at an effective rate some steps of this size away."""
+        params = {name: good[name] if rng.random() < KEPT else value for name, value in self._uniform(rng).items()}
+        if self._rate is None:
+            return params
+        return self._aimed(params, model_rate(self.config(good)) + float(rng.normal(0, step)))
 
     def _sound(self) -> Values:
         """Params of the base, with the ladder's rank and alpha, each moved into its range."""

@@ -1,20 +1,26 @@
-"""`AimedSampler`: new trials get the configuration that the plan finds most worth beginning."""
+"""`AimedSampler`: new trials get the configuration that a plan proposes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from search.planning.thaw import FreezeThaw
 from search.sampling.params import distribution, root
 from search.sampling.samplers import SeededByTrial
 from search.space import param_name
 from search.study import Study
+
+
+class Proposes(Protocol):
+    """What says which configuration begins next."""
+
+    def propose(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+        """Params of the configuration that should begin next, given all other trials of the study."""
 
 
 class AimedSampler(BaseSampler):
@@ -26,7 +32,7 @@ class AimedSampler(BaseSampler):
         plan: What proposes.
     """
 
-    def __init__(self, study: Study, plan: FreezeThaw) -> None:
+    def __init__(self, study: Study, plan: Proposes) -> None:
         self._plan = plan
         self._space = {param_name(field, param): distribution(param) for field, param in study.space.items()}
         # For what a trial given by hand leaves open in part.

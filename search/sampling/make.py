@@ -5,6 +5,7 @@ from __future__ import annotations
 from optuna.samplers import BaseSampler
 
 from search.errors import StudyError
+from search.planning.laddered import Laddered
 from search.planning.prior import Prior
 from search.planning.thaw import FreezeThaw
 from search.sampling.aimed import AimedSampler
@@ -14,8 +15,8 @@ from search.space import size
 from search.study import Study
 from trainer.common.errors import nearest
 
-FREEZE_THAW = "freeze-thaw"
-STRATEGIES = (FREEZE_THAW, "joint", "staged")
+FREEZE_THAW, RUNGS = "freeze-thaw", "rungs"
+STRATEGIES = (FREEZE_THAW, RUNGS, "joint", "staged")
 """Values of `--strategy`."""
 
 
@@ -31,10 +32,11 @@ def make_sampler(
 
     Args:
         study: Its space, kind of sampler and seed.
-        strategy: `freeze-thaw` begins what is most worth an epoch by the curves of all trials, `joint` samples all
-            params from the first trial on by Optuna's sampler, `staged` stage by stage.
+        strategy: `freeze-thaw` begins what is most worth an epoch by the curves of all trials, `rungs` in turns a
+            rung of a ladder of effective rates and a variant of the best, `joint` samples all params from the first
+            trial on by Optuna's sampler, `staged` stage by stage.
         n_trials: The budget that the stages divide among themselves; None for the study's own.
-        prior: What is known of good effective rates, for `freeze-thaw`.
+        prior: What is known of good effective rates, for `freeze-thaw` and `rungs`.
 
     Raises:
         StudyError: the strategy is unknown, or the study's sampler or space does not allow it.
@@ -51,6 +53,8 @@ def make_sampler(
         return GridInOrder(study)
     if strategy == FREEZE_THAW:
         return AimedSampler(study, FreezeThaw(study, prior or Prior()))
+    if strategy == RUNGS:
+        return AimedSampler(study, Laddered(study, prior or Prior()))
     if strategy == "staged":
         return StagedSampler(study, study.n_trials if n_trials is None else n_trials)
     if size(study.space) is not None:

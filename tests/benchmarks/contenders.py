@@ -89,7 +89,9 @@ def products(
 ) -> Play:
     """A study as a worker of the product opens it."""
     definition = _with(setting, sampler)
-    trials = setting.trials or max(40, setting.budget // definition.base_config().num_epochs)
+    # As `--epochs` has it: as many as come of it. Ours has no use for more than so many.
+    most = setting.budget if strategy == "rungs" else max(40, setting.budget // definition.base_config().num_epochs)
+    trials = setting.trials or most
     proposes = strategy == FREEZE_THAW
     made = (
         make_sampler(definition, strategy, trials, prior),
@@ -257,6 +259,12 @@ def ours(setting: Setting, prior: Prior | None = None) -> Play:
     return products(setting, pruner=default_pruner(strategy), strategy=strategy, prior=prior)
 
 
+def laddered(decades: float = 0.0) -> Callable[[Setting], Play]:
+    """`--strategy rungs`, its prior wrong by so much; it begins as many as the epochs allow."""
+    prior = Prior(centre=Prior().centre + decades)
+    return lambda setting: products(replace(setting, trials=None), strategy="rungs", pruner="rungs", prior=prior)
+
+
 def off(decades: float) -> Callable[[Setting], Play]:
     """The product's default with a prior that is wrong by so much."""
     return lambda setting: ours(setting, Prior(centre=Prior().centre + decades))
@@ -309,6 +317,9 @@ STRATEGIES = {
             "our proposals, pausing at 1, 3, 9",
             lambda s: products(s, strategy=FREEZE_THAW, pruner="rungs"),
         ),
+        Strategy("rungs", "--strategy rungs: ladder, variants, the best third goes on", laddered()),
+        Strategy("rungs prior low", "the same, its prior half a decade too low", laddered(-0.5)),
+        Strategy("rungs prior high", "the same, its prior half a decade too high", laddered(0.5)),
         Strategy("ours", "the product's default", ours),
         Strategy("ours by curves", "the same, its best so far named by the curves", by_curves),
         Strategy("ours prior low", "ours, its prior half a decade too low", off(-0.5)),

@@ -51,6 +51,39 @@ def test_stopped_and_continued(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_rungs_on_a_ladder(tmp_path: Path) -> None:
+    code = "import sys; from tests.search import test_session; test_session.rungs_on_a_ladder(sys.argv[1])"
+    done = template.run([sys.executable, "-c", code, str(tmp_path)], timeout=240, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr
+
+
+def rungs_on_a_ladder(runs: str) -> None:
+    """A budget of epochs: many begin, some go on beyond the first, and all come to an end."""
+    settings = ("max_samples=24", "num_epochs=4", "warmup_steps=0", "batch_size=4")
+    places = Places.of(Path(runs))
+    options = SearchOptions(strategy="rungs", epochs=12, slots=1, confirm=False, settings=settings, places=places)
+    session = Session("rsicap_mini", options)
+    session.start()
+    list(session.watch())
+    result = session.result()
+    epochs = [len(trial.attrs[records.TRAIN_LOSSES]) for trial in result.trials]
+    assert result.code == 0 and 12 <= sum(epochs) <= 14, epochs
+    assert len(epochs) >= 6 and epochs.count(1) >= 4 and max(epochs) > 1, epochs
+    assert all(trial.state in ("COMPLETE", "PRUNED") for trial in result.trials), epochs
+    assert result.adapter is not None and result.adapter.is_dir()
+
+
+def test_rungs_ask_for_epochs(tmp_path: Path) -> None:
+    for epochs, said in ((None, 1), (72, 0)):
+        places = Places.of(tmp_path / f"runs{said}")
+        session = Session("rsicap_mini", SearchOptions(strategy="rungs", epochs=epochs, places=places))
+        try:
+            session._open_study()
+            assert sum("with --epochs 72 it begins" in note for note in session._notes) == said
+        finally:
+            session._close_storage()
+
+
 def stop_and_continue(runs: str) -> None:
     """A program's two sessions, in a process that has made their workers' imports."""
     options = SearchOptions(trials=2, slots=1, confirm=False, settings=QUICK, places=Places.of(Path(runs)))

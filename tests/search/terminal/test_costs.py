@@ -31,7 +31,7 @@ def said(monkeypatch: pytest.MonkeyPatch, gpu: str | None, *settings: str, lengt
 
 def test_the_real_size_says_what_other_precisions_would_save(monkeypatch: pytest.MonkeyPatch) -> None:
     step, others = said(monkeypatch, "NVIDIA H100 80GB HBM3")
-    assert step.startswith("a step of 4 samples takes some 16.") and "weights 14.8 GiB" in step
+    assert step.startswith("a step of 4 samples takes some 17.") and "weights 14.8 GiB" in step
     assert "on a GPU like an H100, by its data sheet: float32 1" in others
     assert (
         "and 47 ms of arithmetic; TF32" in others
@@ -50,7 +50,7 @@ def test_of_an_unknown_gpu_only_the_memory_is_said(monkeypatch: pytest.MonkeyPat
 def test_a_base_in_bfloat16_and_longer_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = said(monkeypatch, None, lengths=(40, 60))
     longer, others = said(monkeypatch, None, "base_dtype=bfloat16", lengths=(200, 400))
-    assert "weights 7.4 GiB" in longer and "float32 1" in others and "bfloat16 1" in others
+    assert "weights 7.4 GiB" in longer and "float32 19" in others and "bfloat16 9.7" in others
     assert peak.sizes_of("x") is XL
     assert plain != longer
 

@@ -1,0 +1,149 @@
+"""`--strategy rungs`: what begins, and who goes on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from search import records
+from search.planning.coordinates import effective_rate
+from search.planning.laddered import Laddered, van_der_corput
+from search.planning.prior import Prior
+from search.planning.rungs import RungPlan
+from search.pruning import default_pruner, plan_of, pruner_for
+from search.sampling.aimed import AimedSampler
+from search.sampling.make import RUNGS, make_sampler
+from search.sampling.params import distribution
+from search.space import Choice, Float, Int, contains, param_name
+from search.study import Study
+from studies.rsicap import STUDY as RSICAP
+from studies.rsicap_mini import STUDY as MINI
+
+PRIOR = Prior(centre=-2.6, width=0.5)
+
+
+def trial(study: Study, params: dict[str, Any], losses: tuple[float, ...], **attrs: Any) -> FrozenTrial:
+    return create_trial(
+        state=TrialState.PRUNED,
+        params=params,
+        distributions={param_name(f, p): distribution(p) for f, p in study.space.items()},
+        intermediate_values=dict(enumerate(losses, 1)),
+        user_attrs=attrs,
+    )
+
+
+def proposed(study: Study, number: int, prior: Prior = PRIOR) -> tuple[list[dict[str, Any]], list[FrozenTrial]]:
+    """So many proposals, each of which ends with the loss of its distance from a rate of 10^-2.4."""
+    plan, params, trials = Laddered(study, prior), [], []
+    for _ in range(number):
+        found = plan.propose(trials)
+        z = effective_rate(study.config(found).model_dump())
+        params.append(found)
+        trials.append(trial(study, found, (1 + abs(z + 2.4),)))
+    return params, trials
+
+
+def test_every_other_is_a_rung_of_the_ladder() -> None:
+    """Over a decade to either side of the prior, all else as the hand-run log begins; evenly, whatever the seed."""
+    wide = replace(RSICAP, space={**RSICAP.space, "learning_rate": Float(1e-7, 1e-1, log=True)})
+    params, _ = proposed(wide, 32)
+    ladder = [wide.config(each) for each in params[::2]]
+    assert {(c.lora_r, c.lora_alpha, c.batch_size, c.lora_dropout, c.warmup_steps) for c in ladder} == {
+        (8, 16, 4, 0.1, 100)
+    }
+    z = sorted(effective_rate(c.model_dump()) for c in ladder)
+    assert z[0] >= -3.6 and z[-1] <= -1.6
+    assert np.diff(z) == pytest.approx(2 / 16, abs=1e-6)
+
+
+def test_a_rung_beyond_the_range_of_rates_begins_once() -> None:
+    """All of those would be the range's end; the others vary the best instead."""
+    params, _ = proposed(RSICAP, 32)
+    ends = [each for each in params if each["learning_rate"] == RSICAP.space["learning_rate"].high]
+    assert len({tuple(sorted(each.items())) for each in params}) == 32
+    assert sum(RSICAP.config(each).lora_r == 8 and RSICAP.config(each).warmup_steps == 100 for each in ends) <= 2
+
+
+def test_a_warmup_from_a_study_of_another_size_is_short() -> None:
+    """The base's 100 steps lie beyond this range, whose end would be a third of a short trial."""
+    params, _ = proposed(MINI, 3)
+    assert MINI.config(params[0]).warmup_steps == 2
+
+
+def test_the_others_vary_the_best() -> None:
+    params, trials = proposed(RSICAP, 40)
+    best = sorted(min(t.intermediate_values.values()) for t in trials)[:3]
+    assert max(best) < 1.1
+    late = [effective_rate(RSICAP.config(each).model_dump()) for each in params[21::2]]
+    assert np.mean(np.abs(np.array(late) + 2.4)) < 0.35
+    assert len({RSICAP.config(each).lora_r for each in params[21::2]}) > 2
+
+
+def test_proposals_depend_on_the_seed_and_the_trials_alone() -> None:
+    one, _ = proposed(MINI, 9)
+    assert proposed(MINI, 9)[0] == one
+    other = replace(MINI, seed=MINI.seed + 1)
+    assert proposed(other, 9)[0] != one
+
+
+def test_repeats_and_others_trials_are_nobody_s_example() -> None:
+    _, trials = proposed(RSICAP, 8)
+    low = dict(trials[0].params)
+    low["learning_rate"] = RSICAP.space["learning_rate"].low
+    plan = Laddered(RSICAP, PRIOR)
+    repeat = trial(RSICAP, low, (0.01,), **{records.REPEAT_OF: 0})
+    foreign = create_trial(value=0.01, intermediate_values={1: 0.01})
+    nan = trial(RSICAP, low, (math.nan,))
+    assert plan._good([*trials, repeat, foreign, nan]) == plan._good(trials)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"lora_r": Choice((4, 8, 16)), "lora_dropout": Choice((0.0, 0.1))},
+        {"lora_r": Int(4, 8)},
+        {"learning_rate": Float(1e-4, 1e-4), "num_epochs": Int(2, 4)},
+    ],
+    ids=str,
+)
+def test_a_finite_space_has_no_configuration_twice(space: Any) -> None:
+    study = Study(name="s", description="", space=space, n_trials=1)
+    params, _ = proposed(study, {2: 6, 1: 5}[len(space)] if "learning_rate" not in space else 3)
+    assert len({tuple(sorted(each.items())) for each in params}) == len(params)
+    for each in params:
+        assert all(contains(param, each[param_name(field, param)]) for field, param in space.items())
+    # Once it is done, something is proposed all the same.
+    assert proposed(study, len(params) + 1)[0][-1]
+
+
+def test_van_der_corput() -> None:
+    assert [van_der_corput(n) for n in range(8)] == [0, 0.5, 0.25, 0.75, 0.125, 0.625, 0.375, 0.875]
+
+
+def test_the_strategy_brings_its_pruner() -> None:
+    assert isinstance(make_sampler(MINI, RUNGS), AimedSampler)
+    assert default_pruner(RUNGS) == "rungs"
+    assert isinstance(plan_of(pruner_for("rungs", MINI)), RungPlan)
+
+
+@pytest.mark.parametrize(
+    ("losses", "gains"),
+    [
+        ((0.5, 0.4), True),
+        ((0.5, 0.4, 0.403, 0.402, 0.4035), True),  # flat: within an evaluation's noise
+        ((0.5, 0.4, 0.41, 0.42, 0.43), False),
+        ((0.5, 0.4, 0.45, 0.401, 0.5), True),
+        ((math.nan,), False),
+    ],
+)
+def test_a_flat_loss_does_not_rise(losses: tuple[float, ...], gains: bool) -> None:
+    study = optuna.create_study()
+    own = create_trial(state=TrialState.RUNNING, intermediate_values=dict(enumerate(losses, 1)))
+    study.add_trial(own)
+    assert RungPlan(20).may_gain(study.trials, own) == gains
