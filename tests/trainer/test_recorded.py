@@ -108,7 +108,7 @@ def assert_alike(one: Any, other: Any, most: float) -> None:
         assert mine == pytest.approx(theirs, rel=most) and len(mine) > 1
 
 
-@pytest.mark.parametrize("runs", [RUNS[:1], RUNS[1:2], RUNS, [{"batch_size": 4, "seed": i} for i in range(3)]])
+@pytest.mark.parametrize("runs", [RUNS[:1], RUNS, [{"batch_size": 4, "seed": i} for i in range(3)]])
 def test_they_compute_what_passes_compute(
     double: Workbench, small: Small, tmp_path: Path, recorder: Recorder, runs: Sequence[dict[str, Any]]
 ) -> None:
@@ -121,7 +121,7 @@ def test_they_compute_what_passes_compute(
     assert_alike(found, plain, 1e-10)
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-gqa", "t5-untied"])
+@pytest.mark.parametrize("kind", ["llama-gqa", "t5-untied"])
 def test_other_language_models(
     embedded: Any, small: Small, tmp_path: Path, recorder: Recorder, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +178,7 @@ def test_what_is_not_finite_in_one_run_changes_no_bit_of_the_others(
                 members[1].adapter.weights[3] = float("nan")
             seen: list[tuple[float, float]] = []
             bad = 0
-            for _ in range(60):
+            for _ in range(36):
                 for member, event in pack.round():
                     if isinstance(event, StepEnded) and member is not members[1]:
                         seen.append((event.loss, event.grad_norm))

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from trainer.config import TrainConfig
 from trainer.model.peak import Lengths, Sizes
 
-LAUNCHES_S = 0.018
-"""Seconds that launching a step's kernels takes at the real size, 15 to 20 ms: estimated, not measured."""
-
 
 @dataclass(frozen=True)
 class Card:
