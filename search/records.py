@@ -74,6 +74,8 @@ of all validation images. Optuna is told its negative; all other values of the t
 VAL_CIDER = "val_cider_d"
 """The same as metric of the trial's MLflow run."""
 
+EPOCHS = "epochs"
+"""Study attribute: the budget of `--epochs`, of the latest start; None or missing where trials are counted."""
 SETTINGS = "settings"
 """Study attribute: the `--set` settings as given."""
 STOP_RULE = "stop_rule"

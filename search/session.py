@@ -346,6 +346,8 @@ class Session:
                 f"{self.definition.n_trials * self.definition.base_config().num_epochs} it begins as many as pay"
             )
         study.set_user_attr(records.SETTINGS, list(options.settings))  # for the commands that the tuning log proposes
+        if self.budget.epochs != study.user_attrs.get(records.EPOCHS):
+            study.set_user_attr(records.EPOCHS, self.budget.epochs)
         if self.definition.objective == "cider":
             self._notes.append(
                 "trials are ranked by CIDEr-D of their captions of all validation images; the leaders are not repeated"

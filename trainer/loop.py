@@ -336,8 +336,9 @@ class Pack:
         """The same by a recording: whatever its shape was first."""
         assert self._recorded is not None
         self.alive()
-        # In the order of their batches' sizes: whoever comes and goes, there are fewer shapes.
-        order = sorted(range(len(parts)), key=lambda i: len(parts[i][1]))
+        # In the order of their batches' sizes: whoever comes and goes, there are fewer shapes. Not of this batch's, an
+        # epoch's last being smaller: each order of the runs is a stack to be laid out.
+        order = sorted(range(len(parts)), key=lambda i: parts[i][0].config.batch_size)
         parts = [parts[i] for i in order]
         adapters = [member.adapter for member, _ in parts]
         updates.zero_gradients(adapters)

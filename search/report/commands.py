@@ -14,6 +14,9 @@ from search.study import Study
 from search.verdict.race import Verdict
 from trainer.config import EMBEDDED, TrainConfig
 
+WARM = ("freeze-thaw", "rungs")
+"""Strategies that `--warm-start` is for."""
+
 
 def setting(name: str, value: Any) -> str:
     """`name=value` as `--set` reads it, quoted for a shell."""
@@ -85,10 +88,10 @@ def repeated(record: StudyRecord, verdict: Verdict | None, options: Sequence[str
 def longer(record: StudyRecord, experiments: Sequence[Experiment], epochs: int, options: Sequence[str]) -> str:
     """The command that searches again with more epochs, beginning where this study found good rates."""
     strategy = record.attrs.get("strategy")
-    thaws = isinstance(strategy, Mapping) and strategy.get("strategy") == "freeze-thaw"
+    warm = isinstance(strategy, Mapping) and strategy.get("strategy") in WARM
     generation = record.attrs.get("generation")
     named = f"{record.attrs.get('study', record.name)}-{generation}" if isinstance(generation, int) else record.name
-    known = ["--warm-start", named] if thaws else []
+    known = ["--warm-start", named] if warm else []
     return search(record, experiments, ["--fresh", *known, *options], {"num_epochs": str(epochs)})
 
 

@@ -49,6 +49,8 @@ class NextSteps:
     warmup_limit: int | None
     """A tenth of the steps of such a trial, the share in the hand-run log."""
     more_trials: int
+    more_epochs: int | None
+    """Instead of trials, for a study whose budget is epochs."""
 
     def command(self, kind: Kind) -> str | None:
         """The command of a step; None if it is not advised."""
@@ -92,15 +94,21 @@ def next_steps(
     # The trials so far and half as many again, at least six: enough for a sampler to build on.
     more = done + max(6, math.ceil(done / 2))
     steps: list[Step] = []
+    held = record.attrs.get(records.EPOCHS)
+    budget = held if isinstance(held, int) else None
+    more_epochs = None if budget is None else math.ceil(1.5 * budget)
 
-    def searched(trials: int) -> str:
-        return commands.search(record, experiments, ["--trials", str(trials), *options])
+    def searched(trials: int, spend: int | None) -> str:
+        limit = ["--trials", str(trials)] if spend is None else ["--epochs", str(spend)]
+        return commands.search(record, experiments, [*limit, *options])
 
-    anew = commands.search(record, experiments, ["--fresh", *options])
+    anew = commands.search(record, experiments, ["--fresh", *_spending(budget), *options])
     if waiting:
-        steps.append(Step(kind="finish", command=searched(done)))
+        steps.append(Step(kind="finish", command=searched(done, budget)))
     if epochs is not None:
-        steps.append(Step(kind="longer", command=commands.longer(record, experiments, epochs, options)))
+        spent = None if budget is None else math.ceil(LONGER * budget)
+        further = [*_spending(spent), *options]
+        steps.append(Step(kind="longer", command=commands.longer(record, experiments, epochs, further)))
     again = commands.repeated(record, verdict, options) if _repeatable(experiments) else None
     if again is not None:
         steps.append(Step(kind="decide" if verdict is not None else "confirm", command=again))
@@ -109,7 +117,7 @@ def next_steps(
     if edges:
         steps.append(Step(kind="widen", command=anew))
     if space:
-        steps.append(Step(kind="more", command=searched(more)))
+        steps.append(Step(kind="more", command=searched(more, more_epochs)))
     if not steps and verdict is not None and best is not None:
         steps.append(Step(kind="export", command=commands.export(record, options)))
     return NextSteps(
@@ -124,7 +132,12 @@ def next_steps(
         long_warmups=tuple(e.number for e in long_warmups) if often else (),
         warmup_limit=int(median(totals) / 10) if often and totals else None,
         more_trials=more,
+        more_epochs=more_epochs,
     )
+
+
+def _spending(epochs: int | None) -> list[str]:
+    return [] if epochs is None else ["--epochs", str(epochs)]
 
 
 def _falling(experiments: Sequence[Experiment], curves: Outcome | None) -> tuple[tuple[int, ...], tuple[int, ...]]:

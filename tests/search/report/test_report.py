@@ -18,6 +18,7 @@ from search.report.blocks import MARKS
 from search.report.epochs import epoch_rows
 from search.report.facts import Facts, gather
 from search.report.measured_noise import measure
+from search.report.render import markdown
 from search.sampling.params import distribution
 from search.space import from_dict, param_name
 from tests.support.report_data import EXPERIMENT_3, START_S, falling, hand_run, many, recorded, study, trial
@@ -303,6 +304,17 @@ class TestNextSteps:
     def test_more_trials_are_a_total_beyond_those_there(self, hand: Facts) -> None:
         assert hand.next.more_trials == 12
         assert "--trials 12" in (hand.next.command("more") or "")
+
+    def test_a_budget_of_epochs_stays_one(self) -> None:
+        """More of them, not a number of trials: of trials alone, `--strategy rungs` trains few beyond an epoch."""
+        record = hand_run()
+        budgeted = replace(record, attrs={**record.attrs, records.EPOCHS: 71, "strategy": {"strategy": "rungs"}})
+        facts = gather(budgeted)
+        more, anew = facts.next.command("more") or "", facts.next.command("widen") or ""
+        assert facts.next.more_epochs == 107
+        assert "--strategy rungs" in more and "--epochs 107" in more and "--trials" not in more
+        assert "--fresh" in anew and "--epochs 71" in anew
+        assert "up to 107 epochs in total" in markdown(facts, "en", {}) and "107 个 epoch" in markdown(facts, "zh", {})
 
     def test_edges_and_gaps(self, hand: Facts) -> None:
         assert ("warmup_steps", False) in [(edge.name, edge.is_low) for edge in hand.next.edges]
