@@ -192,7 +192,7 @@ class Study:
         return found if self.objective == "loss" else {**found, "objective": self.objective}
 
     def check_way(self, strategy: str | None, pruner: str | None, *, repeats: bool) -> None:
-        """Make sure that what the study is ranked by goes with how it is searched.
+        """Make sure that what the study samples and is ranked by goes with how it is searched.
 
         Args:
             strategy: `--strategy`; None for the default.
@@ -202,6 +202,10 @@ class Study:
         Raises:
             StudyError: it does not.
         """
+        if self.sampler == "grid" and strategy not in (None, "joint"):
+            raise StudyError(
+                f"the study {shown(self.name)} is a grid, whose points are given: leave out --strategy {strategy}"
+            )
         if self.objective != "cider":
             return
         wrong = [f"--strategy {strategy}"] if strategy in BY_LOSS else []

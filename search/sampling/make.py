@@ -46,10 +46,7 @@ def make_sampler(
             f"{strategy!r} is not a strategy{nearest(strategy, STRATEGIES)}; known: {', '.join(STRATEGIES)}"
         )
     if study.sampler == "grid":
-        if strategy != "joint":
-            raise StudyError(
-                f"the study {study.name!r} is a grid, whose points are given: leave out --strategy {strategy}"
-            )
+        study.check_way(strategy, None, repeats=False)
         return GridInOrder(study)
     if strategy == FREEZE_THAW:
         return AimedSampler(study, FreezeThaw(study, prior or Prior()))

@@ -78,7 +78,8 @@ def test_rungs_ask_for_epochs(tmp_path: Path) -> None:
         places = Places.of(tmp_path / f"runs{said}")
         session = Session("rsicap_mini", SearchOptions(strategy="rungs", epochs=epochs, places=places))
         try:
-            session._open_study()
+            study = session._open_study()
+            assert study.user_attrs.get(records.EPOCHS) == epochs
             assert sum("with --epochs 72 it begins" in note for note in session._notes) == said
         finally:
             session._close_storage()

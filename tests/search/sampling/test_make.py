@@ -2,7 +2,9 @@
 
 import pytest
 
+from search import SearchOptions, Session
 from search.errors import StudyError
+from search.places import Places
 from search.sampling.make import make_sampler
 from studies.rsicap_mini import STUDY as MINI
 from tests.search.sampling.runs import GRID
@@ -13,3 +15,11 @@ def test_unknown_strategies_are_refused():
         make_sampler(MINI, "stages")
     with pytest.raises(StudyError, match="leave out --strategy staged"):
         make_sampler(GRID, "staged")
+
+
+@pytest.mark.parametrize("strategy", ["rungs", "freeze-thaw", "staged"])
+def test_a_grid_is_refused_before_anything_is_created(strategy, tmp_path):
+    places = Places.of(tmp_path / "runs")
+    with pytest.raises(StudyError, match=f"leave out --strategy {strategy}"):
+        Session(GRID, SearchOptions(strategy=strategy, places=places))
+    assert not places.runs_dir.exists()

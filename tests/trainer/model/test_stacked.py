@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.first_steps import apart, distance, first_steps
+from tests.support.spoiling import spoiling
 from trainer import loop, runtime
 from trainer.config import TrainConfig
 from trainer.loop import Pack
@@ -78,11 +79,7 @@ def test_what_is_not_finite_in_one_run_changes_no_bit_of_the_others(
 ) -> None:
     configs = [small(**fields) for fields in RUNS]
 
-    def spoil(model: Any, batch: Any) -> Any:
-        batch.image_embeds = batch.image_embeds.clone()
-        batch.image_embeds[4:8] = float("nan")  # the second run's
-        return forward(model, batch)
-
+    spoil = spoiling(slice(4, 8))  # the second run's
     ends = []
     for spoiled in (False, True):
         with Pack(bench, forward=spoil if spoiled and where == "rows" else forward) as pack:
