@@ -137,14 +137,8 @@ class Tracking:
                     self._tag(found.experiment_id, key, value)
 
     def _tag(self, experiment_id: str, key: str, value: str) -> None:
-        """Set a tag of an experiment. Two searches that begin at once may both find it missing: MLflow's server then
-        refuses the second's as a duplicate (BAD_REQUEST, UniqueViolation), which set again replaces the first's."""
-        try:
-            self._client.set_experiment_tag(experiment_id, key, value)
-        except MlflowException as error:
-            if "unique" not in str(error).lower() and "duplicate" not in str(error).lower():
-                raise
-            self._client.set_experiment_tag(experiment_id, key, value)
+        """Set a tag of an experiment, where another search may set it at once."""
+        _at_once(lambda: self._client.set_experiment_tag(experiment_id, key, value))
 
     def find_parent(self, study_name: str) -> str | None:
         """Id of the study's parent run, None if there is none."""
@@ -222,7 +216,8 @@ class Tracking:
         every = [Param(key, value) for key, value in params.items()]
         with translated(f"recording the configuration of run {run_id}"):
             for low in range(0, len(every), TAGS_PER_BATCH):
-                self._client.log_batch(run_id, params=every[low : low + TAGS_PER_BATCH])
+                batch = every[low : low + TAGS_PER_BATCH]
+                _at_once(lambda batch=batch: self._client.log_batch(run_id, params=batch))  # type: ignore[misc]
 
     def _create_run(self, experiment_id: str, name: str, tags: Mapping[str, str], start_ms: int | None = None) -> str:
         fitting = {key: _fit(value) for key, value in outward(tags).items()}
@@ -376,6 +371,22 @@ class Tracking:
         with translated(f"reading run {run_id}"):
             run: Run = self._client.get_run(run_id)
         return self._reader.curves(run), inward(run.data.tags)
+
+
+def _at_once(write: Callable[[], object]) -> None:
+    """Write what another search may write at the same moment.
+
+    MLflow's server looks whether it has a tag or param, and adds it if not. Where two do so at once its database
+    refuses the second's as a duplicate (BAD_REQUEST, UniqueViolation) with all that came with it; written again, it
+    finds the first's. A param with another value is still refused, as MLflow does.
+    """
+    for attempts_left in (2, 1, 0):  # the second write may meet a third search
+        try:
+            write()
+            return
+        except MlflowException as error:
+            if not attempts_left or not any(word in str(error).lower() for word in ("unique", "duplicate")):
+                raise
 
 
 def _fit(value: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
@@ -81,6 +82,26 @@ def test_two_searches_may_describe_one_experiment_at_once(tracking: Tracking, mo
     tracking.describe("demo", {"what": "ours"})
     assert refused == ["what"]
     assert MlflowClient(tracking.uri).get_experiment(experiment).tags["what"] == "ours"
+
+
+def test_two_searches_may_write_the_params_of_one_run_at_once(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with tags, and with more than two: what was refused with the duplicate is written, too."""
+    client, refused = tracking._client, []
+    real = client.log_batch
+
+    def at_once(run_id: str, **what: Any) -> None:
+        if what.get("params") and len(refused) < 2:
+            refused.append(what["params"][0].key)
+            real(run_id, params=what["params"][:1])
+            raise MlflowException('(psycopg.errors.UniqueViolation) duplicate key ... constraint "param_pk"')
+        real(run_id, **what)
+
+    monkeypatch.setattr(client, "log_batch", at_once)
+    run_id = tracking.parent_run("demo", {}, {"objective": "loss", "sampler": "tpe"})
+    assert refused == ["objective", "objective"]
+    assert MlflowClient(tracking.uri).get_run(run_id).data.params == {"objective": "loss", "sampler": "tpe"}
 
 
 def test_params_can_be_given_back_as_settings() -> None:
