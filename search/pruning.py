@@ -244,7 +244,8 @@ class PausingPruner(RisingLossPruner):
         if self._budget.is_spent(trials):
             spent = f"all {self._budget.epochs} epochs are trained"
             return Outcome(state="WAITING", reason=records.PAUSED, detail=spent)
-        why = self.plan.pause(trials, trial, new_left=self._budget.new_left(trials))
+        new_left = self._budget.new_left(trials, self.plan.wanted(trials))
+        why = self.plan.pause(trials, trial, new_left=new_left)
         return None if why is None else Outcome(state="WAITING", reason=records.PAUSED, detail=why)
 
 
@@ -305,7 +306,7 @@ PRUNERS: dict[str, Kind] = {
         plan=lambda study, prior, proposes: FreezeThaw(study, prior, proposes=proposes),
     ),
     "rungs": Kind(
-        "rising, and pause at epochs 1, 3, 9, ...: the best third goes on",
+        "rising, and pause at epochs 1, 3, 9, ...: the best third goes on, at the end the leaders",
         plan=lambda study, _prior, _proposes: RungPlan(study.base_config().num_epochs),
     ),
     "none": Kind("train all epochs", rising=False),

@@ -86,11 +86,11 @@ def main(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Fix a field of the configuration.")
     ] = None,
     strategy: Annotated[
-        Literal["freeze-thaw", "rungs", "joint", "staged"] | None,
+        Literal["rungs", "freeze-thaw", "joint", "staged"] | None,
         typer.Option(
-            help="What is most worth an epoch, by the curves of all trials (default); a ladder of effective rates "
-            "and variants of the best, of which a third goes on at epochs 1, 3, 9 (give it --epochs); all parameters "
-            "at once by Optuna's sampler; or in the hand-run log's order."
+            help="A ladder of effective rates and variants of the best, of which a third goes on at epochs 1, 3, 9, "
+            "at the end the leaders (default); what is most worth an epoch, by the curves of all trials; all "
+            "parameters at once by Optuna's sampler; or in the hand-run log's order."
         ),
     ] = None,
     pruner: Annotated[str | None, typer.Option()] = None,

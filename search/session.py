@@ -340,11 +340,6 @@ class Session:
             )
         elif given is not None and not {self.strategy, self.pruner} & {FREEZE_THAW, RUNGS}:
             self._notes.append(f"--warm-start is of no use here: it is for --strategy {FREEZE_THAW} or {RUNGS}")
-        if self.strategy == RUNGS and self.budget.epochs is None:
-            self._notes.append(
-                f"of {self.budget.trials} trials {RUNGS} trains few beyond an epoch or three: with --epochs "
-                f"{self.definition.n_trials * self.definition.base_config().num_epochs} it begins as many as pay"
-            )
         study.set_user_attr(records.SETTINGS, list(options.settings))  # for the commands that the tuning log proposes
         if self.budget.epochs != study.user_attrs.get(records.EPOCHS):
             study.set_user_attr(records.EPOCHS, self.budget.epochs)

@@ -26,15 +26,18 @@ class Budget:
         trials = f"{self.trials} trials"
         return trials if self.epochs is None else f"{self.epochs} epochs, at most {trials}"
 
-    def new_left(self, trials: Sequence[FrozenTrial]) -> bool:
+    def new_left(self, trials: Sequence[FrozenTrial], wanted: int = 0) -> bool:
         """Whether another configuration may begin.
 
         Args:
             trials: All trials of the study.
+            wanted: Epochs that trials which have begun are to have; up to half of the budget is kept for them.
         """
         from search.planning.plan import number_counted  # Optuna: 0.3 s that a session's first lines do not wait for
 
-        return number_counted(trials) < self.trials and not self.is_spent(trials)
+        if self.epochs is not None and epochs_reported(trials) + min(wanted, self.epochs // 2) >= self.epochs:
+            return False
+        return number_counted(trials) < self.trials
 
     def is_spent(self, trials: Sequence[FrozenTrial]) -> bool:
         """Whether all epochs are trained: nothing begins or goes on."""

@@ -38,6 +38,9 @@ class Plan(Protocol):
             new_left: Whether a new configuration can begin.
         """
 
+    def wanted(self, trials: Sequence[FrozenTrial]) -> int:
+        """Epochs that trials which have begun are to have, whatever else begins (`Budget.new_left`)."""
+
     def give_up(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> str:
         """Why a paused trial is given up at the study's end, for people to read."""
 

@@ -109,6 +109,10 @@ class FreezeThaw(Plan):
             return None
         return number
 
+    def wanted(self, trials: Sequence[FrozenTrial]) -> int:
+        """See `Plan.wanted`: none is sure of any."""
+        return 0
+
     def give_up(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> str:
         """See `Plan.give_up`."""
         known, outlook = self._known(trial), self.outlook(trials)

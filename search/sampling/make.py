@@ -16,13 +16,13 @@ from search.study import Study
 from trainer.common.errors import nearest
 
 FREEZE_THAW, RUNGS = "freeze-thaw", "rungs"
-STRATEGIES = (FREEZE_THAW, RUNGS, "joint", "staged")
+STRATEGIES = (RUNGS, FREEZE_THAW, "joint", "staged")
 """Values of `--strategy`."""
 
 
 def default_strategy(study: Study) -> str:
     """The strategy of a study for which none is given: what its sampler can do."""
-    return FREEZE_THAW if study.sampler == "tpe" and study.space and study.objective == "loss" else "joint"
+    return RUNGS if study.sampler == "tpe" and study.space and study.objective == "loss" else "joint"
 
 
 def make_sampler(
@@ -32,9 +32,9 @@ def make_sampler(
 
     Args:
         study: Its space, kind of sampler and seed.
-        strategy: `freeze-thaw` begins what is most worth an epoch by the curves of all trials, `rungs` in turns a
-            rung of a ladder of effective rates and a variant of the best, `joint` samples all params from the first
-            trial on by Optuna's sampler, `staged` stage by stage.
+        strategy: `rungs` begins in turns a rung of a ladder of effective rates and a variant of the best,
+            `freeze-thaw` what is most worth an epoch by the curves of all trials, `joint` samples all params
+            from the first trial on by Optuna's sampler, `staged` stage by stage.
         n_trials: The budget that the stages divide among themselves; None for the study's own.
         prior: What is known of good effective rates, for `freeze-thaw` and `rungs`.
 

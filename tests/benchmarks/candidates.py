@@ -135,7 +135,7 @@ def main() -> None:
     for name in names:
         own = [rows for (of, *_), (rows, _) in zip(jobs, studies, strict=True) if of == name]
         spent = np.median([epochs for (of, *_), (_, epochs) in zip(jobs, studies, strict=True) if of == name])
-        for rule in RULES if name == "ours" else [USED]:
+        for rule in RULES if name == "freeze-thaw" else [USED]:
             print(f"| {name} | {rule}, {spent:.0f} | {' | '.join(_cells(own, rule, _world.best))} |")
 
 

@@ -55,7 +55,7 @@ class Setting:
     budget: int
     seed: int = 0
     trials: int | None = None
-    """Configurations of a study of the product's; by default as many as the budget trains in full, 40 at least."""
+    """Configurations of a study of the product's; by default as with `--epochs`, those that come of the budget."""
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,22 @@ def products(
 ) -> Play:
     """A study as a worker of the product opens it."""
     definition = _with(setting, sampler)
-    # As `--epochs` has it: as many as come of it. Ours has no use for more than so many.
-    most = setting.budget if strategy == "rungs" else max(40, setting.budget // definition.base_config().num_epochs)
-    trials = setting.trials or most
+    # Freeze-thaw has no use for more than so many, and its model of them all would take minutes.
+    most = (
+        max(40, setting.budget // definition.base_config().num_epochs) if FREEZE_THAW in (strategy, pruner) else None
+    )
+    trials = setting.trials or most or setting.budget
     proposes = strategy == FREEZE_THAW
+    total = Budget(trials, None if setting.trials else setting.budget)
     made = (
         make_sampler(definition, strategy, trials, prior),
-        pruner_for(pruner, definition, Budget(trials), prior=prior, proposes=proposes),
+        pruner_for(pruner, definition, total, prior=prior, proposes=proposes),
     )
     study = LongestFirst(*_stored(setting.seed), *made, definition, definition.base_config().max_samples or 0)
     study.longest_first = setting.slots > 1
 
     def ask() -> optuna.Trial | None:
-        while study.has_next(Budget(trials)):
+        while study.has_next(total):
             trial = study.ask()
             if study.given_up is None:
                 return trial
@@ -112,8 +115,8 @@ def products(
 
 
 def by_curves(setting: Setting) -> Play:
-    """The product's default, its best so far named by its model of all curves and not by the luckiest epoch."""
-    play = ours(setting)
+    """Freeze-thaw, its best so far named by its model of all curves and not by the luckiest epoch."""
+    play = freeze_thaw()(setting)
     plan = plan_of(play.study.pruner)
     assert isinstance(plan, FreezeThaw)
 
@@ -259,15 +262,15 @@ def ours(setting: Setting, prior: Prior | None = None) -> Play:
     return products(setting, pruner=default_pruner(strategy), strategy=strategy, prior=prior)
 
 
-def laddered(decades: float = 0.0) -> Callable[[Setting], Play]:
-    """`--strategy rungs`, its prior wrong by so much; it begins as many as the epochs allow."""
-    prior = Prior(centre=Prior().centre + decades)
-    return lambda setting: products(replace(setting, trials=None), strategy="rungs", pruner="rungs", prior=prior)
-
-
 def off(decades: float) -> Callable[[Setting], Play]:
     """The product's default with a prior that is wrong by so much."""
     return lambda setting: ours(setting, Prior(centre=Prior().centre + decades))
+
+
+def freeze_thaw(decades: float = 0.0) -> Callable[[Setting], Play]:
+    """`--strategy freeze-thaw`, its prior wrong by so much."""
+    prior = Prior(centre=Prior().centre + decades)
+    return lambda setting: products(setting, strategy=FREEZE_THAW, pruner=FREEZE_THAW, prior=prior)
 
 
 STRATEGIES = {
@@ -317,11 +320,11 @@ STRATEGIES = {
             "our proposals, pausing at 1, 3, 9",
             lambda s: products(s, strategy=FREEZE_THAW, pruner="rungs"),
         ),
-        Strategy("rungs", "--strategy rungs: ladder, variants, the best third goes on", laddered()),
-        Strategy("rungs prior low", "the same, its prior half a decade too low", laddered(-0.5)),
-        Strategy("rungs prior high", "the same, its prior half a decade too high", laddered(0.5)),
-        Strategy("ours", "the product's default", ours),
-        Strategy("ours by curves", "the same, its best so far named by the curves", by_curves),
+        Strategy("freeze-thaw", "--strategy freeze-thaw: what is most worth an epoch", freeze_thaw()),
+        Strategy("freeze-thaw by curves", "the same, its best so far named by the curves", by_curves),
+        Strategy("freeze-thaw prior low", "freeze-thaw, its prior half a decade too low", freeze_thaw(-0.5)),
+        Strategy("freeze-thaw prior high", "freeze-thaw, its prior half a decade too high", freeze_thaw(0.5)),
+        Strategy("ours", "the product's default: ladder and variants, the best third goes on", ours),
         Strategy("ours prior low", "ours, its prior half a decade too low", off(-0.5)),
         Strategy("ours prior high", "ours, its prior half a decade too high", off(0.5)),
     )

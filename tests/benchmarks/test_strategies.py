@@ -72,6 +72,19 @@ def test_every_strategy_spends_its_budget_and_names_a_winner(world: World, name:
     assert found.regret(given.budget) < found.regret(1)
 
 
+@pytest.mark.parametrize("slots", [1, 4])
+def test_ours_ends_by_itself_with_its_configurations(world: World, slots: int) -> None:
+    """12 of them, of six epochs, in little more than half of the epochs; a leader is trained to its end."""
+    given = setting(world, slots=slots, budget=12 * EPOCHS, trials=12)
+    play = STRATEGIES["ours"].make(given)
+    found = played(world, play, given)
+    trials = play.study.get_trials()
+    assert len(trials) == 12 and all(t.state.is_finished() for t in trials)
+    assert 12 < found.spent < 0.6 * given.budget
+    leaders = sorted(found.runs.values(), key=lambda run: min(run.curve.val[: run.done]))[:3]
+    assert max(run.done for run in leaders) == EPOCHS
+
+
 def test_a_trial_that_waits_goes_on_where_it_stopped(world: World) -> None:
     given = setting(world, slots=2, budget=60)
     play = Play(study=Rungs(RandomSampler(seed=0), rungs=(1, 3)), judge=pausing((1, 3)))

@@ -58,7 +58,7 @@ def test_rungs_on_a_ladder(tmp_path: Path) -> None:
 
 
 def rungs_on_a_ladder(runs: str) -> None:
-    """A budget of epochs: many begin, some go on beyond the first, and all come to an end."""
+    """A budget of epochs: more begin than it could train in full, half of it is kept for the leaders, and all end."""
     settings = ("max_samples=24", "num_epochs=4", "warmup_steps=0", "batch_size=4")
     places = Places.of(Path(runs))
     options = SearchOptions(strategy="rungs", epochs=12, slots=1, confirm=False, settings=settings, places=places)
@@ -68,21 +68,9 @@ def rungs_on_a_ladder(runs: str) -> None:
     result = session.result()
     epochs = [len(trial.attrs[records.TRAIN_LOSSES]) for trial in result.trials]
     assert result.code == 0 and 12 <= sum(epochs) <= 14, epochs
-    assert len(epochs) >= 6 and epochs.count(1) >= 4 and max(epochs) > 1, epochs
+    assert len(epochs) > 3 and min(epochs) == 1 and max(epochs) == 4, epochs
     assert all(trial.state in ("COMPLETE", "PRUNED") for trial in result.trials), epochs
     assert result.adapter is not None and result.adapter.is_dir()
-
-
-def test_rungs_ask_for_epochs(tmp_path: Path) -> None:
-    for epochs, said in ((None, 1), (72, 0)):
-        places = Places.of(tmp_path / f"runs{said}")
-        session = Session("rsicap_mini", SearchOptions(strategy="rungs", epochs=epochs, places=places))
-        try:
-            study = session._open_study()
-            assert study.user_attrs.get(records.EPOCHS) == epochs
-            assert sum("with --epochs 72 it begins" in note for note in session._notes) == said
-        finally:
-            session._close_storage()
 
 
 def stop_and_continue(runs: str) -> None:
@@ -96,7 +84,7 @@ def stop_and_continue(runs: str) -> None:
     stopped = first.result()
     # Pytest does not rewrite these: they are in another process.
     assert stopped.code == 130, stopped
-    assert any(trial.state == "COMPLETE" for trial in stopped.trials), stopped
+    assert any(trial.state == "WAITING" for trial in stopped.trials), stopped
 
     second = Session("rsicap_mini", options)
     second.start()

@@ -12,10 +12,11 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import records
+from search.planning.budget import Budget
 from search.planning.coordinates import effective_rate
 from search.planning.laddered import Laddered, van_der_corput
 from search.planning.prior import Prior
-from search.planning.rungs import RungPlan
+from search.planning.rungs import LEADERS, RungPlan
 from search.pruning import default_pruner, plan_of, pruner_for
 from search.sampling.aimed import AimedSampler
 from search.sampling.make import RUNGS, make_sampler
@@ -147,3 +148,49 @@ def test_a_flat_loss_does_not_rise(losses: tuple[float, ...], gains: bool) -> No
     own = create_trial(state=TrialState.RUNNING, intermediate_values=dict(enumerate(losses, 1)))
     study.add_trial(own)
     assert RungPlan(20).may_gain(study.trials, own) == gains
+
+
+def running(number: int, losses: tuple[float, ...], state: str = "RUNNING") -> FrozenTrial:
+    """A trial so far; paused if it is WAITING."""
+    found = create_trial(
+        state=TrialState[state],
+        value=min(losses) if state == "COMPLETE" else None,
+        intermediate_values=dict(enumerate(losses, 1)),
+        user_attrs={records.REASON: records.PAUSED} if state == "WAITING" else {},
+    )
+    found.number = number
+    return found
+
+
+def test_once_nothing_is_left_to_begin_the_leaders_go_on_to_their_end() -> None:
+    """The furthest first; who is no leader is given up."""
+    plan = RungPlan(20)
+    trials = [running(n, (0.5 + n / 100,), "WAITING") for n in range(LEADERS + 3)]
+    trials[1] = running(1, (0.51, 0.47, 0.46), "WAITING")
+    trials[2] = running(2, (0.52, 0.50, 0.49), "COMPLETE")
+    assert plan.resume(trials, new_left=True) == 0, "one of the best third of its rung"
+    order = []
+    while (number := plan.resume(trials, new_left=False)) is not None:
+        order.append(number)
+        losses = tuple(trials[number].intermediate_values.values())
+        # Each keeps its place: at no rung it waits again.
+        while len(losses) < 20:
+            losses = (*losses, losses[-1] * 0.999)
+            trials[number] = running(number, losses)
+            assert plan.pause(trials, trials[number], new_left=False) is None
+        trials[number] = running(number, losses, "COMPLETE")
+    assert order == [0, 1, 3, 4], "the best third of a rung, then those with the lowest losses, one of which has ended"
+    assert plan.wanted(trials) == 0
+
+
+def test_what_the_leaders_lack_is_kept_of_a_budget_of_epochs() -> None:
+    """Up to half of it: a budget of one trial's epochs begins several."""
+    plan = RungPlan(20)
+    trials = [running(n, (0.5 + n / 100,), "WAITING") for n in range(7)]
+    assert plan.wanted(trials) == LEADERS * 19
+    few, more = Budget(100, epochs=20), Budget(100, epochs=200)
+    assert few.new_left(trials, plan.wanted(trials)) and not few.new_left([*trials, *trials[:3]], plan.wanted(trials))
+    assert more.new_left(trials, plan.wanted(trials))
+    assert not Budget(100, epochs=102).new_left([*trials, *[running(7, (0.6,) * 44)]], plan.wanted(trials))
+    assert Budget(100, epochs=102).new_left([*trials, *[running(7, (0.6,) * 43)]], plan.wanted(trials))
+    assert not Budget(7).new_left(trials) and Budget(8).new_left(trials)

@@ -23,11 +23,11 @@ from tests.search.workers.conftest import RecordingLink, Search
 
 @pytest.fixture
 def rungs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker's pruner pauses after epochs 1 and 2, and one in two goes on."""
+    """The worker's pruner pauses after epochs 1 and 2, and one in two goes on; the leader to its end."""
 
     class Pausing(RungPlan):
         def __init__(self, num_epochs: int) -> None:
-            super().__init__(num_epochs, first=1, one_of=2)
+            super().__init__(num_epochs, first=1, one_of=2, leaders=1)
 
     kind = pruning.Kind("pauses", plan=lambda study, _prior, _proposes: Pausing(study.base_config().num_epochs))
     monkeypatch.setitem(pruning.PRUNERS, "none", kind)  # the one that the fixture names
@@ -123,11 +123,12 @@ def _is_epoch(message: Any) -> bool:
     return is_epoch(message) and not message.from_checkpoint
 
 
-def test_the_default_of_a_study_pauses_by_worth() -> None:
+def test_the_default_of_a_study_pauses_at_rungs() -> None:
     from studies.lora_grid_mini import STUDY as GRID
     from studies.rsicap_mini import STUDY
 
-    assert make.default_strategy(STUDY) == make.FREEZE_THAW
+    assert make.default_strategy(STUDY) == make.RUNGS
+    assert pruning.default_pruner(make.RUNGS) == "rungs"
     assert pruning.default_pruner(make.FREEZE_THAW) == "freeze-thaw"
     assert (make.default_strategy(GRID), pruning.default_pruner("joint")) == ("joint", "rising")
     plan: Plan | None = pruning.plan_of(pruning.pruner_for("freeze-thaw", STUDY, proposes=True))
