@@ -75,6 +75,20 @@ class RungPlan(Plan):
         unfinished = [trial for trial in self._leaders(trials) if not trial.state.is_finished()]
         return sum(self._num_epochs - max(trial.intermediate_values) for trial in unfinished)
 
+    def expected(self, number: int) -> int:
+        """Epochs that so many configurations come to, if none ends by itself.
+
+        On the tables 40 of 20 epochs took 156 and 158 (median of 20 studies; this says 151).
+        """
+        begun, epochs, before = number, 0, 0
+        ends: list[int] = []
+        for rung in (*self._rungs, self._num_epochs):
+            epochs += begun * (rung - before)
+            goes_on = begun // self._one_of if rung < self._num_epochs else 0
+            ends += [rung] * (begun - goes_on)
+            begun, before = goes_on, rung
+        return epochs + sum(self._num_epochs - end for end in sorted(ends, reverse=True)[: self._most_leaders])
+
     def give_up(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> str:
         """See `Plan.give_up`."""
         epoch = max(trial.intermediate_values)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 
-from search.pruning import default_pruner
+from search.planning.rungs import RungPlan
+from search.pruning import default_pruner, plan_of, pruner_for
 from search.sampling import params, staged
 from search.sampling.make import default_strategy, make_sampler
 from search.storage import studies
@@ -86,6 +87,7 @@ def show(
         "given_by_hand": [{"label": fixed.label, "config": dict(fixed.config)} for fixed in study.enqueue],
         "first_sampled": config.model_dump(mode="json"),
         "costs": list(costs.lines(study, checked)),
+        "expected_epochs": _expected(study, pruner, budget),
         "price": None if price is None else price.facts(),
         "continues": state,
         "mlflow": _ask_mlflow(options),
@@ -109,6 +111,9 @@ def show(
         print(line)
     if price is not None:
         print(price.line())
+    if facts["expected_epochs"] is not None:
+        full = budget.trials * base.num_epochs
+        print(f"pausing at rungs, {budget.trials} trials come to some {facts['expected_epochs']} epochs of {full}")
     print("search space:")
     for name, param in study.space.items():
         print(f"  {name}: {param}")
@@ -143,6 +148,14 @@ def _existing(study: Study, options: SearchOptions, checked: Checked) -> Iterato
     finally:
         if storage is not None:
             close_storage(storage)
+
+
+def _expected(study: Study, pruner: str, budget: Budget) -> int | None:
+    """Epochs that the trials are to come to; None where a rule says nothing of that, or the budget is in epochs."""
+    if budget.epochs is not None:
+        return None
+    plan = plan_of(pruner_for(pruner, study, budget))
+    return plan.expected(budget.trials) if isinstance(plan, RungPlan) else None
 
 
 def _first(study: Study, strategy: str, n_trials: int, prior: Prior | None) -> TrainConfig:

@@ -194,3 +194,27 @@ def test_what_the_leaders_lack_is_kept_of_a_budget_of_epochs() -> None:
     assert not Budget(100, epochs=102).new_left([*trials, *[running(7, (0.6,) * 44)]], plan.wanted(trials))
     assert Budget(100, epochs=102).new_left([*trials, *[running(7, (0.6,) * 43)]], plan.wanted(trials))
     assert not Budget(7).new_left(trials) and Budget(8).new_left(trials)
+
+
+@pytest.mark.parametrize("number", [1, 3, 12, 40])
+@pytest.mark.parametrize("num_epochs", [1, 6, 20])
+def test_what_so_many_configurations_come_to(number: int, num_epochs: int) -> None:
+    """Played with losses that fall alike: as many epochs as expected, and some for early ones that others overtake."""
+    plan, trials = RungPlan(num_epochs), [running(n, ()) for n in range(number)]
+    places = np.random.default_rng(0).permutation(number)
+    left: list[int] = list(range(number))
+    while True:
+        begun = left.pop(0) if left else plan.resume([t for t in trials if t.intermediate_values], new_left=False)
+        if begun is None:
+            break
+        losses = tuple(trials[begun].intermediate_values.values())
+        while len(losses) < num_epochs:
+            losses = (*losses, float(1 + places[begun] / 100 + 1 / (len(losses) + 1)))
+            trials[begun] = running(begun, losses)
+            seen = [t for t in trials if t.intermediate_values]
+            if len(losses) < num_epochs and plan.pause(seen, trials[begun], new_left=bool(left)):
+                break
+        trials[begun] = running(begun, losses, "WAITING" if len(losses) < num_epochs else "COMPLETE")
+    spent = sum(len(t.intermediate_values) for t in trials)
+    assert plan.expected(number) <= spent <= 1.25 * plan.expected(number)
+    assert spent <= number * num_epochs

@@ -108,6 +108,7 @@ def test_what_a_study_would_take_is_measured_and_leaves_nothing(
     dry_run.show(session.definition, session.options, Budget(5), checked, None, price=measured)
     said = capsys.readouterr().out
     assert "a step of 4 samples takes" in said and "5 trials of 3 epochs in full" in said
+    assert "pausing at rungs, 5 trials come to some 15 epochs of 15" in said
     limited = replace(measured, most_epochs=7)
     assert limited.study_s == 7 * measured.epoch_s and ": 7 epochs, one after the other" in limited.line()
     assert not places.runs_dir.exists()
