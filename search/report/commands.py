@@ -52,7 +52,8 @@ def search(
     words += [f"--set {text}" for text in settings.values()]
     words += ["--seed", str(seed)] if seed else []
     strategy = record.attrs.get("strategy")
-    if isinstance(strategy, Mapping) and strategy.get("strategy", "joint") != "joint":
+    unsaid = ("joint", *records.RETIRED_STRATEGIES)
+    if isinstance(strategy, Mapping) and strategy.get("strategy", "joint") not in unsaid:
         words += ["--strategy", str(strategy["strategy"])]
     return " ".join([*words, *(shlex.quote(option) for option in options)])
 
