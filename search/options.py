@@ -108,9 +108,6 @@ class SearchOptions:
         for name in ("hang_timeout_s", "lost_after_s"):
             if getattr(self, name) < SHORTEST_S:
                 raise StudyError(f"{name} must be at least {SHORTEST_S}, but got {getattr(self, name)}")
-        if self.strategy == "staged" and self.slots is None:
-            # A stage begins from what the one before has found, so its trials must have ended.
-            object.__setattr__(self, "slots", 1)
 
 
 def read_duration(text: str, option: str = "--timeout", least_s: float = 0) -> float:

@@ -77,20 +77,17 @@ def main(
     ray_address: Annotated[
         str | None, typer.Option(help="The Ray cluster's address, host:port; by default this machine's.")
     ] = None,
-    slots: Annotated[
-        str,
-        typer.Option(help="Trials that a worker trains at once: auto, or 1 to 16. With --strategy staged, auto is 1."),
-    ] = "auto",
+    slots: Annotated[str, typer.Option(help="Trials that a worker trains at once: auto, or 1 to 16.")] = "auto",
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampler.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Fix a field of the configuration.")
     ] = None,
     strategy: Annotated[
-        Literal["rungs", "freeze-thaw", "joint", "staged"] | None,
+        Literal["rungs", "freeze-thaw", "joint"] | None,
         typer.Option(
             help="A ladder of effective rates and variants of the best, of which a third goes on at epochs 1, 3, 9, "
-            "at the end the leaders (default); what is most worth an epoch, by the curves of all trials; all "
-            "parameters at once by Optuna's sampler; or in the hand-run log's order."
+            "at the end the leaders (default); what is most worth an epoch, by the curves of all trials; or all "
+            "parameters at once by Optuna's sampler."
         ),
     ] = None,
     pruner: Annotated[str | None, typer.Option()] = None,

@@ -324,13 +324,13 @@ class Session:
             self._storage,
             self.definition,
             fresh=options.fresh,
-            sampler=make_sampler(self.definition, self.strategy, self.budget.trials),
+            sampler=make_sampler(self.definition, self.strategy),
             pruner=pruning.pruner_for(self.pruner, self.definition, self.budget),
         )
         studies.check_strategy(study, self.strategy)
         if isinstance(study.sampler, GridInOrder):
             self._cap("grid", study.sampler.total(study))
-        elif self.definition.space and self.strategy != "staged" and (most := size(self.definition.space)) is not None:
+        elif self.definition.space and (most := size(self.definition.space)) is not None:
             self._cap("space", most + studies.beside_the_space(study))
         given, self.prior = self.prior, studies.hold_prior(study, self.prior)
         if given is not None and given != self.prior:

@@ -51,7 +51,7 @@ SCREENS: Mapping[str, Mapping[str, Any]] = {
     "bfloat16": {"base_dtype": "bfloat16"},
 }
 """The fields by which trials are trained in a faster precision."""
-BY_LOSS = ("freeze-thaw", "rungs", "staged")
+BY_LOSS = ("freeze-thaw", "rungs")
 """Strategies and pruners that decide by losses alone which trial is worth more."""
 LIMITS = {"n_trials": (1, MOST), "seed": (0, 2**32 - 1), "patience": (1, MOST)}
 """(Smallest, largest) value of whole numbers. NumPy takes no larger seed."""
@@ -141,7 +141,7 @@ class Study:
 
         Args:
             params: By Optuna's names.
-            overrides: A fixed trial's fields outside the space; a probe's or a repeat's may be searched, and count.
+            overrides: A fixed trial's fields outside the space; a repeat's may be searched, and count.
         """
         # Overrides are stored with a trial, so those of an older version may name retired fields.
         base = {**self.base_config().model_dump(), **without_retired(overrides or {})}

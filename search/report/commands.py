@@ -52,7 +52,9 @@ def search(
     words += [f"--set {text}" for text in settings.values()]
     words += ["--seed", str(seed)] if seed else []
     strategy = record.attrs.get("strategy")
-    if isinstance(strategy, Mapping) and strategy.get("strategy", "joint") != "joint":
+    # A grid and the other samplers know no other than `joint`; with `tpe` a new study would begin with the default.
+    unsaid = (*records.RETIRED_STRATEGIES, *(() if record.definition.get("sampler") == "tpe" else ("joint",)))
+    if isinstance(strategy, Mapping) and strategy.get("strategy", "joint") not in unsaid:
         words += ["--strategy", str(strategy["strategy"])]
     return " ".join([*words, *(shlex.quote(option) for option in options)])
 

@@ -84,7 +84,7 @@ class Experiment:
 
     @property
     def stage(self) -> str | None:
-        """Its stage in the staged strategy; None in any other."""
+        """Its stage in a study that an older version ran by stages; None in any other."""
         return self.record.attrs.get(records.STAGE)
 
     @property

@@ -1,1 +1,1 @@
-"""What is tried next: a trial's params, Optuna's samplers, and the stages of `--strategy staged`."""
+"""What is tried next: a trial's params, and the samplers among which `--strategy` chooses."""

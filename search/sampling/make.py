@@ -1,4 +1,4 @@
-"""The sampler of a study and its `--strategy`: the one module that knows both the samplers and the stages."""
+"""The sampler of a study and its `--strategy`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from search.planning.prior import Prior
 from search.planning.thaw import FreezeThaw
 from search.sampling.aimed import AimedSampler
 from search.sampling.samplers import GridInOrder, SeededByTrial, Untried, base_sampler
-from search.sampling.staged import StagedSampler
 from search.space import size
 from search.study import Study
 from trainer.common.errors import nearest
 
 FREEZE_THAW, RUNGS = "freeze-thaw", "rungs"
-STRATEGIES = (RUNGS, FREEZE_THAW, "joint", "staged")
+STRATEGIES = (RUNGS, FREEZE_THAW, "joint")
 """Values of `--strategy`."""
 
 
@@ -25,17 +24,14 @@ def default_strategy(study: Study) -> str:
     return RUNGS if study.sampler == "tpe" and study.space and study.objective == "loss" else "joint"
 
 
-def make_sampler(
-    study: Study, strategy: str = "joint", n_trials: int | None = None, prior: Prior | None = None
-) -> BaseSampler:
+def make_sampler(study: Study, strategy: str = "joint", prior: Prior | None = None) -> BaseSampler:
     """Make the sampler of a study.
 
     Args:
         study: Its space, kind of sampler and seed.
         strategy: `rungs` begins in turns a rung of a ladder of effective rates and a variant of the best,
             `freeze-thaw` what is most worth an epoch by the curves of all trials, `joint` samples all params
-            from the first trial on by Optuna's sampler, `staged` stage by stage.
-        n_trials: The budget that the stages divide among themselves; None for the study's own.
+            from the first trial on by Optuna's sampler.
         prior: What is known of good effective rates, for `freeze-thaw` and `rungs`.
 
     Raises:
@@ -52,8 +48,6 @@ def make_sampler(
         return AimedSampler(study, FreezeThaw(study, prior or Prior()))
     if strategy == RUNGS:
         return AimedSampler(study, Laddered(study, prior or Prior()))
-    if strategy == "staged":
-        return StagedSampler(study, study.n_trials if n_trials is None else n_trials)
     if size(study.space) is not None:
         return Untried(lambda seed: base_sampler(study, seed), study)
     return SeededByTrial(lambda seed: base_sampler(study, seed), study.seed)

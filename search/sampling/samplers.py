@@ -5,7 +5,7 @@
     Untried         no configuration of a finite space twice, as long as there are others
     GridInOrder     each point of a grid once, in an order that only the seed decides
 
-`search.sampling.make` chooses among them and the stages of `search.sampling.staged`.
+`search.sampling.make` chooses among them.
 """
 
 from __future__ import annotations

@@ -186,11 +186,20 @@ def beside_the_space(study: optuna.Study) -> int:
 
 
 def held_strategy(storage: RetryingStorage, name: str) -> str | None:
-    """The strategy that the latest generation of a study was begun with; None if there is none, or it is older."""
+    """The strategy that the latest generation of a study was begun with; None if there is none, or it is older.
+
+    Raises:
+        StudyError: there is no such strategy any more, so the study cannot go on.
+    """
     generations = _generations(storage, name)
     for found in storage.get_all_studies():
         if generations and found.study_name == generations[max(generations)]:
             held = found.user_attrs.get(STRATEGY)
+            if held and held["strategy"] in records.RETIRED_STRATEGIES:
+                raise StudyError(
+                    f"the study {found.study_name!r} was begun with --strategy {held['strategy']}, which there is no "
+                    "longer: its trials can be looked at, but not gone on with; start a new study with --fresh"
+                )
             return held["strategy"] if held else None
     return None
 

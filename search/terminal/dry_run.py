@@ -11,7 +11,7 @@ import optuna
 
 from search.planning.rungs import RungPlan
 from search.pruning import default_pruner, plan_of, pruner_for
-from search.sampling import params, staged
+from search.sampling import params
 from search.sampling.make import default_strategy, make_sampler
 from search.storage import studies
 from search.storage.database import close_storage, open_existing
@@ -58,7 +58,7 @@ def show(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with _existing(study, options, checked) as (found, strategy):
         pruner = options.pruner or default_pruner(strategy)
-        config = _first(study, strategy, budget.trials, prior)
+        config = _first(study, strategy, prior)
         base, examined = study.base_config(), checked.examined
         need = memory.needed(base.model, base.dtype_of_base)
         state = None if found is None else listing.state_of_study(found)
@@ -142,8 +142,8 @@ def _existing(study: Study, options: SearchOptions, checked: Checked) -> Iterato
     try:
         found, held = None, None
         if storage is not None and not options.fresh:
-            found = studies.existing(storage, study, options.strategy, checked.examined.fingerprint)
             held = studies.held_strategy(storage, study.name)
+            found = studies.existing(storage, study, options.strategy, checked.examined.fingerprint)
         yield found, options.strategy or held or default_strategy(study)
     finally:
         if storage is not None:
@@ -158,12 +158,12 @@ def _expected(study: Study, pruner: str, budget: Budget) -> int | None:
     return plan.expected(budget.trials) if isinstance(plan, RungPlan) else None
 
 
-def _first(study: Study, strategy: str, n_trials: int, prior: Prior | None) -> TrainConfig:
+def _first(study: Study, strategy: str, prior: Prior | None) -> TrainConfig:
     """The first trial that would be sampled, by a study in memory."""
-    dry = optuna.create_study(sampler=make_sampler(study, strategy, n_trials, prior))
+    dry = optuna.create_study(sampler=make_sampler(study, strategy, prior))
     trial = dry.ask()
     params.suggest(trial, study)
-    return study.config(trial.params, staged.stage_overrides(trial))
+    return study.config(trial.params)
 
 
 def _ask_mlflow(options: SearchOptions) -> str | None:

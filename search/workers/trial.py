@@ -28,7 +28,7 @@ from search.dashboards import notes
 from search.diagnosis.noise import relative
 from search.errors import DatabaseAway
 from search.records import Outcome
-from search.sampling import params, staged
+from search.sampling import params
 from search.storage import lifecycle, optuna_private
 from search.storage.searched import searched
 from search.verdict.leaders import APART
@@ -51,8 +51,7 @@ class TrialRun:
     def __init__(self, trial: optuna.Trial, context: TrialContext) -> None:
         self.trial = trial
         self.study = context.study
-        overrides = {**trial.user_attrs.get(records.OVERRIDES, {}), **staged.stage_overrides(trial)}
-        self.config = context.job.study.config(trial.params, overrides)
+        self.config = context.job.study.config(trial.params, trial.user_attrs.get(records.OVERRIDES))
         self.repeat_of: int | None = trial.user_attrs.get(records.REPEAT_OF)
         """Number of the trial that this one repeats, with another seed: nothing stops it before its last epoch."""
         self.last_epoch: int = trial.user_attrs.get(records.TRAINS_TO, self.config.num_epochs)
@@ -243,8 +242,6 @@ class TrialRun:
 
     def _finished(self) -> Outcome:
         """The outcome of a trial that has had all its epochs."""
-        if staged.is_probe(self.trial):
-            return Outcome(state="PRUNED", reason=records.PROBE, detail="the probe of stability came through")
         if self._best() is None:
             return _constrained(records.NON_FINITE, "no epoch had a finite validation loss")
         if self.repeat_of is not None:

@@ -13,7 +13,6 @@ from optuna.trial import TrialState
 
 from search import records
 from search.sampling.params import refusal, suggest
-from search.sampling.staged import stage_overrides
 from search.storage import lifecycle
 from search.storage.database import exclusive
 from search.storage.optuna_private import latest
@@ -131,7 +130,7 @@ class TrialSource:
                 return why
         suggest(trial, self._job.study)
         try:
-            self._job.study.config(trial.params, stage_overrides(trial))
+            self._job.study.config(trial.params, trial.user_attrs.get(records.OVERRIDES))
         except ConfigError as error:
             return str(error)
         return None

@@ -75,7 +75,7 @@ class Worker:
         self.study = LongestFirst(
             job.study_name,
             self.storage,
-            make_sampler(job.study, job.strategy, job.budget.trials, job.prior),
+            make_sampler(job.study, job.strategy, job.prior),
             pruning.pruner_for(
                 job.pruner, job.study, job.budget, prior=job.prior, proposes=job.strategy == FREEZE_THAW
             ),

@@ -74,7 +74,7 @@ def test_several_settings(texts: list[str]) -> None:
 def test_what_is_accepted_can_be_sampled_to_the_end(values: dict[str, str], seed: int) -> None:
     import optuna
 
-    from search.sampling import params, staged
+    from search.sampling import params
     from search.study_file import load
     from trainer.common.errors import UserError
 
@@ -87,7 +87,7 @@ def test_what_is_accepted_can_be_sampled_to_the_end(values: dict[str, str], seed
     for _ in range(8):
         trial = trials.ask()
         params.suggest(trial, study)
-        study.config(trial.params, staged.stage_overrides(trial))
+        study.config(trial.params)
 
 
 OPTIONS = ("--slots", "--timeout", "--pruner", "--strategy", "--trials", "--workers", "--seed")

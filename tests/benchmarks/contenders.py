@@ -97,7 +97,7 @@ def products(
     proposes = strategy == FREEZE_THAW
     total = Budget(trials, None if setting.trials else setting.budget)
     made = (
-        make_sampler(definition, strategy, trials, prior),
+        make_sampler(definition, strategy, prior),
         pruner_for(pruner, definition, total, prior=prior, proposes=proposes),
     )
     study = LongestFirst(*_stored(setting.seed), *made, definition, definition.base_config().max_samples or 0)
@@ -313,7 +313,6 @@ STRATEGIES = {
             "drawn around the prior, pausing at 1, 3, 9",
             lambda s: Play(study=Rungs(around_prior(s)), judge=pausing(RUNGS)),
         ),
-        Strategy("staged", "--strategy staged, rising rule", lambda s: products(s, strategy="staged")),
         Strategy("today", "TPE with 5 random trials, rising rule", products),
         Strategy(
             "aimed+rungs",

@@ -107,7 +107,7 @@ def run(search: PeerSearch, trials: int, jobs: int) -> optuna.Study:
     study = optuna.create_study(
         study_name=NAME,
         storage=search.storage_url,
-        sampler=make_sampler(search.definition, "joint", trials),
+        sampler=make_sampler(search.definition, "joint"),
         pruner=pruning.pruner_for(search.pruner, search.definition),
     )
     for fixed in search.definition.enqueue[:trials]:

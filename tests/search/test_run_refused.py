@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import optuna
 import pytest
 
+from search.places import Places
+from search.storage import studies
+from search.storage.database import close_storage, open_storage
+from studies.rsicap_mini import STUDY
 from tests.bad_input import harness
 from tests.support.search_process import command, run
 
@@ -24,7 +29,7 @@ BAD = [
     (["--study", "rsicap_mini", "--storage", "nonsense"], "is not a database URL"),
     (["--study", "rsicap_mini", "--storage", "postgresql://u:secret@127.0.0.1:1/x"], "cannot reach the database"),
     (["--study", "rsicap_mini", "--tracking-uri", "http://no-such-host.invalid:1"], "no-such-host.invalid:1"),
-    (["--study", "rsicap_mini", "--strategy", "stagd"], "'stagd' is not one of"),
+    (["--study", "rsicap_mini", "--strategy", "rugs"], "'rugs' is not one of"),
     (["--study", "rsicap_mini", "--trials", "0"], "Invalid value"),
     (["--study", "rsicap_mini", "--slots", "17"], "--slots must be auto or a number from 1 to 16"),
 ]
@@ -41,6 +46,19 @@ def test_bad_input_gets_one_message(tmp_path: Path, arguments: list[str], said: 
     assert not list(runs.rglob("*.safetensors")) and not (runs / "rsicap_mini" / "trials").exists()
     if "--tracking-uri" not in arguments:
         assert not runs.exists() or not any(runs.iterdir()), "something was written"
+
+
+@pytest.mark.parametrize("more", [[], ["--strategy", "joint"], ["--dry-run", "--no-measure"]], ids=" ".join)
+def test_a_study_with_a_strategy_of_an_older_version_is_not_gone_on_with(tmp_path: Path, more: list[str]) -> None:
+    storage = open_storage(Places.of(tmp_path).storage_url)
+    opened = studies.open_study(storage, STUDY)
+    studies.check_strategy(opened, "staged")
+    opened.add_trial(optuna.create_trial(value=1.0))
+    with harness.no_workers():
+        outcome = harness.search(["--study", "rsicap_mini", "--runs-dir", str(tmp_path), *more])
+    outcome.check_refused("begun with --strategy staged, which there is no longer", "with --fresh")
+    assert len(opened.get_trials()) == 1
+    close_storage(storage)
 
 
 def test_missing_model_and_data_are_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

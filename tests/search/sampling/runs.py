@@ -8,7 +8,6 @@ from optuna.trial import TrialState
 from search import records
 from search.sampling.make import make_sampler
 from search.sampling.params import mark_constraints, suggest
-from search.sampling.staged import is_probe
 from search.space import Choice, Multiple
 from search.storage.studies import open_study
 from search.study import Study
@@ -51,16 +50,12 @@ def run_trial(optuna_study, study, unstable_above=math.inf):
         return trial
     value = loss_of(params)
     trial.report(value, step=1)
-    if is_probe(trial):
-        trial.set_user_attr(records.REASON, records.PROBE)
-        optuna_study.tell(trial, state=TrialState.PRUNED)
-    else:
-        optuna_study.tell(trial, value)
+    optuna_study.tell(trial, value)
     return trial
 
 
-def in_memory(study, strategy="joint", n_trials=None):
-    return optuna.create_study(sampler=make_sampler(study, strategy, n_trials))
+def in_memory(study, strategy="joint"):
+    return optuna.create_study(sampler=make_sampler(study, strategy))
 
 
 def params_of(optuna_study):
@@ -69,6 +64,6 @@ def params_of(optuna_study):
     return [t.params for t in done]
 
 
-def restarted(storage, study, strategy, n):
+def restarted(storage, study, strategy):
     """The study as a new process sees it."""
-    return open_study(storage, study, sampler=make_sampler(study, strategy, n))
+    return open_study(storage, study, sampler=make_sampler(study, strategy))

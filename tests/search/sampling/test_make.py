@@ -11,13 +11,13 @@ from tests.search.sampling.runs import GRID
 
 
 def test_unknown_strategies_are_refused():
-    with pytest.raises(StudyError, match="did you mean 'staged'"):
-        make_sampler(MINI, "stages")
-    with pytest.raises(StudyError, match="leave out --strategy staged"):
-        make_sampler(GRID, "staged")
+    with pytest.raises(StudyError, match="did you mean 'rungs'"):
+        make_sampler(MINI, "rung")
+    with pytest.raises(StudyError, match="leave out --strategy rungs"):
+        make_sampler(GRID, "rungs")
 
 
-@pytest.mark.parametrize("strategy", ["rungs", "freeze-thaw", "staged"])
+@pytest.mark.parametrize("strategy", ["rungs", "freeze-thaw"])
 def test_a_grid_is_refused_before_anything_is_created(strategy, tmp_path):
     places = Places.of(tmp_path / "runs")
     with pytest.raises(StudyError, match=f"leave out --strategy {strategy}"):

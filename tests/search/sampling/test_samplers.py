@@ -27,7 +27,7 @@ N = N_STARTUP_TRIALS + 6
 
 
 def undisturbed(study, strategy, n=N, **options):
-    run = in_memory(study, strategy, n)
+    run = in_memory(study, strategy)
     for _ in range(n):
         run_trial(run, study, **options)
     return params_of(run)
@@ -41,7 +41,6 @@ STUDIES = [
     pytest.param(GRID, "joint", id="grid"),
     pytest.param(FINITE, "joint", id="finite"),
     pytest.param(replace(FINITE, sampler="random"), "joint", id="finite, random"),
-    pytest.param(MINI, "staged", id="staged"),
 ]
 
 
@@ -55,8 +54,8 @@ def test_the_same_seed_gives_the_same_study(study, strategy):
 @pytest.mark.parametrize(("study", "strategy"), STUDIES)
 def test_a_study_restarted_before_each_trial_is_the_undisturbed_one(storage, study, strategy):
     for _ in range(N):
-        run_trial(restarted(storage, study, strategy, N), study)
-    assert params_of(restarted(storage, study, strategy, N)) == undisturbed(study, strategy)
+        run_trial(restarted(storage, study, strategy), study)
+    assert params_of(restarted(storage, study, strategy)) == undisturbed(study, strategy)
 
 
 @pytest.mark.parametrize(("study", "strategy"), STUDIES)
@@ -64,20 +63,20 @@ def test_trials_parked_and_lost_on_the_way_change_nothing(storage, study, strate
     """Ctrl-C in every third trial, a killed process in every fourth: twice, once before it had its params."""
     for turn in range(N):
         if turn % 3 == 1:
-            run = restarted(storage, study, strategy, N)
+            run = restarted(storage, study, strategy)
             trial = run.ask()
             suggest(trial, study)
             park(run, trial)
         if turn % 4 == 2:
             for suggests in (False, True):
-                run = restarted(storage, study, strategy, N)
+                run = restarted(storage, study, strategy)
                 trial = run.ask()
                 if suggests:
                     suggest(trial, study)
                 trial.set_user_attr(records.WORKER, {"host": "here", "pid": 1, "started_s": 0.0})
                 assert len(requeue_lost(run, is_alive=lambda worker: False)) == 1
-        run_trial(restarted(storage, study, strategy, N), study)
-    assert params_of(restarted(storage, study, strategy, N)) == undisturbed(study, strategy)
+        run_trial(restarted(storage, study, strategy), study)
+    assert params_of(restarted(storage, study, strategy)) == undisturbed(study, strategy)
 
 
 def test_tpe_is_beyond_its_random_trials():
@@ -93,12 +92,11 @@ def test_tpe_is_beyond_its_random_trials():
     assert told[0][-1] != told[1][-1]
 
 
-@pytest.mark.parametrize("strategy", ["joint", "staged"])
-def test_tpe_told_the_space_samples_what_tpe_samples(monkeypatch, strategy):
+def test_tpe_told_the_space_samples_what_tpe_samples(monkeypatch):
     """With trials given by hand, pruned, violated and failed, and several running at once."""
 
     def params(n_trials):
-        study = in_memory(by_hand, strategy, n_trials)
+        study = in_memory(by_hand)
         study.enqueue_trial({"lora_r": 5, "learning_rate": 2e-4})
         held = []
         for index in range(n_trials):
@@ -134,7 +132,7 @@ def test_a_grid_visits_each_point_once_whatever_is_queued_or_lost(storage):
     by_hand = Fixed(label="hand", config={"lora_r": 16})
     study = replace(GRID, enqueue=(by_hand,))
     for turn in range(13):
-        run = restarted(storage, study, "joint", N)
+        run = restarted(storage, study, "joint")
         if turn in (3, 7):
             run.ask().set_user_attr(records.WORKER, {"host": "here", "pid": 1, "started_s": 0.0})
             requeue_lost(run, is_alive=lambda worker: False)
@@ -148,7 +146,7 @@ def test_a_grid_says_when_it_is_done(storage):
     """A trial beyond would train a point again, with the same result."""
     by_hand = Fixed(label="hand", config={"lora_r": 16})
     study = replace(GRID, enqueue=(by_hand,))
-    run = restarted(storage, study, "joint", N)
+    run = restarted(storage, study, "joint")
     sampler = make_sampler(study)
     assert sampler.total(run) == 1 + 12
     run.enqueue_trial({"lora_r": 8})  # by another program: it takes no point
@@ -192,8 +190,8 @@ def test_where_all_candidates_have_begun_one_of_those_left_is_taken(monkeypatch)
 
 
 def test_what_is_drawn_first_in_a_finite_space_is_what_tpe_draws():
-    one = in_memory(FINITE, "joint", 12)
-    other = in_memory(FINITE, "joint", 12)
+    one = in_memory(FINITE)
+    other = in_memory(FINITE)
     other.sampler = samplers.SeededByTrial(lambda seed: samplers.base_sampler(FINITE, seed), FINITE.seed)
     run_trial(one, FINITE)
     run_trial(other, FINITE)
@@ -201,7 +199,7 @@ def test_what_is_drawn_first_in_a_finite_space_is_what_tpe_draws():
 
 
 def test_a_trial_given_by_hand_in_a_finite_space_is_completed_and_not_drawn_again():
-    run = in_memory(FINITE, "joint", 12)
+    run = in_memory(FINITE)
     run.enqueue_trial({"learning_rate": 1e-4, "lora_r": 5})
     run.enqueue_trial({"lora_r": 6})
     for _ in range(12):

@@ -90,7 +90,7 @@ def test_without_a_trial_there_is_nothing_to_compare(storage):
     second = open_study(storage, changed)
     assert second.study_name == first.study_name
     check_fingerprints(second, data="d2", model="m1")
-    check_strategy(second, "staged")
+    check_strategy(second, "rungs")
     check_definition(second, changed)
     with pytest.raises(DefinitionChanged, match=r"seed: 3 -> 0"):
         check_definition(first, STUDY)
@@ -189,5 +189,5 @@ def test_fingerprints_and_strategy_are_held(storage):
     with pytest.raises(DefinitionChanged, match="data: d1 -> d2"):
         check_fingerprints(study, data="d2", model="m1")
     check_strategy(study, "joint")
-    with pytest.raises(DefinitionChanged, match="strategy: joint -> staged"):
-        check_strategy(study, "staged")
+    with pytest.raises(DefinitionChanged, match="strategy: joint -> rungs"):
+        check_strategy(study, "rungs")

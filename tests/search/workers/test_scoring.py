@@ -123,7 +123,7 @@ def test_given_up_on_the_way_a_trial_waits_and_is_scored_when_it_goes_on(
 
 
 @pytest.mark.parametrize(
-    "options", [{"strategy": "freeze-thaw"}, {"strategy": "staged"}, {"pruner": "rungs"}, {"top": 3}], ids=str
+    "options", [{"strategy": "freeze-thaw"}, {"strategy": "rungs"}, {"pruner": "rungs"}, {"top": 3}], ids=str
 )
 def test_what_compares_losses_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     study = Study(**FIELDS, objective="cider")
