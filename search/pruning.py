@@ -27,6 +27,7 @@ from search import records
 from search.diagnosis.unstable import JUMP
 from search.errors import StudyError
 from search.planning.budget import Budget
+from search.planning.comparable import Comparable
 from search.planning.plan import Plan
 from search.planning.prior import Prior
 from search.planning.rungs import RungPlan
@@ -244,8 +245,7 @@ class PausingPruner(RisingLossPruner):
         if self._budget.is_spent(trials):
             spent = f"all {self._budget.epochs} epochs are trained"
             return Outcome(state="WAITING", reason=records.PAUSED, detail=spent)
-        new_left = self._budget.new_left(trials, self.plan.wanted(trials))
-        why = self.plan.pause(trials, trial, new_left=new_left)
+        why = self.plan.pause(trials, trial, new_left=self._budget.new_left(trials, self.plan))
         return None if why is None else Outcome(state="WAITING", reason=records.PAUSED, detail=why)
 
 
@@ -307,7 +307,7 @@ PRUNERS: dict[str, Kind] = {
     ),
     "rungs": Kind(
         "rising, and pause at epochs 1, 3, 9, ...: the best third goes on, at the end the leaders",
-        plan=lambda study, _prior, _proposes: RungPlan(study.base_config().num_epochs),
+        plan=lambda study, _prior, _proposes: RungPlan(study.base_config().num_epochs, among=Comparable(study).among),
     ),
     "none": Kind("train all epochs", rising=False),
 }

@@ -11,6 +11,8 @@ from search import records
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+    from search.planning.plan import Plan
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -26,17 +28,19 @@ class Budget:
         trials = f"{self.trials} trials"
         return trials if self.epochs is None else f"{self.epochs} epochs, at most {trials}"
 
-    def new_left(self, trials: Sequence[FrozenTrial], wanted: int = 0) -> bool:
+    def new_left(self, trials: Sequence[FrozenTrial], plan: Plan | None = None) -> bool:
         """Whether another configuration may begin.
 
         Args:
             trials: All trials of the study.
-            wanted: Epochs that trials which have begun are to have; up to half of the budget is kept for them.
+            plan: By which trials pause: up to half of a budget of epochs is kept for what it wants to train on.
         """
         from search.planning.plan import number_counted  # Optuna: 0.3 s that a session's first lines do not wait for
 
-        if self.epochs is not None and epochs_reported(trials) + min(wanted, self.epochs // 2) >= self.epochs:
-            return False
+        if self.epochs is not None:
+            kept = 0 if plan is None else min(plan.wanted(trials), self.epochs // 2)
+            if epochs_reported(trials) + kept >= self.epochs:
+                return False
         return number_counted(trials) < self.trials
 
     def is_spent(self, trials: Sequence[FrozenTrial]) -> bool:

@@ -16,9 +16,9 @@ import numpy as np
 from optuna.trial import FrozenTrial
 
 from search.planning.candidates import Candidates, Values, key, left
-from search.planning.plan import is_repeat, number_counted
+from search.planning.comparable import Comparable
+from search.planning.plan import number_counted
 from search.planning.prior import Prior
-from search.space import fits
 
 if TYPE_CHECKING:
     from search.study import Study
@@ -43,7 +43,7 @@ class Laddered:
 
     def __init__(self, study: Study, prior: Prior) -> None:
         self._study, self._prior = study, prior
-        self._fits = fits(study.space)
+        self._comparable = Comparable(study)
         self._candidates = Candidates(study.space, study.base_config().model_dump(mode="json"))
         self._shift = float(np.random.default_rng(study.seed).uniform())
 
@@ -79,10 +79,10 @@ class Laddered:
     def _good(self, trials: Sequence[FrozenTrial]) -> list[Values]:
         """Params of the best trials by lowest validation loss, as far as the space has them."""
         lowest = []
-        for trial in trials:
+        for trial in self._comparable.among(trials):
             losses = [loss for loss in trial.intermediate_values.values() if math.isfinite(loss)]
-            params = {name: value for name, value in trial.params.items() if self._fits(name, value)}
-            if losses and not is_repeat(trial) and len(params) == len(self._study.space):
+            params = self._comparable.params(trial)
+            if losses and len(params) == len(self._study.space):
                 lowest.append((min(losses), trial.number, params))
         return [params for _, _, params in sorted(lowest, key=lambda each: each[:2])[:BEST]]
 

@@ -7,11 +7,11 @@ configuration is left to begin, the leaders are trained to their end, and half o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from optuna.trial import FrozenTrial
 
-from search.planning.plan import Plan, is_repeat, paused
+from search.planning.plan import Plan, paused
 
 FLAT = 0.01
 """Losses that lie less above a trial's best, relatively, do not rise: an evaluation of 32 samples has a noise of 0.4
@@ -35,10 +35,19 @@ class RungPlan(Plan):
         first: Epoch of the first rung.
         one_of: One trial in this many goes on; each rung is this many times later than the one before.
         leaders: How many go on to their end once no configuration is left to begin.
+        among: Those of all trials that can be compared (`Comparable.among`); by default all can.
     """
 
-    def __init__(self, num_epochs: int, *, first: int = 1, one_of: int = 3, leaders: int = LEADERS) -> None:
-        self._num_epochs = num_epochs
+    def __init__(
+        self,
+        num_epochs: int,
+        *,
+        first: int = 1,
+        one_of: int = 3,
+        leaders: int = LEADERS,
+        among: Callable[[Sequence[FrozenTrial]], Sequence[FrozenTrial]] = list,
+    ) -> None:
+        self._num_epochs, self._among = num_epochs, among
         self._rungs = []
         epoch = first
         while epoch < num_epochs:
@@ -47,11 +56,14 @@ class RungPlan(Plan):
         self._one_of, self._most_leaders = one_of, leaders
 
     def pause(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, *, new_left: bool) -> str | None:
-        """See `Plan.pause`: at a rung, unless it is among the best there."""
+        """See `Plan.pause`: at a rung, unless it is among the best there. One that cannot be compared goes on."""
         epoch = max(trial.intermediate_values)
-        if epoch not in self._rungs or self._is_among_best(trials, trial, epoch):
+        if epoch not in self._rungs:
             return None
-        if not new_left and any(trial.number == leader.number for leader in self._leaders(trials)):
+        field = self._among([*(t for t in trials if t.number != trial.number), trial])
+        if not _has(field, trial) or self._is_among_best(field, trial, epoch):
+            return None
+        if not new_left and _has(self._leaders(field), trial):
             return None
         return f"not among the best third of those that reached epoch {epoch}"
 
@@ -64,16 +76,16 @@ class RungPlan(Plan):
 
     def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool) -> int | None:
         """See `Plan.resume`: of those that are among the best of their rung, the one that has come furthest."""
-        waiting = paused(trials)
-        worth = [(max(t.intermediate_values), -t.number) for t in waiting if self._goes_on(trials, t)]
+        field = self._among(trials)
+        worth = [(max(t.intermediate_values), -t.number) for t in paused(field) if self._goes_on(field, t)]
         if not worth and not new_left:
-            worth = [(max(t.intermediate_values), -t.number) for t in paused(self._leaders(trials))]
+            worth = [(max(t.intermediate_values), -t.number) for t in paused(self._leaders(field))]
         return -max(worth)[1] if worth else None
 
     def wanted(self, trials: Sequence[FrozenTrial]) -> int:
         """See `Plan.wanted`: what the leaders lack to their end."""
-        unfinished = [trial for trial in self._leaders(trials) if not trial.state.is_finished()]
-        return sum(self._num_epochs - max(trial.intermediate_values) for trial in unfinished)
+        unfinished = [trial for trial in self._leaders(self._among(trials)) if not trial.state.is_finished()]
+        return sum(max(0, self._num_epochs - max(trial.intermediate_values)) for trial in unfinished)
 
     def expected(self, number: int) -> int:
         """Epochs that so many configurations come to, if none ends by itself.
@@ -94,25 +106,28 @@ class RungPlan(Plan):
         epoch = max(trial.intermediate_values)
         return f"paused after epoch {epoch}, and not among the best third of those that reached it until the end"
 
-    def _goes_on(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
-        return self._is_among_best(trials, trial, max(trial.intermediate_values))
+    def _goes_on(self, field: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
+        return self._is_among_best(field, trial, max(trial.intermediate_values))
 
-    def _is_among_best(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, epoch: int) -> bool:
+    def _is_among_best(self, field: Sequence[FrozenTrial], trial: FrozenTrial, epoch: int) -> bool:
         """Whether the trial is among the best `1 / one_of` at this epoch; the only one there is not."""
-        field = sorted(
-            t.intermediate_values[epoch] for t in trials if epoch in t.intermediate_values and t.number != trial.number
-        )
+        values = [
+            t.intermediate_values[epoch] for t in field if epoch in t.intermediate_values and t.number != trial.number
+        ]
         value = trial.intermediate_values[epoch]
         if not math.isfinite(value):
             return False
-        better = sum(other < value for other in field)
-        return better < (len(field) + 1) // self._one_of
+        return sum(other < value for other in values) < (len(values) + 1) // self._one_of
 
-    def _leaders(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    def _leaders(self, field: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """The trials with the lowest validation losses."""
         lowest = []
-        for trial in trials:
+        for trial in field:
             losses = [loss for loss in trial.intermediate_values.values() if math.isfinite(loss)]
-            if losses and not is_repeat(trial):
+            if losses:
                 lowest.append((min(losses), trial.number, trial))
         return [trial for _, _, trial in sorted(lowest, key=lambda each: each[:2])[: self._most_leaders]]
+
+
+def _has(field: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
+    return any(each.number == trial.number for each in field)

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
-from search import records
-from search.leaderboard import SAMPLE_FIELDS, own_path
 from search.planning.candidates import Candidates, Values, key, left
+from search.planning.comparable import Comparable
 from search.planning.coordinates import Coordinates
-from search.planning.plan import Plan, number_counted, paused
+from search.planning.plan import Plan, is_repeat, number_counted, paused
 from search.planning.prior import Prior
 from search.planning.worth import Known, Outlook, Worth
-from search.space import fits
 
 if TYPE_CHECKING:
     from search.study import Study
@@ -37,8 +35,6 @@ FEWEST = 3
 """Other trials with a loss needed to find one hopeless."""
 APART = 0.2
 """Decades of the effective rate within which a second trial that has not yet reported teaches little."""
-FAR = 10.0
-"""Ranges of a coordinate beyond which a configuration is another program's, and says nothing about the space."""
 BEST = 3
 """Good trials near which candidates are drawn."""
 
@@ -55,17 +51,15 @@ class FreezeThaw(Plan):
     def __init__(self, study: Study, prior: Prior, *, proposes: bool = True) -> None:
         self._study, self._prior, self._proposes = study, prior, proposes
         self._coordinates = Coordinates(study.space)
-        self._fits = fits(study.space)
-        base = study.base_config().model_dump(mode="json")
-        self._samples = {name: base[name] for name in SAMPLE_FIELDS if name not in study.space}
-        self._candidates = Candidates(study.space, base)
+        self._comparable = Comparable(study)
+        self._candidates = Candidates(study.space, study.base_config().model_dump(mode="json"))
         self._latest: tuple[tuple[Known, ...], Outlook] | None = None
 
     # ------------------------------------------------------------------ Plan
 
     def pause(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, *, new_left: bool) -> str | None:
         """See `Plan.pause`."""
-        if _is_special(trial):
+        if is_repeat(trial):
             return None
         others = [t for t in trials if t.number != trial.number]
         rivals = paused(others)
@@ -168,7 +162,7 @@ class FreezeThaw(Plan):
             (
                 min((v for v in t.intermediate_values.values() if math.isfinite(v)), default=math.inf),
                 t.number,
-                self._of_the_space(t.params),
+                self._comparable.params(t),
             )
             for t in trials
             if self._known(t) is not None
@@ -176,10 +170,6 @@ class FreezeThaw(Plan):
         return [params for loss, _, params in sorted(lowest, key=lambda x: x[:2])[:BEST] if math.isfinite(loss)]
 
     # ------------------------------------------------------------------ what is known
-
-    def _of_the_space(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of a trial's params that the study's space has; another program may have stored any."""
-        return {name: value for name, value in params.items() if self._fits(name, value)}
 
     def _hopeful(self, outlook: Outlook, waiting: Sequence[FrozenTrial]) -> list[tuple[int, Worth]]:
         """(number, worth) of those paused trials that may be worth going on with."""
@@ -189,7 +179,7 @@ class FreezeThaw(Plan):
 
     def outlook(self, trials: Sequence[FrozenTrial]) -> Outlook:
         """The outlook of these trials; the latest is kept, since several questions are asked of it."""
-        known = [k for t in trials if not _is_superseded(t, trials) and (k := self._known(t)) is not None]
+        known = [k for t in self._comparable.among(trials) if (k := self._known(t)) is not None]
         # By number: the same trials are the same sums, whoever asks and whichever of them runs.
         seen = tuple(sorted((k for k in known if k.losses), key=lambda k: k.number))
         if self._latest is None or self._latest[0] != seen:
@@ -197,38 +187,15 @@ class FreezeThaw(Plan):
         return self._latest[1]
 
     def _known(self, trial: FrozenTrial) -> Known | None:
-        """The trial as the model sees it; None if it says nothing about its configuration, has its losses from other
-        samples, or is another program's."""
-        if _is_special(trial):
-            return None
-        config = trial.user_attrs.get(records.CONFIG)
-        if config is None:
-            if len(self._of_the_space(trial.params)) < len(self._study.space):
-                return None  # queued and not sampled yet, or with what the space does not have
-            overrides = trial.user_attrs.get(records.OVERRIDES, {})
-            config = {**self._candidates.config(trial.params), **overrides}
-        if any(config.get(name, value) != value for name, value in self._samples.items()):
-            return None
-        if own_path(trial.user_attrs, "data") is not None:
+        """The trial as the model sees it; None if it cannot be compared."""
+        place = self._comparable.place(trial)
+        if place is None:
             return None
         last = max(trial.intermediate_values, default=0)
-        try:
-            z, rest = self._coordinates.of(config)
-            if last > config["num_epochs"]:
-                return None
-        except (ArithmeticError, KeyError, TypeError, ValueError):
-            return None  # no configuration of ours
-        if not (math.isfinite(z) and np.all(np.abs(rest) <= FAR)):
-            return None
         losses = tuple(trial.intermediate_values.get(epoch, math.nan) for epoch in range(1, last + 1))
         if not losses and any(amount > 0 for amount in trial.constraints.values()):
             losses = (math.nan,)  # out of memory or NaN before its first epoch ended
-        return Known(trial.number, z, tuple(rest), losses, config["num_epochs"])
-
-
-def _is_special(trial: FrozenTrial) -> bool:
-    """Whether the trial is none of the search's own: a repeat of another, or a probe of stability."""
-    return trial.user_attrs.get(records.STAGE) == "stability" or "repeat_of" in trial.user_attrs
+        return Known(trial.number, place.z, tuple(place.rest), losses, place.num_epochs)
 
 
 def _is_hopeless(known: Known, worth: Worth) -> bool:
@@ -240,11 +207,6 @@ def _is_hopeless(known: Known, worth: Worth) -> bool:
 def _others(outlook: Outlook, own: Known) -> int:
     """How many trials beside this one have a loss."""
     return sum(known.number != own.number for known in outlook.trials)
-
-
-def _is_superseded(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
-    """Whether another trial has taken up this one's work, whose reports it then has too."""
-    return trial.state == TrialState.FAIL and any(t.user_attrs.get(records.RESUMES) == trial.number for t in trials)
 
 
 def _interval(worth: Worth) -> str:

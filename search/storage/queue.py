@@ -64,7 +64,7 @@ class LongestFirst(OrderedStudy):
         if any(t.state == TrialState.WAITING and not self._is_paused(t) for t in trials):
             return True
         trials = [t for t in trials if not is_repeat(t)]
-        new_left = budget.new_left(trials, 0 if self.plan is None else self.plan.wanted(trials))
+        new_left = budget.new_left(trials, self.plan)
         waiting = [t for t in trials if self._is_paused(t)]
         if not waiting or self.plan is None:
             return new_left

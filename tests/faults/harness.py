@@ -131,7 +131,7 @@ def storm(start: Callable[[], Search], kills: Sequence[str], rng: random.Random,
         if what in ("supervisor", "both"):
             search.process.kill()
         if what == "importer":
-            with suppress(ValueError, psutil.NoSuchProcess):  # it is just being started again
+            with suppress(LookupError, psutil.NoSuchProcess):  # it is just being started again, or no longer used
                 search_process.importer_of(search.process.pid).kill()
         if what in ("worker", "both"):
             for process in workers if what == "both" else [rng.choice(workers)]:

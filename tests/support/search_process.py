@@ -51,14 +51,25 @@ def run(arguments: list[str], *, fresh: bool = False, timeout: float = PATIENCE_
 
 
 def workers_of(supervisor: int) -> list[psutil.Process]:
-    """The worker processes of a supervisor's: forked from the process that makes their imports."""
-    found = []
-    with suppress(psutil.NoSuchProcess, LookupError):
-        for below in importer_of(supervisor).children():
+    """The worker processes of a supervisor's: forked from the process that makes their imports, or spawned.
+
+    They are spawned from the moment in which that process was killed while it forked one.
+    """
+    found: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        for below in psutil.Process(supervisor).children():
             with suppress(psutil.NoSuchProcess):
-                if below.is_running() and below.status() != psutil.STATUS_ZOMBIE:
-                    found.append(below)
-    return found
+                found += [below] if "multiprocessing.spawn" in " ".join(below.cmdline()) else []
+    with suppress(psutil.NoSuchProcess, LookupError):
+        found += importer_of(supervisor).children()
+    return [process for process in found if _runs(process)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def importer_of(supervisor: int) -> psutil.Process:

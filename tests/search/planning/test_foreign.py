@@ -14,10 +14,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import pruning, records
 from search.planning.budget import Budget
-from search.planning.plan import is_paused
+from search.planning.comparable import Comparable
+from search.planning.laddered import Laddered
+from search.planning.plan import Plan, is_paused
 from search.planning.prior import Prior
 from search.planning.rungs import RungPlan
 from search.planning.thaw import FreezeThaw
+from search.sampling.aimed import Proposes
 from search.sampling.make import FREEZE_THAW, make_sampler
 from search.sampling.params import distribution, suggest
 from search.space import Choice, Float, Int, Multiple, contains, fits, param_name
@@ -104,20 +107,47 @@ def ours() -> list[FrozenTrial]:
     return found
 
 
+PLANS: dict[str, tuple[Plan, Proposes]] = {
+    "freeze-thaw": ((_thaw := FreezeThaw(STUDY, Prior())), _thaw),
+    "rungs": (RungPlan(6, leaders=1, among=Comparable(STUDY).among), Laddered(STUDY, Prior())),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("what", FOREIGN)
-def test_a_foreign_trial_changes_nothing_that_the_plan_says_of_others(what: str) -> None:
-    plan, before = FreezeThaw(STUDY, Prior()), ours()
+def test_a_foreign_trial_changes_nothing_that_the_plan_says_of_others(what: str, name: str) -> None:
+    plan, proposes = PLANS[name]
+    before = ours()
     trials = [*before, *(of(what, state) for state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING))]
     for number, trial in enumerate(trials):
         trial.number = number
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plan.pause(trials, before[2], new_left=True)
-        assert plan.pause(trials, before[2], new_left=False) == plan.pause(before, before[2], new_left=False)
-        assert plan.resume(trials, new_left=False) == plan.resume(before, new_left=False)
+        for new_left in (True, False):
+            assert plan.pause(before, before[2], new_left=False)
+            assert plan.pause(trials, before[2], new_left=new_left) == plan.pause(before, before[2], new_left=new_left)
+            assert plan.resume(trials, new_left=new_left) == plan.resume(before, new_left=new_left)
+        assert plan.wanted(trials) == plan.wanted(before)
         assert plan.give_up(trials, before[1]) == plan.give_up(before, before[1])
-        proposed = plan.propose(trials)
+        proposed = proposes.propose(trials)
     assert all(contains(param, proposed[param_name(field, param)]) for field, param in STUDY.space.items())
+
+
+def test_rungs_let_be_what_cannot_be_compared_and_count_a_lost_trial_once() -> None:
+    plan = PLANS["rungs"][0]
+    others = [made(TrialState.COMPLETE, OURS, {}, {1: 0.1, 2: 0.1, 3: 0.1}, number) for number in range(3, 12)]
+    fewer = STUDY.config({"lora_r": 8}, {"max_samples": 20}).model_dump(mode="json")
+    theirs = made(TrialState.RUNNING, OURS, {records.CONFIG: fewer}, {1: 2.0, 2: 2.0, 3: 2.0}, 12)
+    assert plan.pause([*others, theirs], theirs, new_left=True) is None, "validated on other samples"
+    own = made(TrialState.RUNNING, OURS, {}, {1: 0.2, 2: 0.2, 3: 0.2}, 12)
+    assert plan.pause([*others, own], own, new_left=True)
+    # The second of six is among the best third; that the first was lost and taken up makes it no third of seven.
+    worse = [made(TrialState.PRUNED, OURS, {}, {1: 0.9, 2: 0.9, 3: 0.9}, number) for number in range(4, 8)]
+    lost = made(TrialState.FAIL, OURS, {}, {1: 0.1, 2: 0.1, 3: 0.1}, 0)
+    taken_up = made(TrialState.COMPLETE, OURS, {records.RESUMES: 0}, {1: 0.1, 2: 0.1, 3: 0.1}, 1)
+    assert plan.pause([taken_up, *worse, own], own, new_left=True) is None
+    assert plan.pause([lost, taken_up, *worse, own], own, new_left=True) is None
+    assert plan.wanted([lost, taken_up, own]) == 0, "its leader has ended"
 
 
 @pytest.fixture

@@ -189,10 +189,12 @@ def test_what_the_leaders_lack_is_kept_of_a_budget_of_epochs() -> None:
     trials = [running(n, (0.5 + n / 100,), "WAITING") for n in range(7)]
     assert plan.wanted(trials) == LEADERS * 19
     few, more = Budget(100, epochs=20), Budget(100, epochs=200)
-    assert few.new_left(trials, plan.wanted(trials)) and not few.new_left([*trials, *trials[:3]], plan.wanted(trials))
-    assert more.new_left(trials, plan.wanted(trials))
-    assert not Budget(100, epochs=102).new_left([*trials, *[running(7, (0.6,) * 44)]], plan.wanted(trials))
-    assert Budget(100, epochs=102).new_left([*trials, *[running(7, (0.6,) * 43)]], plan.wanted(trials))
+    assert few.new_left(trials, plan) and not few.new_left([*trials, *trials[:3]], plan)
+    assert more.new_left(trials, plan) and Budget(100, epochs=11).new_left([*trials, *trials[:3]])
+    assert not Budget(100, epochs=102).new_left([*trials, running(7, (0.6,) * 44)], plan)
+    assert Budget(100, epochs=102).new_left([*trials, running(7, (0.6,) * 43)], plan)
+    beyond = running(8, (0.1,) * 30)  # a trial of its own number of epochs
+    assert plan.wanted([beyond]) == 0 and not Budget(9, epochs=30).new_left([beyond], plan)
     assert not Budget(7).new_left(trials) and Budget(8).new_left(trials)
 
 
