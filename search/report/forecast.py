@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from search.planning.comparable import FAR
 from search.planning.coordinates import Coordinates
 from search.planning.prior import Prior
-from search.planning.comparable import FAR
 from search.planning.worth import Known, Outlook
 from search.records import StudyRecord
 from search.report.experiment import Experiment
