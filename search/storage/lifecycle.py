@@ -137,15 +137,18 @@ def requeue_lost(
 def _requeue_lost(
     study: optuna.Study, is_alive: Callable[[Any], bool | None], blamed: Collection[int], max_retries: int
 ) -> tuple[Lost, ...]:
-    if not (_gone(study, is_alive) or _without_successor(study, max_retries)):
+    trials = study.get_trials(deepcopy=False)  # once: the database is asked for all that run and wait, 10 ms each time
+    if not (_gone(study, trials, is_alive) or _without_successor(trials, max_retries)):
         return ()
     with exclusive(_backend(study)):
-        gone = _gone(study, is_alive)
+        trials = study.get_trials(deepcopy=False)
+        gone = _gone(study, trials, is_alive)
         for trial, detail in gone:
-            _fail_as_lost(study, trial, detail, trial.number in blamed)
-        requeued = _without_successor(study, max_retries)
+            _fail_as_lost(study, trials, trial, detail, trial.number in blamed)
+        trials = study.get_trials(deepcopy=False)
+        requeued = _without_successor(trials, max_retries)
         for trial in requeued:
-            successor = _successor(trial, _attempt(study, trial, _was_blamed(trial)))
+            successor = _successor(trial, _attempt(trials, trial, _was_blamed(trial)))
             assert successor is not None  # or it would not be among them
             study.add_trial(successor)
     details = {trial.number: detail for trial, detail in gone}
@@ -157,7 +160,7 @@ def _requeue_lost(
 
 def untaken(study: optuna.Study) -> list[int]:
     """Numbers of lost trials whose successor is still to be queued: a process died in between."""
-    return [trial.number for trial in _without_successor(study, records.MAX_RETRIES)]
+    return [trial.number for trial in _without_successor(study.get_trials(deepcopy=False), records.MAX_RETRIES)]
 
 
 def counted(study: optuna.Study) -> int:
@@ -191,11 +194,15 @@ def _backend(study: optuna.Study) -> RetryingStorage:
     return backend
 
 
-def _gone(study: optuna.Study, is_alive: Callable[[Any], bool | None]) -> list[tuple[FrozenTrial, str]]:
-    """RUNNING trials whose worker is gone, each with the evidence."""
+def _gone(
+    study: optuna.Study, trials: Sequence[FrozenTrial], is_alive: Callable[[Any], bool | None]
+) -> list[tuple[FrozenTrial, str]]:
+    """RUNNING trials among these whose worker is gone, each with the evidence."""
     found = []
     silent_s: dict[int, float] | None = None
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    for trial in trials:
+        if trial.state != TrialState.RUNNING:
+            continue
         worker = trial.user_attrs.get(records.WORKER)
         alive = is_alive(worker) if worker else None
         if alive:
@@ -233,22 +240,23 @@ def _silences(study: optuna.Study) -> dict[int, float]:
     return silences
 
 
-def _fail_as_lost(study: optuna.Study, trial: FrozenTrial, detail: str, blamed: bool) -> None:
+def _fail_as_lost(
+    study: optuna.Study, trials: Sequence[FrozenTrial], trial: FrozenTrial, detail: str, blamed: bool
+) -> None:
     """Tell a trial as FAIL, lost. The attributes come first: a finished trial takes none."""
     try:
         set_user_attr(study, trial, records.REASON, records.LOST)
         set_user_attr(study, trial, records.BLAMED, blamed)
         if blamed:
-            detail += f" (attempt {_attempt(study, trial, blamed)})"
+            detail += f" (attempt {_attempt(trials, trial, blamed)})"
         set_user_attr(study, trial, records.DETAIL, detail)
         set_state(study, trial, TrialState.FAIL)
     except optuna.exceptions.UpdateFinishedTrialError:
         return  # its worker finished it after all
 
 
-def _without_successor(study: optuna.Study, max_retries: int) -> list[FrozenTrial]:
+def _without_successor(trials: Sequence[FrozenTrial], max_retries: int) -> list[FrozenTrial]:
     """Lost trials with attempts left whose work no other trial has taken up."""
-    trials = study.get_trials(deepcopy=False)
     resumed = {t.user_attrs.get(records.RESUMES) for t in trials}
     return [
         t
@@ -256,7 +264,7 @@ def _without_successor(study: optuna.Study, max_retries: int) -> list[FrozenTria
         if t.state == TrialState.FAIL
         and t.user_attrs.get(records.REASON) == records.LOST
         and t.number not in resumed
-        and _attempt(study, t, _was_blamed(t)) <= max_retries
+        and _attempt(trials, t, _was_blamed(t)) <= max_retries
         and _successor(t, 0) is not None
     ]
 
@@ -266,11 +274,11 @@ def _was_blamed(lost: FrozenTrial) -> bool:
     return lost.user_attrs.get(records.BLAMED) is not False
 
 
-def _attempt(study: optuna.Study, lost: FrozenTrial, blamed: bool) -> int:
+def _attempt(trials: Sequence[FrozenTrial], lost: FrozenTrial, blamed: bool) -> int:
     """`records.ATTEMPT` of the successor of a lost trial."""
     before = lost.user_attrs.get(records.RESUMES)
-    reports = {t.number: t.intermediate_values for t in study.get_trials(deepcopy=False)}
-    further = len(lost.intermediate_values) > len(reports.get(-1 if before is None else before, ()))
+    known = next((t.intermediate_values for t in trials if t.number == before), {})
+    further = len(lost.intermediate_values) > len(known)
     return (0 if further else lost.user_attrs.get(records.ATTEMPT, 0)) + blamed
 
 

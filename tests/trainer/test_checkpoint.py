@@ -378,3 +378,19 @@ def test_a_series_of_bad_steps_is_stored(
     assert checkpoint.load(tmp_path, config).state == state
     text = (checkpoint.folder_of(tmp_path, 1) / "state.json").read_text()
     assert json.loads(text)["first_bad"]["tensor"] == "loss"
+
+
+@pytest.mark.parametrize(
+    ("there", "epoch", "best", "final", "gone"),
+    [
+        ([1, 2, 3, 4], 4, 2, False, [1]),
+        ([1, 2, 3, 4], 4, 4, False, [1, 2]),
+        ([1, 2, 3, 4], 4, 2, True, [1, 3]),
+        ([1, 2, 3, 4, 5], 3, 3, False, [1]),  # 4 and 5 are another's, who has taken over while this one slept
+        ([3], 3, None, False, []),
+    ],
+)
+def test_of_checkpoints_the_last_two_the_best_and_later_ones_stay(
+    there: list[int], epoch: int, best: int | None, final: bool, gone: list[int]
+) -> None:
+    assert checkpoint.superseded(there, epoch, best, final=final) == gone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,6 +167,28 @@ def test_a_trial_that_is_taken_over_in_its_last_moment_ends_no_worker(
     assert [m.text for m in heard if isinstance(m, Notice)] == [
         "trial 0 was taken over by another process, and is left to it"
     ]
+
+
+@pytest.mark.timeout(60)
+def test_a_trial_that_another_finishes_between_its_history_and_its_checkpoint_is_let_go(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left of it to train, so it leaves the pack without an event; the worker waited for one for ever."""
+    original = loop.Pack.add
+    opened: list[Any] = []
+    slept: list[EpochEnded] = []
+
+    def woken(self: loop.Pack, config: Any, folder: Path) -> Any:
+        monkeypatch.setattr(loop.Pack, "add", original)
+        lifecycle.requeue_lost(opened[0], is_alive=lambda worker: False)
+        slept.extend(event for event in loop.train(config, self.bench, folder) if isinstance(event, EpochEnded))
+        return original(self, config, folder)
+
+    monkeypatch.setattr(loop.Pack, "add", woken)
+    trials, _ = search(trials=1, slots=1, prepare=opened.append)
+    assert len(slept) == 2
+    assert [(t.state, t.reason) for t in trials] == [("FAIL", records.LOST), ("COMPLETE", records.FINISHED)]
+    assert len(trials[1].attrs["train_losses"]) == 2
 
 
 def test_the_heartbeat_tells_that_a_trial_was_taken_over(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
