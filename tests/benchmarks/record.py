@@ -1,6 +1,7 @@
 """Records tables of real training runs, on which strategies are compared without training: a benchmark of their own.
 
-    python -m tests.benchmarks.record --task aerial       # hours on one core; goes on where it was stopped
+    python -m tests.benchmarks.record --task aerial       # hours on one core; goes on where it was stopped, and from
+                                                          # the runs that the repository's table has already
     python -m tests.benchmarks.record --task aerial --finish
 
 A table has random configurations of one task, each trained to its last epoch, some with several seeds. By epoch it has
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 
 from tests.benchmarks.sides import machine
-from tests.benchmarks.stored_tables import save
+from tests.benchmarks.stored_tables import load, names, save
 from trainer.common.cache import cache_folder
 from trainer.common.files import whole_folder
 from trainer.config import TrainConfig
@@ -176,7 +177,7 @@ class Recorder:
 
     def run(self, limit: int | None = None) -> None:
         """Train what is not there yet; `limit` jobs at most are taken from the front of the list."""
-        done = {(r["configuration"], r["seed"]) for r in read(self.lines) if r.get("end")}
+        done = {(r["configuration"], r["seed"]) for r in read(self.lines) if r.get("end")} | set(stored(self.task))
         jobs = [job for job in self.task.jobs()[:limit] if (job["configuration"], job["seed"]) not in done]
         total, began = len(jobs), time.monotonic()
         waiting = iter(jobs)
@@ -237,7 +238,9 @@ class _TestedPack(Pack):
         super().__init__(recorder.bench)
         self._recorder = recorder
         self.test_loss: dict[Member, float] = {}
-        self.lowest = min((line["val"] for line in read(recorder.lines) if "val" in line), default=math.inf)
+        before = [line["val"] for line in read(recorder.lines) if "val" in line]
+        before += [loss for run in stored(recorder.task).values() for loss in run["val"] if loss is not None]
+        self.lowest = min((loss for loss in before if math.isfinite(loss)), default=math.inf)
 
     def _evaluate(self, members: Sequence[Member]) -> list[float]:
         losses = super()._evaluate(members)
@@ -269,8 +272,15 @@ def read(lines: Path) -> list[dict[str, Any]]:
     return found
 
 
+def stored(task: Task) -> dict[tuple[int, int], dict[str, Any]]:
+    """The runs that the repository's table of this task has, by configuration and seed."""
+    runs = load(task.name)["runs"] if task.name in names() else []
+    return {(run["configuration"], run["seed"]): run for run in runs}
+
+
 def table(task: Task, lines: Path) -> dict[str, Any]:
-    """The finished runs of a recording, as `tests/benchmarks/tables/README.md` describes them."""
+    """The finished runs, stored before or recorded now, as `tests/benchmarks/tables/README.md` describes them."""
+    before = stored(task)
     epochs: dict[tuple[int, int], dict[int, dict[str, Any]]] = {}
     ends: dict[tuple[int, int], str] = {}
     for line in read(lines):
@@ -283,6 +293,7 @@ def table(task: Task, lines: Path) -> dict[str, Any]:
     for job in task.jobs():
         key = (job["configuration"], job["seed"])
         if key not in ends:
+            runs += [before[key]] if key in before else []
             continue
         rows = [epochs.get(key, {})[epoch] for epoch in sorted(epochs.get(key, {}))]
         curves = {name: [_short(row[name]) for row in rows] for name in ("val", "test", "train", "norm")}
