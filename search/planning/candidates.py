@@ -18,6 +18,8 @@ from search.space import Choice, Float, Int, Multiple, Param, Space, param_name,
 
 SOUND = {"lora_r": 8, "lora_alpha": 16}
 """The ladder's rank and alpha: the hand-run log's recommended start."""
+BESIDE_RATE = ("lora_alpha", "batch_size")
+"""Fields by which the ladder goes on where the learning rate's range ends."""
 LADDER = 17
 """Rungs of the ladder of effective rates, over two prior widths to either side."""
 DRAWN, UNIFORM, NEAR = 24, 12, 12
@@ -29,6 +31,8 @@ SHORT = 0.1
 range's end the best of a study with short trials lies 0.7 % higher (docs/search-quality.md)."""
 KEPT = 0.6
 """Chance that a param of a good trial is kept in a variant of it."""
+MOST_VALUES = 32
+"""Values of a range, less one, that are tried to reach an effective rate."""
 MOST_POINTS = 10_000
 """Configurations of a finite space that are gone through for those that are left."""
 Values = dict[str, Any]
@@ -72,12 +76,19 @@ class Candidates:
         return list({key(params): params for params in found}.values())
 
     def sound_at(self, rng: np.random.Generator, z: float) -> Values:
-        """The ladder's params at this effective rate; any of a space without the learning rate."""
+        """The ladder's params at this effective rate; any of a space without the learning rate.
+
+        Where the learning rate's range ends, alpha goes on, then the batch: 1e-3, `rsicap`'s highest, is -2.1 with the
+        ladder's alpha and batch, half a decade above the prior, and -1.6 with an alpha of 32 and a batch of 2.
+        """
         if self._rate is None:
             return self._uniform(rng)
         params, warmup = self._sound(), self._space.get("warmup_steps")
         if isinstance(warmup, Int) and self._base["warmup_steps"] > warmup.high:
             params["warmup_steps"] = _at(warmup, SHORT)  # not its end: a base of another size says nothing of it
+        for field in BESIDE_RATE:
+            if field in self._space:
+                params = self._reached(params, field, z)
         return self._aimed(params, z)
 
     def any_at(self, rng: np.random.Generator, z: float) -> Values:
@@ -91,6 +102,19 @@ class Candidates:
         if self._rate is None:
             return params
         return self._aimed(params, model_rate(self.config(good)) + float(rng.normal(0, step)))
+
+    def _reached(self, params: Values, field: str, z: float) -> Values:
+        """The params with the field's value nearest to its own at which the learning rate's range holds this effective
+        rate; where none is, with the one that comes nearest to it."""
+        name, before = param_name(field, self._space[field]), self.config(params)[field]
+
+        def distance(changed: Values) -> tuple[float, float]:
+            reached, now = model_rate(self.config(self._aimed(changed, z))), self.config(changed)[field]
+            return round(abs(reached - z), 6), abs(math.log(now / before))
+
+        changed = [params, *({**params, name: value} for value in _values(self._space[field]))]
+        usable = [each for each in changed if before > 0 and self.config(each)[field] > 0]
+        return min(usable, key=distance, default=params)
 
     def _sound(self) -> Values:
         """Params of the base, with the ladder's rank and alpha, each moved into its range."""
@@ -147,6 +171,18 @@ def _at(param: Param, place: float) -> Any:
         case Multiple(factors=factors):
             return factors[min(int(place * len(factors)), len(factors) - 1)]
     raise TypeError(param)
+
+
+def _values(param: Param) -> list[Any]:
+    """Numbers of the range: all of a finite one, 33 over another."""
+    match param:
+        case Multiple(factors=factors):
+            return list(factors)
+        case Choice(values=values):
+            return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        case Int(low=low, high=high) if high - low <= MOST_VALUES:
+            return list(range(low, high + 1))
+    return [_at(param, place / MOST_VALUES) for place in range(MOST_VALUES + 1)]
 
 
 def _place(param: Float | Int, value: float) -> float:

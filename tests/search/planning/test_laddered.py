@@ -13,7 +13,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import records
 from search.planning.budget import Budget
-from search.planning.coordinates import effective_rate
+from search.planning.candidates import Candidates
+from search.planning.coordinates import effective_rate, model_rate
 from search.planning.laddered import Laddered, van_der_corput
 from search.planning.prior import Prior
 from search.planning.rungs import LEADERS, RungPlan
@@ -63,12 +64,34 @@ def test_every_other_is_a_rung_of_the_ladder() -> None:
     assert np.diff(z) == pytest.approx(2 / 16, abs=1e-6)
 
 
-def test_a_rung_beyond_the_range_of_rates_begins_once() -> None:
+def test_where_the_range_of_rates_ends_alpha_goes_on_then_the_batch() -> None:
+    """rsicap's highest rate is half a decade above the prior; as little is changed as it takes."""
+    candidates = Candidates(RSICAP.space, RSICAP.base_config().model_dump(mode="json"))
+    seen = {}
+    for z in (-2.6, -2.11, -2.0, -1.72, -1.66, -1.0):
+        config = RSICAP.config(candidates.sound_at(np.random.default_rng(0), z))
+        seen[z] = (config.lora_alpha, config.batch_size)
+        reached = model_rate(config.model_dump())
+        assert reached == pytest.approx(z, abs=1e-6) or (z == -1.0 and config.learning_rate == 1e-3)
+    assert seen == {-2.6: (16, 4), -2.11: (16, 4), -2.0: (32, 4), -1.72: (32, 3), -1.66: (32, 2), -1.0: (32, 2)}
+
+
+def test_where_the_range_of_rates_begins_alpha_goes_on_then_the_batch() -> None:
+    narrow = replace(RSICAP, space={**RSICAP.space, "learning_rate": Float(2e-4, 1e-3, log=True)})
+    candidates = Candidates(narrow.space, narrow.base_config().model_dump(mode="json"))
+    config = narrow.config(candidates.sound_at(np.random.default_rng(0), -3.4))
+    assert (config.learning_rate, config.lora_alpha) == (pytest.approx(2e-4, rel=0.15), 8)
+    assert config.batch_size > 4
+    assert model_rate(config.model_dump()) == pytest.approx(-3.4, abs=1e-6)
+
+
+def test_a_rung_that_nothing_reaches_begins_once() -> None:
     """All of those would be the range's end; the others vary the best instead."""
-    params, _ = proposed(RSICAP, 32)
-    ends = [each for each in params if each["learning_rate"] == RSICAP.space["learning_rate"].high]
+    fixed = replace(RSICAP, space={"learning_rate": RSICAP.space["learning_rate"], "lora_dropout": Float(0.0, 0.2)})
+    params, _ = proposed(fixed, 32)
+    ends = [each for each in params if each["learning_rate"] == fixed.space["learning_rate"].high]
     assert len({tuple(sorted(each.items())) for each in params}) == 32
-    assert sum(RSICAP.config(each).lora_r == 8 and RSICAP.config(each).warmup_steps == 100 for each in ends) <= 2
+    assert sum(each["lora_dropout"] == 0.1 for each in ends) <= 2
 
 
 def test_a_warmup_from_a_study_of_another_size_is_short() -> None:
