@@ -35,6 +35,9 @@ from tests.benchmarks.world import FIRST_SEED, SEARCHED, Curve
 
 Rule = Callable[[Setting], Play]
 FEWEST_FOR_A_FORECAST = 3
+LEVEL, EPOCH, RATE = 0.003, 0.003, 0.05
+"""Of a copied run: standard deviations of its level and of each of its losses, relative, and of its learning rate, in
+decades."""
 
 
 def _product_rule(name: str) -> Rule:
@@ -92,6 +95,26 @@ def groups(path: Path) -> dict[str, list[tuple[str, Recorded]]]:
                 (name, curve)
             )
     return found
+
+
+def with_copies(runs: list[tuple[str, Recorded]], copies: int, seed: int) -> list[tuple[str, Recorded]]:
+    """The runs of a group and so many like each of them, in random order."""
+    rng = np.random.default_rng(seed)
+    found = list(runs)
+    for copy in range(1, copies + 1):
+        for name, curve in runs:
+            level = math.exp(rng.normal(0, LEVEL))
+            factor = 10 ** rng.normal(0, RATE)
+            config = {k: v * factor if k == "learning_rate" else v for k, v in curve.config.items()}
+            epochs = tuple(
+                replace(
+                    each,
+                    val_loss=None if each.val_loss is None else each.val_loss * level * math.exp(rng.normal(0, EPOCH)),
+                )
+                for each in curve.epochs
+            )
+            found.append((f"{name}, like it {copy}", replace(curve, config=config, epochs=epochs)))
+    return [found[i] for i in rng.permutation(len(found))] if copies else found
 
 
 def follow(rule: Rule, runs: list[tuple[str, Recorded]]) -> Verdict:
@@ -167,11 +190,18 @@ def _curve(recorded: Recorded) -> Curve:
     return Curve(val, val, train, False, val, float(np.nanmin(val)))
 
 
-def report(path: Path) -> dict[str, Any]:
-    """Print the tables; the figures as plain data."""
+def report(path: Path, copies: int = 0, seed: int = 0) -> dict[str, Any]:
+    """Print the tables; the figures as plain data.
+
+    Args:
+        path: Of the recorded runs.
+        copies: Runs like each of them that are put beside it.
+        seed: Of what differs in those.
+    """
     totals: dict[str, list[Verdict]] = {name: [] for name in RULES}
     compared = 0
-    for group, runs in groups(path).items():
+    for group, own in groups(path).items():
+        runs = with_copies(own, copies, seed) if len(own) > 1 else own
         verdicts = {name: follow(rule, runs) for name, rule in RULES.items()}
         print(f"\n## {group}\n\n| epochs trained | all | {' | '.join(RULES)} |\n{'|' + '---|' * (len(RULES) + 2)}")
         for number, (name, _) in enumerate(runs):

@@ -151,12 +151,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="folder for the plots of regret")
     parser.add_argument("--curves", type=Path, help="replay the stopping rules alone on these recorded runs")
+    parser.add_argument("--copies", type=int, default=0, help="so many runs like each recorded one beside it")
+    parser.add_argument("--copy-seed", type=int, default=0)
     args = parser.parse_args()
     quiet()
     if args.curves:
         from tests.benchmarks import recorded_rules
 
-        found: Any = recorded_rules.report(args.curves)
+        found: Any = recorded_rules.report(args.curves, args.copies, args.copy_seed)
     else:
         names = args.table or stored_tables.names()
         if not names:

@@ -258,6 +258,20 @@ def test_rules_are_followed_on_recorded_runs(recorded: Path, capsys: pytest.Capt
     assert "Over the 1 groups" in capsys.readouterr().out
 
 
+def test_copies_are_like_the_recorded_runs(recorded: Path) -> None:
+    runs = max(recorded_rules.groups(recorded).values(), key=len)
+    found = recorded_rules.with_copies(runs, 2, seed=1)
+    assert len(found) == 3 * len(runs) and all(each in found for each in runs)
+    assert recorded_rules.with_copies(runs, 2, seed=1) == found != recorded_rules.with_copies(runs, 2, seed=2)
+    known = dict(found)
+    for name, curve in runs:
+        other = known[f"{name}, like it 1"]
+        assert other.config["learning_rate"] != curve.config["learning_rate"]
+        for one, two in zip(curve.epochs, other.epochs, strict=True):
+            assert two.val_loss == pytest.approx(one.val_loss, rel=0.02) and two.val_loss != one.val_loss
+    assert recorded_rules.with_copies(runs, 0, seed=1) == runs
+
+
 def test_a_forecast_needs_three_epochs() -> None:
     assert recorded_rules.forecast({1: 2.0, 2: 1.9}, 10) is None
 
