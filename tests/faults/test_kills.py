@@ -107,7 +107,7 @@ def outcomes(place: Place) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_fifty_kills_in_one_study(tiny_checkpoint: Path, tmp_path: Path, start: Start, bench: Any) -> None:
     rng = random.Random(0)
     place = Place(tmp_path / "runs", workers=2)
