@@ -165,7 +165,11 @@ class Study:
         for name, param in self.space.items():
             if isinstance(param, Multiple) and name in values:
                 space.pop(name, None)
-        enqueue = tuple(replace(f, config={**f.config, **values}) for f in self.enqueue)
+        # What a given trial does not name it has from the base: with data of its own it could not be compared.
+        enqueue = tuple(
+            replace(fixed, config={name: values.get(name, value) for name, value in fixed.config.items()})
+            for fixed in self.enqueue
+        )
         return replace(
             self,
             base={**self.base, **values},

@@ -107,6 +107,17 @@ def test_settings_fix_what_was_searched() -> None:
     assert (config.lora_r, config.lora_alpha, config.num_epochs) == (8, 16, 2)
 
 
+def test_a_trial_given_by_hand_is_on_the_data_of_the_settings() -> None:
+    """As all others are: with data or samples of its own it could not be compared with them."""
+    fixed = Fixed(label="given", config={"learning_rate": 1e-4, "num_epochs": 3})
+    study = make(enqueue=(fixed,)).with_settings(["data=/elsewhere", "max_samples=60", "num_epochs=2", "lora_r=8"])
+    assert study.enqueue[0].config == {"learning_rate": 1e-4, "num_epochs": 2}
+    params, overrides = fixed_trial(study, study.enqueue[0])
+    assert not {"data", "max_samples", "model"} & set(overrides)
+    config = study.config(params, overrides)
+    assert (config.data, config.max_samples, config.num_epochs, config.lora_r) == ("/elsewhere", 60, 2, 8)
+
+
 def test_settings_that_cannot_be_meant() -> None:
     with pytest.raises(ConfigError, match=r"'lora_rnk'; did you mean 'lora_r'\?"):
         make().with_settings(["lora_rnk=8"])

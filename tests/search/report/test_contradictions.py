@@ -144,6 +144,7 @@ OF_A_TRIAL: dict[Lang, tuple[tuple[str, str], ...]] = {
 OF_A_LOG: dict[Lang, tuple[tuple[str, str], ...]] = {
     "en": (
         (r"nothing was trained again|Nothing was repeated|nothing was repeated", r"named by the repeats"),
+        (r"\*\*not decided", r"named by the repeats"),
         (r"\*\*Epochs\*\*: enough", r"\*\*Train longer\*\*"),
         (r"matters most, and this is well founded", r"what matters most is not yet known"),
         (r"none is shown to matter", r"Higher .* went with|The medians for"),
@@ -155,6 +156,7 @@ OF_A_LOG: dict[Lang, tuple[tuple[str, str], ...]] = {
     ),
     "zh": (
         (r"还没有换种子重复训练", r"由重复实验选定"),
+        (r"\*\*尚无定论", r"由重复实验选定"),
         (r"大多已经足够", r"\*\*训练更久\*\*"),
         (r"影响最大，依据充分", r"哪个参数影响最大尚不清楚"),
         (r"看不出哪个参数有影响", r"取值越大|各范围的中位数相差"),

@@ -68,6 +68,8 @@ def test_every_kind_is_in_the_log_in_both_languages(
     assert "## ⚖️ Verdict" in english and words[0] in english
     assert "## ⚖️ 结论" in chinese and words[1] in chinese
     assert words[0] in text.sentence(facts.verdict)
+    named = kind in ("winner", "tied")  # who only leads is not named
+    assert ("named by the repeats" in english) == ("由重复实验选定" in chinese) == named
 
 
 def test_repeats_are_no_experiments_and_count_nowhere_else() -> None:
