@@ -151,7 +151,15 @@ def _deterministic(scene: Scene, report: Report) -> None:
 def _nan(scene: Scene, report: Report) -> None:
     healthy, _ = _beside_nan(scene, "sound", poison=False)
     kept, ended = _beside_nan(scene, "poisoned", poison=True)
-    report.say("NaN in one of a pack", others_unchanged=healthy == kept, ends_as=ended, ok=healthy == kept != [])
+    # To rounding: once the poisoned run has left, its neighbour's matrices have fewer rows, which some processors sum
+    # in another order. A NaN that reached it would be within no bound.
+    unchanged = len(kept) == len(healthy) > 0 and all(
+        abs(now - before) <= bound * abs(before)
+        for one, other in zip(kept, healthy, strict=True)
+        for now, before, bound in zip(one, other, BOUNDS["float32"], strict=True)
+    )
+    facts = {"same_bits": healthy == kept, "others_unchanged": unchanged, "ends_as": ended}
+    report.say("NaN in one of a pack", **facts, ok=unchanged)
     report.say("what went NaN first is named", ok=ended.startswith("Diverged"), event=ended)
 
 
