@@ -7,6 +7,7 @@ is the entrance for programs (docs/python.md); `python -m search.run` and `lora-
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Result", "SearchOptions", "Session"]
 
+_HOMES = {"Result": "search.result", "SearchOptions": "search.options", "Session": "search.session"}
+
 
 def __getattr__(name: str) -> Any:
     """The public names, imported when they are asked for: a command must not wait for what it does not use."""
-    if name in __all__:
-        from search import session  # has all three
-
-        return getattr(session, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'search' has no attribute {name!r}")
 
 

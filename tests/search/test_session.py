@@ -18,7 +18,9 @@ from search import SearchOptions, Session, records
 from search.errors import StudyError
 from search.leaderboard import adapter
 from search.places import Places
-from search.planning.budget import Budget
+from search.result import Result
+from search.session import closing
+from search.session.left import has_work
 from search.space import Choice, Float
 from search.storage import lifecycle
 from search.study import Fixed, Study
@@ -134,11 +136,15 @@ def test_the_model_that_mlflow_calls_best_is_the_verdicts(tmp_path: Path, monkey
     stub.keep_model.side_effect = lambda run_id, model: kept.append((run_id, model))
     study: Any = SimpleNamespace(study_name="rsicap_mini", user_attrs={records.CONFIRM: {"top": 2, "seeds": 3}})
     monkeypatch.setattr(lifecycle, "read_trials", lambda _: tuple(known))
-    session = Session("rsicap_mini", SearchOptions(trials=2, places=places))
-    assert session._close(0, study, stub, stub, stub).winner == trials[0]
+    folder, watch = places.study("rsicap_mini"), MagicMock(problem=lambda: None)
+
+    def close() -> Result:
+        return closing.close(0, study, folder, watch, runs=stub, courier=stub, keeper=stub)
+
+    assert close().winner == trials[0]
     for n, loss in ((0, 0.42), (1, 0.40)):
         known += [leaders.repeat(2 + 3 * n + block, n, block, loss + block / 1000) for block in (1, 2, 3)]
-    result = session._close(0, study, stub, stub, stub)
+    result = close()
     assert (result.winner, result.best) == (trials[1], trials[0])
     assert [(run_id, model.alias, model.metrics) for run_id, model in kept] == [
         ("run-0", "best", {"val_loss": 0.4}),
@@ -164,10 +170,10 @@ def test_a_finite_space_is_asked_for_no_more_than_it_has(
     )
     session = Session(study, SearchOptions(strategy=strategy, places=Places.of(tmp_path / "runs")))
     try:
-        session._open_study()
-        assert session.budget.trials == trials
-        assert [n for n in session._notes if "asked for" in n] == ([] if note is None else session._notes[:1])
-        assert note is None or session._notes[0].startswith(note)
+        opened = session._open()
+        assert opened.budget.trials == trials
+        assert [n for n in opened.notes if "asked for" in n] == ([] if note is None else [*opened.notes[:1]])
+        assert note is None or opened.notes[0].startswith(note)
     finally:
         session._close_storage()
 
@@ -183,15 +189,13 @@ def test_repeats_make_no_room_in_a_finite_space(tmp_path: Path) -> None:
     }
     session = Session(Study(**made), SearchOptions(places=Places.of(tmp_path / "runs")))
     try:
-        study = session._open_study()
+        study = session._open().study
         study.ask()
         for block in (1, 2):
             attrs = {records.OVERRIDES: {"seed": block}, records.REPEAT_OF: 0}
             attrs |= {records.BLOCK: block, records.TRAINS_TO: 2}
             study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attrs))
-        session.budget = Budget(9)
-        session._open_study()
-        assert session.budget.trials == 2
+        assert session._open().budget.trials == 2
     finally:
         session._close_storage()
 
@@ -227,14 +231,15 @@ def test_a_search_that_was_interrupted_before_the_test_loss_reads_it_the_next_ti
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And one that is done starts no workers."""
-    monkeypatch.setattr("search.session.verdict_of", lambda *_: Verdict(kind=kind, choice=choice))
+    monkeypatch.setattr("search.session.left.verdict_of", lambda *_: Verdict(kind=kind, choice=choice))
     session = Session("rsicap_mini", SearchOptions(trials=1, places=Places.of(tmp_path / "runs"), **options))
     try:
-        study = session._open_study()
-        assert session._has_work(study, lifecycle.Unfinished(0, 0)), "its trial is still to be trained"
-        study.ask()
+        opened = session._open()
+        images = session.options.test_images
+        assert has_work(opened, lifecycle.Unfinished(0, 0), images), "its trial is still to be trained"
+        opened.study.ask()
         if stored is not None:
-            study.set_user_attr(ATTRIBUTE, stored)
-        assert session._has_work(study, lifecycle.Unfinished(0, 0)) is due
+            opened.study.set_user_attr(ATTRIBUTE, stored)
+        assert has_work(opened, lifecycle.Unfinished(0, 0), images) is due
     finally:
         session._close_storage()

@@ -27,7 +27,14 @@ from tests.support.template import LARGEST, Request
 from trainer.common.imports import without_collection
 
 PRELOAD = "search.workers.preload"
-SUPERVISOR = ("search.session", "search.report.keeper", "search.tracking.delivery", "matplotlib.backends.backend_svg")
+SUPERVISOR = (
+    "search.session.opening",
+    "search.session.left",
+    "search.session.closing",
+    "search.report.keeper",
+    "search.tracking.delivery",
+    "matplotlib.backends.backend_svg",
+)
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
 
 
