@@ -5,9 +5,10 @@ optuna-dashboard renders notes as Markdown; text from data or study files is esc
 
 from __future__ import annotations
 
+import re
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ with without_module("sklearn"):
     # would add a second to each worker's start.
     from optuna_dashboard import get_note, save_note
     from optuna_dashboard.artifact import get_artifact_path
+
+    from search.dashboards.optuna_dashboard_private import read_notes
 
 WIDTH = 104
 """Characters in a line of a trial's note. optuna-dashboard makes its page as wide as the longest user attribute,
@@ -71,14 +74,7 @@ def annotate_trial(
         plot = f"![Losses of {len(epochs)} epochs{seen}]({plot})"
 
     # How it ended, what was found, where its curves are, what was trained.
-    lines = [_text(outcome.detail, f"**{outcome.state}** ({outcome.reason}): "), ""]
-    for finding in findings:
-        head = f"**{messages.title(finding.id)}** (`{finding.id}`): "
-        lines.append(_text(messages.sentence(finding), f"- {head}", "  "))
-        cause = messages.cause(finding)
-        lines += [_text(cause, "  - cause: ", "    ")] if cause else []
-        lines += [_text(text, "  - advice: ", "    ") for text in messages.advices(finding.advice)]
-    lines += ["", _text(messages.leaf_text(leaf(findings)), "Decision tree: "), ""]
+    lines = [_text(outcome.detail, f"**{outcome.state}** ({outcome.reason}): "), "", _judgement(findings), ""]
     lines += [plot, "", f"[Curves in MLflow]({run})" if run else "MLflow was unavailable when this trial began.", ""]
     if captioned is not None:
         sheet = _keep(trial, folder, captioned.sheet, f"trial-{trial.number:03d}-images.png")
@@ -90,6 +86,37 @@ def annotate_trial(
         lines.append("")
     lines.append(fenced(leaderboard.training_config(config), "python"))
     save_note(trial, "\n".join(lines))
+
+
+def retell(study: optuna.Study, findings: Mapping[int, Sequence[Finding]]) -> None:
+    """Write another judgement into the notes of trials that have ended. The rest of a note is kept, and a note that
+    has no judgement of ours where it was.
+
+    Args:
+        findings: By number of the trial.
+    """
+    for number, note in read_notes(study, findings).items():
+        start, _, rest = note.body.partition("\n\n")
+        told = _JUDGEMENT.match(rest)
+        if told is not None and told[1] != (now := _judgement(findings[number])):
+            note.save(f"{start}\n\n{now}{rest[told.end(1) :]}")
+
+
+def _judgement(findings: Sequence[Finding]) -> str:
+    """Each finding with its cause and advice, and the leaf of the decision tree."""
+    lines = []
+    for finding in findings:
+        name = messages.key(finding)
+        lines.append(_text(messages.sentence(finding), f"- **{messages.title(name)}** (`{name}`): ", "  "))
+        cause = messages.cause(finding)
+        lines += [_text(cause, "  - cause: ", "    ")] if cause else []
+        lines += [_text(text, "  - advice: ", "    ") for text in messages.advices(finding.advice)]
+    return "\n".join([*lines, "", _text(messages.leaf_text(leaf(findings)), "Decision tree: ")])
+
+
+_PARAGRAPH = r"(?:(?!\n\n).)*"
+_JUDGEMENT = re.compile(rf"(?s)((?:- \*\*{_PARAGRAPH}\n|)\nDecision tree: {_PARAGRAPH})\n\n")
+"""What `_judgement` wrote, after a note's first paragraph."""
 
 
 def _text(text: str, before: str = "", indent: str = "") -> str:

@@ -16,7 +16,9 @@ tree       the hand-run log's decision tree; every run ends in one of its leaves
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
+from search import records
 from search.diagnosis import faults, pace, signals, unstable
 from search.diagnosis.curve import Curve, NonFiniteFacts, curve_from_events, curve_from_record
 from search.diagnosis.finding import IDS, Advice, Finding
@@ -50,6 +52,8 @@ def diagnose(curve: Curve) -> tuple[Finding, ...]:
         judged = (pace.finding(seen),)
     plan = (faults.warmup_exceeds_training(curve), faults.slow_epoch(curve))
     found = [f for f in (broken, exploding, *judged, *plan) if f is not None]
+    if curve.reason in records.COMPARED:
+        found = [replace(f, advice=tuple(a for a in f.advice if a.action != "finish")) for f in found]
     return tuple(sorted(found, key=lambda f: IDS.index(f.id)))
 
 

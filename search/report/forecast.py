@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from search import records
 from search.planning.comparable import FAR
 from search.planning.coordinates import Coordinates
 from search.planning.prior import Prior
 from search.planning.worth import Known, Outlook
 from search.records import StudyRecord
 from search.report.experiment import Experiment
-from search.report.judged import COMPARED
 from search.report.measured_noise import Noise
 from search.space import from_dict
 from trainer.config import TrainConfig
@@ -75,7 +75,11 @@ def outcome(
     trial, epoch = outlook.named()
     done = [e for e in fitting if e.number in known and e.judged and len(e.rows) >= e.planned_epochs > 0]
     longer = _forecasts(outlook, [(known[e.number], math.ceil(LONGER * len(e.rows))) for e in done])
-    cut = [e for e in fitting if e.number in known and e.record.reason in COMPARED and e.planned_epochs > len(e.rows)]
+    cut = [
+        e
+        for e in fitting
+        if e.number in known and e.record.reason in records.COMPARED and e.planned_epochs > len(e.rows)
+    ]
     stopped = _forecasts(outlook, [(known[e.number], e.planned_epochs) for e in cut])
     late = {e.number for e in done if (e.record.best_epoch or 0) > LATE * len(e.rows)}
     falling = tuple(f.trial for f in longer if f.trial in late and f.now / f.loss - 1 > noise.deviation)

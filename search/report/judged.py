@@ -23,8 +23,6 @@ from search.report.measured_noise import Noise
 
 PLAN = (ids.WARMUP_EXCEEDS_TRAINING, ids.SLOW_EPOCH)
 """Findings about the plan; a worker knows more of them than the records (what comparable runs took)."""
-COMPARED = (records.SUPERSEDED, records.SETTLED, records.PAUSED, records.PROBE, records.REPEAT)
-"""Ends that a comparison or a purpose decided: to let such a trial run on is no advice."""
 TIMES_HIGHER = 3.0
 """How much higher an effective rate must be for a trial to say that another's is too low."""
 WITNESSES = 2
@@ -58,15 +56,11 @@ def _alone(trial: TrialRecord, noise: Noise) -> tuple[Finding, ...]:
     if not recorded and trial.state not in ("COMPLETE", "PRUNED"):
         return ()
     if any(f.id in (ids.NON_FINITE, ids.EXPLODING_GRADIENT) for f in recorded) or (recorded and not trial.epochs):
-        found = tuple(recorded)  # only the events knew all of it
-    else:
-        fresh = diagnose(curve_from_record(trial, max(VAL_NOISE, noise.deviation)))
-        plan = [f for f in (recorded or fresh) if f.id in PLAN]
-        judged = [f for f in fresh if f.id not in PLAN]
-        found = tuple(sorted((*judged, *plan), key=lambda f: ids.IDS.index(f.id)))
-    if trial.reason not in COMPARED:
-        return found
-    return tuple(replace(f, advice=tuple(a for a in f.advice if a.action != "finish")) for f in found)
+        return tuple(recorded)  # only the events knew all of it
+    fresh = diagnose(curve_from_record(trial, max(VAL_NOISE, noise.deviation)))
+    plan = [f for f in (recorded or fresh) if f.id in PLAN]
+    judged = [f for f in fresh if f.id not in PLAN]
+    return tuple(sorted((*judged, *plan), key=lambda f: ids.IDS.index(f.id)))
 
 
 @dataclass(frozen=True, kw_only=True)

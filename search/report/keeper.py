@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from search.diagnosis.messages import Lang
     from search.records import StudyRecord, TrialRecord
+    from search.report.retold import Retold
     from search.tracking.outbox import Point
     from search.tracking.runs import StudyRuns
 
@@ -42,6 +43,7 @@ class LogKeeper(threading.Thread):
         self._due = False
         self._closing = False
         self._told: set[Point] = set()
+        self._retold: Retold | None = None
         self.trials: tuple[TrialRecord, ...] = ()
         """As the log has last told them; none before."""
 
@@ -85,6 +87,7 @@ class LogKeeper(threading.Thread):
         from search.errors import Unavailable
         from search.reading import read_study
         from search.report.facts import gather
+        from search.report.retold import Retold
         from search.report.write import write_all
         from search.tracking import views
         from search.tracking.pages import pages_of, runs_page
@@ -105,6 +108,8 @@ class LogKeeper(threading.Thread):
         for path in pages:
             self._book.keep(path)
         self._tell(record, summary)
+        self._retold = self._retold or Retold(self._study, self._book)
+        self._retold(self.trials)
         return [*written, *pages]
 
     def _pages(self, written: Sequence[Path]) -> list[Path]:

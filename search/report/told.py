@@ -13,7 +13,7 @@ from search.diagnosis import Advice
 from search.diagnosis import finding as ids
 from search.diagnosis.noise import relative
 from search.report.experiment import UNFINISHED, Against, Experiment, Learnt, by_loss
-from search.report.judged import COMPARED, rate_of
+from search.report.judged import rate_of
 from search.report.measured_noise import Noise
 from trainer.config import MACHINE_FIELDS
 
@@ -112,7 +112,7 @@ def _effect(e: Experiment, noise: Noise) -> Learnt:
     values: dict[str, Any] = {"reference": other.number, "value": trial.value, "before": other.value}
     if e.against.kind != "best":
         return _item("incomparable", **values)
-    if trial.reason in COMPARED:
+    if trial.reason in records.COMPARED:
         return _when_stopped(e, other, noise)
     share = relative(trial.value, other.value or 0.0)
     values |= {"share": abs(share), "sigmas": noise.sigmas(abs(share)), "epoch": trial.best_epoch}
@@ -195,7 +195,7 @@ def _follows(e: Experiment, effect: Learnt) -> Learnt:
     """What follows from a trial: its advice where it has a fault, else what its comparison says."""
     main = e.main_finding
     faulty = main is not None and (main.severity != "info" or e.record.reason == records.OUT_OF_MEMORY)
-    if main is not None and faulty and e.record.reason not in COMPARED and main.advice:
+    if main is not None and faulty and e.record.reason not in records.COMPARED and main.advice:
         return _item("advice", advice=main.advice)
     if e.record.state == "FAIL" or effect.kind == "no_value":
         return _item("nothing_known")

@@ -3,7 +3,7 @@
 Optuna may change such names in any release, so none stands anywhere else below `search/`.
 tests/search/storage/test_optuna_private.py says which one is missing, and finds uses outside of this module.
 
-    trial_id, backend              what a trial and a study keep to themselves
+    trial_id, key_of, backend, study_system_attrs    what a trial and a study keep to themselves
     latest                         a running trial, without asking the database
     set_user_attr, set_system_attr, set_state    writing to a trial that is not `optuna.Trial`
     running_heartbeats             the heartbeats of all running trials, in one query
@@ -34,6 +34,17 @@ CALLED_BY_THE_CACHE = ("_get_trials", "_get_best_trial_id", "_set_trial_param")
 def trial_id(trial: AnyTrial) -> int:
     """The storage's key of a trial. `trial.number`, which is public, counts within its study only."""
     found: int = trial._trial_id
+    return found
+
+
+def key_of(study: optuna.Study) -> tuple[BaseStorage, int]:
+    """The storage that a study is in, and its key there."""
+    return study._storage, study._study_id
+
+
+def study_system_attrs(study: optuna.Study) -> dict[str, Any]:
+    """What other programs keep with the study; `Study.system_attrs` is deprecated, and copies them."""
+    found: dict[str, Any] = study._storage.get_study_system_attrs(study._study_id)
     return found
 
 

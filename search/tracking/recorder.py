@@ -6,11 +6,13 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from search.diagnosis import Finding
 from search.errors import StorageError
 from search.records import INTERRUPTED, LOST, PAUSED, epoch_record
+from search.tracking import judgement
 from search.tracking.gpu_metrics import GpuMetrics
 from search.tracking.outbox import DataUsed, End, Outbox, Point, Status
 from search.tracking.writer import RunStore, Writer
@@ -214,7 +216,7 @@ class RunRecorder:
         *,
         state: str,
         reason: str | None = None,
-        findings: Iterable[str] = (),
+        findings: Sequence[Finding] = (),
         tags: Mapping[str, str] | None = None,
         description: str = "",
     ) -> None:
@@ -224,8 +226,7 @@ class RunRecorder:
             status: MLflow's status, see `run_status`.
             state: Optuna's state of the trial.
             reason: Why it ended, one of `search.records`' reasons.
-            findings: Ids, the most severe first: tags `finding` (the first), `findings` (all, with commas) and
-                `finding.<id>` (each).
+            findings: The most severe first; they become tags, see `judgement.tags`.
             tags: Further tags.
             description: Markdown, shown on the run's page.
 
@@ -237,12 +238,9 @@ class RunRecorder:
             return
         self._finished = True
         self._put(curve.end() for curve in self._curves)
-        found = tuple(findings)
-        final = {"state": state, **(tags or {}), **{f"finding.{name}": "true" for name in found}}
+        final = {"state": state, **(tags or {}), **judgement.tags(findings)}
         if reason:
             final["reason"] = reason
-        if found:
-            final |= {"finding": found[0], "findings": ", ".join(found)}
         if self.writer.lost:
             final["tracking_lost"] = str(self.writer.lost)
         now_ms = time.time_ns() // 1_000_000

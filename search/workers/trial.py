@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 from search import captions, diagnosis, pruning, records
 from search.captions import Captioned
 from search.dashboards import notes
+from search.diagnosis import messages
 from search.diagnosis.noise import relative
 from search.errors import DatabaseAway
 from search.records import Outcome
@@ -369,7 +370,7 @@ class TrialRun:
                 reason=outcome.reason,
                 detail=outcome.detail,
                 value=best[0] if best else None,
-                findings=tuple(finding.id for finding in self._findings),
+                findings=tuple(messages.key(finding) for finding in self._findings),
                 elapsed_s=time.monotonic() - self._began,
             )
         )

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import optuna
 
 from search import captions, colours, diagnosis, leaderboard, records
-from search.diagnosis import messages
 from search.errors import StorageError
-from search.markdown import escape
 from search.records import Outcome
+from search.tracking import judgement
 from search.tracking.gpu_metrics import GpuMetrics, GpuWatch
 from search.tracking.outbox import File
 from search.tracking.pages import pages_of, run_page
@@ -130,9 +129,9 @@ class TrialTracking:
                 run_status(outcome.state, outcome.reason),
                 state=outcome.state,
                 reason=outcome.reason,
-                findings=[finding.id for finding in findings],
+                findings=findings,
                 tags=tags,
-                description=_description(outcome, findings),
+                description=judgement.description(outcome.state, outcome.reason, outcome.detail, findings),
             )
         except StorageError as error:
             self._report(error)
@@ -208,10 +207,3 @@ class TrialTracking:
     def _report(self, error: StorageError) -> None:
         log.error("trial %d: %s", self._trial.number, error)
         self._context.link.send(Notice(text=f"trial {self._trial.number}: {error}"))
-
-
-def _description(outcome: Outcome, findings: Sequence[diagnosis.Finding]) -> str:
-    """Markdown for the run's page: how it ended, and each finding with its evidence."""
-    lines = [f"**{outcome.state}** ({outcome.reason}): {escape(outcome.detail)}", ""]
-    lines += [f"- `{finding.id}`: {escape(messages.sentence(finding))}" for finding in findings]
-    return "\n".join(lines)

@@ -13,7 +13,7 @@ from search.errors import StorageError, Unavailable
 from search.tracking.outbox import End, Outbox, Write
 from search.tracking.recorder import Logged, RunRecorder
 from search.tracking.writer import send
-from tests.search.tracking.recorded import BAD, Store, epoch, record, started, step, whole_run
+from tests.search.tracking.recorded import BAD, Store, epoch, finding, record, started, step, whole_run
 from trainer.events import (
     Diverged,
     Event,
@@ -95,7 +95,9 @@ def test_memory_events_are_tags() -> None:
 def test_findings_state_and_reason_are_tags() -> None:
     store = Store()
     recorder = RunRecorder(store, "run")
-    recorder.finish("FINISHED", state="PRUNED", reason="rising", findings=("overfitting", "oscillating"))
+    recorder.finish(
+        "FINISHED", state="PRUNED", reason="rising", findings=[finding("overfitting"), finding("oscillating")]
+    )
     recorder.finish("FAILED", state="FAIL")
     assert store.ended == "FINISHED"
     expected = {

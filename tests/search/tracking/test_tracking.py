@@ -14,7 +14,7 @@ from search.tracking import tags
 from search.tracking.client import Tracking, as_text, open_tracking
 from search.tracking.outbox import Point
 from search.tracking.recorder import run_status
-from tests.search.tracking.recorded import copy_database, new_run, whole_run
+from tests.search.tracking.recorded import copy_database, finding, new_run, whole_run
 from trainer.config import TrainConfig
 
 
@@ -46,7 +46,7 @@ def test_a_trial_as_mlflow_has_it(tracking: Tracking) -> None:
     for event in whole_run(2, 40):
         recorder(event)
     recorder.finish(
-        "FINISHED", state="PRUNED", reason="rising", findings=("overfitting",), description="# What happened"
+        "FINISHED", state="PRUNED", reason="rising", findings=[finding("overfitting")], description="# What happened"
     )
     client = MlflowClient(tracking.uri)
     run = client.get_run(run_id)
@@ -146,7 +146,7 @@ def test_a_run_taken_up_again_continues(tracking: Tracking) -> None:
     recorder = tracking.recorder(run_id)
     for event in events[:60]:
         recorder(event)
-    recorder.finish("KILLED", state="FAIL", reason="interrupted", findings=("slow_epoch",))
+    recorder.finish("KILLED", state="FAIL", reason="interrupted", findings=[finding("slow_epoch")])
     tracking.resume_run(run_id)
     tags = tracking.tags(run_id)
     assert tags["state"] == "RUNNING"
