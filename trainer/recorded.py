@@ -27,6 +27,7 @@ ROOMS = 8
 """Rooms that are kept, for numbers of runs and ranks, and stacks of runs in them."""
 
 ForwardPass = Callable[[Any, Batch], Forward]
+"""(InstructBLIP, batch on its device) -> losses and query output: `trainer.model.base.forward`, or a stand-in."""
 
 
 class Recorded:

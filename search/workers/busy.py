@@ -116,7 +116,7 @@ def seconds_of_a_round(
             own = config.model_copy(update={"seed": number, "num_epochs": 1000})
             pack.add(own, Path(folder) / str(number))
         seconds = _best_round(pack, device, clock)
-        halved = pack.at_once is not None and runs > 1
+        halved = pack.passes.at_once is not None and runs > 1
     return None if halved else seconds
 
 

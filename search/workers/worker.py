@@ -160,7 +160,7 @@ class Worker:
     def _train(self) -> bool:
         """Run a pack until it is empty; False when there is nothing left to run."""
         with Pack(self.bench) as pack:
-            pack.alive = self.link.alive
+            pack.passes.alive = self.link.alive
             try:
                 while self._fill(pack):
                     for member, event in pack.round():

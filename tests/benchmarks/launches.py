@@ -71,7 +71,7 @@ def _part(name: str) -> str:
             return "adapters"
         if frame.name in ("update", "norms", "zero_gradients"):
             return "updates"
-        if file == "loop.py" and frame.name == "_pass":
+        if file == "passes.py" and frame.name == "_pass":
             return "losses and norms" if not any(f.name == "backward" for f in stack) else "base"
     return "base"
 

@@ -66,7 +66,7 @@ def test_every_pass_is_a_sign_of_life(bench: Workbench, small: Callable[..., Tra
         signs += 1
 
     with Pack(bench, forward=counted) as pack:
-        pack.alive = alive
+        pack.passes.alive = alive
         pack.add(small(num_epochs=1, micro_batch_size=1, eval_batch_size=1), tmp_path)
         while pack.members:
             list(pack.round())

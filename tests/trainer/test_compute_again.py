@@ -13,13 +13,14 @@ import torch
 from tests.support.tiny import tiny_batch, tiny_model
 from trainer.config import TrainConfig
 from trainer.events import Event, MicroBatchReduced, StepEnded
-from trainer.loop import Pack, train
+from trainer.loop import train
 from trainer.model import forward as forwards
 from trainer.model.base import Forward, forward
 from trainer.model.batch import Batch
 from trainer.model.forward import layers_again
 from trainer.model.fused import fuse
 from trainer.model.lora import Adapter, Hooks, Segment
+from trainer.passes import Passes
 from trainer.workbench import Workbench
 
 Small = Callable[..., TrainConfig]
@@ -103,7 +104,7 @@ def test_a_single_sample_that_does_not_fit_is_computed_again(
 ) -> None:
     plain = steps(small(), bench, tmp_path / "plain")
     full = FullMemory()
-    with caplog.at_level(logging.WARNING, "trainer.loop"):
+    with caplog.at_level(logging.WARNING, "trainer.passes"):
         events = list(train(small(), bench, tmp_path / "full", forward=full))
     assert [size for size, again in full.passes if not again] == [4, 2, 1]
     assert full.passes[3:5] == [(1, True), (1, True)]
@@ -116,7 +117,7 @@ def test_a_single_sample_that_does_not_fit_is_computed_again(
 def test_where_launches_are_waited_for_a_batch_stays_whole(
     bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pack, "_waits_for_launches", lambda self: True)
+    monkeypatch.setattr(Passes, "_waits_for_launches", lambda self: True)
     full = FullMemory()
     events = list(train(small(), bench, tmp_path / "full", forward=full))
     assert full.passes[:2] == [(4, False), (4, True)] and all(again for _, again in full.passes[1:])

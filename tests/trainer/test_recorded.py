@@ -115,7 +115,7 @@ def finished(pack: Pack, members: Sequence[Member]) -> tuple[list[Ran], list[lis
 
 def trained(bench: Workbench, configs: Sequence[TrainConfig], out: Path, *, records: bool) -> Any:
     with Pack(bench) as pack:
-        pack.records = records
+        pack.passes.records = records
         return finished(pack, [pack.add(config, out / str(i)) for i, config in enumerate(configs)])
 
 

@@ -123,7 +123,7 @@ def _held_steps(
 ) -> tuple[list[list[float]], list[list[float]], int]:
     """(Losses, sums of the weights of each run, recordings) after five steps of the same batches."""
     with Pack(scene.bench) as pack:
-        pack.records, pack.window = records, 1
+        pack.passes.records, pack.window = records, 1
         members = [pack.add(config, out / str(i)) for i, config in enumerate(configs)]
         packing.hold(pack)
         losses: list[list[float]] = [[] for _ in members]
@@ -131,7 +131,7 @@ def _held_steps(
             for member, event in pack.round():
                 if isinstance(event, StepEnded):
                     losses[members.index(member)].append(event.loss)
-        recordings = len(pack._recorded) if pack._recorded is not None and records else 0
+        recordings = pack.passes.recordings if records else 0
         return losses, [member.adapter.weights.double().cumsum(0)[::997].tolist() for member in members], recordings
 
 

@@ -109,11 +109,11 @@ class Rows:
         with packing.packed(self.scene.bench, config, k) as pack:
             configs = [member.config for member in pack.members]
             lengths = replace(_lengths(self.scene, config), labels=packing.hold(pack))
-            pack.records = False
+            pack.passes.records = False
             launched, highest = self._timed(pack)
             with FlopCounterMode(display=False) as counter:
                 _round(pack)
-            pack.records = True
+            pack.passes.records = True
             seconds, _ = self._timed(pack)
         self.found["ours", precision, batch, k] = Row(seconds, k * batch / seconds)
         flops = counter.get_total_flops()
@@ -134,9 +134,9 @@ class Rows:
             before = torch.cuda.memory_allocated() if self.scene.device.type == "cuda" else 0
             with packing.packed(self.scene.bench, config, k) as pack, _attention(name == "fused, deterministic"):
                 packing.hold(pack)
-                pack.records = False
+                pack.passes.records = False
                 _, taken = self._timed(pack)
-                pack.records = True
+                pack.passes.records = True
                 seconds, _ = self._timed(pack)
             facts = {"ms": 1e3 * seconds, "taken_gib": None if taken is None else (taken - before) / 2**30}
             self.report.say(f"attention {name}, {precision}, {k} x 4", **facts)
@@ -150,7 +150,7 @@ class Rows:
                 before = torch.cuda.memory_allocated() if self.scene.device.type == "cuda" else 0
                 with packing.packed(self.scene.bench, config, 8) as pack:
                     packing.hold(pack)
-                    pack.records = False
+                    pack.passes.records = False
                     seconds, taken = self._timed(pack)
             finally:
                 stacked.STACKED = kept
@@ -186,7 +186,7 @@ class Rows:
         config = self.scene.config(precision, batch_size=batch)
         on_gpu = self.scene.device.type == "cuda"
         with packing.packed(self.scene.bench, config, k) as pack:
-            pack.records = False
+            pack.passes.records = False
             _round(pack)
             _round(pack)
             synchronize()

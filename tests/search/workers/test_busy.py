@@ -38,7 +38,7 @@ class Machine:
             samples = sum(member.config.batch_size for member in pack.members)
             self.now += max(self.launches_s, samples * self.sample_s)
             if len(pack.members) > most:
-                pack.at_once = most
+                pack.passes.at_once = most
             return iter(())
 
         monkeypatch.setattr(Pack, "round", taken)

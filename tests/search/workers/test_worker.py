@@ -28,7 +28,7 @@ from search.workers.slots import Room, Slots
 from search.workers.trial import TrialRun
 from search.workers.worker import GaveUp
 from tests.search.workers.conftest import RecordingLink, Search, is_epoch
-from trainer import loop, member, runtime
+from trainer import loop, member, passes, runtime
 from trainer.common.disk import NoRoom
 from trainer.common.errors import DataError
 from trainer.events import EpochEnded, StepEnded
@@ -115,15 +115,15 @@ def test_a_trial_too_large_for_memory_violates_a_constraint_and_its_neighbours_g
     search: Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone, _ = search(trials=3, slots=3, where="alone")
-    original = loop.Pack._pass
+    original = passes.Passes._pass
 
-    def hungry(self: loop.Pack, work: Any) -> Any:
-        self._passing = [member for member, _, _ in work]
-        if any(member.out_dir.name == "0001" for member in self._passing):
+    def hungry(self: passes.Passes, work: Any) -> Any:
+        self.passing = [member for member, _, _ in work]
+        if any(member.out_dir.name == "0001" for member in self.passing):
             raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
         return original(self, work)
 
-    monkeypatch.setattr(loop.Pack, "_pass", hungry)
+    monkeypatch.setattr(passes.Passes, "_pass", hungry)
     trials, _ = search(trials=3, slots=3)
     assert [t.state for t in trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
     assert trials[1].reason == records.OUT_OF_MEMORY and trials[1].violated == (records.OUT_OF_MEMORY,)

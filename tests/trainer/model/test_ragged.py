@@ -166,7 +166,7 @@ def test_they_train_one_run_in_a_pass(
             monkeypatch.setattr(base, "FORWARDS", {})
         with Pack(Workbench()) as pack:
             pack.add(small(), tmp_path / str(known))
-            assert pack.at_once == (None if known else 1)
+            assert pack.passes.at_once == (None if known else 1)
 
 
 def test_float16_is_kept_from_overflow_as_t5_does_it() -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.first_steps import apart, distance, first_steps
 from tests.support.spoiling import spoiling
-from trainer import loop, runtime
+from trainer import passes, runtime
 from trainer.config import TrainConfig
 from trainer.loop import Pack
 from trainer.model import peak, stacked
@@ -130,18 +130,18 @@ def test_a_stack_is_kept_while_the_runs_are_the_same(
 ) -> None:
     """Also in passes of half the runs each: to lay one out takes tenths of a second at the real size."""
     made: list[int] = []
-    stack = loop.Stack
-    monkeypatch.setattr(loop, "Stack", lambda adapters: made.append(len(adapters)) or stack(adapters))
+    stack = passes.Stack
+    monkeypatch.setattr(passes, "Stack", lambda adapters: made.append(len(adapters)) or stack(adapters))
     with Pack(bench) as pack:
         for number in range(4):
             pack.add(small(seed=number), tmp_path / str(number))
         list(pack.round())
-        pack.at_once = 2
+        pack.passes.at_once = 2
         for _ in range(2):
             list(pack.round())
         assert made == [4, 2, 2]
         pack.remove(pack.members[0])
-        assert not pack._stacks
+        assert not pack.passes._stacks
 
 
 @pytest.mark.usefixtures("on")
@@ -150,13 +150,13 @@ def test_runs_that_leave_or_differ_are_not_stacked(bench: Workbench, small: Smal
         first = pack.add(small(), tmp_path / "first")
         other = pack.add(small(lora_r=2), tmp_path / "other")
         list(pack.round())
-        assert pack._stack is not None and pack._stack.adapters == (first.adapter, other.adapter)
+        assert pack.passes._stack is not None and pack.passes._stack.adapters == (first.adapter, other.adapter)
         pack.remove(other)
         list(pack.round())
-        assert pack._stack is None
+        assert pack.passes._stack is None
         pack.add(small(target_modules=("query",)), tmp_path / "third")
         list(pack.round())
-        assert pack._stack is None
+        assert pack.passes._stack is None
 
 
 def test_its_memory_is_told(bench: Workbench, small: Small, tmp_path: Path) -> None:
