@@ -252,7 +252,7 @@ class _TestedPack(Pack):
         with torch.no_grad():
             totals, tokens = [0.0] * len(good), 0
             for batch in self._recorder.test_batches if good else ():
-                sums = self._evaluate_batch([(member, batch) for member in good])
+                sums = self.passes.losses([(member, batch) for member in good])
                 totals = [total + each for total, each in zip(totals, sums, strict=True)]
                 tokens += batch.num_tokens()
         for member, features, total in zip(good, kept, totals, strict=True):

@@ -68,6 +68,7 @@ class Pack:
         self.bench = bench
         self.members: dict[Any, tuple[Any, Path]] = {}
         self.states: dict[Any, Checkpoint | None] = {}
+        self.passes = SimpleNamespace(at_once=None, alive=lambda: None)
 
     def __enter__(self) -> Pack:
         return self
