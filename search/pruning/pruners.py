@@ -1,10 +1,4 @@
-"""When a trial stops before its last epoch: rules on its own curve, and Optuna's pruners that compare it with others.
-
-    rising     no new best validation loss for `patience` evaluations in a row
-    diverged   training and validation loss jump up at the same epoch
-    verdict    the outcome where a rule fires: PRUNED, or COMPLETE with the best value reached
-
-A new pruner is one entry in `PRUNERS`: its name for `--pruner`, a line of help, and what makes it.
+"""When a trial stops or pauses, and with which outcome: a rising loss, a jump, or what comparison with others says.
 
 Optuna's own pruners cannot do this: Median, Hyperband and SuccessiveHalving never stop a rising trial that is still
 the best of its study, and PatientPruner never stops a curve of NaN (measured with Optuna 5.0).
@@ -14,29 +8,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import optuna
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.pruners import BasePruner, SuccessiveHalvingPruner
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from search import records
-from search.diagnosis.unstable import JUMP
-from search.errors import StudyError
 from search.planning.budget import Budget
-from search.planning.comparable import Comparable
 from search.planning.plan import Plan
-from search.planning.prior import Prior
-from search.planning.rungs import RungPlan
-from search.planning.thaw import FreezeThaw
+from search.pruning.rules import Losses, describe_jump, describe_rise, diverged, rising
 from search.records import Outcome
-from trainer.common.errors import nearest, shown
-
-if TYPE_CHECKING:
-    from search.study import Study
 
 MIN_PEERS = 3
 """Finished trials needed before "no better than their median" says anything.
@@ -45,39 +29,6 @@ The median of one or two trials is an extreme, or the mean of both extremes: one
 overfitting trial after it into a PRUNED one. With three it is a value with one on either side.
 """
 
-Losses = Sequence[float | None]
-"""A loss by epoch, epoch 1 first; None or NaN where there is no value."""
-
-
-def rising(val_losses: Losses, patience: int, min_delta: float = 0.0) -> bool:
-    """Whether the last `patience` evaluations in a row brought no new best by more than `min_delta`.
-
-    A missing or non-finite value is an evaluation without a new best, so a curve of NaN alone rises too. Small
-    gains add up: each is measured against the last value that counted as a best.
-    """
-    best = math.inf
-    waited = 0
-    for loss in val_losses:
-        if _finite(loss) and loss < best - min_delta:
-            best, waited = loss, 0
-        else:
-            waited += 1
-    return waited >= patience
-
-
-def diverged(train_losses: Losses, val_losses: Losses, jump: float = JUMP) -> bool:
-    """Whether training and validation loss both jump up at the latest epoch.
-
-    The training loss is compared with the epoch before, the validation loss with its best so far. A NaN or infinite
-    loss at the latest epoch counts as a jump; a missing one (None) does not.
-    """
-    epoch = max(len(train_losses), len(val_losses))
-    if epoch < 2 or len(train_losses) != len(val_losses):
-        return False
-    before = [loss for loss in train_losses[:-1] if _finite(loss)]
-    best = min((loss for loss in val_losses[:-1] if _finite(loss)), default=None)
-    return _jumps(train_losses[-1], before[-1] if before else None, jump) and _jumps(val_losses[-1], best, jump)
-
 
 def best_value(trial: FrozenTrial) -> float | None:
     """The lowest finite validation loss of a trial: its value if COMPLETE, unless that is of its captions
@@ -85,16 +36,6 @@ def best_value(trial: FrozenTrial) -> float | None:
     if trial.state == TrialState.COMPLETE and records.CIDER not in trial.user_attrs:
         return trial.value
     return min((v for v in trial.intermediate_values.values() if math.isfinite(v)), default=None)
-
-
-def _finite(loss: float | None) -> TypeGuard[float]:
-    return loss is not None and math.isfinite(loss)
-
-
-def _jumps(loss: float | None, reference: float | None, jump: float) -> bool:
-    if loss is None or reference is None:
-        return False
-    return not math.isfinite(loss) or loss > reference * (1 + jump)
 
 
 class HalvingPruner(SuccessiveHalvingPruner):
@@ -186,7 +127,7 @@ class RisingLossPruner(BasePruner):
             return None
         train, val = _curves(trial)
         if diverged(train, val):
-            return Outcome(state="PRUNED", reason=records.DIVERGED, detail=_describe_jump(train, val))
+            return Outcome(state="PRUNED", reason=records.DIVERGED, detail=describe_jump(train, val))
         if rising(val, self._patience, self._min_delta):
             return self._judge_rising(study, trial, val)
         if self._other is not None and self._other.prune(study, trial):
@@ -194,7 +135,7 @@ class RisingLossPruner(BasePruner):
         return None
 
     def _judge_rising(self, study: optuna.Study, trial: FrozenTrial, val: Losses) -> Outcome:
-        rise = _describe_rise(val, self._patience)
+        rise = describe_rise(val, self._patience)
         best = best_value(trial)
         if best is None:  # a cliff that TPE should learn of, not a rising curve
             reason = records.NON_FINITE
@@ -274,108 +215,6 @@ def verdict(study: optuna.Study, trial: FrozenTrial) -> Outcome | None:
     return _superseded(pruner, trial) if pruner.prune(study, trial) else None
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A value of `--pruner`."""
-
-    about: str
-    """What it does, for `--help`."""
-    other: Callable[[int], BasePruner] | None = None
-    """Makes the pruner asked beside the rising-loss rule, given the epochs of a full trial."""
-    rising: bool = True
-    """Whether the rising-loss rule applies."""
-    plan: Callable[[Study, Prior, bool], Plan] | None = None
-    """Makes the plan by which trials pause, beside the rising-loss rule."""
-
-
-PRUNERS: dict[str, Kind] = {
-    "rising": Kind("stop a trial whose validation loss rises or whose losses jump up"),
-    "hyperband": Kind(
-        "rising, and Hyperband",
-        # It only decides here. As the study's own pruner it would also hide the other brackets' trials from TPE,
-        # which a dozen trials cannot afford.
-        lambda num_epochs: HyperbandPruner(min_resource=1, max_resource=num_epochs, reduction_factor=3),
-    ),
-    "halving": Kind("rising, and successive halving", lambda num_epochs: HalvingPruner()),
-    "median": Kind(
-        "rising, and the median of other trials at the same epoch",
-        lambda num_epochs: MedianPruner(n_startup_trials=MIN_PEERS, n_warmup_steps=1),
-    ),
-    "freeze-thaw": Kind(
-        "rising, and pause a trial for what is worth more: another one, or a new configuration",
-        plan=lambda study, prior, proposes: FreezeThaw(study, prior, proposes=proposes),
-    ),
-    "rungs": Kind(
-        "rising, and pause at epochs 1, 3, 9, ...: the best third goes on, at the end the leaders",
-        plan=lambda study, _prior, _proposes: RungPlan(study.base_config().num_epochs, among=Comparable(study).among),
-    ),
-    "none": Kind("train all epochs", rising=False),
-}
-"""What `--pruner` can name."""
-
-
-def default_pruner(strategy: str) -> str:
-    """The pruner that goes with a `--strategy`, where none is given: the plan that samples also pauses."""
-    return strategy if PRUNERS.get(strategy, Kind("")).plan is not None else "rising"
-
-
-def check_name(name: str) -> None:
-    """Make sure that there is a pruner of this name.
-
-    Raises:
-        StudyError: there is none.
-    """
-    if name not in PRUNERS:
-        raise StudyError(f"there is no pruner {shown(name)}{nearest(name, PRUNERS)}; known: {', '.join(PRUNERS)}")
-
-
-def help_text() -> str:
-    """The help of `--pruner`: each name with what it does."""
-    return "; ".join(f"{name}: {kind.about}" for name, kind in PRUNERS.items())
-
-
-def make_pruner(name: str, *, patience: int, min_delta: float, num_epochs: int) -> BasePruner:
-    """The pruner of `--pruner NAME`. All but `none` include the rising-loss rule.
-
-    Args:
-        name: A name in `PRUNERS`.
-        patience: See `RisingLossPruner`.
-        min_delta: See `RisingLossPruner`.
-        num_epochs: Epochs of a full trial, Hyperband's largest resource.
-
-    Raises:
-        StudyError: the name is unknown.
-    """
-    check_name(name)
-    kind = PRUNERS[name]
-    if not kind.rising:
-        return NopPruner()
-    other = kind.other(num_epochs) if kind.other else None
-    return RisingLossPruner(patience=patience, min_delta=min_delta, other=other)
-
-
-def pruner_for(
-    name: str, study: Study, budget: Budget | None = None, *, prior: Prior | None = None, proposes: bool = False
-) -> BasePruner:
-    """The pruner of `--pruner NAME` with the settings of a study.
-
-    Args:
-        name: A name in `PRUNERS`.
-        study: Its rule for stopping, and what a plan needs.
-        budget: Of the whole study; None for its own number of trials.
-        prior: What is known of good effective rates, for a plan.
-        proposes: Whether new configurations are the plan's own proposals.
-    """
-    check_name(name)
-    make_plan = PRUNERS[name].plan
-    if make_plan is not None:
-        plan = make_plan(study, prior or Prior(), proposes)
-        total = budget or Budget(study.n_trials)
-        return PausingPruner(plan, total, patience=study.patience, min_delta=study.min_delta)
-    num_epochs = study.base_config().num_epochs
-    return make_pruner(name, patience=study.patience, min_delta=study.min_delta, num_epochs=num_epochs)
-
-
 def _curves(trial: FrozenTrial) -> tuple[list[float | None], list[float | None]]:
     """(training, validation) loss by epoch up to the latest report, both of that length; None where unknown."""
     last = max(trial.intermediate_values)
@@ -400,25 +239,3 @@ def _superseded(pruner: BasePruner, trial: FrozenTrial) -> Outcome:
     value = trial.intermediate_values[epoch]
     detail = f"{type(pruner).__name__} gave it up at epoch {epoch} with validation loss {value:.4f}"
     return Outcome(state="PRUNED", reason=records.SUPERSEDED, detail=detail)
-
-
-def _describe_rise(val: Losses, patience: int) -> str:
-    finite = [(loss, epoch) for epoch, loss in enumerate(val, 1) if _finite(loss)]
-    since = ", ".join(_show(loss) for loss in val[-patience:])
-    if not finite:
-        return f"no finite validation loss in {len(val)} epochs"
-    best, epoch = min(finite)
-    return f"validation loss has no new best for {patience} epochs: {best:.4f} at epoch {epoch}, lately {since}"
-
-
-def _describe_jump(train: Losses, val: Losses) -> str:
-    before = [loss for loss in train[:-1] if _finite(loss)][-1]
-    best = min(loss for loss in val[:-1] if _finite(loss))
-    return (
-        f"both losses jump up at epoch {len(val)}: training {_show(before)} -> {_show(train[-1])}, "
-        f"validation {_show(val[-1])} against {_show(best)} at best"
-    )
-
-
-def _show(loss: float | None) -> str:
-    return "none" if loss is None else f"{loss:.4f}"
