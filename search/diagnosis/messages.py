@@ -1,7 +1,7 @@
 """Every sentence of the diagnosis, in English and in Chinese, from the same facts.
 
 The words are in `search.diagnosis.texts`. Its templates have these specs: `loss` five digits, `times` two, `rate` as
-the log writes rates, `pct` a share in percent, `time` seconds or minutes.
+the log writes rates, `pct` a share in percent, `time` seconds or minutes, `end` why a run ended.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 from search.diagnosis.finding import IDS, TOO_SLOW, Advice, Finding
-from search.diagnosis.texts import ACTIONS, CAUSES, EXTRAS, SENTENCES, TITLES
+from search.diagnosis.texts import ACTIONS, CAUSES, ENDS, EXTRAS, SENTENCES, TITLES
 from search.diagnosis.tree import Leaf
 from search.diagnosis.tree_texts import LEAVES, QUESTIONS
 
@@ -27,6 +27,8 @@ class _Values(string.Formatter):
         self._lang = lang
 
     def format_field(self, value: Any, format_spec: str) -> str:
+        if format_spec == "end":
+            return _pick(ENDS[value], self._lang) if value in ENDS else str(value)
         if not format_spec or isinstance(value, str) or value is None:
             return str(value)
         if format_spec == "pct":

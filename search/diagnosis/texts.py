@@ -1,6 +1,6 @@
 """The words of the diagnosis, in English and in Chinese side by side; `search.diagnosis.messages` fills them in.
 
-`{name:spec}` is a named value of the evidence; `messages` explains the specs `loss`, `rate`, `pct`, `time` and `times`.
+`{name:spec}` is a named value of the evidence; `messages` explains the specs `loss`, `rate`, `pct`, `time`, `times` and `end`.
 A clause of `EXTRAS` is added if all values that it names are known.
 """
 
@@ -10,6 +10,8 @@ A clause of `EXTRAS` is added if all values that it names are known.
 from __future__ import annotations
 
 from typing import Final
+
+from search import records
 
 # Each entry: (English, Chinese).
 TITLES: Final = {
@@ -26,6 +28,23 @@ TITLES: Final = {
     "warmup_exceeds_training": ("warmup longer than the training", "warmup 超过总训练步数"),
     "slow_epoch": ("slow epochs", "每个 epoch 过慢"),
 }
+
+ENDS: Final = {
+    records.FINISHED: ("all epochs done", "全部 epoch 完成"),
+    records.RISING: ("validation loss rising", "验证 loss 持续上升"),
+    records.DIVERGED: ("diverged", "训练发散"),
+    records.NON_FINITE: ("NaN or infinity", "出现 NaN/Inf"),
+    records.OUT_OF_MEMORY: ("out of memory", "显存不足"),
+    records.SUPERSEDED: ("behind other trials", "落后于其他实验"),
+    records.PROBE: ("stability probe, done", "稳定性试探，已完成"),
+    records.REPEAT: ("repeat, done", "重复实验，已完成"),
+    records.INTERRUPTED: ("interrupted, to be resumed", "已中断，稍后继续"),
+    records.SETTLED: ("more epochs were not expected to lower it", "预计继续训练不会再降低"),
+    records.PAUSED: ("paused, goes on if it is worth more than the others", "已暂停，若比其他试验更有希望则继续"),
+    records.LOST: ("process lost", "进程丢失"),
+    records.ERROR: ("internal error", "程序错误"),
+}
+"""Why a run ended, by `search.records`' reasons."""
 
 SENTENCES: Final = {
     "non_finite.update": (
@@ -271,7 +290,7 @@ EXTRAS: Final[dict[str, tuple[tuple[tuple[str, ...], str, str], ...]]] = {
             "；{total_steps} 步中有 {warmup_steps} 步是 warmup",
         ),
     ),
-    "inconclusive": ((("reason",), "; it ended with: {reason}", "；结束原因：{reason}"),),
+    "inconclusive": ((("reason",), "; it ended: {reason:end}", "；结束原因：{reason:end}"),),
     "healthy": (
         (
             ("val_first", "train_first", "train_last"),

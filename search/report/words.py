@@ -5,26 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from search import records
 from search.diagnosis.messages import LANGS, Lang
+from search.diagnosis.texts import ENDS
 
 # Each entry: (English, Chinese).
-REASONS: Final = {
-    records.FINISHED: ("all epochs done", "全部 epoch 完成"),
-    records.RISING: ("validation loss rising", "验证 loss 持续上升"),
-    records.DIVERGED: ("diverged", "训练发散"),
-    records.NON_FINITE: ("NaN or infinity", "出现 NaN/Inf"),
-    records.OUT_OF_MEMORY: ("out of memory", "显存不足"),
-    records.SUPERSEDED: ("behind other trials", "落后于其他实验"),
-    records.PROBE: ("stability probe, done", "稳定性试探，已完成"),
-    records.REPEAT: ("repeat, done", "重复实验，已完成"),
-    records.INTERRUPTED: ("interrupted, to be resumed", "已中断，稍后继续"),
-    records.SETTLED: ("more epochs were not expected to lower it", "预计继续训练不会再降低"),
-    records.PAUSED: ("paused, goes on if it is worth more than the others", "已暂停，若比其他试验更有希望则继续"),
-    records.LOST: ("process lost", "进程丢失"),
-    records.ERROR: ("internal error", "程序错误"),
-}
-
 STATES: Final = {
     "COMPLETE": ("complete", "完成"),
     "PRUNED": ("pruned", "提前终止"),
@@ -117,7 +101,7 @@ def trials(shown: Sequence[str], total: int, lang: Lang) -> str:
 
 def reason(name: str | None, lang: Lang) -> str:
     """A trial's reason in words; an unknown one is returned as it is."""
-    return pick(REASONS[name], lang) if name in REASONS else str(name or "")
+    return pick(ENDS[name], lang) if name in ENDS else str(name or "")
 
 
 def parameter(name: str, lang: Lang) -> str:

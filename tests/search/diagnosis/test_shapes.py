@@ -89,7 +89,7 @@ def test_two_epochs_are_enough_to_see_both_losses_explode() -> None:
 def test_no_epoch_at_all() -> None:
     finding = only(Curve(reason=records.OUT_OF_MEMORY))
     assert (finding.id, finding.kind) == ("inconclusive", "none")
-    assert "out_of_memory" in messages.sentence(finding)
+    assert "it ended: out of memory" in messages.sentence(finding)
 
 
 def test_missing_values_are_skipped() -> None:
