@@ -177,11 +177,13 @@ def _room_problems(
 
 def _largest(study: Study, base: TrainConfig) -> TrainConfig:
     """The configuration of the study's space whose trial takes the most shared memory."""
-    values = {**base.model_dump(), "micro_batch_size": None}
+    given = {**base.model_dump(), "micro_batch_size": None}
+    values = dict(given)
     for name in LOADING:
         param = study.space.get(name)
         if param is not None and not isinstance(param, Multiple):
-            values[name] = max(edge for edge in param.edges() if isinstance(edge, int))
+            read = (getattr(TrainConfig.parse({**given, name: edge}), name) for edge in param.edges())
+            values[name] = max((value for value in read if value is not None), default=None)
     param = study.space.get("cache_features")
     if param is not None and not isinstance(param, Multiple) and False in param.edges():
         values["cache_features"] = False

@@ -237,6 +237,30 @@ def fits(space: Space) -> Callable[[str, Any], bool]:
     return lambda name, value: name in params and contains(params[name], value)
 
 
+def plain(space: Space) -> Space:
+    """The space with choices as TrainConfig reads them: a number or a truth value where it was given as text (`"4"`).
+
+    Raises:
+        ValueError: a choice names such a value twice.
+    """
+
+    def read(name: str, value: Scalar | None) -> Scalar | None:
+        if not isinstance(value, str):
+            return value
+        try:
+            found = TrainConfig.parse({"micro_batch_size": None, name: value}).model_dump()[name]
+        except ConfigError:  # `range_problems` says why
+            return value
+        return found if isinstance(found, int | float) else value
+
+    return {
+        name: Choice(tuple(read(name, value) for value in param.values))
+        if isinstance(param, Choice) and name in TrainConfig.model_fields
+        else param
+        for name, param in space.items()
+    }
+
+
 # What a space can give that TrainConfig does not accept.
 
 

@@ -23,6 +23,7 @@ from search.space import (
     Space,
     micro_batch_problem,
     param_name,
+    plain,
     range_problems,
     to_config,
     to_dict,
@@ -109,12 +110,17 @@ class Study:
     loss gives all validation images. Rules that stop a trial early see its losses either way."""
 
     def __post_init__(self) -> None:
-        problems = list(_problems(self))
+        problems = []
+        if not any(_form_problems(self)):
+            try:
+                object.__setattr__(self, "space", plain(self.space))
+            except ValueError as error:
+                problems.append(str(error))
+        problems += _problems(self)
         if problems:
             lines = "\n".join(f"  - {problem}" for problem in problems)
             raise StudyError(f"the study {shown(self.name)} is wrong:\n{lines}")
         # Plain values from here on: they go to other processes and into a database.
-        object.__setattr__(self, "space", dict(self.space))
         object.__setattr__(self, "base", _plain(self.base, self.base))
         enqueue = (replace(f, config=_plain(f.config, {**self.base, **f.config})) for f in self.enqueue)
         object.__setattr__(self, "enqueue", tuple(enqueue))
