@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from search.dashboards import losses_svg
 from search.diagnosis import Finding, leaf, messages
 from search.markdown import code, escape, fenced
 from search.records import EpochRecord, Outcome, TrialRecord, finite, lowest
-from search.storage.optuna_private import set_system_attr
+from search.storage.optuna_private import noted, set_system_attr, study_system_attrs, trial_id
 from search.verdict import text
 from search.verdict.leaders import verdict_of
 from trainer.common.imports import without_module
@@ -33,8 +34,6 @@ with without_module("sklearn"):
     # would add a second to each worker's start.
     from optuna_dashboard import get_note, save_note
     from optuna_dashboard.artifact import get_artifact_path
-
-    from search.dashboards.optuna_dashboard_private import read_notes
 
 WIDTH = 104
 """Characters in a line of a trial's note. optuna-dashboard makes its page as wide as the longest user attribute,
@@ -95,11 +94,21 @@ def retell(study: optuna.Study, findings: Mapping[int, Sequence[Finding]]) -> No
     Args:
         findings: By number of the trial.
     """
-    for number, note in read_notes(study, findings).items():
-        start, _, rest = note.body.partition("\n\n")
+    for number, trial in _noted(study, findings).items():
+        start, _, rest = get_note(trial).partition("\n\n")
         told = _JUDGEMENT.match(rest)
         if told is not None and told[1] != (now := _judgement(findings[number])):
-            note.save(f"{start}\n\n{now}{rest[told.end(1) :]}")
+            save_note(trial, f"{start}\n\n{now}{rest[told.end(1) :]}")
+
+
+def _noted(study: optuna.Study, numbers: Collection[int]) -> dict[int, Any]:
+    """Trials by number, to read and write the notes of many with one look at the database."""
+    attrs: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, value in study_system_attrs(study).items():
+        if name.startswith("dashboard:"):
+            attrs[name.split(":")[1]][name] = value
+    trials = (trial for trial in study.get_trials(deepcopy=False) if trial.number in numbers)
+    return {trial.number: noted(study, trial, attrs[str(trial_id(trial))]) for trial in trials}
 
 
 def _judgement(findings: Sequence[Finding]) -> str:

@@ -3,7 +3,7 @@
 Optuna may change such names in any release, so none stands anywhere else below `search/`.
 tests/search/storage/test_optuna_private.py says which one is missing, and finds uses outside of this module.
 
-    trial_id, key_of, backend, study_system_attrs    what a trial and a study keep to themselves
+    trial_id, backend, study_system_attrs    what a trial and a study keep to themselves
     latest                         a running trial, without asking the database
     set_user_attr, set_system_attr, set_state    writing to a trial that is not `optuna.Trial`
     running_heartbeats             the heartbeats of all running trials, in one query
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from datetime import datetime
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import optuna
@@ -37,15 +37,25 @@ def trial_id(trial: AnyTrial) -> int:
     return found
 
 
-def key_of(study: optuna.Study) -> tuple[BaseStorage, int]:
-    """The storage that a study is in, and its key there."""
-    return study._storage, study._study_id
-
-
 def study_system_attrs(study: optuna.Study) -> dict[str, Any]:
     """What other programs keep with the study; `Study.system_attrs` is deprecated, and copies them."""
     found: dict[str, Any] = study._storage.get_study_system_attrs(study._study_id)
     return found
+
+
+def noted(study: optuna.Study, trial: AnyTrial, attrs: Mapping[str, Any]) -> Any:
+    """A trial, ended or not, as optuna-dashboard's `get_note` and `save_note` take it.
+
+    Args:
+        study: The trial's study.
+        trial: The trial.
+        attrs: Those of the study's system attributes that are of this trial, as they were read: the functions would
+            read all trials' for each.
+    """
+    storage = SimpleNamespace(
+        get_study_system_attrs=lambda _: attrs, set_study_system_attr=study._storage.set_study_system_attr
+    )
+    return SimpleNamespace(storage=storage, study=study, _trial_id=trial._trial_id)
 
 
 def backend(study: optuna.Study) -> BaseStorage:

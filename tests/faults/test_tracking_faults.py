@@ -22,7 +22,7 @@ from search.tracking.client import Tracking, open_tracking
 from search.tracking.delivery import Delivery, DeliveryThread
 from search.tracking.outbox import is_local
 from search.tracking.runs import StudyRuns
-from tests.search.tracking.recorded import copy_database, whole_run
+from tests.search.tracking.recorded import copy_database, finding, whole_run
 from trainer.config import TrainConfig
 
 SAME = {"pid", "process_started", "record_id", "mlflow.parentRunId", "resumed_from_epoch"}
@@ -157,7 +157,9 @@ def search(runs: StudyRuns, restart: Callable[[], StudyRuns]) -> None:
                 recorder.writer.put(now=True)
                 time.sleep(0.02)
         if number == 1:
-            recorder.finish("KILLED", state="WAITING", reason="interrupted", findings=("slow",), tags={"detail": "x"})
+            recorder.finish(
+                "KILLED", state="WAITING", reason="interrupted", findings=[finding("too_slow")], tags={"detail": "x"}
+            )
             runs = restart()
             runs.start_study({"data_fingerprint": "d"})
             recorder = runs.resume(recorder.run_id)
@@ -165,7 +167,9 @@ def search(runs: StudyRuns, restart: Callable[[], StudyRuns]) -> None:
             for event in [events[first_epoch], events[0], *events[first_epoch + 1 :]]:
                 recorder(event)  # the checkpoint's history, then the rest again
         recorder.put_metric("best_val_loss", 1.5, 1)
-        recorder.finish("FINISHED", state="COMPLETE", reason="finished", findings=("healthy",), description="# How")
+        recorder.finish(
+            "FINISHED", state="COMPLETE", reason="finished", findings=[finding("healthy")], description="# How"
+        )
     log.parent.mkdir(exist_ok=True)
     log.write_text("the log")
     runs.keep(log)
@@ -181,7 +185,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, empty: Path) -> dict[str,
     found = content(place.uri)
     assert set(found) == {"demo", "trial 0", "trial 1", "trial 2"}
     assert [step for step, _ in found["trial 1"]["metrics"]["step/loss"]] == list(range(1, 61))
-    assert "finding.slow" not in found["trial 1"]["tags"]
+    assert "finding.too_slow" not in found["trial 1"]["tags"]
     return found
 
 

@@ -24,7 +24,7 @@ from search.tracking import views
 from search.tracking.client import Tracking, open_tracking
 from search.tracking.mlflow_private import VIEW, VIEW_PARAMETER
 from search.ui import check
-from tests.search.tracking.recorded import whole_run
+from tests.search.tracking.recorded import finding, whole_run
 from trainer.common.errors import UserError
 from trainer.config import TrainConfig
 
@@ -62,7 +62,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recorder = tracking.recorder(run_id)
     for event in whole_run(2, 20):
         recorder(event)
-    recorder.finish("FINISHED", state="COMPLETE", findings=("healthy",))
+    recorder.finish("FINISHED", state="COMPLETE", findings=[finding("healthy")])
     return folder
 
 
