@@ -1,7 +1,7 @@
 """How often the verdict errs, and what it costs, on studies of which the truth is known.
 
     python -m tests.benchmarks.verdicts                          # made-up studies: minutes on one core
-    python -m tests.benchmarks.verdicts --lines epochs.jsonl     # configurations and noise of a recorded table
+    python -m tests.benchmarks.verdicts --table aerial           # configurations and noise of a recorded table
 
 A made-up study has configurations whose true losses lie apart by exponential gaps, and trainings whose noise has heavy
 tails (Student's t, 5 degrees of freedom) and differs between configurations (log-normal, 0.4): worse than what the
@@ -24,16 +24,17 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from search.verdict.leaders import APART, FEWEST, SHARE, TOP
 from search.verdict.race import FIRST, Candidate, Cell, Limits, Verdict, race
-from tests.benchmarks.record import read
+from tests.benchmarks.stored_tables import load
 
 EPOCHS = 5
 """To the best one, in made-up studies."""
+WORTH = 0.1
+"""Logarithm of the loss above the lowest up to which a table's repeats count: candidates are good ones."""
 STOPPED = 0.6
 """Share of the search's epochs that are trained, as early stopping and pausing leave them."""
 
@@ -67,30 +68,34 @@ def made_up(rng: random.Random, number: int, gap: float, noise: float) -> list[C
     return found
 
 
-def recorded(lines: Path) -> tuple[list[Configuration], float]:
-    """(configurations of a table, standard deviation of a repeat)."""
-    runs: defaultdict[int, defaultdict[int, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
-    for line in read(lines):
-        if "epoch" in line:
-            runs[line["configuration"]][line["seed"]][line["epoch"]] = line
-    known, moves = [], []
+def recorded(table: dict[str, Any]) -> tuple[list[Configuration], list[float]]:
+    """(configurations of a table, what repeats of the good ones moved by)."""
+    runs: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+    for run in table["runs"]:
+        runs[run["configuration"]].append(run)
+    known: list[tuple[float, float, int]] = []
+    moves: list[tuple[float, float]] = []
     for seeds in runs.values():
-        first, *others = (seeds[seed] for seed in sorted(seeds))
-        row = min(first.values(), key=lambda r: r["val"] if math.isfinite(r["val"]) else math.inf)
-        there = [run[row["epoch"]] for run in (first, *others) if row["epoch"] in run]
-        tests = [each["test"] for each in there if each["test"] is not None]
+        first, *others = sorted(seeds, key=lambda run: run["seed"])
+        losses = [(loss, number) for number, loss in enumerate(first["val"]) if loss is not None]
+        if not losses:
+            continue
+        seen, at = min(losses)
+        there = [run for run in (first, *others) if at < len(run["val"]) and run["val"][at] is not None]
+        tests = [run["test"][at] for run in there if run["test"][at] is not None]
         if not tests:
             continue
-        known.append((math.log(fmean(tests)), math.log(row["val"]), int(row["epoch"])))
+        known.append((math.log(fmean(tests)), math.log(seen), at + 1))
         if len(there) > 2:  # the first seed's epoch was chosen by its loss
-            moves.append((math.log(there[1]["val"]) - math.log(there[2]["val"])) / math.sqrt(2))
-    if not moves:
-        raise SystemExit(f"{lines} has no configuration with three seeds yet")
-    scale = math.sqrt(fmean(m * m for m in moves))
+            moved = (math.log(there[1]["val"][at]) - math.log(there[2]["val"][at])) / math.sqrt(2)
+            moves.append((math.log(seen), moved))
+    good = [moved for seen, moved in moves if seen <= min(loss for _, loss, _ in known) + WORTH]
+    if not good:
+        raise SystemExit("the table has no good configuration with three seeds yet")
     return [
-        Configuration(truth, seen, epochs, lambda r: r.choice((-1, 1)) * r.choice(moves))
+        Configuration(truth, seen, epochs, lambda r: r.choice((-1, 1)) * r.choice(good))
         for truth, seen, epochs in known
-    ], scale
+    ], good
 
 
 @dataclass(frozen=True)
@@ -147,20 +152,25 @@ def report(name: str, outcomes: Sequence[Outcome]) -> None:
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lines", type=Path, help="epochs.jsonl of a recording (tests.benchmarks.record)")
+    parser.add_argument("--table", help="a recorded table (tests.benchmarks.record): its name, or a file")
     parser.add_argument("--studies", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print("| study | winner % | tied % | not decided % | wrong % | wrong of all % | bad tie % | repeats | cost % |")
     print("|" + "---|" * 9)
     rng = random.Random(args.seed)
-    if args.lines is not None:
-        known, scale = recorded(args.lines)
-        spread = stdev(c.seen - c.truth for c in known)
-        print(f"<!-- {len(known)} configurations; a repeat moves by {scale:.4f}; seen - truth by {spread:.4f} -->")
+    if args.table is not None:
+        table = load(args.table)
+        known, good = recorded(table)
+        scale, spread = math.sqrt(fmean(m * m for m in good)), stdev(c.seen - c.truth for c in known)
+        print(
+            f"<!-- {len(known)} configurations; a repeat moves by {scale:.4f} ({len(good)} of them); "
+            f"seen - truth by {spread:.4f} -->"
+        )
         for number in (12, 32):
             studies = [rng.sample(known, min(number, len(known))) for _ in range(args.studies)]
-            report(f"table, {number} trials", [decide(rng, study, 20) for study in studies])
+            outcomes = [decide(rng, study, table["base"]["num_epochs"]) for study in studies]
+            report(f"{args.table}, {number} trials", outcomes)
         return 0
     for number in (12, 32, 128):
         for noise in (0.004, 0.008):
