@@ -25,9 +25,10 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Four processes on two cores: tests wait for other processes and databases a quarter of the time.
+# Three processes on two cores: tests wait for other processes and databases a quarter of the time (7:56, with two 9:57;
+# on a slower machine 11:50, with four 12:14).
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist loadfile --timeout 1800
