@@ -43,6 +43,8 @@ class Retold:
         due: dict[int, tuple[TrialRecord, tuple[Finding, ...]]] = {}
         for trial in trials:
             found = tuple(Finding.from_dict(data) for data in trial.attrs.get(records.FINDINGS) or ())
+            if trial.tags and trial.tags.get("state") != trial.state:
+                continue  # it ended after MLflow was read and before Optuna was: what it is told of is not yet whole
             if trial.state in ENDED and found and self._told.get(trial.number) != _keys(found):
                 due[trial.number] = (trial, found)
         if not due:

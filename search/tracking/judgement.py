@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from search.diagnosis import Finding
 from search.diagnosis.messages import key, sentence
+from search.diagnosis.texts import TITLES
 from search.markdown import escape
 
 _PREFIX = "finding."
-_OURS = re.compile(r"\*\*[A-Z]+\*\* \(\w*\): .*|- `\w+`: .*|")
+_OURS = re.compile(rf"\*\*[A-Z]+\*\* \(\w*\): .*|- `({'|'.join(TITLES)})`: .*|")
 """A line of a description that `description` made."""
 
 

@@ -88,7 +88,9 @@ def test_what_people_wrote_is_kept(study: optuna.Study) -> None:
     trial: Any = MagicMock(storage=study._storage, study=study, _trial_id=study.trials[0]._trial_id)
     save_note(trial, "Looks good.\n\nDecide later.\n\n" + note(study, 0))
     theirs, book = note(study, 0), MagicMock()
-    Retold(study, book)([told(0, FALLS, {**judgement.tags((SLOW,)), NOTE: f"{SAID}\nRun it again?"})])
+    Retold(study, book)(
+        [told(0, FALLS, {**judgement.tags((SLOW,)), "state": "COMPLETE", NOTE: f"{SAID}\nRun it again?"})]
+    )
     assert note(study, 0) == theirs
     assert NOTE not in book.add.call_args.args[2] and book.add.call_args.args[2]["finding"] == "still_falling"
 
@@ -102,3 +104,12 @@ def test_it_goes_on_where_mlflow_is_away_and_says_nothing_twice(study: optuna.St
     retold([told(0, SLOW, {})])  # and back
     assert [call.args[2]["findings"] for call in book.add.call_args_list][1:] == ["too_slow"]
     assert "`too_slow`" in note(study, 0)
+
+
+def test_a_trial_that_ends_between_the_two_readings_is_told_the_next_time(study: optuna.Study) -> None:
+    book, before = MagicMock(), note(study, 0)
+    retold = Retold(study, book)
+    retold([told(0, FALLS, {"study": "demo"})])  # MLflow was read before its end, Optuna after it
+    assert not book.add.called and note(study, 0) == before
+    retold([told(0, FALLS, {**judgement.tags((SLOW,)), "state": "COMPLETE"})])
+    assert book.add.called and note(study, 0) != before
