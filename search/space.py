@@ -253,12 +253,14 @@ def plain(space: Space) -> Space:
             return value
         return found if isinstance(found, int | float) else value
 
-    return {
-        name: Choice(tuple(read(name, value) for value in param.values))
-        if isinstance(param, Choice) and name in TrainConfig.model_fields
-        else param
-        for name, param in space.items()
-    }
+    found = dict(space)
+    for name, param in space.items():
+        if isinstance(param, Choice) and name in TrainConfig.model_fields:
+            try:
+                found[name] = Choice(tuple(read(name, value) for value in param.values))
+            except ValueError as error:
+                raise ValueError(f"search space of {name}: {error}") from None
+    return found
 
 
 # What a space can give that TrainConfig does not accept.

@@ -36,7 +36,7 @@ def test_choices_given_as_text_are_what_the_configuration_reads() -> None:
         "cache_features": (False,),
     }
     assert type(made.space["num_workers"].edges()[0]) is int
-    with pytest.raises(StudyError, match=r"Choice names a value twice: \(4, 4\)"):
+    with pytest.raises(StudyError, match=r"lora_r: Choice names a value twice: \(4, 4\)"):
         Study(name="texts", description="", space={"lora_r": Choice(("4", 4))}, n_trials=1)
 
 
