@@ -41,6 +41,8 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
 def main(descriptor: int) -> None:
     """Make the imports, then fork a program for each request, until the tests' process is gone."""
     with socket.socket(fileno=descriptor) as requests:
+        for name in [each for each in os.environ if each.startswith(("MLFLOW_", "DO_NOT_TRACK"))]:
+            del os.environ[name]  # the tests' own imports may have set it, and here it is to be seen who sets it
         before = dict(os.environ)
         make_imports()
         set_by_imports = {name: value for name, value in os.environ.items() if before.get(name) != value}
