@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("search.report.keeper")
 
 PAUSE_S = 10.0
-"""Trials ending within this many seconds share one update."""
+"""Trials ending within this many seconds share one update; a study that is over by then has one, at its end."""
 SHARE = 0.02
 """Largest share of the time that writing may take: the cores belong to the workers. Drawing takes a second, so trials
 of minutes are written about as they end, and trials of seconds about once a minute."""
@@ -62,18 +62,19 @@ class LogKeeper(threading.Thread):
         return self._try_to_write()
 
     def run(self) -> None:
-        """Wait for trials to end, write, pause."""
+        """Wait for trials to end, for others that end just after them, write, pause."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._due or self._closing)
+                self._changed.wait_for(lambda: self._closing, timeout=PAUSE_S)
                 if self._closing:
                     return
                 self._due = False
             began = time.monotonic()
             self._try_to_write()
             with self._changed:
-                pause = max(PAUSE_S, (time.monotonic() - began) / SHARE)
-                self._changed.wait_for(lambda: self._closing, timeout=pause)
+                pause = (time.monotonic() - began) / SHARE - PAUSE_S
+                self._changed.wait_for(lambda: self._closing, timeout=max(pause, 0))
 
     def _try_to_write(self) -> list[Path]:
         try:

@@ -27,6 +27,7 @@ from search.planning.budget import Budget
 from search.study import Study
 from search.study_file import load
 from search.workers.executor import Executor
+from search.workers.multiprocessing_private import refuse_in_a_worker
 from search.workers.protocol import Display, Job, Message, Notice
 from trainer.common import progress
 from trainer.common.errors import shown
@@ -93,6 +94,7 @@ class Session:
 
     def start(self) -> None:
         """Run the search in a thread of its own. `watch` gives its messages, `result` waits for its end."""
+        refuse_in_a_worker()
         self._thread = threading.Thread(target=self._run_aside, name="session", daemon=False)
         self._thread.start()
 
@@ -153,6 +155,7 @@ class Session:
         Raises:
             UserError: model or data cannot be used, a database cannot be opened, the definition has changed.
         """
+        refuse_in_a_worker()
         places = self.options.places
         pool = self._executor.pool({"--storage": places.storage_url, "--tracking-uri": places.tracking_uri})
         with pool.importing():

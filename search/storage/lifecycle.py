@@ -212,7 +212,7 @@ def _gone(
             found.append((trial, f"{where} is gone"))
             continue
         if silent_s is None:
-            silent_s = _silences(study)
+            silent_s = _silences(study, trials)
         silence = silent_s.get(trial.number, 0.0)
         grace = (worker or {}).get(LOST_AFTER) or _backend(study).grace_period
         if grace is not None and silence > grace:
@@ -220,14 +220,14 @@ def _gone(
     return found
 
 
-def _silences(study: optuna.Study) -> dict[int, float]:
-    """Seconds since each RUNNING trial was last heard of: its heartbeat or, if later, its start.
+def _silences(study: optuna.Study, trials: Sequence[FrozenTrial]) -> dict[int, float]:
+    """Seconds since each RUNNING one of these trials was last heard of: its heartbeat or, if later, its start.
 
     The start counts because a trial that was parked and taken up again has an old heartbeat for a moment. It is by its
     worker's clock: a start in the future only says that the clocks differ.
     """
     beats = running_heartbeats(study, _backend(study).engine)
-    starts = {t.number: t.datetime_start for t in study.get_trials(deepcopy=False)}
+    starts = {t.number: t.datetime_start for t in trials}
     silences = {}
     for number, beat, now in beats:
         start = starts.get(number)

@@ -6,6 +6,7 @@ tests/search/workers/test_multiprocessing_private.py says which of them a new Py
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import signal
 from contextlib import suppress
@@ -14,6 +15,21 @@ from multiprocessing import forkserver
 UNSEEN = 255
 """Exit code of a forked process whose end could not be seen, since the process that it was forked from was killed:
 `multiprocessing.popen_forkserver` has it as a bare number. Nothing says whether the process lives."""
+
+
+WORKER = "lora-search-worker"
+"""How the names of worker processes begin."""
+UNGUARDED = 86
+"""Exit code of a worker that was to start a search, see `refuse_in_a_worker`."""
+
+
+def refuse_in_a_worker() -> None:
+    """End this process if it is a worker that imports the program's main file, which is how it begins: a program that
+    starts a search outside of `if __name__ == "__main__":` would start one in each of its workers.
+    """
+    process = multiprocessing.current_process()
+    if getattr(process, "_inheriting", False) and process.name.startswith(WORKER):
+        os._exit(UNGUARDED)  # a fork server makes 1 of SystemExit
 
 
 def end_fork_server() -> None:

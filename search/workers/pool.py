@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from search import processes
 from search.errors import StudyError
-from search.workers.multiprocessing_private import end_fork_server
+from search.workers.multiprocessing_private import WORKER, end_fork_server
 from search.workers.start import OF_A_TERMINAL, environment, main
 from trainer.common import nvidia
 from trainer.common.imports import own_path
@@ -119,7 +119,9 @@ class WorkerPool:
         context: Any = multiprocessing.get_context("forkserver" if self._forks else "spawn")
         ours, theirs = context.Pipe()
         gpu = self._devices[index % len(self._devices)] if self._devices else None
-        process = context.Process(target=main, args=(theirs, gpu, self.threads), name=f"worker-{index}", daemon=False)
+        process = context.Process(
+            target=main, args=(theirs, gpu, self.threads), name=f"{WORKER}-{index}", daemon=False
+        )
         try:
             # The threads in case the process to fork from has to be started again.
             with _threads_of(self.threads), _deaf():

@@ -24,9 +24,9 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from search.errors import DatabaseAway
+from search.errors import DatabaseAway, StudyError
 from search.processes import is_running
-from search.workers.multiprocessing_private import UNSEEN
+from search.workers.multiprocessing_private import UNGUARDED, UNSEEN
 from search.workers.orphans import Orphans
 from search.workers.pool import WorkerPool, WorkerProcess
 from search.workers.protocol import (
@@ -301,6 +301,8 @@ class Supervisor:
         if exit_code == DatabaseAway.exit_code:
             self._order = Order.END_AFTER_EPOCH
             return exit_code  # what is waiting cannot be known now; the next search will look
+        if exit_code == UNGUARDED:
+            return self._unguarded()
         if exit_code not in (0, UNSEEN) and slot.failure is None and self._order != Order.END_NOW:
             # It died alone. Not so if all are being ended, or the process that it was forked from died with it.
             self._blamed |= slot.running
@@ -328,6 +330,16 @@ class Supervisor:
             self.display.say(f"Worker {slot.index} {how}; starting a replacement that resumes its trials.")
             self._start(slot.index, one_by_one=len(slot.running) if len(slot.running) > 1 else 0)
         return 0
+
+    def _unguarded(self) -> int:
+        """End all: each worker would start a search instead of working for this one."""
+        if self._order == Order.GO_ON:
+            self.display.say(
+                "Workers begin by importing the program's main file, and this one starts a search as it is imported; "
+                'put what starts it under `if __name__ == "__main__":`.'
+            )
+        self._order = Order.END_AFTER_EPOCH
+        return StudyError.exit_code
 
     def _out_of_sight(self, slot: WorkerSlot) -> int:
         """Replace a worker that lives, but whose end can no longer be seen. None of its trials is to blame."""

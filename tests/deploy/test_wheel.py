@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.support.search_process import ROOT, environment
 
 PACKAGES = ("search", "trainer", "studies")
-BOTH = """
+SCRIPT = """
 import sys, search
 from search.terminal.commands import main
 print(search.__file__, flush=True)
@@ -23,11 +23,12 @@ if __name__ == "__main__":
         except SystemExit as end:
             assert not end.code, command
 """
-"""A search and its report, by one process: importing everything takes it five seconds."""
+"""As the console script, which Python starts with its own folder in front of `sys.path`; a search and its report at
+once, since importing everything takes five seconds."""
 
 
 def test_the_demo_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
-    """Built from the tracked files alone, unpacked, and run where there is no checkout."""
+    """Built from the tracked files alone, unpacked, and run where no checkout is, but a `trainer.py` of somebody's."""
     source = tmp_path / "source"
     source.mkdir()
     tracked = subprocess.run(
@@ -49,14 +50,19 @@ def test_the_demo_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
             in packed.read(next(name for name in packed.namelist() if name.endswith("entry_points.txt"))).decode()
         )
 
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    env = {**environment(), "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
+    script = tmp_path / "bin" / "lora-search"
+    script.parent.mkdir()
+    script.write_text(SCRIPT, encoding="utf-8")
+    where = tmp_path / "where"
+    where.mkdir()
+    (where / "trainer.py").write_text("raise RuntimeError('not ours')\n")
+    env = {**environment(), "PYTHONPATH": str(site)}
     done = subprocess.run(
-        [sys.executable, "-c", BOTH], cwd=empty, env=env, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, script], cwd=where, env=env, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
     assert done.stdout.startswith(str(site)), "not the wheel's code"
     assert "2 trials (2 COMPLETE)" in done.stdout
-    assert {path.suffix for path in (empty / "runs" / "rsicap_mini").glob("tuning-log.*")} == {".md", ".html"}
-    assert {path.name for path in empty.iterdir()} == {"runs"}
+    assert {path.suffix for path in (where / "runs" / "rsicap_mini").glob("tuning-log.*")} == {".md", ".html"}
+    assert {path.name for path in where.iterdir()} == {"runs", "trainer.py"}

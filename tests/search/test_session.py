@@ -47,6 +47,23 @@ def test_the_documents_example(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+def test_a_program_that_starts_a_search_as_it_is_imported(tmp_path: Path) -> None:
+    """Each of its workers would start one: one message, no trial, and no second try."""
+    code = """
+from search import SearchOptions, Session
+session = Session("rsicap_mini", SearchOptions(trials=1, slots=1, confirm=False, settings=("max_samples=24",)))
+session.start()
+for message in session.watch():
+    print(message)
+result = session.result()
+print(result.code, len(result.trials), "trials")
+"""
+    (tmp_path / "unguarded.py").write_text(code, encoding="utf-8")
+    done = template.run([sys.executable, "unguarded.py"], timeout=240, cwd=tmp_path, env=environment())
+    assert done.stdout.count('if __name__ == "__main__":') == 1, done.stdout + done.stderr
+    assert done.stdout.endswith("2 0 trials\n") and done.stderr == "", done.stdout + done.stderr
+
+
 def test_stopped_and_continued(tmp_path: Path) -> None:
     code = "import sys; from tests.search import test_session; test_session.stop_and_continue(sys.argv[1])"
     done = template.run([sys.executable, "-c", code, str(tmp_path)], timeout=240, cwd=ROOT, env=environment())

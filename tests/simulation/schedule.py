@@ -34,7 +34,8 @@ from search.storage.studies import open_study
 from search.study import Study
 from search.verdict.leaders import Rules, verdict_of
 from search.workers import repeats, trial, worker
-from search.workers.protocol import Idle, Job, Order
+from search.workers.protocol import Idle, Job, Order, TrialEnded
+from search.workers.supervisor import IDLE_LOOK_S, LOOK_S
 from tests.simulation.world import Checkpoint, Host, Killed, Process, World, load, save, trained, whole
 from tests.support.made_up_events import epoch
 
@@ -117,10 +118,16 @@ class Pack:
 
 
 class Link:
-    """A worker's end of the pipe."""
+    """A worker's end of the pipe.
 
-    def __init__(self, world: World) -> None:
+    Args:
+        world: Whose time a wait takes.
+        waits: Called when a trial of the worker's waits.
+    """
+
+    def __init__(self, world: World, waits: Callable[[], None]) -> None:
         self.world = world
+        self.waits = waits
         self.share = self.look = False
         self.now = Order.GO_ON
         self.idle = False
@@ -128,6 +135,8 @@ class Link:
     def send(self, message: Any) -> None:
         """Only whether it has anything to do is of interest."""
         self.idle = isinstance(message, Idle)
+        if isinstance(message, TrialEnded) and message.state == "WAITING":
+            self.waits()
 
     def alive(self) -> None:
         """Nobody waits for it."""
@@ -174,6 +183,9 @@ class Simulation:
         self.blamed: dict[int, int] = {}
         """Deaths that a trial, by its first number, may be to blame for."""
         self.deaths = 0
+        self.looked = -LOOK_S
+        self.lost: set[int] = set()
+        """Trials that were looked at as they were lost."""
         self.wrong: list[str] = []
 
     # The run.
@@ -213,7 +225,7 @@ class Simulation:
             if self.faults and self.world.chance.random() < 0.05:
                 self.faults -= 1
                 self.fault()
-            if turn % 10 == 0 and self.supervise():
+            if turn % 10 == 0 and self.is_due() and self.supervise():
                 return
             able = [
                 each
@@ -310,8 +322,14 @@ class Simulation:
 
     # Supervisors.
 
+    def is_due(self) -> bool:
+        """Whether the supervisors look: each does so every `LOOK_S` seconds, more often while its workers are idle."""
+        busy = any(each.alive and not each.link.idle for running in self.workers.values() for each in running)
+        return self.world.now - self.looked >= (LOOK_S if busy else IDLE_LOOK_S)
+
     def supervise(self) -> bool:
         """Each host's supervisor looks for lost trials and keeps its workers going; True once all is done."""
+        self.looked = self.world.now
         waiting, running = 0, 0
         for host in self.hosts:
             if host.asleep_until > self.world.now or self.world.now < self.world.away_until:
@@ -323,7 +341,7 @@ class Simulation:
             if left is None:
                 return False
             waiting, running = left.waiting, left.running
-        done = lifecycle.counted(self.study) >= self.definition.n_trials and not waiting and not running
+        done = not waiting and not running and lifecycle.counted(self.study) >= self.definition.n_trials
         for host in self.hosts:
             if done:
                 for each in self.workers[host]:
@@ -337,7 +355,6 @@ class Simulation:
     def look(self, supervisor: Process, blamed: Sequence[int]) -> lifecycle.Unfinished | None:
         """As `Session` looks; None if the database is away or the supervisor dies of it."""
         world = self.world
-        before = {t.number: t for t in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
         try:
             with world.acting(supervisor):
                 gone = lifecycle.requeue_lost(self.study, is_alive=self.is_alive, blamed=blamed)
@@ -353,9 +370,11 @@ class Simulation:
                 self.end(each.process)
             self.workers[supervisor.host] = []
             return None
-        for lost in gone:
-            if lost.number in before:
-                self.check_loss(before[lost.number])
+        if gone:
+            trials = self.study.get_trials(deepcopy=False)
+            for number in {lost.number for lost in gone} - self.lost:
+                self.check_loss(trials[number])
+            self.lost |= {lost.number for lost in gone}
         return left
 
     def check_loss(self, lost: FrozenTrial) -> None:
@@ -439,10 +458,11 @@ class Simulation:
             assert world.current is not None
             return world.current
 
-        def silences(study: optuna.Study) -> dict[int, float]:
+        def silences(_study: optuna.Study, trials: Sequence[FrozenTrial]) -> dict[int, float]:
             return {
                 t.number: world.now - world.beats.setdefault(t._trial_id, world.now)  # the first look is its start
-                for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+                for t in trials
+                if t.state == TrialState.RUNNING
             }
 
         def history(_config: Any, folder: Path) -> list[Any]:
@@ -501,7 +521,7 @@ class Worker:
         self.simulation = simulation
         self.process = simulation.world.process(host)
         self.process.bench = self  # type: ignore[attr-defined]
-        self.link = Link(simulation.world)
+        self.link = Link(simulation.world, self.waits)
         self.world = simulation.world
         self.error: BaseException | None = None
         self.alive = True
@@ -542,6 +562,12 @@ class Worker:
                     close_storage(self.loop.storage)
             self.alive = False
             self.world.back.release()
+
+    def waits(self) -> None:
+        """A trial of it waits: its supervisor has the others look for trials again."""
+        for other in self.simulation.workers[self.process.host]:
+            if other is not self:
+                other.link.look = True
 
     # A workbench.
 

@@ -7,7 +7,7 @@ import inspect
 import os
 import subprocess
 import sys
-from multiprocessing import forkserver, popen_forkserver
+from multiprocessing import forkserver, popen_forkserver, spawn
 from typing import Any
 
 import pytest
@@ -59,3 +59,8 @@ os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "handled\n", "")
+
+
+def test_a_process_that_still_imports_the_program_still_says_so() -> None:
+    """Else a program without `if __name__ == "__main__":` would start a search in each of its workers."""
+    assert "current_process()._inheriting = True" in inspect.getsource(spawn._main), "it is marked otherwise now"
