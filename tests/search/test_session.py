@@ -47,6 +47,7 @@ def test_the_documents_example(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow  # its parts: test_multiprocessing_private.py and test_supervisor.py
 def test_a_program_that_starts_a_search_as_it_is_imported(tmp_path: Path) -> None:
     """Each of its workers would start one: one message, no trial, and no second try."""
     code = """

@@ -7,12 +7,13 @@ import inspect
 import os
 import subprocess
 import sys
-from multiprocessing import forkserver, popen_forkserver, spawn
+from multiprocessing import forkserver, popen_forkserver
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from search.workers.multiprocessing_private import UNSEEN
+from search.workers.multiprocessing_private import UNGUARDED, UNSEEN
 
 NAMES = [
     (forkserver, "_forkserver", "the fork server that `ensure_running` starts"),
@@ -61,6 +62,23 @@ os._exit(0)
     assert (done.returncode, done.stdout, done.stderr) == (0, "handled\n", "")
 
 
-def test_a_process_that_still_imports_the_program_still_says_so() -> None:
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_only_a_worker_that_imports_the_program_ends(tmp_path: Path, method: str) -> None:
     """Else a program without `if __name__ == "__main__":` would start a search in each of its workers."""
-    assert "current_process()._inheriting = True" in inspect.getsource(spawn._main), "it is marked otherwise now"
+    code = f"""
+import multiprocessing
+from search.workers.multiprocessing_private import WORKER, refuse_in_a_worker
+
+refuse_in_a_worker()
+context = multiprocessing.get_context("{method}")
+if __name__ == "__main__":
+    for name in (WORKER + "-0", "somebody's"):
+        process = context.Process(target=print, args=("runs",), name=name)
+        process.start()
+        process.join()
+        print(process.exitcode, flush=True)
+"""
+    (tmp_path / "unguarded.py").write_text(code, encoding="utf-8")
+    ran = [sys.executable, "unguarded.py"]
+    done = subprocess.run(ran, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout.split() == [str(UNGUARDED), "runs", "0"], done.stderr

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from search.storage.lifecycle import Unfinished
-from search.workers.multiprocessing_private import UNSEEN
+from search.workers.multiprocessing_private import UNGUARDED, UNSEEN
 from search.workers.protocol import Message, Order
 from search.workers.supervisor import Supervisor, WorkerSlot
 
@@ -85,6 +85,14 @@ def test_workers_out_of_sight_are_not_dead(monkeypatch: Any) -> None:
     assert stage.started == list(range(6)) and stage.supervisor._deaths == 0
     assert stage.said[0] == "Lost track of worker 0; starting a replacement that resumes its trials."
     assert len(stage.said) == 6 and stage.blamed == []
+
+
+def test_workers_that_would_start_a_search_each_are_told_of_once(monkeypatch: Any) -> None:
+    stage = Stage(monkeypatch)
+    for index in range(2):
+        assert stage.supervisor._ended(ended(index, UNGUARDED, running=())) == 2
+    assert stage.started == [] and stage.supervisor._order == Order.END_AFTER_EPOCH
+    assert len(stage.said) == 1 and 'if __name__ == "__main__":' in stage.said[0]
 
 
 class Stage:
