@@ -16,6 +16,7 @@ from search.records import TrialRecord
 from search.space import in_words
 from search.verdict import text
 from search.verdict.leaders import verdict_of, winner
+from trainer.config import default
 
 ENDED = ("COMPLETE", "PRUNED", "FAIL")
 HOW = frozenset(
@@ -25,6 +26,10 @@ HOW = frozenset(
     )
 )
 """Fields that say where, how fast or by which random numbers a configuration is trained, not which one it is."""
+
+
+_UNKNOWN: dict[str, set[Any]] = {"data_fingerprint": {None}, "split": {"auto"}}
+"""Values of which it is not known whether they come to the same: `auto` splits by whatever the data have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +81,7 @@ class Side:
     chosen_mean: float | None
     """Mean loss of the chosen trial's repeats, None without any."""
     samples: dict[str, Any]
-    """What decides the samples that it validates on."""
+    """What decides the samples that it validates on, without what it searches; a `max_samples` of None is all rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +162,7 @@ def _side(study: Recorded) -> Side:
         chosen_trial=None if chosen is None else chosen.number,
         chosen_mean=None if chosen is None else means.get(chosen.number),
         samples={
-            **{key: definition.get("base", {}).get(key) for key in SAMPLE_FIELDS},
+            **{key: definition.get("base", {}).get(key, default(key)) for key in SAMPLE_FIELDS if key not in space},
             "data_fingerprint": fingerprints.get("data"),
         },
     )
@@ -189,14 +194,14 @@ def _key(config: Mapping[str, Any]) -> str:
 
 
 def _incomparable(sides: Sequence[Side]) -> str | None:
-    """Why losses of these studies do not compare, if they do not."""
-    first = sides[0]
-    for side in sides[1:]:
-        known = [name for name, value in side.samples.items() if None not in (value, first.samples.get(name))]
-        other = [name for name in known if side.samples[name] != first.samples[name]]
+    """Why losses of these studies do not compare, if they do not: the first two of which it is known."""
+    for first, second in combinations(sides, 2):
+        both = [name for name in first.samples if name in second.samples]
+        known = [name for name in both if not {first.samples[name], second.samples[name]} & _UNKNOWN.get(name, set())]
+        other = [name for name in known if first.samples[name] != second.samples[name]]
         if other:
             fields = ", ".join(name.replace("data_fingerprint", "data") for name in other)
-            return f"{first.name} and {side.name} validate on different samples ({fields})"
+            return f"{first.name} and {second.name} validate on different samples ({fields})"
     return None
 
 

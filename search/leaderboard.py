@@ -11,6 +11,7 @@ from search import records
 from search.diagnosis.finding import Finding
 from search.diagnosis.messages import key
 from search.records import TrialRecord
+from trainer.config import default
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +32,7 @@ LOG_FIELDS = (
 """The fields of the hand-run log's TRAINING_CONFIG, in its order."""
 
 
-SAMPLE_FIELDS = ("max_samples", "val_fraction", "split_seed", "max_target_length", "skip_bad_rows")
+SAMPLE_FIELDS = ("max_samples", "val_fraction", "split_seed", "split", "max_target_length", "skip_bad_rows")
 """Trials that differ in one of these are validated on different samples: their losses cannot be compared. So are those
 on other data, see `sample_key`."""
 
@@ -41,7 +42,12 @@ def sample_key(trial: TrialRecord) -> tuple[Any, ...]:
 
     The data are the study's, wherever a host has them, unless the trial itself names others.
     """
-    return (own_path(trial.attrs, "data"), *(trial.config.get(name) for name in SAMPLE_FIELDS))
+    return samples_of(trial.attrs, trial.config)
+
+
+def samples_of(attrs: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """`sample_key` of a trial's user attributes and its configuration."""
+    return (own_path(attrs, "data"), *(config.get(name, default(name)) for name in SAMPLE_FIELDS))
 
 
 def own_path(attrs: Mapping[str, Any], field: str) -> Any:
@@ -226,7 +232,8 @@ def summary(trials: Sequence[TrialRecord]) -> str:
         for t in trials
         if "num_epochs" in t.config
         and t.state in ("COMPLETE", "PRUNED")
-        and t.reason != records.PROBE
+        and t.reason in records.SAVING
+        and not t.violated
         and t.number in trained
     )
     parts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))

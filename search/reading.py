@@ -16,7 +16,7 @@ import optuna
 from search import records
 from search.records import EpochRecord, StudyRecord, TrialRecord
 from search.storage import studies
-from search.storage.lifecycle import read_trials
+from search.storage.lifecycle import records_of
 from search.tracking.client import RECORD_ID, Tracking
 from search.tracking.outbox import Outbox
 from search.tracking.pages import server_url
@@ -46,7 +46,8 @@ def read_study(
     ids = {run.tags[RECORD_ID]: run_id for run_id, run in runs.items() if RECORD_ID in run.tags}
     kept = {ids.get(run_id, run_id): run for run_id, run in undelivered(outbox).items()} if outbox is not None else {}
     runs = {run_id: merged(runs.get(run_id), kept.get(run_id)) for run_id in {**runs, **kept}}
-    reported = {t.number: dict(t.intermediate_values) for t in study.get_trials(deepcopy=False)}
+    found = study.get_trials(deepcopy=False)  # once: a trial may begin, and epochs come, between two readings
+    reported = {t.number: dict(t.intermediate_values) for t in found}
     attrs = dict(study.user_attrs)
     return StudyRecord(
         name=study.study_name,
@@ -54,7 +55,7 @@ def read_study(
         attrs=attrs,
         trials=tuple(
             _with_run(trial, runs.get(trial.run_id or ""), reported[trial.number])
-            for trial in (replace(t, run_id=ids.get(t.run_id or "", t.run_id)) for t in read_trials(study))
+            for trial in (replace(t, run_id=ids.get(t.run_id or "", t.run_id)) for t in records_of(found))
         ),
         experiment_id=experiment_id,
         parent_run_id=parent,

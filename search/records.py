@@ -108,6 +108,8 @@ PAUSED = "paused"
 """Waits with its checkpoint because other trials are worth more; it goes on if they turn out not to be."""
 LOST = "lost"
 ERROR = "error"
+SAVING = (RISING, DIVERGED, SUPERSEDED, SETTLED)
+"""Ends on purpose, before the last epoch, of which the epochs left were saved."""
 COMPARED = (SUPERSEDED, SETTLED, PAUSED, PROBE, REPEAT)
 """Ends that a comparison or a purpose decided: to let such a trial run on is no advice."""
 

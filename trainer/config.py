@@ -232,9 +232,14 @@ def without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in RETIRED}
 
 
+def default(field: str) -> Any:
+    """What a configuration that does not name the field has."""
+    return TrainConfig.model_fields[field].default
+
+
 def without_later(values: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as plain data without the fields of `LATER` that have their default."""
-    defaults = {name: TrainConfig.model_fields[name].default for name in LATER}
+    defaults = {name: default(name) for name in LATER}
     return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 

@@ -17,6 +17,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from search import records
+from search.leaderboard import samples_of
 from search.planning.budget import Budget
 from search.planning.plan import Plan
 from search.pruning.rules import Losses, describe_jump, describe_rise, diverged, rising
@@ -224,10 +225,20 @@ def _curves(trial: FrozenTrial) -> tuple[list[float | None], list[float | None]]
 
 
 def _peer_values(study: optuna.Study, trial: FrozenTrial) -> list[float]:
-    """Best values of the other finished trials, probes of stability (one epoch) and constraint violations left out."""
+    """Best values of the other finished trials on the same samples, probes of stability (one epoch) and constraint
+    violations left out."""
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    values = (best_value(t) for t in finished if t.number != trial.number and _is_peer(t.user_attrs, t.constraints))
+    own = _samples(trial)
+    values = (
+        best_value(t)
+        for t in finished
+        if t.number != trial.number and _is_peer(t.user_attrs, t.constraints) and _samples(t) == own
+    )
     return [value for value in values if value is not None]
+
+
+def _samples(trial: FrozenTrial) -> tuple[Any, ...]:
+    return samples_of(trial.user_attrs, trial.user_attrs.get(records.CONFIG) or {})
 
 
 def _is_peer(attrs: Mapping[str, Any], constraints: Mapping[str, float]) -> bool:

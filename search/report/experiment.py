@@ -43,8 +43,8 @@ class Against:
 
     trial: Experiment
     kind: Literal["best", "elsewhere", "previous"]
-    """best: the lowest loss before it on the same samples; elsewhere: on other samples, the most alike; previous: none
-    before it had succeeded."""
+    """best: the lowest loss before it on the same samples; elsewhere: complete on other samples, the most alike;
+    previous: none of these, the latest with a loss on the same samples, else on others, else the latest."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,8 @@ FROM_EPOCH = 3
 """Curves bend before it, which second differences take for noise."""
 RECORDED_SPLIT = 500
 """About the validation samples of the recorded real runs that VAL_NOISE was measured on."""
+LEAST = 1e-6
+"""Least deviation, a share of the loss: seeds that come to equal losses do not say that a last digit counts."""
 FEWEST_FREEDOMS = 3
 """Fewest degrees of freedom for which a deviation measured on repeats is used: with two runs it is off by a factor of
 two or more in half of the cases."""
@@ -86,6 +88,8 @@ def measure(trials: Sequence[TrialRecord]) -> Noise:
         if len(group) < 2:
             continue
         mean = fmean(value for _, value in group.values())
+        if mean == 0:
+            continue
         squares += sum((value / mean - 1) ** 2 for _, value in group.values())
         freedoms += len(group) - 1
         repeats += [number for number, _ in group.values()]
@@ -96,7 +100,9 @@ def measure(trials: Sequence[TrialRecord]) -> Noise:
     jumps = _jumps(trials)
     return Noise(
         # Few repeats may show that there is more noise than the figure says, not that there is less.
-        deviation=measured if enough and measured is not None else max(VAL_NOISE, measured or 0.0, jumps or 0.0),
+        deviation=max(LEAST, measured)
+        if enough and measured is not None
+        else max(VAL_NOISE, measured or 0.0, jumps or 0.0),
         measured=measured,
         jumps=jumps,
         split=_split(trials),
@@ -106,13 +112,19 @@ def measure(trials: Sequence[TrialRecord]) -> Noise:
 
 
 def _of_repeats(trials: Sequence[TrialRecord]) -> tuple[float, int, list[int]]:
-    """(sum of squares, degrees of freedom, numbers) of the repeats that the study made of its leaders."""
+    """(sum of squares, degrees of freedom, numbers) of the repeats that the study made of its leaders.
+
+    Of those with two repeats or more, the blocks that all of them have: a block's own seed and split move all losses,
+    often by more than a training does.
+    """
     ended, _ = cells(trials)
-    rows: dict[int, list[float]] = {}
-    for (number, _), loss in sorted(ended.items()):
-        if loss is not None:
-            rows.setdefault(number, []).append(math.log(loss))
-    deviation, freedoms = residual([row for row in rows.values() if len(row) > 1])
+    rows: defaultdict[int, dict[int, float]] = defaultdict(dict)
+    for (number, block), loss in sorted(ended.items()):
+        if loss is not None and loss > 0:
+            rows[number][block] = math.log(loss)
+    several = [row for row in rows.values() if len(row) > 1]
+    blocks = sorted(set.intersection(*map(set, several))) if several else []
+    deviation, freedoms = residual([[row[block] for block in blocks] for row in several])
     numbers = [t.number for t in trials if is_repeat(t) and t.reason == records.REPEAT] if freedoms else []
     return deviation**2 * freedoms, freedoms, numbers
 

@@ -17,8 +17,6 @@ from search.report.importance import Importance
 from search.report.measured_noise import Noise
 from search.report.parameters import AGGRESSIVE, BROKEN, DTYPE_CAUSES
 
-SAVING = (records.RISING, records.DIVERGED, records.SUPERSEDED)
-"""Reasons for stopping a trial early on purpose."""
 LOSING = (records.NON_FINITE, records.OUT_OF_MEMORY, records.DIVERGED, records.LOST, records.ERROR)
 """Reasons for which the epochs of a trial were wasted."""
 
@@ -75,7 +73,7 @@ def budget(experiments: Sequence[Experiment]) -> Budget:
     """Epochs and time: in total, saved and lost."""
     saved: list[Share] = []
     lost: list[Share] = []
-    for reason in SAVING:
+    for reason in records.SAVING:
         stopped = [e for e in experiments if e.record.reason == reason and e.record.state in ("COMPLETE", "PRUNED")]
         left = [(e, max(0, e.planned_epochs - len(e.rows))) for e in stopped]
         _add(saved, reason, [(e, n, None if e.epoch_seconds is None else n * e.epoch_seconds) for e, n in left])

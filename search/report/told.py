@@ -33,6 +33,9 @@ class Before:
 
     def __init__(self) -> None:
         self._last: Experiment | None = None
+        """The latest with a loss; without any, the latest."""
+        self._with_loss: dict[tuple[Any, ...], Experiment] = {}
+        """The latest with a loss on each samples."""
         self._complete: list[Experiment] = []
         self._best: dict[tuple[Any, ...], Experiment] = {}
         self._warned: dict[Any, Experiment] = {}
@@ -40,7 +43,10 @@ class Before:
     def add(self, e: Experiment) -> None:
         """The next one, told."""
         if e.record.config:
-            self._last = e
+            if e.value is not None and not e.record.violated:
+                self._last = self._with_loss[e.samples] = e
+            elif not self._with_loss:
+                self._last = e
             if e.record.state == "COMPLETE" and e.value is not None:
                 self._complete.append(e)
                 self._best[e.samples] = min(self._best.get(e.samples, e), e, key=by_loss)
@@ -51,6 +57,8 @@ class Before:
         """What a trial is told against: see `Against`; None for the first."""
         if trial.samples in self._best:
             return Against(trial=self._best[trial.samples], kind="best")
+        if trial.samples in self._with_loss:
+            return Against(trial=self._with_loss[trial.samples], kind="previous")
         if self._complete:
             alike = min(self._complete, key=lambda e: (_distance(e, trial), -e.number))
             return Against(trial=alike, kind="elsewhere")
@@ -110,10 +118,12 @@ def _effect(e: Experiment, noise: Noise) -> Learnt:
         return _item("first", value=trial.value, epoch=trial.best_epoch)
     other = e.against.trial
     values: dict[str, Any] = {"reference": other.number, "value": trial.value, "before": other.value}
-    if e.against.kind != "best":
+    if e.samples != other.samples:
         return _item("incomparable", **values)
     if trial.reason in records.COMPARED:
         return _when_stopped(e, other, noise)
+    if e.against.kind == "previous" and trial.state == "COMPLETE":
+        return _first_complete(e, other)
     share = relative(trial.value, other.value or 0.0)
     values |= {"share": abs(share), "sigmas": noise.sigmas(abs(share)), "epoch": trial.best_epoch}
     if abs(share) <= noise.difference:
@@ -121,6 +131,14 @@ def _effect(e: Experiment, noise: Noise) -> Learnt:
     if share > 0:
         return _item("worse", **values)
     return _item("better" if trial.state == "COMPLETE" else "pruned_lower", **values, reason=trial.reason)
+
+
+def _first_complete(e: Experiment, other: Experiment) -> Learnt:
+    """The first on its samples that is complete, and how it did beside the latest that is not, where that ended."""
+    last = next((row for row in reversed(other.rows) if row.val_loss is not None), None)
+    level = None if last is None else next((row.val_loss for row in e.rows if row.epoch == last.epoch), None)
+    there = {} if last is None or level is None else {"at": last.epoch, "before": last.val_loss, "level": level}
+    return _item("first_complete", value=e.value, epoch=e.record.best_epoch, reference=other.number, **there)
 
 
 def _when_stopped(e: Experiment, other: Experiment, noise: Noise) -> Learnt:
@@ -153,8 +171,17 @@ def _remedy(e: Experiment, before: Before) -> Learnt | None:
     now = e.record.config.get(advice.parameter) if advice is not None else None
     if advice is None or not _followed(advice, now):
         return None
+    if not e.has(main.id) and not _went_as_far(e, earlier):
+        return None
     kind = "remedy_failed" if e.has(main.id) else "remedy_worked"
     return _item(kind, reference=earlier.number, finding=main.id, advice=advice, now=now)
+
+
+def _went_as_far(e: Experiment, earlier: Experiment) -> bool:
+    """Whether a trial would have shown what the earlier one did: it trained as long, or to its end."""
+    if e.record.state == "FAIL" or e.record.violated:
+        return False
+    return e.record.state == "COMPLETE" or len(e.rows) >= max(1, len(earlier.rows))
 
 
 def _followed(advice: Advice, now: Any) -> bool:
@@ -199,7 +226,7 @@ def _follows(e: Experiment, effect: Learnt) -> Learnt:
         return _item("advice", advice=main.advice)
     if e.record.state == "FAIL" or effect.kind == "no_value":
         return _item("nothing_known")
-    if effect.kind in ("first", "better"):
+    if effect.kind in ("first", "first_complete", "better"):
         return _item("reference")
     if effect.kind == "worse" and len(e.changes) == 1:
         return _item("keep", line=e.changes[0])

@@ -43,7 +43,9 @@ FIRST = 3
 LONGEST_FORECAST = 100
 """More further repeats than this are not counted."""
 
-Kind = Literal["winner", "tied", "undecided", "alone", "running", "none"]
+Kind = Literal["winner", "left", "tied", "undecided", "alone", "running", "none"]
+NAMED: tuple[Kind, ...] = ("winner", "left", "tied")
+"""Those that name a trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +100,10 @@ class Verdict:
     """What the repeats say, and which come next."""
 
     kind: Kind
-    """`none`: there is no candidate. `alone`: a single one, nothing to compare. `running`: repeats are to come."""
+    """`none`: there is no candidate. `alone`: a single one, nothing to compare. `running`: repeats are to come.
+    `left`: one is left, but repeats of others came to no loss, so that it was not compared with all of them."""
     choice: int | None
-    """The winner, the cheapest of those tied, or the one that leads."""
+    """The winner, the one that is left, the cheapest of those tied, or the one that leads."""
     tied: tuple[int, ...] = ()
     """Numbers of those that are tied."""
     standings: tuple[Standing, ...] = ()
@@ -189,7 +192,7 @@ class _Race:
                 self._when_out |= {(a, b): (*self.pair(a, b), self.level) for b in self.left if b != a}
             self.left = [number for number in self.left if number not in beaten]
             if len(self.left) == 1:
-                return self.verdict("winner", self.left[0])
+                return self.verdict("left" if self.failed else "winner", self.left[0])
             cheapest = self.cheapest_of_tied()
             if cheapest is not None:
                 return self.verdict("tied", cheapest, tied=tuple(self.left))

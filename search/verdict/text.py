@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from search.diagnosis.messages import LANGS, Lang
-from search.verdict.race import ALPHA, LONGEST_FORECAST, TIE_ALPHA, Standing, Verdict
+from search.verdict.race import ALPHA, LONGEST_FORECAST, NAMED, TIE_ALPHA, Standing, Verdict
 
 # Each entry: (English, Chinese).
 SENTENCES: Final = {
@@ -20,6 +20,16 @@ SENTENCES: Final = {
         "winner: trial {choice}, better than the other one on the same {blocks} seeds and splits "
         "(paired t-test; a wrong winner in at most {alpha} of studies)",
         "胜者：实验 {choice}，在相同的 {blocks} 组种子与划分上优于另一个（配对 t 检验；误判胜者的概率不超过 {alpha}）",
+    ),
+    "left": (
+        "only trial {choice} is left: repeats of trial {failed} came to no loss, so they were not compared",
+        "只剩实验 {choice}：实验 {failed} 的重复训练未得到 loss，因此未作比较",
+    ),
+    "left_and_better": (
+        "only trial {choice} is left: better than trial {beaten} on the same {blocks} seeds and splits (paired "
+        "t-test), but repeats of trial {failed} came to no loss, so they were not compared",
+        "只剩实验 {choice}：在相同的 {blocks} 组种子与划分上优于实验 {beaten}（配对 t 检验），"
+        "但实验 {failed} 的重复训练未得到 loss，因此未作比较",
     ),
     "tied": (
         "tied: trials {tied} are not told apart on the same {blocks} seeds and splits; the cheapest that is at most "
@@ -37,8 +47,8 @@ SENTENCES: Final = {
         "尚无定论：领先的实验重复时都未能每次得到 loss",
     ),
     "alone": (
-        "no comparison: trial {choice} is the only one that is complete",
-        "无从比较：只有实验 {choice} 完成",
+        "no comparison: beside trial {choice} no other configuration ended with a loss on the same samples",
+        "无从比较：除实验 {choice} 外，没有别的配置在相同样本上得到 loss",
     ),
     "running": (
         "not decided yet: repeats of the leaders are still to be trained",
@@ -78,6 +88,10 @@ def sentence(verdict: Verdict, lang: Lang = "en") -> str:
     name: str = "failed" if verdict.kind == "undecided" and verdict.choice is None else verdict.kind
     if verdict.kind == "winner" and len(verdict.standings) == 2:
         name = "winner_of_two"
+    failed = [s.number for s in verdict.standings if s.failed]
+    beaten = [s.number for s in verdict.standings if s.out and not s.failed]
+    if verdict.kind == "left" and beaten:
+        name = "left_and_better"
     said = _pick(name, lang).format(
         choice=verdict.choice,
         rivals=len(verdict.standings) - 1,
@@ -85,6 +99,8 @@ def sentence(verdict: Verdict, lang: Lang = "en") -> str:
         alpha=share(ALPHA, lang),
         sure=share(1 - TIE_ALPHA, lang),
         tied=listed(verdict.tied, lang),
+        failed=listed(failed, lang),
+        beaten=listed(beaten, lang),
         margin=share(verdict.margin, lang),
         more=_pick("many", lang).format(LONGEST_FORECAST) if verdict.more is None else verdict.more,
     )
@@ -93,7 +109,7 @@ def sentence(verdict: Verdict, lang: Lang = "en") -> str:
 
 def _screening(verdict: Verdict, lang: Lang) -> str:
     """Whether the precision of the search has changed a decision, if it was another one."""
-    if verdict.screened is None or verdict.kind not in ("winner", "tied"):
+    if verdict.screened is None or verdict.kind not in NAMED:
         return ""
     precision, lowest = verdict.screened
     same = lowest in (verdict.choice, *verdict.tied)

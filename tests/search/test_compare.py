@@ -111,3 +111,43 @@ def test_losses_on_other_samples_do_not_compare() -> None:
     found = compared([one, two])
     assert found.incomparable == "a and b validate on different samples (data)"
     assert any("do not compare" in line for line in sentences(found)) and rows(found)
+
+
+@pytest.mark.parametrize(
+    ("bases", "expected"),
+    [
+        (({}, {"max_samples": 400}), "a and b validate on different samples (max_samples)"),  # all rows against 400
+        (({"max_samples": None}, {}), None),
+        (({"max_samples": 500}, {"max_samples": 400}), "a and b validate on different samples (max_samples)"),
+        (({"split": "scenes"}, {"split": "random"}), "a and b validate on different samples (split)"),
+        (({}, {"split": "random"}), None),  # `auto` may come to the same
+        (({}, {"split": "random"}, {"split": "scenes"}), "b and c validate on different samples (split)"),
+        (({"skip_bad_rows": True}, {}), "a and b validate on different samples (skip_bad_rows)"),
+    ],
+)
+def test_what_a_definition_does_not_name_has_its_default(
+    bases: tuple[dict[str, Any], ...], expected: str | None
+) -> None:
+    attrs = {"fingerprints": {"data": "x"}}
+    sides = [
+        Recorded(name=name, definition={"space": {}, "base": base}, attrs=attrs, trials=())
+        for name, base in zip("abc", bases, strict=False)
+    ]
+    assert compared(sides).incomparable == expected
+
+
+def test_what_a_study_searches_is_not_known_of_its_samples() -> None:
+    attrs = {"fingerprints": {"data": "x"}}
+    space = Study(
+        name="s",
+        description="",
+        base={"model": "mini", "data": "mini"},
+        space={"max_samples": Int(100, 200)},
+        n_trials=1,
+    )
+    given = {"space": space.definition()["space"], "base": {"max_samples": 100}}
+    sides = [
+        Recorded(name=name, definition=definition, attrs=attrs, trials=())
+        for name, definition in (("a", given), ("b", {"space": {}, "base": {"max_samples": 150}}))
+    ]
+    assert compared(sides).incomparable is None

@@ -86,6 +86,11 @@ def test_the_summary_says_how_many_epochs_were_saved() -> None:
     lost = trial(2, "FAIL", None, reason="lost", **losses(1))
     heir = trial(3, "COMPLETE", 1.0, attrs={records.RESUMES: 2, records.TRAIN_LOSSES: [1.0] * planned})
     assert leaderboard.summary((lost, heir)).endswith(f"{planned} epochs")
+    # What broke has saved nothing.
+    broken = replace(trial(4, "PRUNED", 1.0, reason="non_finite", **losses(1)), violated=("non_finite",))
+    assert leaderboard.summary((*whole, broken)).endswith(f", {planned + 1} epochs")
+    settled = trial(5, "COMPLETE", 1.0, reason="settled", **losses(2))
+    assert leaderboard.summary((settled,)).endswith(f"({planned - 2} saved by stopping early)")
 
 
 def test_a_study_whose_trials_all_failed_has_not_what_was_asked_for() -> None:

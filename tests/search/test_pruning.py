@@ -216,6 +216,17 @@ def test_pruned_peers_count_with_their_best_and_probes_and_violations_not_at_all
     assert rule().verdict(probes, running(RISING)).state == "COMPLETE"
 
 
+def test_losses_on_other_samples_are_no_peers():
+    """Of 20 rows a loss may be far lower than of 2,500, and says nothing about them."""
+    few = study_with([])
+    for value in (1.0, 1.1, 1.2):
+        few.add_trial(create_trial(value=value, user_attrs={records.CONFIG: {"max_samples": 20}}))
+    trial = running(RISING)
+    assert rule().verdict(few, trial).state == "COMPLETE"
+    trial.user_attrs[records.CONFIG] = {"max_samples": 20}
+    assert rule().verdict(few, trial).state == "PRUNED"
+
+
 def test_a_curve_without_any_finite_value_is_pruned():
     found = rule().verdict(study_with(), running([NAN, NAN, NAN]))
     assert (found.state, found.reason, found.violated) == ("PRUNED", records.NON_FINITE, records.NON_FINITE)

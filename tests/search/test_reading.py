@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -106,6 +107,20 @@ class TestReadStudy:
         for tracking in (None, FakeTracking({})):
             record = read_study(study, tracking)  # type: ignore[arg-type]
             assert [(e.train_loss, e.val_loss) for e in record.trials[0].epochs] == [(2.0, 1.7), (1.9, 1.6)]
+
+    def test_a_trial_that_begins_while_it_reads_is_of_the_next_reading(
+        self, study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        study.add_trial(finished(0, None, [(2.0, 1.7)]))
+        read = optuna.Study.get_trials
+
+        def one_more(self: optuna.Study, *args: Any, **named: Any) -> Any:
+            found = list(read(self, *args, **named))
+            study.add_trial(finished(len(found), None, [(2.0, 1.7)]))
+            return found
+
+        monkeypatch.setattr(optuna.Study, "get_trials", one_more)
+        assert len(read_study(study).trials) == 1
 
     def test_values_that_are_not_finite_are_none(self, study: optuna.Study) -> None:
         frozen = finished(0, None, [(2.0, 1.7), (1.9, 1.6)])

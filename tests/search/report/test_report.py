@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import replace
 from itertools import pairwise
@@ -21,6 +22,7 @@ from search.report.measured_noise import measure
 from search.report.render import markdown
 from search.sampling.params import distribution
 from search.space import from_dict, param_name
+from tests.support import candidate_trials
 from tests.support.report_data import EXPERIMENT_3, START_S, falling, hand_run, many, recorded, study, trial
 
 
@@ -140,6 +142,29 @@ class TestNoise:
 
     def test_the_same_seed_again_is_no_repeat(self) -> None:
         assert measure(self.repeats(1.0, 1.0, seeds=(7, 7))).measured is None
+
+    def test_equal_losses_do_not_say_that_a_last_digit_counts(self) -> None:
+        noise = measure(self.repeats(1.0, 1.0, 1.0, 1.0))
+        assert noise.is_measured and noise.measured == 0
+        assert math.isfinite(noise.sigmas(0.01)) and noise.difference > 0
+        assert not measure(self.repeats(0.0, 0.0, 0.0, 0.0)).is_measured
+
+    @pytest.mark.parametrize("missing", [None, (1, 2), (0, 1), (2, 3)])
+    def test_the_leaders_repeats_are_compared_on_the_blocks_that_all_have(
+        self, missing: tuple[int, int] | None
+    ) -> None:
+        """A split moves all losses by 10 %, a training by 0.1 %."""
+        blocks, own = {1: 1.0, 2: 1.1, 3: 0.92}, ((1e-3, -1e-3, 0.0), (0.0, 1e-3, -1e-3), (-1e-3, 0.0, 1e-3))
+        trials = [candidate_trials.trial(number, 0.40 + 0.01 * number) for number in range(3)]
+        for block, common in blocks.items():
+            for number in range(3):
+                lost = (number, block) == missing
+                loss = None if lost else 0.4 * common * (1 + own[number][block - 1])
+                more: dict[str, Any] = {"state": "FAIL", "reason": records.ERROR} if lost else {}
+                trials.append(candidate_trials.repeat(len(trials), number, block, loss, **more))
+        noise = measure(trials)
+        assert noise.freedoms == (4 if missing is None else 2)
+        assert noise.measured is not None and 5e-4 < noise.measured < 2.5e-3
 
     def test_two_repeats_may_raise_the_figure_and_never_lower_it(self) -> None:
         assert measure(self.repeats(1.0, 1.0)).deviation == VAL_NOISE

@@ -94,6 +94,58 @@ class TestTooLowARate:
         assert main is not None and main.cause is None and 0 in facts.tree["longer"]
 
 
+class TestTheFirstOfItsSamplesThatIsComplete:
+    def told(self, *others: Any) -> Facts:
+        cut = trial(0, falling(2.0, 1.6, 8)[:3], state="PRUNED", reason=records.SUPERSEDED, values=USUAL)
+        return gather(study([cut, *others]))
+
+    def test_is_told_against_the_latest_that_is_not(self) -> None:
+        whole = falling(2.0, 1.4, 8)
+        facts = self.told(trial(1, whole, values={**USUAL, "lora_r": 4}))
+        found = kinds(facts, 1)
+        assert found["first_complete"]["reference"] == 0 and found["first_complete"]["at"] == 3
+        assert found["first_complete"]["level"] == whole[2][1] and "incomparable" not in found
+        for lang, words in (("en", "The first that is complete: 1."), ("zh", "第一个完成的实验：1.")):
+            assert words in markdown(facts, lang, {})  # type: ignore[arg-type]
+
+    def test_what_is_not_complete_either_is_compared_too(self) -> None:
+        rising = [(1.9, 1.5), (1.8, 1.6), (1.7, 1.7), (1.6, 1.8)]
+        found = kinds(self.told(trial(1, rising, state="PRUNED", reason=records.RISING, values=USUAL)), 1)
+        assert "pruned_lower" in found and "incomparable" not in found
+
+    def test_a_failure_in_between_is_no_reference(self) -> None:
+        failed = trial(1, [], state="FAIL", reason=records.ERROR, values=USUAL)
+        whole = trial(2, falling(2.0, 1.4, 8), values=USUAL)
+        assert kinds(self.told(failed, whole), 2)["first_complete"]["reference"] == 0
+
+    def test_other_samples_do_not_compare(self) -> None:
+        whole = trial(1, falling(2.0, 1.4, 8), values={**USUAL, "max_samples": 100})
+        assert kinds(self.told(whole), 1)["incomparable"]["reference"] == 0
+
+
+class TestACure:
+    """It counts where it could be seen: by a trial that went as far as the one that was ill, or to its end."""
+
+    def after(self, losses: Losses, **more: Any) -> dict[str, Any]:
+        ill = trial(0, line(2.0, 0.004), values=SLOW)
+        return kinds(gather(study([ill, trial(1, losses, values=USUAL, **more)])), 1)
+
+    def test_is_told_of_a_trial_that_went_as_far(self) -> None:
+        flat = [(loss, loss) for loss in (2.0, 1.6, 1.45, 1.41, 1.405, 1.404, 1.404, 1.404)]
+        assert "remedy_worked" in self.after(flat)
+
+    @pytest.mark.parametrize(
+        ("epochs", "more"),
+        [
+            (1, {"state": "PRUNED", "reason": records.SUPERSEDED}),
+            (0, {"state": "PRUNED", "reason": records.OUT_OF_MEMORY, "violated": ("out_of_memory",)}),
+            (0, {"state": "FAIL", "reason": records.ERROR}),
+        ],
+    )
+    def test_is_not_told_of_one_that_could_not_show_it(self, epochs: int, more: dict[str, Any]) -> None:
+        assert not {"remedy_worked", "remedy_failed"} & set(self.after(falling(2.0, 1.4, 8)[:epochs], **more))
+
+
 class TestTrialsThatWereStopped:
     def stopped(self, losses: Losses) -> dict[str, Any]:
         full = trial(0, falling(2.0, 1.4, 8), values=USUAL)

@@ -79,7 +79,7 @@ def test_repeats_are_no_experiments_and_count_nowhere_else() -> None:
     assert facts.best is not None and without.best is not None
     assert facts.best.best.number == without.best.best.number == 0
     assert facts.budget == without.budget and facts.states == without.states and not facts.incomparable
-    assert leaderboard.summary(record.trials).startswith("2 trials (2 COMPLETE), 4 epochs of 30")
+    assert leaderboard.summary(record.trials).startswith("2 trials (2 COMPLETE), 4 epochs, and")
     assert leaderboard.summary(record.trials).endswith(", and 6 repeats, 12 epochs")
     heads, rows = leaderboard.rows(record.trials)
     assert "seed" not in heads and [row[1] for row in rows][2:5] == [f"{n} (repeat of 0)" for n in (2, 3, 4)]

@@ -95,7 +95,7 @@ def test_a_repeat_that_was_lost_for_good_ends_its_candidate() -> None:
     cells = [repeat(10 + 2 * b + n, n, b, 0.4 + n * 0.01 + b * 0.001) for n in range(2) for b in (1, 2, 3)]
     assert judge([*search, *cells], Rules()).choice == 0
     cells[0] = repeat(12, 0, 1, None, state="FAIL", reason=records.LOST, attrs={records.ATTEMPT: 2})
-    assert (judge([*search, *cells], Rules()).kind, judge([*search, *cells], Rules()).choice) == ("winner", 1)
+    assert (judge([*search, *cells], Rules()).kind, judge([*search, *cells], Rules()).choice) == ("left", 1)
 
 
 def test_a_copy_of_a_repeat_that_failed_takes_no_loss_away() -> None:

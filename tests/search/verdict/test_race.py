@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from search.verdict.race import MARGIN, MARGIN_MOST, Candidate, Cell, Limits, Verdict, race
+from search.verdict.text import sentence
 
 Losses = dict[Cell, float | None]
 
@@ -93,8 +94,20 @@ def test_a_repeat_without_a_loss_ends_its_candidate() -> None:
     losses: Losses = {(n, b): 0.4 + 0.001 * b * (n + 1) for n in range(2) for b in (1, 2, 3)}
     losses[0, 2] = None
     verdict = race(candidates(4, 4), losses, Limits(epochs=100))
-    assert (verdict.kind, verdict.choice) == ("winner", 1)
+    assert (verdict.kind, verdict.choice) == ("left", 1)
     assert verdict.standings[-1].failed
+    said = sentence(verdict)
+    assert said == "only trial 1 is left: repeats of trial 0 came to no loss, so they were not compared"
+    assert "only trial 2 is left: better than trial 1 on the same 3 seeds" in sentence(
+        race(
+            candidates(4, 4, 4),
+            {
+                (0, 1): None,
+                **{(n, b): 0.5 - 0.1 * n + 1e-4 * b * n for n in range(3) for b in (1, 2, 3) if n or b > 1},
+            },
+            Limits(epochs=100),
+        )
+    )
     lost: Losses = dict.fromkeys(losses)
     assert race(candidates(4, 4), lost, Limits(epochs=100)).kind == "undecided"
 
