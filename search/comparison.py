@@ -11,8 +11,8 @@ from itertools import combinations
 from typing import Any
 
 from search import leaderboard, records
-from search.leaderboard import SAMPLE_FIELDS, epochs_trained, is_repeat, searched
-from search.records import TrialRecord
+from search.leaderboard import epochs_trained, is_repeat, searched
+from search.records import SAMPLE_FIELDS, TrialRecord
 from search.space import in_words
 from search.verdict import text
 from search.verdict.leaders import verdict_of, winner

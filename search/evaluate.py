@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,7 +70,9 @@ def main(
     listed = lifecycle.read_trials(found)
     chosen = candidates.choose_trials(listed, trials, folder, verdict_of(listed, found.user_attrs))
     config = TrainConfig.parse(chosen[0].config)
-    judged = candidates.choose_rows(config, data, rows)  # type: ignore[arg-type]
+    before = found.user_attrs.get(candidates.ATTRIBUTE, {})
+    taken = {name: str(told.get("fingerprint")) for name, told in before.items()}
+    judged = candidates.choose_rows(config, data, rows, taken)  # type: ignore[arg-type]
 
     from trainer import preload
 
@@ -130,7 +131,7 @@ def record(result: Evaluation, study: optuna.Study, trials: list[TrialRecord], p
     from search.tracking.runs import StudyRuns
     from trainer.common.files import write_whole
 
-    name = re.sub(r"[^\w.-]+", "_", result.rows.name)
+    name = result.rows.name
     told = result.to_dict()
     study.set_user_attr(ATTRIBUTE, {**study.user_attrs.get(ATTRIBUTE, {}), name: told})
     file = places.study(study.study_name) / "captions" / f"{name}.json"

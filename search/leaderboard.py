@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from search import records
 from search.diagnosis.finding import Finding
 from search.diagnosis.messages import key
-from search.records import TrialRecord
+from search.records import SAMPLE_FIELDS, TrialRecord
 from trainer.config import default
 
 if TYPE_CHECKING:
@@ -30,11 +30,6 @@ LOG_FIELDS = (
     "num_workers",
 )
 """The fields of the hand-run log's TRAINING_CONFIG, in its order."""
-
-
-SAMPLE_FIELDS = ("max_samples", "val_fraction", "split_seed", "split", "max_target_length", "skip_bad_rows")
-"""Trials that differ in one of these are validated on different samples: their losses cannot be compared. So are those
-on other data, see `sample_key`."""
 
 
 def sample_key(trial: TrialRecord) -> tuple[Any, ...]:

@@ -112,6 +112,9 @@ SAVING = (RISING, DIVERGED, SUPERSEDED, SETTLED)
 """Ends on purpose, before the last epoch, of which the epochs left were saved."""
 COMPARED = (SUPERSEDED, SETTLED, PAUSED, PROBE, REPEAT)
 """Ends that a comparison or a purpose decided: to let such a trial run on is no advice."""
+SAMPLE_FIELDS = ("max_samples", "val_fraction", "split_seed", "split", "max_target_length", "skip_bad_rows")
+"""Trials that differ in one of these are validated on different samples: their losses cannot be compared. So are those
+on other data, see `leaderboard.sample_key`."""
 
 
 _NUMBERS = (int, float)

@@ -7,7 +7,7 @@ and after `--full-data` its validation loss is of rows that it has learnt.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,10 @@ from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
     from search.records import TrialRecord
+    from search.tracking.outbox import Status
     from search.tracking.recorder import RunRecorder
     from search.tracking.runs import StudyRuns
+    from trainer.events import Event
 
 __all__ = ["Places", "configuration", "run"]
 
@@ -71,9 +73,8 @@ def run(
     examined, _ = check(config)
     name = f"trial-{trial.number:04d}{'-full' if full_data else ''}"
     folder = out or places.study(opened.study_name) / "retrained" / name
-    folder.mkdir(parents=True, exist_ok=True)
     preload.import_libraries()
-    recorder = _recorder(StudyRuns(places, opened.study_name), trial, config, folder)
+    recorder = _Recorder(lambda: _recorder(StudyRuns(places, opened.study_name), trial, config, folder))
     ended_early = True
     try:
         ended_early = follow(config, folder, examined, recorder)
@@ -83,6 +84,38 @@ def run(
         raise
     recorder.finish("FAILED" if ended_early else "FINISHED", state="FAIL" if ended_early else "COMPLETE")
     return ended_early
+
+
+class _Recorder:
+    """Records from the moment in which training begins: wrong input leaves no run, and an earlier one as it is.
+
+    Args:
+        begin: Begins the run, or resumes the folder's.
+    """
+
+    def __init__(self, begin: Callable[[], RunRecorder]) -> None:
+        self._begin = begin
+        self._recorder: RunRecorder | None = None
+        self._before: list[Event] = []
+        """The epochs of a checkpoint that the training goes on from."""
+
+    def __call__(self, event: Event) -> None:
+        """Record an event."""
+        from trainer.events import RunStarted
+
+        if self._recorder is None and not isinstance(event, RunStarted):
+            self._before.append(event)
+            return
+        if self._recorder is None:
+            self._recorder = self._begin()
+            for earlier in self._before:
+                self._recorder(earlier)
+        self._recorder(event)
+
+    def finish(self, status: Status, *, state: str, reason: str | None = None) -> None:
+        """End the run, if one was begun."""
+        if self._recorder is not None:
+            self._recorder.finish(status, state=state, reason=reason)
 
 
 def configuration(trial: TrialRecord, settings: Sequence[str], *, full_data: bool) -> TrainConfig:
@@ -105,5 +138,6 @@ def _recorder(runs: StudyRuns, trial: TrialRecord, config: TrainConfig, folder: 
     tags = {"study": runs.study, "kind": KIND, "from_trial": str(trial.number)}
     tags["full_data"] = str(config.full_data).lower()
     recorder = runs.begin(f"trial {trial.number:03d} {what}", config.model_dump(), tags)
+    folder.mkdir(parents=True, exist_ok=True)
     file.write_text(recorder.run_id, encoding="utf-8")
     return recorder

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trainer.common.errors import ConfigError, shown
-from trainer.config import TrainConfig
+from trainer.config import MOST, TrainConfig
 
 Scalar = float | int | str | bool
 
@@ -248,7 +248,7 @@ def plain(space: Space) -> Space:
         if not isinstance(value, str):
             return value
         try:
-            found = TrainConfig.parse({"micro_batch_size": None, name: value}).model_dump()[name]
+            found = TrainConfig.parse({**ALONE, name: value}).model_dump()[name]
         except ConfigError:  # `range_problems` says why
             return value
         return found if isinstance(found, int | float) else value
@@ -266,6 +266,10 @@ def plain(space: Space) -> Space:
 # What a space can give that TrainConfig does not accept.
 
 
+ALONE: Mapping[str, Any] = {"batch_size": MOST, "micro_batch_size": None, "torch_dtype": "float32", "base_dtype": None}
+"""Values of the fields that limit each other beside which each can have any of its own: see `pair_problems`."""
+
+
 def range_problems(space: Space, values: Mapping[str, Any]) -> Iterator[str]:
     """Values that the space can give and TrainConfig refuses; `values` are those of the base configuration."""
     for name, param in space.items():
@@ -277,7 +281,7 @@ def range_problems(space: Space, values: Mapping[str, Any]) -> Iterator[str]:
         rules = {}
         for value in _possible(space, values, name):
             try:
-                TrainConfig.parse({**values, "micro_batch_size": None, name: value})
+                TrainConfig.parse({**values, **ALONE, name: value})
             except ConfigError as error:
                 rule = str(error).splitlines()[-1].strip(" -")
                 rules[rule.partition(", but got")[0]] = rule
@@ -321,10 +325,28 @@ def _possible(space: Space, values: Mapping[str, Any], name: str) -> list[Any]:
     return [values[name]]
 
 
-def micro_batch_problem(space: Space, values: Mapping[str, Any]) -> str:
-    """What is wrong if a micro-batch can be larger than its batch, which no single value shows; empty if it cannot."""
+def pair_problems(space: Space, values: Mapping[str, Any]) -> Iterator[str]:
+    """What no single value shows: a micro-batch that can be larger than its batch, dtypes that do not go together."""
+    micro_batch = _micro_batch_problem(space, values)
+    if micro_batch:
+        yield micro_batch
+    if {"base_dtype", "torch_dtype"} & set(space):
+        lower = [dtype for dtype in _possible(space, values, "base_dtype") if dtype is not None]
+        others = [dtype for dtype in _possible(space, values, "torch_dtype") if dtype != "float32"]
+        if lower and others:
+            yield (
+                f"base_dtype can be {lower[0]} where torch_dtype is {others[0]}, but it is for adapters in float32: "
+                "search one of the two"
+            )
+
+
+def _micro_batch_problem(space: Space, values: Mapping[str, Any]) -> str:
     if not {"micro_batch_size", "batch_size"} & set(space):
         return ""
+    param = space.get("micro_batch_size")
+    if isinstance(param, Multiple) and param.of == "batch_size":
+        most = max(param.factors)
+        return f"micro_batch_size can be {most:g} times batch_size, but must not be larger" if most > 1 else ""
     micro = [size for size in _possible(space, values, "micro_batch_size") if size is not None]
     smallest = min(_possible(space, values, "batch_size"))
     if not micro or max(micro) <= smallest:

@@ -16,12 +16,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from search.errors import StudyError
+from search.records import SAMPLE_FIELDS
 from search.space import (
     Choice,
     Multiple,
     Param,
     Space,
-    micro_batch_problem,
+    pair_problems,
     param_name,
     plain,
     range_problems,
@@ -260,6 +261,12 @@ def _problems(study: Study) -> Iterator[str]:
     ):
         yield "full_data trains on the rows that trials are judged by; it is for trainer.run --from-study --full-data"
     yield from _screen_problems(study)
+    for name in study.space:
+        if name in SAMPLE_FIELDS or name == "data":
+            yield (
+                f"search space of {name}: trials would be validated on different samples, and the easiest would win; "
+                "set it in base, or give trials by hand, which are compared with those on the same samples alone"
+            )
     unknown = [name for name in study.space if name not in valid]
     for name in unknown:
         if name in RETIRED:
@@ -278,9 +285,7 @@ def _problems(study: Study) -> Iterator[str]:
     yield from ranges
     if ranges:
         return
-    micro_batch = micro_batch_problem(study.space, values)
-    if micro_batch:
-        yield micro_batch
+    yield from pair_problems(study.space, values)
     for fixed in study.enqueue:
         try:
             config = TrainConfig.parse({**study.base, **fixed.config})

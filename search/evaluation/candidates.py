@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from search import leaderboard
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 BASE = "base"
 """The candidate without an adapter."""
 Rows = Literal["auto", "test", "validation", "all"]
+OWN = ("test", "unused", "validation", "all")
+"""Names of rows of the study's own data."""
 FEWEST = 30
 """Fewest unused rows that are worth judging on: of fewer, intervals are wider than what trials differ by."""
 ATTRIBUTE = "evaluations"
@@ -40,7 +44,7 @@ class Chosen:
     """The rows that captions are judged on."""
 
     name: str
-    """For keys of metrics: `test`, `unused`, `validation`, or the folder's name."""
+    """For keys of metrics: of the study's own data `test`, `unused`, `validation` or `all`, of others `_named`."""
     where: str
     """In words."""
     rows: tuple[Row, ...]
@@ -53,7 +57,9 @@ class Chosen:
         return scenes if len(set(scenes)) < len(scenes) else None
 
 
-def choose_rows(config: TrainConfig, data: str | None, rows: Rows) -> Chosen:
+def choose_rows(
+    config: TrainConfig, data: str | None, rows: Rows, taken: Mapping[str, str] = MappingProxyType({})
+) -> Chosen:
     """The rows to judge on.
 
     Args:
@@ -61,6 +67,7 @@ def choose_rows(config: TrainConfig, data: str | None, rows: Rows) -> Chosen:
         data: another folder; None for the study's own.
         rows: `auto` is the given test split where there is one; else, of the study's own data, the rows that the study
             left out with their whole scenes (`max_samples`), or the validation rows; of another folder all.
+        taken: Fingerprints of the data of the study's earlier evaluations, by name.
 
     Raises:
         DataError: the folder cannot be used, or has no such rows.
@@ -71,7 +78,7 @@ def choose_rows(config: TrainConfig, data: str | None, rows: Rows) -> Chosen:
             found = dataset.examine(folder, part="test")
             _refuse_bad(found, config)
             if len(found.rows):
-                name = "test" if data is None else Path(folder).name
+                name = _named(data, rows, "test", found.fingerprint, taken)
                 where = f"{len(found.rows)} test rows of {found.folder}"
                 return Chosen(name=name, where=where, rows=found.rows, fingerprint=found.fingerprint)
         except DataError as error:
@@ -80,7 +87,7 @@ def choose_rows(config: TrainConfig, data: str | None, rows: Rows) -> Chosen:
     if rows == "all" or (rows == "auto" and data is not None):
         found = dataset.examine(folder, part="all")
         _refuse_bad(found, config)
-        name = "all" if data is None else Path(folder).name
+        name = _named(data, rows, "all", found.fingerprint, taken)
         warned = ("the rows that the trials trained on are among these",) if data is None else ()
         where = f"all {len(found.rows)} rows of {found.folder}"
         return Chosen(name=name, where=where, rows=found.rows, fingerprint=found.fingerprint, warnings=warned)
@@ -97,8 +104,28 @@ def choose_rows(config: TrainConfig, data: str | None, rows: Rows) -> Chosen:
         "these are the validation rows, by whose loss the search chose its winner: its figures are better here than "
         "on new images; name other data with --data"
     )
-    where = f"{len(split.val)} validation rows of {found.folder}"
-    return Chosen(name="validation", where=where, rows=split.val, fingerprint=found.fingerprint, warnings=(warning,))
+    return Chosen(
+        name=_named(data, rows, "validation", found.fingerprint, taken),
+        where=f"{len(split.val)} validation rows of {found.folder}",
+        rows=split.val,
+        fingerprint=found.fingerprint,
+        warnings=(warning,) if data is None else (),
+    )
+
+
+def _named(data: str | None, rows: Rows, part: str, fingerprint: str, taken: Mapping[str, str]) -> str:
+    """What rows are called in keys of metrics: of another folder by its name, and by their part if it was asked for.
+
+    No two data share a name, or the second would replace what the first came to.
+    """
+    if data is None:
+        return part
+    folder = Path(data).expanduser().resolve()
+    name = folder.name if rows == "auto" else f"{folder.name}-{part}"
+    if name in OWN:
+        name = f"{folder.parent.name}-{name}"
+    name = re.sub(r"[^\w.-]+", "_", name)
+    return name if taken.get(name, fingerprint) == fingerprint else f"{name}-{fingerprint[:8]}"
 
 
 def _unused(found: dataset.Examined, split: dataset.Split) -> tuple[Row, ...]:
@@ -166,7 +193,8 @@ def check_adapter(trial: TrialRecord, folder: Path) -> None:
     if not has_adapter(trial, folder):
         raise StudyError(
             f"the adapter of trial {trial.number} is not in {leaderboard.adapter(folder, trial)}; if the runs folder "
-            "was moved, name it with --runs-dir; a checkpoint that was removed comes again with search.replay"
+            f"was moved, name it with --runs-dir; one whose checkpoints were removed is trained again by `python -m "
+            f"trainer.run --from-study STUDY --trial {trial.number}`, which says where the adapter then is"
         )
 
 
@@ -272,7 +300,7 @@ def evaluate(
         UserError: a model, adapter or image that cannot be used.
     """
     from trainer import runtime
-    from trainer.captions.adapter import attach, detach
+    from trainer.captions.adapter import attach, detach, use_of
     from trainer.captions.generate import Captioner
     from trainer.model.base import load_base
 
@@ -287,13 +315,14 @@ def evaluate(
             base = None
             base = load_base(wanted[0], dtype=runtime.DTYPES[wanted[1]], device=place, fused=False)
             kind = wanted
+        instruction = use_of(leaderboard.adapter(folder, trial)).instruction
         if with_base and BASE not in captions:
             captioner = Captioner(base.model, base.processor, place, base.dtype, decoding)
-            captions[BASE] = _captions(captioner, rows.rows, batch_size, partial(progress, BASE))
+            captions[BASE] = _captions(captioner, rows.rows, instruction, batch_size, partial(progress, BASE))
         adapted = attach(base, leaderboard.adapter(folder, trial))
         name = str(trial.number)
         captioner = Captioner(adapted, base.processor, place, base.dtype, decoding)
-        captions[name] = _captions(captioner, rows.rows, batch_size, partial(progress, f"trial {name}"))
+        captions[name] = _captions(captioner, rows.rows, instruction, batch_size, partial(progress, f"trial {name}"))
         losses[name] = trial.value
         detach(base, adapted)
     references = [row.captions for row in rows.rows]
@@ -313,13 +342,14 @@ def evaluate(
 
 
 def _captions(
-    captioner: Any, rows: Sequence[Row], batch_size: int, progress: Callable[[int, int], None]
+    captioner: Any, rows: Sequence[Row], instruction: str, batch_size: int, progress: Callable[[int, int], None]
 ) -> tuple[str, ...]:
+    """A caption of each row; `instruction`, what the adapter learnt, is asked of rows without one of their own."""
     from trainer.captions.generate import in_batches
     from trainer.data.images import open_image
 
     found: dict[int, str] = {}
-    items = [(partial(open_image, row.image), row.prompt) for row in rows]
+    items = [(partial(open_image, row.image), row.prompt if row.asked else instruction) for row in rows]
     for number, text in in_batches(captioner, items, batch_size):
         if isinstance(text, Exception):
             raise text

@@ -15,10 +15,11 @@ import numpy as np
 from optuna.trial import FrozenTrial
 
 from search import records
-from search.leaderboard import SAMPLE_FIELDS, own_path
+from search.leaderboard import own_path
 from search.planning.coordinates import Coordinates
 from search.planning.curves import Array
 from search.planning.plan import is_repeat
+from search.records import SAMPLE_FIELDS
 from search.space import fits, to_config
 
 if TYPE_CHECKING:

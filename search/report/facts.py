@@ -75,7 +75,7 @@ class Facts:
     several: tuple[int, int] | None
     """(captions, images) of the data where images have several, by the latest run that says so."""
     main_samples: tuple[Any, ...] | None
-    """The samples on which most trials were validated, see `leaderboard.SAMPLE_FIELDS`."""
+    """The samples on which most trials were validated, see `records.SAMPLE_FIELDS`."""
     comparable: int
     """Trials whose losses are compared with one another in the tables."""
     median_loss: float | None

@@ -13,7 +13,7 @@ from search import compare, records
 from search.comparison import Recorded, rows, sentences
 from search.comparison import compare as compared
 from search.places import Places
-from search.space import Float, Int
+from search.space import Float, Int, to_dict
 from search.storage import studies
 from search.storage.database import close_storage, open_storage
 from search.study import Study
@@ -138,14 +138,7 @@ def test_what_a_definition_does_not_name_has_its_default(
 
 def test_what_a_study_searches_is_not_known_of_its_samples() -> None:
     attrs = {"fingerprints": {"data": "x"}}
-    space = Study(
-        name="s",
-        description="",
-        base={"model": "mini", "data": "mini"},
-        space={"max_samples": Int(100, 200)},
-        n_trials=1,
-    )
-    given = {"space": space.definition()["space"], "base": {"max_samples": 100}}
+    given = {"space": to_dict({"max_samples": Int(100, 200)}), "base": {"max_samples": 100}}  # of an older version
     sides = [
         Recorded(name=name, definition=definition, attrs=attrs, trials=())
         for name, definition in (("a", given), ("b", {"space": {}, "base": {"max_samples": 150}}))

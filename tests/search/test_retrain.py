@@ -50,6 +50,14 @@ def test_the_winner_on_all_rows_is_recorded_under_the_study(
     folder = runs / small_study.NAME / "retrained" / f"trial-{small_study.GOOD:04d}-full"
     assert f"Trained on all rows: the adapter of the last epoch is in {folder}" in out
     assert "(from the checkpoint)" in call(*study, *options)[1]
+    # Wrong input leaves that run as it is, and begins none.
+    code, _, err = call(*study, *options, "--set", "learning_rate=1e-3")
+    assert code == 2 and "belongs to another configuration" in err
+    code, _, err = call(*study, *options, "--set", "target_modules=foo", "--out", tmp_path / "new")
+    assert code == 2 and "foo" in err and not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    code, _, err = call(*study, *options, "--out", tmp_path / "file")
+    assert code == 2 and "cannot be made" in err
     # In MLflow: a run of its own kind.
     with opened(small_study.NAME, Places.of(runs)) as (found, tracking):
         experiment = tracking.find_experiment(small_study.NAME)

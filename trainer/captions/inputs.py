@@ -61,7 +61,7 @@ def _one(argument: str) -> tuple[list[Item], list[str]]:
         return [Item(file) for file in files], []
     if holds_captions(path):
         examined = dataset.examine(str(path), part="all")
-        rows = [Item(row.image, row.prompt, row.captions) for row in examined.rows]
+        rows = [Item(row.image, row.prompt if row.asked else None, row.captions) for row in examined.rows]
         return rows, list(examined.bad)
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:

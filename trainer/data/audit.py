@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class Audit:
     text: Text | None
     """None where the model's tokenizer is not at hand."""
     copies: tuple[Copies, ...]
+    on_both: int
+    """Image files that are in training and in validation."""
     sizes: tuple[tuple[int, int], ...]
     """(width, height) of each row's image."""
     skip_bad_rows: bool = False
@@ -102,6 +105,7 @@ class Audit:
             "copied_pictures": len(self.copies),
             "rows_of_copied_pictures": sum(len(group.rows) for group in self.copies),
             "copied_pictures_on_both_sides": sum(group.sides == BOTH for group in self.copies),
+            "images_on_both_sides": self.on_both,
             "images_of_one_colour": len(self.examined.plain),
             "fingerprint": self.examined.fingerprint,
         }
@@ -132,11 +136,13 @@ def audit(config: TrainConfig, progress: Callable[[int, int], None]) -> Audit:
     rows_of: dict[Path, list[Row]] = {}
     for row in examined.rows:
         rows_of.setdefault(row.image, []).append(row)
-    sides = {row.image: "training" for row in parts.train} if parts is not None else {}
-    sides |= {row.image: "validation" for row in parts.val} if parts is not None else {}
+    sides: defaultdict[Path, set[str]] = defaultdict(set)
+    for name, rows_there in (("training", parts.train), ("validation", parts.val)) if parts is not None else ():
+        for row in rows_there:
+            sides[row.image].add(name)
     copies = []
     for paths in examined.copies:
-        on = {sides[path] for path in paths if path in sides}
+        on = {side for path in paths for side in sides.get(path, ())}
         rows = tuple(row for path in paths for row in rows_of[path])
         side = BOTH if len(on) > 1 else on.pop() if on else "not used"
         copies.append(Copies(rows, len({pictures[path].digest for path in paths}) == 1, side))
@@ -146,6 +152,7 @@ def audit(config: TrainConfig, progress: Callable[[int, int], None]) -> Audit:
         problems=tuple(problems),
         text=text,
         copies=tuple(copies),
+        on_both=sum(len(there) > 1 for there in sides.values()),
         sizes=tuple((pictures[row.image].width, pictures[row.image].height) for row in examined.rows),
         skip_bad_rows=config.skip_bad_rows,
     )

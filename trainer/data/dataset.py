@@ -64,6 +64,9 @@ class Row:
     """The split that the data give the row, as they write it."""
     label: str | None = None
     """The class of the image, where the data, its folder or its name say one."""
+    asked: bool = True
+    """Whether `prompt` is the data's own; if not, it is `DEFAULT_PROMPT`, and captions are asked for by what the
+    adapter learnt."""
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -373,6 +376,7 @@ def _row(entry: Entry, images: Path, problems: list[str]) -> Row | None:
         more_captions=tuple(more),
         given=None if entry.split is None else str(entry.split),
         label=None if entry.label is None else str(entry.label),
+        asked=entry.prompt is not None,
     )
 
 

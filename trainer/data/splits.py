@@ -212,9 +212,15 @@ def _picture_warnings(examined: Examined, train: Sequence[Row], val: Sequence[Ro
     if examined.plain:
         names = ", ".join(path.name for path in examined.plain[:3])
         yield f"{len(examined.plain)} images are of one colour (for example {names})"
+    trains, validates = {row.image for row in train}, {row.image for row in val}
+    if both := trains & validates:
+        names = ", ".join(sorted(path.name for path in both)[:3])
+        yield (
+            f"{len(both)} of the {len(validates)} images of validation are in training too (for example {names}), "
+            "where they measure memory"
+        )
     if not examined.copies:
         return
-    trains, validates = {row.image for row in train}, {row.image for row in val}
     leaks = sum(bool(trains & set(paths)) and bool(validates & set(paths)) for paths in examined.copies)
     names = " and ".join(path.name for path in examined.copies[0][:2])
     count, files = len(examined.copies), sum(map(len, examined.copies))

@@ -48,7 +48,7 @@ def test_as_json(tmp_path: Path) -> None:
     assert found["counts"]["captions_repeated"] == 1
     ((group),) = found["copies"]
     assert (group["identical"], group["scenes"]) == (False, 2)
-    assert found["counts"]["copied_pictures_on_both_sides"] == 0
+    assert found["counts"]["copied_pictures_on_both_sides"] == found["counts"]["images_on_both_sides"] == 0
     assert (found["counts"]["rows_that_train"], found["counts"]["rows_that_validate"]) == (5, 1)
     assert len(found["caption_lengths"]) == 6
 

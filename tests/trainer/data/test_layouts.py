@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -341,7 +342,66 @@ def test_other_encodings_are_named_with_the_way_out(
     content = f"file_name,text\na.png,{text}" if name.endswith("csv") else json.dumps(row, ensure_ascii=False)
     (tmp_path / name).write_bytes(content.encode(encoding))
     (message,) = refused(tmp_path)
-    assert f"looks like {named}; convert it: iconv -f {named} -t UTF-8 {name}" in message
+    assert f"looks like {named}; convert it: iconv -f {named} -t UTF-8 {tmp_path}" in message
+    # As pasted, and the folder is read then: a copy beside the file would change nothing.
+    subprocess.run(message.partition("convert it: ")[2], shell=True, check=True)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [name]
+    if name != "captions.json":
+        picture(tmp_path / "a.png")
+        assert [row.captions for row in examine(str(tmp_path)).rows] == [(text,)]
+
+
+@pytest.mark.parametrize("broken", ["train.csv", "train.json", "val.csv"])
+def test_a_file_that_cannot_be_read_beside_one_that_can_is_not_left_out(tmp_path: Path, broken: str) -> None:
+    """It may be the training split: the test split alone would be trained on."""
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "test.csv").write_text("image,caption\na.png,One.\nb.png,Two.\n")
+    content = "image,caption\nc.png,A café.\n" if broken.endswith("csv") else '[{"image": "c.png", "capti'
+    (tmp_path / broken).write_bytes(content.encode("latin-1"))
+    first, *_, last = refused(tmp_path)
+    assert str(tmp_path / broken) in first
+    assert "test.csv beside it can be read; mend what cannot, or move it elsewhere" in last
+
+
+def test_a_quote_that_is_never_closed_does_not_swallow_rows(tmp_path: Path) -> None:
+    for name in "abcd":
+        picture(tmp_path / f"{name}.png")
+    table = tmp_path / "rows.csv"
+    table.write_text('image,caption\na.png,"A 4"" one, ""big""."\nb.png,"B.\nc.png,C.\nd.png,D.\n')
+    (line,) = [line for line in refused(tmp_path) if "rows.csv, line" in line]
+    assert "line 5: is not CSV in the row that begins in line 3" in line and "must be closed" in line
+    table.write_text('image,caption\na.png,"A 4"" one, ""big""."\nb.png,"B."x\nc.png,C.\nd.png,5" long\n')
+    (line,) = [line for line in refused(tmp_path) if "rows.csv, line" in line]
+    assert "line 3: is not CSV (" in line
+    table.write_text(table.read_text().replace('"B."x', '"B.\n\nx"'))
+    assert [row.caption for row in examine(str(tmp_path)).rows] == ['A 4" one, "big".', "B. x", "C.", '5" long']
+
+
+@pytest.mark.parametrize(
+    ("content", "captions"),
+    [
+        ("image,caption,caption,caption\na.png,One.,Two.,Three.\n", ("One.", "Two.", "Three.")),
+        ("image,caption,caption_2,caption\na.png,One.,Two.,Three.\n", ("One.", "Two.", "Three.")),
+        ("image,caption,caption.1\na.png,One.,Two.\n", ("One.", "Two.")),
+        ('image,raw\na.png,"[""One."", ""Two \\""2\\"".""]"\n', ("One.", 'Two "2".')),  # Flickr30k's CSV
+        ("image,captions\na.png,\"['One.', 'It\\'s two.']\"\n", ("One.", "It's two.")),  # a list, as pandas writes it
+        ("image,caption\na.png,[caption] One.\n", ("[caption] One.",)),
+        ("image,caption\na.png,[1]\n", ("[1]",)),
+    ],
+)
+def test_several_captions_in_a_csv_are_all_read(tmp_path: Path, content: str, captions: tuple[str, ...]) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_text(content)
+    (row,) = examine(str(tmp_path)).rows
+    assert row.captions == captions
+
+
+def test_two_columns_of_one_name_are_not_guessed_between(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_text("image,caption,image\na.png,One.,b.png\n")
+    (line,) = refused(tmp_path)
+    assert "two columns are named 'image'" in line
 
 
 def test_csv_rows_that_do_not_fit_their_columns_are_told(tmp_path: Path) -> None:

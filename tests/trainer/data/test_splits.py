@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +86,17 @@ def test_given_splits_are_used_and_keep_their_share() -> None:
     assert (len(least.train), len(least.val)) == (1, 1)
     other = split(made(rows), TrainConfig(split="random"))
     assert {row.given for row in other.val} == {"train", "validation"}
+
+
+def test_an_image_on_both_given_sides_is_a_warning() -> None:
+    """The same file, as one with several captions may be given; copies under other names are another matter."""
+    rows = [(str(i), "train", None) for i in range(10)]
+    examined = made([*rows, *((str(i), "val", None) for i in range(10, 15))])
+    again = replace(examined.rows[12], image=examined.rows[0].image)
+    both = replace(examined, rows=(*examined.rows[:12], again, *examined.rows[13:]))
+    (warning,) = split(both, TrainConfig()).facts.warnings
+    assert warning.startswith("1 of the 5 images of validation are in training too (for example 0.png)")
+    assert split(examined, TrainConfig()).facts.warnings == ()
 
 
 def test_scenes_on_both_given_sides_are_a_warning() -> None:

@@ -7,12 +7,12 @@ import csv
 import io
 import json
 import shlex
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
-from trainer.common.errors import DataError
-from trainer.data.layouts.tables import Bad, Lines
+from trainer.common.errors import DataError, shown
+from trainer.data.layouts.tables import CAPTIONS, LABELS, NAMES, SPLITS, Bad, Lines
 
 MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -25,6 +25,9 @@ PAIRS = (("euc_kr", "EUC-KR"), ("gb2312", "GB18030"), ("euc_jp", "EUC-JP"), ("sh
 """Codecs of two bytes a character, strict ones, and the name for iconv. Latin text with accents fails in them, since
 an accented letter stands alone among ASCII."""
 CSV_FIELD_LIMIT = 1 << 20
+QUOTES = "a quote that is opened must be closed, and one within a quoted value is written twice"
+READ = (*NAMES, *SPLITS, *LABELS, "prompt", "scene")
+"""Columns of which there may be one each."""
 
 
 def text_of(path: Path) -> str:
@@ -33,6 +36,12 @@ def text_of(path: Path) -> str:
     Raises:
         DataError: it cannot be read, or is in another encoding, which is named with the command that converts it.
     """
+
+    def converted(encoding: str) -> str:
+        """The command that puts a copy in UTF-8 in the file's place: beside it, the file would still be read."""
+        name, copy = (shlex.quote(str(p)) for p in (path, path.with_name(f"{path.name}.utf8")))
+        return f"iconv -f {encoding} -t UTF-8 {name} > {copy} && mv {copy} {name}"
+
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -43,16 +52,15 @@ def text_of(path: Path) -> str:
         encoding = encoding_of(content)
         line = content[: error.start].count(b"\n") + 1
         byte = f"byte 0x{content[error.start]:02x} in line {line}"
-        copy = path.with_name(f"{path.stem}.utf8{path.suffix}")
         raise DataError(
             f"{path}: is not readable as JSON, JSONL or CSV: it is not UTF-8 text ({byte}) but looks like {encoding}; "
-            f"convert it: iconv -f {encoding} -t UTF-8 {shlex.quote(path.name)} > {shlex.quote(copy.name)}"
+            f"convert it: {converted(encoding)}"
         ) from None
     if len(text) > 1 and text[:2].count("\0") == 1:
         order = "LE" if text[1] == "\0" else "BE"
         raise DataError(
             f"{path}: is not readable as JSON, JSONL or CSV: every other byte is 0, so it looks like UTF-16{order}; "
-            f"convert it: iconv -f UTF-16{order} -t UTF-8 {shlex.quote(path.name)}"
+            f"convert it: {converted(f'UTF-16{order}')}"
         )
     return text
 
@@ -114,17 +122,44 @@ def _csv_rows(path: Path, text: str) -> Lines:
     separator = max(",;\t|", key=head.count)
     csv.field_size_limit(CSV_FIELD_LIMIT)
     rows: list[tuple[int, Any]] = []
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    # Strictly: a quote that is never closed would make one caption of all that follows.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
-        columns = [name.strip() for name in next(reader, [])]
-        for values in reader:
-            if not values:
-                continue
-            if len(values) > len(columns):
-                bad = f"has {len(values)} values for {len(columns)} columns; quote values that hold {separator!r}"
-                rows.append((reader.line_num, Bad(bad)))
-                continue
-            rows.append((reader.line_num, dict(zip_longest(columns, values, fillvalue=""))))
+        columns = _columns(path, [name.strip() for name in next(reader, [])])
     except csv.Error as error:
         raise DataError(f"{path}: is not readable as CSV (line {reader.line_num}: {error})") from None
-    return Lines(rows)
+    while True:
+        first = reader.line_num + 1
+        try:
+            values = next(reader)
+        except StopIteration:
+            return Lines(rows)
+        except csv.Error as error:
+            begun = f" in the row that begins in line {first}" if reader.line_num > first else ""
+            rows.append((reader.line_num, Bad(f"is not CSV{begun} ({error}); {QUOTES}")))
+            continue
+        if len(values) > len(columns):
+            bad = f"has {len(values)} values for {len(columns)} columns; quote values that hold {separator!r}"
+            rows.append((reader.line_num, Bad(bad)))
+        elif values:
+            rows.append((reader.line_num, dict(zip_longest(columns, values, fillvalue=""))))
+
+
+def _columns(path: Path, names: list[str]) -> list[str]:
+    """The names of a table's columns. Captions under one name are told apart, as `caption`, `caption_2`, ...
+
+    Raises:
+        DataError: two columns of another kind that is read have one name.
+    """
+    found: list[str] = []
+    for name in names:
+        if name not in found:
+            found.append(name)
+        elif name in CAPTIONS:
+            number = next(n for n in count(2) if f"{name}_{n}" not in (*found, *names))
+            found.append(f"{name}_{number}")
+        elif name in READ:
+            raise DataError(f"{path}: two columns are named {shown(name)}; name them apart, or leave one out")
+        else:
+            found.append(name)
+    return found

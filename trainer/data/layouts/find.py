@@ -118,6 +118,11 @@ def _sources(folder: Path) -> list[tuple[str, Layout, Any]]:
                 f"metadata.jsonl, nor another caption file ({', '.join(SUFFIXES)}) in a layout known here:\n{_known()}"
             )
         raise DataError("\n".join([*broken, *([_unknown(folder, others)] if others else [])]))
+    if broken:  # it may be the training split: what is left would be trained on without a word
+        names = ", ".join(name for name, _, _ in found)
+        raise DataError(
+            "\n".join([*broken, f"{folder}: {names} beside it can be read; mend what cannot, or move it elsewhere"])
+        )
     splits = [split_in(name) for name, _, _ in found]
     if len({layout.name for _, layout, _ in found}) > 1 or (len(found) > 1 and (None in splits)):
         listed = ", ".join(f"{name} ({layout.name})" for name, layout, _ in found)

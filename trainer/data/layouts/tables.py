@@ -7,8 +7,11 @@ column `file_name`). Others have the column names in use: `image,caption` (Flick
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from trainer.data.layouts.entry import Entry, Layout, have, joined, not_an_object, objects
@@ -16,7 +19,8 @@ from trainer.data.layouts.entry import Entry, Layout, have, joined, not_an_objec
 NAMES = ("file_name", "filename", "image", "file", "path", "filepath", "image_path", "image_file", "img", "image_name")
 """Columns that name the image, the first that is there counts."""
 CAPTIONS = ("text", "caption", "sentence", "captions", "sentences", "texts", "description", "title", "raw")
-"""Columns that hold the caption, or a list of captions; `caption_1`, `caption_2` and so on go with `caption`."""
+"""Columns that hold the caption, or a list of captions; `caption_1`, `caption_2` and so on go with `caption`,
+and `caption.1`, as pandas has them."""
 SPLITS = ("split", "subset", "partition")
 LABELS = ("class", "label", "category")
 
@@ -42,16 +46,28 @@ def caption_columns(item: Mapping[str, Any]) -> list[str]:
     """The columns of a row that hold captions: `caption`, or `caption_1`, `caption_2`, ..., or both."""
     plain = _first(item, CAPTIONS)
     for key in [plain] if plain else CAPTIONS:
-        numbered = [name for name in item if re.fullmatch(rf"{key}[_ -]?\d+", name)]
+        numbered = [name for name in item if re.fullmatch(rf"{key}[_ .-]?\d+", name)]
         if plain or numbered:
             return [*([plain] if plain else []), *numbered]
     return []
 
 
+def _listed(value: Any) -> Any:
+    """The list of texts that a cell holds as text, in JSON as Flickr30k's CSV or as Python writes it, as such."""
+    if not isinstance(value, str) or not (value.startswith("[") and value.endswith("]")):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = read(value)
+            if isinstance(found, list) and found and all(isinstance(each, str) for each in found):
+                return found
+    return value
+
+
 def _captions(item: Mapping[str, Any], columns: list[str]) -> tuple[tuple[str, Any], ...]:
     found: list[tuple[str, Any]] = []
     for column in columns:
-        value = item.get(column)
+        value = _listed(item.get(column))
         if isinstance(value, list) and value:
             found += [(column, part.get("raw") if isinstance(part, dict) else part) for part in value]
         else:
