@@ -197,7 +197,7 @@ def _place(param: Float | Int, value: float) -> float:
 def _nearest(param: Param, field: str, values: Mapping[str, Any]) -> Any:
     """The param's value that comes nearest to the field's value; the middle of the range if the field has none."""
     match param:
-        case Float() | Int() if values[field] is None:  # max_samples: all there are
+        case Float() | Int() if values[field] is None:  # one that may be None, as micro_batch_size
             return _at(param, 0.5)
         case Float(low=low, high=high):
             return min(max(float(values[field]), low), high)

@@ -112,7 +112,7 @@ def test_trials_that_only_wait_show_no_other_hopeless() -> None:
 
 def test_epochs_may_be_searched_or_given_and_fields_without_a_number_too() -> None:
     space = {**STUDY.space, "num_epochs": Int(4, 12), "micro_batch_size": Int(1, 1)}
-    study = replace(STUDY, space=space, base={"data": "mini", "model": "mini"})
+    study = replace(STUDY, space=space, base={"max_samples": 40, "data": "mini", "model": "mini"})
     plan = FreezeThaw(study, Prior())
     given = [trial(i, TrialState.COMPLETE, falling(n, 1.15), num_epochs=n) for i, n in enumerate((2, 5, 60))]
     proposed = plan.propose([*given, paused(3, falling(3))])
