@@ -67,6 +67,8 @@ def main(
 
 
 def _check_free(out: Path) -> None:
+    if out.resolve() == Path.cwd():
+        raise StudyError(f"--out {shown(str(out))} is the folder you are in, which cannot be replaced; name another")
     if out.exists() and not out.is_dir():
         raise StudyError(f"{shown(str(out))} is there already and no folder; name another with --out")
     if out.exists() and any(out.iterdir()):

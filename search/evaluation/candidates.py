@@ -193,8 +193,8 @@ def check_adapter(trial: TrialRecord, folder: Path) -> None:
     if not has_adapter(trial, folder):
         raise StudyError(
             f"the adapter of trial {trial.number} is not in {leaderboard.adapter(folder, trial)}; if the runs folder "
-            f"was moved, name it with --runs-dir; one whose checkpoints were removed is trained again by `python -m "
-            f"trainer.run --from-study STUDY --trial {trial.number}`, which says where the adapter then is"
+            "was moved, name it with --runs-dir; if its checkpoints were removed, `python -m trainer.run --from-study "
+            f"{folder.name} --trial {trial.number}` trains it again, and says where its adapter then is"
         )
 
 

@@ -134,8 +134,12 @@ def test_wrong_input_leaves_nothing_behind(call: Call, tmp_path: Path, arguments
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_with_files_is_not_written_over(call: Call, tmp_path: Path) -> None:
+def test_a_folder_with_files_is_not_written_over(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, told = call("--out", ".")  # of an empty folder, too: its place would be another folder's
+    assert code == 2 and "is the folder you are in" in told
     (tmp_path / "mine").write_text("")
+    monkeypatch.undo()
     code, _, told = call("--out", tmp_path)
     assert code == 2
     assert "is there already and not empty" in told

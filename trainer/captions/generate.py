@@ -10,6 +10,8 @@ import torch
 from PIL.Image import Image
 
 from trainer import runtime
+from trainer.common.errors import ConfigError
+from trainer.data.words import IMAGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,21 @@ class Captioner:
 
     def __call__(self, images: Sequence[Image], instruction: str) -> list[str]:
         """A caption for each image. All have one instruction, so that a batch is not padded: the captions do not
-        depend on which images are in a batch together, but for the rounding of sums."""
-        inputs = self.processor(images=list(images), text=[instruction] * len(images), return_tensors="pt")
+        depend on which images are in a batch together, but for the rounding of sums. The Q-Former reads as much of
+        it as in training.
+
+        Raises:
+            ConfigError: the instruction holds the token that stands for the picture.
+        """
+        if IMAGE in instruction:
+            raise ConfigError(f"the instruction holds {IMAGE!r}, which the model itself puts before it; leave it out")
+        text = [instruction] * len(images)
+        inputs = self.processor(images=list(images), text=text, return_tensors="pt")
+        room = int(self.model.config.qformer_config.max_position_embeddings)
+        if inputs["qformer_input_ids"].shape[1] > room:
+            cut = self.processor.qformer_tokenizer(text, truncation=True, max_length=room, return_tensors="pt")
+            inputs["qformer_input_ids"] = cut["input_ids"]
+            inputs["qformer_attention_mask"] = cut["attention_mask"]
         inputs = inputs.to(self.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
         arguments = self.decoding.arguments()

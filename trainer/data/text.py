@@ -20,6 +20,7 @@ from trainer.data.words import (
     Lacking,
     Words,
     beginning,
+    qformer_room,
     qformer_words_of,
     special_pattern,
     words_of,
@@ -69,6 +70,12 @@ class Text:
     qformer: Lacking = field(default_factory=Lacking)
     """Of the prompts in the Q-Former's, which sees nothing else of a row."""
     special: tuple[Special, ...] = ()
+    prompts_cut: int = 0
+    """Prompts that are longer than the Q-Former reads: it sees their beginning alone."""
+    longest_prompt: int = 0
+    """Tokens of the longest prompt in the Q-Former's tokenizer, special ones included."""
+    room: int | None = None
+    """Tokens that the Q-Former reads; None where that is not known."""
 
     @property
     def unknown(self) -> float:
@@ -103,6 +110,11 @@ class Text:
                 f"{self.cut} of {self.captions} captions are cut at max_target_length={self.max_target_length} "
                 f"tokens; the longest has {max(self.lengths)}"
             )
+        if self.prompts_cut:
+            found.append(
+                f"{self.prompts_cut} prompts are cut at the {self.room} tokens that the model's Q-Former reads; the "
+                f"longest has {self.longest_prompt}"
+            )
         if self.empty:
             found.append(f"{self.empty} of {self.captions} captions have no letter or digit")
         found += [
@@ -136,6 +148,7 @@ class Text:
             "captions_cut": self.cut,
             "captions_empty": self.empty,
             "captions_repeated": self.repeated,
+            "prompts_cut": self.prompts_cut,
             "prompts_unknown": round(max(self.prompts.share, self.qformer.share), 4),
         }
 
@@ -157,13 +170,24 @@ def examine_text(
     max_target_length: int,
     prompts: Sequence[str] = (),
     qformer: Words | None = None,
+    room: int | None = None,
 ) -> Text:
-    """Count what the tokenizers make of these captions, of which there is at least one, and of the prompts."""
+    """Count what the tokenizers make of these captions, of which there is at least one, and of the prompts.
+
+    Args:
+        captions: Of all rows.
+        words: The language model's tokenizer.
+        max_target_length: See `TrainConfig`.
+        prompts: Of all rows.
+        qformer: The Q-Former's tokenizer.
+        room: Tokens that the Q-Former reads.
+    """
     assert captions
     times, asked = Counter(captions), Counter(prompts)
     count = Count(words)
     lengths = {caption: count.add(caption, rows) + 1 for caption, rows in times.items()}  # with EOS
     pattern = special_pattern(words)
+    asked_lengths = {} if qformer is None else {prompt: len(qformer.tokenizer.encode(prompt).ids) for prompt in asked}
     return Text(
         captions=len(captions),
         empty=sum(rows for caption, rows in times.items() if not any(map(str.isalnum, caption))),
@@ -176,6 +200,9 @@ def examine_text(
         lengths=tuple(lengths[caption] for caption in captions),
         prompts=_lacking(asked, words),
         qformer=_lacking(asked, qformer) if qformer is not None else Lacking(),
+        prompts_cut=sum(n for prompt, n in asked.items() if room and asked_lengths.get(prompt, 0) > room),
+        longest_prompt=max(asked_lengths.values(), default=0),
+        room=room,
         special=(*_special(times, pattern, "captions"), *_special(asked, pattern, "prompts")),
     )
 
@@ -195,7 +222,8 @@ def text_of(rows: Sequence[Row], model: str, max_target_length: int) -> Text | N
     if found is None or not rows:
         return None
     prompts = [row.prompt for row in rows]
-    return examine_text(captions_of(rows), found, max_target_length, prompts, qformer_words_of(model))
+    qformer, room = qformer_words_of(model), qformer_room(model)
+    return examine_text(captions_of(rows), found, max_target_length, prompts, qformer, room)
 
 
 def check_text(rows: Sequence[Row], model: str, max_target_length: int) -> Text | None:

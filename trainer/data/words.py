@@ -111,6 +111,16 @@ def qformer_words_of(model: str) -> Words | None:
     return _read(model, f"{QFORMER}/tokenizer.json")
 
 
+def qformer_room(model: str) -> int | None:
+    """Most tokens that a checkpoint's Q-Former reads of an instruction; None where its config.json does not say."""
+    config = _file_of(model, "config.json")
+    if config is None:
+        return None
+    found = json.loads(config.read_text(encoding="utf-8")).get("qformer_config") or {}
+    room = found.get("max_position_embeddings")
+    return room if isinstance(room, int) else None
+
+
 def _read(model: str, name: str) -> Words | None:
     from tokenizers import Tokenizer
 

@@ -104,6 +104,56 @@ def test_wrong_input_is_one_message(call: Call, arguments: list[str], message: s
     assert message in err
 
 
+def test_no_two_data_share_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second evaluation would replace the first: in Optuna, in MLflow's metrics, in the file of its captions."""
+    config = TrainConfig.parse({})
+    rows = dataset.examine("mini").rows[:8]
+    for folder in ("RSIEval", "test", "other/RSIEval"):
+        (tmp_path / folder).mkdir(parents=True)
+        listed = [{"image": row.image.name, "caption": f"{folder}: {row.caption}"} for row in rows]
+        (tmp_path / folder / "rows.json").write_text(json.dumps(listed))
+        (tmp_path / folder / "images").symlink_to(rows[0].image.parent)
+    first = choose_rows(config, str(tmp_path / "RSIEval"), "auto")
+    assert first.name == "RSIEval" and not first.warnings
+    taken = {first.name: first.fingerprint}
+    assert choose_rows(config, str(tmp_path / "RSIEval"), "auto", taken).name == "RSIEval"
+    second = choose_rows(config, str(tmp_path / "other" / "RSIEval"), "auto", taken)
+    assert second.name == f"RSIEval-{second.fingerprint[:8]}"
+    assert choose_rows(config, str(tmp_path / "test"), "auto").name == f"{tmp_path.name}-test"
+    validation = choose_rows(config, str(tmp_path / "RSIEval"), "validation")
+    assert validation.name == "RSIEval-validation" and not validation.warnings
+    monkeypatch.chdir(tmp_path / "RSIEval")
+    assert choose_rows(config, ".", "auto").name == "RSIEval"
+
+
+def test_data_without_prompts_are_asked_what_the_adapters_learnt(
+    call: Call, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.captions import generate
+
+    rows = dataset.examine("mini").rows[:2]
+    listed = [{"image": row.image.name, "caption": row.caption} for row in rows]
+    (tmp_path / "rows.json").write_text(json.dumps(listed))
+    (tmp_path / "images").symlink_to(rows[0].image.parent)
+    (use,) = (runs / small_study.NAME / "trials" / f"{small_study.GOOD:04d}").rglob("captioning.json")
+    before = use.read_text()
+    use.write_text(json.dumps({**json.loads(before), "instruction": "Which ground is it?"}))
+    asked: list[str] = []
+    real = generate.in_batches
+
+    def spied(captioner: Any, items: Any, batch_size: int) -> Any:
+        asked.extend(instruction for _, instruction in items)
+        return real(captioner, items, batch_size)
+
+    monkeypatch.setattr(generate, "in_batches", spied)
+    try:
+        code, _, err = call("--trials", small_study.GOOD, "--data", tmp_path, "--max-new-tokens", 2)
+    finally:
+        use.write_text(before)
+    assert (code, err) == (0, "")
+    assert asked == ["Which ground is it?"] * 4, "the base is asked the same, or the comparison is none"
+
+
 def test_rows_that_the_study_left_out_are_judged_on_where_there_is_no_test_split() -> None:
     config = TrainConfig.parse({"max_samples": 100})
     chosen = choose_rows(config, None, "auto")

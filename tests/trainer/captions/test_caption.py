@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from tests.support import adapters, called, checkpoints
 from trainer import caption
 from trainer.captions.adapter import use_of
+from trainer.captions.generate import Captioner, Decoding
 from trainer.common.errors import CheckpointError
 from trainer.data import dataset
 from trainer.mini import CHECKPOINT
@@ -119,6 +121,46 @@ def test_an_adapter_applied_by_hooks_captions_as_peft_does(adapted: tuple[str, P
     others.remove()
 
 
+def test_the_qformer_reads_as_much_of_an_instruction_as_in_training(
+    call: Call, adapted: tuple[str, Path, Path], pictures: Path
+) -> None:
+    """Transformers ends with an IndexError where an instruction is longer than its position embeddings."""
+    from transformers import InstructBlipConfig, InstructBlipProcessor
+
+    _, model, adapter = adapted
+    long = "Describe " + "the buildings and roads and trees and ships of this scene, " * 60
+    code, lines, errors = call(pictures / "a.png", "--adapter", adapter, "--max-new-tokens", 3, "--instruction", long)
+    assert (code, errors, len(lines)) == (0, "", 1)
+    base = load_base(str(model), dtype=torch.float32, device=torch.device("cpu"))
+    seen: list[torch.Tensor] = []
+    base.model.qformer.register_forward_pre_hook(
+        lambda _, __, named: seen.append(named["input_ids"]), with_kwargs=True
+    )
+    captioner = Captioner(base.model, base.processor, torch.device("cpu"), torch.float32, Decoding(max_new_tokens=2))
+    captioner([Image.open(pictures / "a.png").convert("RGB")], long)
+    room = InstructBlipConfig.from_pretrained(model).qformer_config.max_position_embeddings
+    tokens = InstructBlipProcessor.from_pretrained(model).qformer_tokenizer(long, truncation=True, max_length=room)
+    assert seen[0].tolist() == [tokens["input_ids"]] and seen[0].shape[1] == room
+
+
+def test_data_without_prompts_are_asked_what_the_adapter_learnt(
+    call: Call, adapted: tuple[str, Path, Path], pictures: Path, tmp_path: Path
+) -> None:
+    _, _, adapter = adapted
+    own = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    (own / "captioning.json").write_text(json.dumps({"instruction": "Which ground is it?"}))
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "images").symlink_to(pictures)
+    (data / "rows.jsonl").write_text(
+        '{"image": "a.png", "caption": "One."}\n{"image": "b.jpg", "caption": "Two.", "prompt": "What is it?"}\n'
+    )
+    code, lines, _ = call(data, "--adapter", own, "--max-new-tokens", 2, "--json")
+    assert code == 0
+    asked = {Path(found["image"]).name: found["instruction"] for found in map(json.loads, lines)}
+    assert asked == {"a.png": "Which ground is it?", "b.jpg": "What is it?"}
+
+
 def test_folders_patterns_and_data_folders_are_taken(
     call: Call, adapted: tuple[str, Path, Path], pictures: Path, tmp_path: Path
 ) -> None:
@@ -173,6 +215,7 @@ def test_a_bad_image_is_named_and_the_others_are_captioned(
         (["{pictures}", "--model", "mini", "--repetition-penalty", "nan"], "--repetition-penalty must be"),
         (["{pictures}", "--model", "mini", "--length-penalty", "inf"], "--length-penalty must be finite"),
         (["{pictures}", "--model", "mini", "--instruction", " "], "--instruction is empty"),
+        (["{pictures}", "--model", "mini", "--instruction", "<image> Describe"], "the instruction holds '<image>'"),
         (
             ["{pictures}", "--model", "mini", "--min-new-tokens", "9", "--max-new-tokens", "8"],
             "--min-new-tokens is 9, more than the longest caption has: 8",

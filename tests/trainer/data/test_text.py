@@ -136,6 +136,15 @@ def test_empty_and_repeated_captions_are_counted(mini: Words) -> None:
     assert text.tags()["text.captions_empty"] == "2" and "no letter or digit" in text.tags()["text.warnings"]
 
 
+def test_prompts_that_the_qformer_reads_in_part_are_a_warning() -> None:
+    long = "Describe " + "the buildings and roads and trees and ships of this scene, " * 8
+    found = check_text([*rows(ENGLISH), *rows(ENGLISH[:1], long)], "mini", 256)
+    assert found is not None and found.prompts_cut == found.counts()["prompts_cut"] == 1
+    (warning,) = found.warnings()
+    longest = len(InstructBlipProcessor.from_pretrained(CHECKPOINT).qformer_tokenizer(long)["input_ids"])
+    assert warning == f"1 prompts are cut at the 64 tokens that the model's Q-Former reads; the longest has {longest}"
+
+
 def test_prompts_are_read_too_by_both_tokenizers(tmp_path: Path) -> None:
     """The Q-Former sees nothing of a row but its prompt."""
     with pytest.raises(
