@@ -364,6 +364,19 @@ def test_a_file_that_cannot_be_read_beside_one_that_can_is_not_left_out(tmp_path
     assert "test.csv beside it can be read; mend what cannot, or move it elsewhere" in last
 
 
+def test_splits_are_found_among_many_files(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"box{number:02d}.json").write_text('{"boxes": []}')
+    for name in ("a", "b"):
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "train.csv").write_text("image,caption\na.png,One.\n")
+    (tmp_path / "anno_val.csv").write_text("image,caption\nb.png,Two.\n")
+    assert {(row.image.name, row.given) for row in examine(str(tmp_path)).rows} == {
+        ("a.png", "train"),
+        ("b.png", "val"),
+    }
+
+
 def test_a_quote_that_is_never_closed_does_not_swallow_rows(tmp_path: Path) -> None:
     for name in "abcd":
         picture(tmp_path / f"{name}.png")

@@ -135,13 +135,14 @@ def _sources(folder: Path) -> list[tuple[str, Layout, Any]]:
 
 def _candidates(folder: Path) -> Iterator[Path]:
     """Files that may hold captions: in the folder, in annotations/ (COCO), in train/ and its like (Hugging Face), and
-    VRSBench's folders of one file an image."""
+    VRSBench's folders of one file an image. Of many files the first, those with a split in their name before others."""
     here = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     folders = [path for path in here if path.is_dir()]
     beside = [path for part in folders if part.name == "annotations" for path in sorted(part.iterdir())]
     parts = [part / name for part in folders if part.name in SPLIT_WORDS for name in IMAGE_FOLDER_FILES]
     files_found = [p for p in (*here, *beside, *parts) if p.suffix.lower() in SUFFIXES and p.is_file()]
-    yield from islice(files_found, MOST_FILES)
+    # Splits first: beside many other files one of them would be left out, and the others be trained on.
+    yield from islice(sorted(files_found, key=lambda path: split_in(path.name) is None), MOST_FILES)
     yield from (path for path in folders if path.name.startswith("Annotations_"))
 
 
