@@ -135,7 +135,7 @@ def _sources(folder: Path) -> list[tuple[str, Layout, Any]]:
 
 def _candidates(folder: Path) -> Iterator[Path]:
     """Files that may hold captions: in the folder, in annotations/ (COCO), in train/ and its like (Hugging Face), and
-    VRSBench's folders of one file an image. Of many files the first, those with a split in their name before others."""
+    VRSBench's folders of one file an image. Of many the first, those with a split in their name before others."""
     here = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     folders = [path for path in here if path.is_dir()]
     beside = [path for part in folders if part.name == "annotations" for path in sorted(part.iterdir())]
