@@ -37,7 +37,7 @@ def main(
     study: StudyOption,
     top: Annotated[int, typer.Option(min=2, max=50, help="Leaders that are compared, at most.")] = 5,
     seeds: Annotated[int, typer.Option(min=2, max=50, help="Repeats of each, at most.")] = 5,
-    file: Annotated[str | None, typer.Option(help="The study file, if it is not in studies/.")] = None,
+    file: Annotated[str | None, typer.Option(help="The study file, if it has moved since the search.")] = None,
     timeout: Annotated[str | None, typer.Option(help="End after this time, e.g. 2h, 90m, 1h30m; resumable.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=64, help="Worker processes; one a GPU by default.")] = None,
     slots: Annotated[str, typer.Option(help="Trials that a worker trains at once: auto, or 1 to 16.")] = "auto",
@@ -54,9 +54,9 @@ def main(
     from search.session import Session
 
     places = Places.of(runs_dir, storage, tracking_uri)
-    name, options = _as_recorded(study, places)
+    found, options = _as_recorded(study, places)
     _session = Session(
-        file or name,
+        file or found,
         SearchOptions(
             **options,
             timeout_s=None if timeout is None else read_duration(timeout),
@@ -72,7 +72,7 @@ def main(
 
 
 def _as_recorded(name: str, places: Places) -> tuple[str, dict[str, Any]]:
-    """(name of the study's definition, the options that its trials were run with).
+    """(name or file of the study's definition, the options that its trials were run with).
 
     Raises:
         StudyError: there is no such study, it has no trial, or it is not the latest generation.
@@ -96,7 +96,8 @@ def _as_recorded(name: str, places: Places) -> tuple[str, dict[str, Any]]:
         count = lifecycle.counted(found)
         if not count:
             raise StudyError(f"the study {found.study_name!r} has no trial yet: run it first")
-        return str(attrs.get(studies.NAME, found.study_name)), {"trials": count, **_options(found)}
+        where = attrs.get(records.STUDY_FILE) or attrs.get(studies.NAME, found.study_name)
+        return str(where), {"trials": count, **_options(found)}
     finally:
         close_storage(opened)
 
@@ -109,6 +110,7 @@ def _options(found: optuna.Study) -> dict[str, Any]:
         "settings": tuple(attrs.get(records.SETTINGS, ())),
         "seed": attrs.get(studies.DEFINITION, {}).get("seed"),
         "strategy": attrs.get(studies.STRATEGY, {}).get("strategy", "joint"),
+        "epochs": attrs.get(records.EPOCHS),
     }
 
 

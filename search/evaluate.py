@@ -127,7 +127,7 @@ def record(result: Evaluation, study: optuna.Study, trials: list[TrialRecord], p
         What to tell the user where MLflow has not taken it yet.
     """
     from search.evaluation.candidates import ATTRIBUTE, BASE, points
-    from search.tracking.outbox import STUDY, Point
+    from search.tracking.outbox import CAPTIONS, STUDY, Point
     from search.tracking.runs import StudyRuns
     from trainer.common.files import write_whole
 
@@ -150,7 +150,7 @@ def record(result: Evaluation, study: optuna.Study, trials: list[TrialRecord], p
         run_id = STUDY if trial is None else trial.run_id
         if run_id is None:
             continue
-        prefix = f"caption/{name}/{BASE}" if trial is None else f"caption/{name}"
+        prefix = f"{CAPTIONS}{name}/{BASE}" if trial is None else f"{CAPTIONS}{name}"
         step = 1 if trial is None else trial.best_epoch or 1
         runs.add(run_id, [Point(key, value, step, now) for key, value in points(estimates, prefix).items()], tags)
     runs.keep(file, "captions")

@@ -80,6 +80,11 @@ EPOCHS = "epochs"
 """Study attribute: the budget of `--epochs`, of the latest start; None or missing where trials are counted."""
 SETTINGS = "settings"
 """Study attribute: the `--set` settings as given."""
+PRUNER = "pruner"
+"""Study attribute: the pruner that its trials are stopped by, where it is not the one that goes with the strategy."""
+STUDY_FILE = "study_file"
+"""Study attribute: what `--study` was given, where that is not the study's own name: commands that go on with it need
+the same."""
 STOP_RULE = "stop_rule"
 """User attribute of study and trial: `Study.stop_rule()`, which ends trials early; MLflow has it as tags. In
 records of older versions it is part of the configuration."""

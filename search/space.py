@@ -161,11 +161,24 @@ def to_config(space: Space, base: Mapping[str, Any], params: Mapping[str, Any]) 
     for field, param in space.items():
         if not isinstance(param, Multiple) and field in params:
             values[field] = params[field]
-    for field, param in space.items():
+    for field in _multiples(space):
+        param = space[field]
         name = param_name(field, param)
         if isinstance(param, Multiple) and name in params:
             values[field] = values[param.of] * params[name]
     return values
+
+
+def _multiples(space: Space) -> list[str]:
+    """The fields that are multiples, each after the one that it is a multiple of."""
+
+    def depth(field: str, seen: tuple[str, ...] = ()) -> int:
+        param = space.get(field)
+        if not isinstance(param, Multiple) or field in seen:
+            return 0
+        return 1 + depth(param.of, (*seen, field))
+
+    return sorted((field for field, param in space.items() if isinstance(param, Multiple)), key=depth)
 
 
 def to_params(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:

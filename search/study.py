@@ -173,10 +173,7 @@ class Study:
             if isinstance(param, Multiple) and name in values:
                 space.pop(name, None)
         # What a given trial does not name it has from the base: with data of its own it could not be compared.
-        enqueue = tuple(
-            replace(fixed, config={name: values.get(name, value) for name, value in fixed.config.items()})
-            for fixed in self.enqueue
-        )
+        enqueue = tuple(replace(fixed, config=self._with(fixed.config, values, checked)) for fixed in self.enqueue)
         return replace(
             self,
             base={**self.base, **values},
@@ -185,6 +182,19 @@ class Study:
             seed=self.seed if seed is None else seed,
             **rule,
         )
+
+    def _with(self, config: Mapping[str, Any], values: Mapping[str, Any], read: TrainConfig) -> dict[str, Any]:
+        """A given trial's fields with these values over them. One that is searched as a multiple of one of these keeps
+        its ratio: an alpha of 16 for a rank of 8 is 64 for a rank of 32, and lies in its range as before."""
+        found = {name: values.get(name, value) for name, value in config.items()}
+        before = {**TrainConfig().model_dump(), **self.base, **config}
+        for name, param in self.space.items():
+            if isinstance(param, Multiple) and name in config and name not in values and param.of in values:
+                of, now, own = before[param.of], getattr(read, param.of), config[name]
+                if all(isinstance(n, int | float) and n for n in (of, now, own)):
+                    ratio = own / of * now
+                    found[name] = int(ratio) if isinstance(own, int) and ratio == int(ratio) else ratio
+        return found
 
     def located(self) -> Study:
         """The study with the data folder that the environment names, if it does."""
@@ -404,8 +414,11 @@ def _plain(fields: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _partner(study: Study, name: str, fixed: Fixed) -> bool:
-    """Whether the field is needed to express one of the trial's multiples."""
-    return any(isinstance(p, Multiple) and f in fixed.config and p.of == name for f, p in study.space.items())
+    """Whether the field is needed to express one of the trial's multiples, or one that such a field is itself."""
+    return any(
+        isinstance(p, Multiple) and p.of == name and (f in fixed.config or _partner(study, f, fixed))
+        for f, p in study.space.items()
+    )
 
 
 def fixed_trial(study: Study, fixed: Fixed) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -117,7 +117,7 @@ def optuna_dashboard(
 ) -> Iterator[Server]:
     """optuna-dashboard on a database; its notes link to MLflow at `mlflow`, by default to where they say."""
     command = [sys.executable, "-m", "search.dashboard", "--host", granted.host, "--port", str(port)]
-    if artifacts.is_dir():
+    if artifacts.parent.is_dir():  # the folder itself comes with the first trial that ends
         command += ["--artifact-dir", str(artifacts.resolve())]
     if mlflow is not None:
         command += ["--mlflow-url", mlflow]

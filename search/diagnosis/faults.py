@@ -200,7 +200,8 @@ def _growth(curve: Curve) -> tuple[float, float, int | None, int | None] | None:
         windows = [norms[a:b] for a, b in pairwise(cuts)]
         levels = [median(norm for _, norm in window) for window in windows]
         low = min(levels[:-1])
-        first = next(i for i, level in enumerate(levels) if level >= GROWTH * low or i == WINDOWS - 1)
+        lowest = max(i for i, level in enumerate(levels[:-1]) if level == low)  # what was high before it has settled
+        first = next(i for i in range(lowest + 1, WINDOWS) if levels[i] >= GROWTH * low or i == WINDOWS - 1)
         return low, levels[-1], windows[first][0][0], None
     means = [(r.epoch, r.grad_norm_mean) for r in curve.epochs if r.grad_norm_mean is not None]
     seen = [(epoch, norm) for epoch, norm in means if usable(norm)]

@@ -34,11 +34,12 @@ class Budget:
         Args:
             trials: All trials of the study.
             plan: By which trials pause: up to half of a budget of epochs is kept for what it wants to train on.
+                Without one a trial that has begun goes on to its end, for which its epochs are kept.
         """
         from search.planning.plan import number_counted  # Optuna: 0.3 s that a session's first lines do not wait for
 
         if self.epochs is not None:
-            kept = 0 if plan is None else min(plan.wanted(trials), self.epochs // 2)
+            kept = epochs_to_come(trials) if plan is None else min(plan.wanted(trials), self.epochs // 2)
             if epochs_reported(trials) + kept >= self.epochs:
                 return False
         return number_counted(trials) < self.trials
@@ -46,6 +47,13 @@ class Budget:
     def is_spent(self, trials: Sequence[FrozenTrial]) -> bool:
         """Whether all epochs are trained: nothing begins or goes on."""
         return self.epochs is not None and epochs_reported(trials) >= self.epochs
+
+
+def epochs_to_come(trials: Sequence[FrozenTrial]) -> int:
+    """Epochs that a study's own running trials have left to their ends, if nothing stops them."""
+    running = [t for t in trials if t.state.name == "RUNNING" and records.REPEAT_OF not in t.user_attrs]
+    left = [(t.user_attrs.get(records.CONFIG, {}).get("num_epochs", 0), t.intermediate_values) for t in running]
+    return sum(max(0, planned - max(reported, default=0)) for planned, reported in left)
 
 
 def epochs_reported(trials: Sequence[FrozenTrial]) -> int:

@@ -203,6 +203,8 @@ def _nearest(param: Param, field: str, values: Mapping[str, Any]) -> Any:
             return min(max(float(values[field]), low), high)
         case Int(low=low, high=high):
             return int(min(max(values[field], low), high))
+        case Multiple(factors=factors) if values[field] is None:
+            return _at(param, 0.5)
         case Multiple(of=of, factors=factors):
             wanted = values[field] / values[of] if values[of] else factors[0]
             return min(factors, key=lambda factor: abs(factor - wanted))

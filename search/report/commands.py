@@ -48,7 +48,7 @@ def search(
         settings = {name: setting(name, value) for name, value in _not_default(record, experiments).items()}
     settings |= {name: f"{name}={text}" for name, text in (changes or {}).items()}
     seed = record.definition.get("seed") or 0
-    words = ["python -m search.run", "--study", shlex.quote(str(record.attrs.get("study", record.name)))]
+    words = ["python -m search.run", "--study", shlex.quote(_study(record))]
     words += [f"--set {text}" for text in settings.values()]
     words += ["--seed", str(seed)] if seed else []
     strategy = record.attrs.get("strategy")
@@ -56,7 +56,14 @@ def search(
     unsaid = (*records.RETIRED_STRATEGIES, *(() if record.definition.get("sampler") == "tpe" else ("joint",)))
     if isinstance(strategy, Mapping) and strategy.get("strategy", "joint") not in unsaid:
         words += ["--strategy", str(strategy["strategy"])]
+    if record.attrs.get(records.PRUNER):
+        words += ["--pruner", str(record.attrs[records.PRUNER])]
     return " ".join([*words, *(shlex.quote(option) for option in options)])
+
+
+def _study(record: StudyRecord) -> str:
+    """What `--study` of a search takes: the file, where the study is not in studies/ under its own name."""
+    return str(record.attrs.get(records.STUDY_FILE) or record.attrs.get("study", record.name))
 
 
 def _not_default(record: StudyRecord, experiments: Sequence[Experiment]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from search import leaderboard, records
-from search.errors import DatabaseAway
+from search.errors import DatabaseAway, StorageError
 from search.processes import is_gone
 from search.result import INTERRUPTED, Result
 from search.storage import lifecycle
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from search.tracking.delivery import DeliveryThread
     from search.tracking.outbox import Status
     from search.tracking.runs import StudyRuns
+
+log = logging.getLogger("search.session.closing")
 
 ENDS: dict[int, Status] = {0: "FINISHED", **dict.fromkeys(INTERRUPTED, "KILLED")}
 """MLflow's status of the study's own run by exit code; FAILED for all others."""
@@ -74,7 +77,10 @@ def close(
     )
     verdict = verdict_of(trials, study.user_attrs)
     if (model := winners_model(winner(trials, verdict), folder, study.study_name)) is not None:
-        runs.keep_model(*model)
+        try:
+            runs.keep_model(*model)
+        except StorageError:  # whatever MLflow has against it, the study has its result
+            log.exception("the winner's adapter is not among MLflow's models")
     runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials, verdict))
     undelivered = courier.close(0)
     runs.close_dangling(is_gone)

@@ -40,7 +40,12 @@ class Opened:
 
 
 def open_study(
-    storage: RetryingStorage, definition: Study, options: SearchOptions, budget: Budget, given: Prior | None
+    storage: RetryingStorage,
+    definition: Study,
+    options: SearchOptions,
+    budget: Budget,
+    given: Prior | None,
+    file: str | None = None,
 ) -> Opened:
     """Continue the study of this definition, or create it.
 
@@ -50,13 +55,15 @@ def open_study(
         options: How the search is run. What is left out there is as the study was begun.
         budget: What was asked for.
         given: The runs of `--warm-start`. They are left out if the study has begun without them.
+        file: What `--study` was given, where that is not the study's own name.
 
     Raises:
         UserError: the definition, the strategy or the pruner is another than the study was begun with.
     """
     begun_with = None if options.fresh else studies.held_strategy(storage, definition.name)
     strategy = options.strategy or begun_with or default_strategy(definition)
-    pruner = options.pruner or pruning.default_pruner(strategy)
+    held = None if options.fresh else studies.latest_attrs(storage, definition.name).get(records.PRUNER)
+    pruner = options.pruner or (held if held in pruning.PRUNERS else None) or pruning.default_pruner(strategy)
     study = studies.open_study(
         storage,
         definition,
@@ -70,6 +77,11 @@ def open_study(
     if most is not None and budget.trials > most:
         notes.append(f"the {what} has {most} trials, and {budget.trials} were asked for: it ends once it is done")
         budget = replace(budget, trials=most)
+    by_hand = len(definition.enqueue)
+    if budget.trials < by_hand:
+        notes.append(
+            f"{by_hand} trials are given by hand and all of them run, more than the {budget.trials} asked for"
+        )
     prior = studies.hold_prior(study, given)
     if given is not None and given != prior:
         notes.append(
@@ -80,6 +92,11 @@ def open_study(
         notes.append(f"--warm-start is of no use here: it is for --strategy {FREEZE_THAW} or {RUNGS}")
     # For the commands that the tuning log proposes, and for searches that go on.
     study.set_user_attr(records.SETTINGS, list(options.settings))
+    other = None if pruner == pruning.default_pruner(strategy) else pruner
+    if other != study.user_attrs.get(records.PRUNER):
+        study.set_user_attr(records.PRUNER, other)
+    if file != study.user_attrs.get(records.STUDY_FILE):
+        study.set_user_attr(records.STUDY_FILE, file)
     if budget.epochs != study.user_attrs.get(records.EPOCHS):
         study.set_user_attr(records.EPOCHS, budget.epochs)
     rules = None
@@ -101,5 +118,5 @@ def _points(study: optuna.Study, definition: Study) -> tuple[str, int | None]:
     """What is finite, and how many trials it has: None if neither the grid nor the space is."""
     if isinstance(study.sampler, GridInOrder):
         return "grid", study.sampler.total(study)
-    most = size(definition.space) if definition.space else None
+    most = size(definition.space)  # of an empty one 1: the base, over and over to the last bit
     return "space", None if most is None else most + studies.beside_the_space(study)

@@ -62,6 +62,7 @@ class Session:
         """
         self.options = options or SearchOptions()
         definition = load(study) if isinstance(study, str) else study
+        self._file = study if isinstance(study, str) and study.replace("-", "_") != definition.name else None
         self.definition = definition.with_settings(self.options.settings, self.options.seed)
         # Every trial trains an epoch at least, so with epochs alone as many trials come of it as will.
         self.budget = Budget(
@@ -279,7 +280,7 @@ class Session:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         _make_folder(self.options.places.runs_dir)
         self._storage = open_storage(self.options.places.storage_url, grace_s=round(self.options.lost_after_s))
-        return open_study(self._storage, self.definition, self.options, self.budget, self.prior)
+        return open_study(self._storage, self.definition, self.options, self.budget, self.prior, self._file)
 
     def _tell_mlflow(self, error: BaseException) -> None:
         """End the study's own run, if it has begun, for a search that does not come to its end."""

@@ -204,6 +204,15 @@ def held_strategy(storage: RetryingStorage, name: str) -> str | None:
     return None
 
 
+def latest_attrs(storage: RetryingStorage, name: str) -> dict[str, Any]:
+    """User attributes of a study's latest generation; none if there is no such study."""
+    generations = _generations(storage, name)
+    for found in storage.get_all_studies():
+        if generations and found.study_name == generations[max(generations)]:
+            return dict(found.user_attrs)
+    return {}
+
+
 def hold_prior(study: optuna.Study, prior: Prior | None) -> Prior | None:
     """Hold a study to the prior that it was begun with: until its first trial has begun, one that is given counts."""
     begun = any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))

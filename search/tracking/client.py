@@ -22,6 +22,7 @@ from search.records import STUDY_ID
 from search.tracking import address, experiments, models, views
 from search.tracking.environment import here, run_tags
 from search.tracking.errors import translated
+from search.tracking.judgement import is_ours
 from search.tracking.library import VERSION, Metric, MlflowClient, MlflowException, Param, Run, RunTag
 from search.tracking.mlflow_private import AWAY, NOTE, OTHER_SCHEMA, PARENT_RUN
 from search.tracking.outbox import DataUsed, Model, Outbox, Point, Status, is_local
@@ -252,19 +253,20 @@ class Tracking:
         return found
 
     def resume_run(self, run_id: str, tags: Mapping[str, str] | None = None) -> None:
-        """Set a run that ended back to RUNNING, without the findings and the reason of its end.
+        """Set a run that ended back to RUNNING, without the findings, the reason and our description of its end.
 
         Args:
             run_id: MLflow's.
             tags: Where it goes on; this process by default.
         """
-        stale = ("reason", "finding", "findings", "tracking_lost")
+        stale = ("reason", "detail", "best_epoch", "finding", "findings", "tracking_lost")
         with translated(f"continuing run {run_id}"):
             run: Run = self._client.get_run(run_id)
             self._client.update_run(run_id, status="RUNNING")
             for key in run.data.tags:
                 name = key.removeprefix(HIDDEN)
-                if name in stale or name.startswith("finding."):
+                ours = key == NOTE and is_ours(run.data.tags[key])
+                if name in stale or name.startswith("finding.") or ours:
                     self._client.delete_tag(run_id, key)
         self.write(run_id, (), {"state": "RUNNING", **(here() if tags is None else tags)})
 

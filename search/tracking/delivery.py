@@ -19,6 +19,7 @@ from typing import NamedTuple
 from search.errors import StorageError, Unavailable
 from search.tracking.client import RECORD_ID, Tracking
 from search.tracking.outbox import (
+    CAPTIONS,
     STUDY,
     Create,
     Damaged,
@@ -70,6 +71,8 @@ class _Progress:
     """MLflow's id of the run."""
     steps: dict[str, int] = field(default_factory=dict)
     """Last step of each metric that the run has."""
+    in_any_order: bool = False
+    """Whether its metrics' steps are no steps of a training."""
     tags: set[str] = field(default_factory=set)
     records: int = 0
     """Metrics, tags, files and events delivered so far."""
@@ -175,6 +178,7 @@ class Delivery:
             except StorageError:  # there is no such run: its entries are refused one by one
                 log.warning("the outbox has records of run %s, which MLflow does not have", run_id)
         progress.target, progress.steps, progress.tags = target, dict(logged.steps), set(logged.tags)
+        progress.in_any_order = run_id == STUDY
         progress.known = True
 
     def _entry(self, tracking: Tracking, run_id: str, progress: _Progress, kept: Kept) -> str | None:
@@ -223,13 +227,17 @@ class Delivery:
 
     @staticmethod
     def _fresh(progress: _Progress, entry: Entry) -> Entry:
-        """The entry without what the run already has: a run that is resumed repeats its checkpoint's history."""
+        """The entry without what the run already has: a run that is resumed repeats its checkpoint's history.
+
+        Of metrics whose steps are not those of training nothing is left out: the study's run has a point a trial, in
+        the order in which they end, and captions may be scored again. MLflow keeps equal points once.
+        """
         if not isinstance(entry, Write):
             return entry
         points: list[Point] = []
         steps = dict(progress.steps)
         for point in entry.points:
-            if point.step > steps.get(point.key, 0):
+            if progress.in_any_order or point.key.startswith(CAPTIONS) or point.step > steps.get(point.key, 0):
                 points.append(point)
                 steps[point.key] = point.step
         first = {key for key in progress.tags if key.startswith("nonfinite.")} - {"nonfinite.steps"}

@@ -73,7 +73,7 @@ def _logged(client: MlflowClient, run: Run, model: Model) -> str:
             return str(each.model_id)
     made = client.create_logged_model(
         experiment_id,
-        name=model.name,
+        name=model.name.replace(".", "_"),  # which MLflow does not take here, though it does in the registry
         source_run_id=run_id,
         tags={"step": str(model.step), "library": "peft"},
         params=model.params,

@@ -21,6 +21,8 @@ from typing import Any, Literal, NamedTuple
 from search.errors import StorageError
 from trainer.common.files import flush_folder
 
+CAPTIONS = "caption/"
+"""How the keys of metrics of captions begin: by rows, then metric."""
 STUDY = "study"
 """Stands for the id of the study's own run."""
 _SUFFIX = ".jsonl"

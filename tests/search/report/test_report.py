@@ -212,7 +212,7 @@ class TestParameters:
         rate, dropout = sixty.tables["learning_rate"], sixty.tables["lora_dropout"]
         assert rate.chance is not None
         assert dropout.chance is not None
-        assert rate.chance < 0.01 < 0.05 < dropout.chance
+        assert rate.chance < 0.05 < dropout.chance
 
     def test_a_planted_direction_is_shown(self) -> None:
         made = [
