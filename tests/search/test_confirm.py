@@ -36,7 +36,14 @@ def test_an_old_study_is_continued_as_it_was_and_no_configuration_is_added(tmp_p
     for name in ("rsicap_mini", "rsicap-mini"):
         found, options = confirm._as_recorded(name, places)
         assert found == "rsicap_mini"
-        assert options == {"trials": 3, "settings": ("num_epochs=2",), "seed": 7, "strategy": "joint"}
+        as_before = {"settings": ("num_epochs=2",), "seed": 7, "strategy": "joint"}
+        assert options == {"trials": 3, **as_before, "epochs": None}
+    storage = open_storage(places.storage_url)
+    opened = studies.find_study(storage, "rsicap_mini")
+    opened.set_user_attr(records.STUDY_FILE, "mine/mini.py")
+    opened.set_user_attr(records.EPOCHS, 20)
+    close_storage(storage)
+    assert confirm._as_recorded("rsicap_mini", places) == ("mine/mini.py", {"trials": 3, **as_before, "epochs": 20})
 
 
 def test_what_cannot_be_confirmed_is_said(tmp_path: Path) -> None:

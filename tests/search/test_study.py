@@ -9,6 +9,9 @@ import pytest
 
 from search import study_file as studies
 from search.errors import StudyError
+from search.planning.laddered import Laddered
+from search.planning.prior import Prior
+from search.sampling.make import default_strategy, make_sampler
 from search.space import Choice, Float, Int, Multiple, Param, contains, param_name, to_config, to_params
 from search.study import Fixed, Study, fixed_trial
 from trainer.common.errors import ConfigError
@@ -105,6 +108,60 @@ def test_settings_fix_what_was_searched() -> None:
     assert study.seed == 5
     config = study.config({"learning_rate": 1e-4, "lora_alpha_per_lora_r": 2})
     assert (config.lora_r, config.lora_alpha, config.num_epochs) == (8, 16, 2)
+
+
+@pytest.mark.parametrize(("setting", "alpha"), [("lora_r=32", 64), ("lora_r=6", 12), ("batch_size=2", 16)])
+def test_a_trial_given_by_hand_keeps_its_ratio(setting: str, alpha: int) -> None:
+    """Of `rsicap`: with an alpha of 16 for another rank its own trial was out of range, and the search was refused."""
+    (given,) = studies.load("rsicap").with_settings([setting]).enqueue
+    assert given.config["lora_alpha"] == alpha
+    (own,) = studies.load("rsicap").with_settings([setting, "lora_alpha=8"]).enqueue
+    assert own.config["lora_alpha"] == 8
+
+
+def test_multiples_of_multiples_are_resolved_in_their_order() -> None:
+    batch = Choice((2, 4))
+    space = {"lora_alpha": Multiple("lora_r", (2,)), "lora_r": Multiple("batch_size", (1, 4)), "batch_size": batch}
+    params = {"lora_alpha_per_lora_r": 2, "lora_r_per_batch_size": 4, "batch_size": 4}
+    base = {"lora_alpha": 1, "lora_r": 1, "batch_size": 1}
+    assert to_config(space, base, params) == {"lora_alpha": 32, "lora_r": 16, "batch_size": 4}
+    given: dict[str, Any] = {"lora_alpha": 16, "lora_r": 8, "batch_size": 2}
+    study = make(space=space, enqueue=(Fixed(label="whole", config=given),))
+    assert fixed_trial(study, study.enqueue[0])[0] == {**params, "batch_size": 2}
+    with pytest.raises(StudyError, match="lora_r=8 lies outside its search range"):
+        make(space=space, enqueue=(Fixed(label="part", config={"lora_alpha": 16}),))
+
+
+@pytest.mark.parametrize("field", ["max_samples", "split_seed", "val_fraction", "max_target_length"])
+def test_what_decides_who_validates_is_not_searched(field: str) -> None:
+    with pytest.raises(StudyError, match=f"search space of {field}: trials would be validated on different samples"):
+        make(space={field: Int(20, 40) if field != "val_fraction" else Float(0.1, 0.3)})
+
+
+@pytest.mark.parametrize(
+    ("space", "problem"),
+    [
+        ({"batch_size": Choice((8, 16)), "micro_batch_size": Choice((None, 8))}, None),
+        ({"batch_size": Choice((4, 16)), "micro_batch_size": Choice((None, 8))}, "micro_batch_size can be 8"),
+        ({"batch_size": Choice((8, 16)), "micro_batch_size": Multiple("batch_size", (0.5, 1))}, None),
+        ({"batch_size": Choice((8, 16)), "micro_batch_size": Multiple("batch_size", (1, 2))}, "can be 2 times"),
+        ({"torch_dtype": Choice(("float32", "bfloat16"))}, None),
+        ({"base_dtype": Choice((None, "bfloat16"))}, None),
+        (
+            {"torch_dtype": Choice(("float32", "bfloat16")), "base_dtype": Choice((None, "bfloat16"))},
+            "base_dtype can be bfloat16 where torch_dtype is bfloat16",
+        ),
+    ],
+)
+def test_fields_that_limit_each_other_are_judged_together(space: dict[str, Param], problem: str | None) -> None:
+    if problem is None:
+        study = make(space={"learning_rate": Float(1e-5, 1e-3, log=True), **space})
+        propose = make_sampler(study, default_strategy(study))
+        assert propose is not None
+        Laddered(study, Prior()).propose([])
+    else:
+        with pytest.raises(StudyError, match=problem):
+            make(space=space)
 
 
 def test_a_trial_given_by_hand_is_on_the_data_of_the_settings() -> None:

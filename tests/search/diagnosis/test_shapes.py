@@ -198,6 +198,11 @@ def test_a_gradient_norm_that_grows_by_orders_explodes() -> None:
     assert leaf([finding]).name == "unstable"
 
 
+def test_what_was_high_at_first_and_settled_explodes_where_it_grows() -> None:
+    finding = only(stepped([50.0] * 10 + [20.0] * 10 + [2.0] * 10 + [1.0] * 60 + [12.0] * 10))
+    assert (finding.id, finding.step) == ("exploding_gradient", 91)
+
+
 def test_constant_clipping_is_harmless_and_said() -> None:
     finding = only(stepped([3.0] * 100))
     assert (finding.id, finding.evidence["clipped_fraction"]) == ("healthy", 1.0)

@@ -221,6 +221,17 @@ def test_what_the_leaders_lack_is_kept_of_a_budget_of_epochs() -> None:
     assert not Budget(7).new_left(trials) and Budget(8).new_left(trials)
 
 
+def test_without_a_plan_the_epochs_of_running_trials_are_kept() -> None:
+    """A trial that has begun goes on to its end: sixteen of 6 epochs began with a budget of 12."""
+    begun = [running(n, (), "RUNNING") for n in range(2)]
+    for trial in begun:
+        trial.user_attrs[records.CONFIG] = {**trial.user_attrs.get(records.CONFIG, {}), "num_epochs": 6}
+    assert Budget(99, epochs=12).new_left(begun[:1]) and not Budget(99, epochs=12).new_left(begun)
+    assert Budget(99, epochs=13).new_left(begun)
+    done = running(2, (0.5,) * 3, "PRUNED")
+    assert not Budget(99, epochs=15).new_left([*begun, done]) and Budget(99, epochs=16).new_left([*begun, done])
+
+
 @pytest.mark.parametrize("number", [1, 3, 12, 40])
 @pytest.mark.parametrize("num_epochs", [1, 6, 20])
 def test_what_so_many_configurations_come_to(number: int, num_epochs: int) -> None:

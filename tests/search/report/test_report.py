@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import shlex
 from dataclasses import replace
 from itertools import pairwise
@@ -208,6 +209,28 @@ class TestParameters:
         assert sixty.tables["lora_r"].within_noise
         assert not sixty.tables["lora_r"].says
 
+    def test_where_nothing_matters_hardly_any_study_shows_something(self) -> None:
+        """Of nine tables at 5 % each, a third did."""
+        noise = measure([])
+        shown = 0
+        for seed in range(30):
+            rng = random.Random(seed)
+            made = []
+            for number in range(16):
+                rank = rng.choice((4, 8, 16, 32))
+                values = {
+                    "learning_rate": 10 ** rng.uniform(-5.3, -3),
+                    "lora_r": rank,
+                    "warmup_steps": rng.randrange(20),
+                }
+                values |= {"lora_alpha": rank * rng.choice((1, 2, 4)), "lora_dropout": rng.uniform(0, 0.2)}
+                values |= {"batch_size": rng.choice((2, 4, 8, 16)), "num_epochs": 2}
+                loss = 1.5 * math.exp(rng.gauss(0, 0.05))
+                made.append(trial(number, [(loss + 0.1, loss + 0.01), (loss, loss)], values=values))
+            facts = gather(study(made))
+            shown += any(table.differs or table.direction is not None for table in facts.tables.values())
+        assert shown <= 4, noise
+
     def test_a_spread_that_shuffling_reproduces_is_not_the_parameters_doing(self, sixty: Facts) -> None:
         rate, dropout = sixty.tables["learning_rate"], sixty.tables["lora_dropout"]
         assert rate.chance is not None
@@ -329,6 +352,16 @@ class TestNextSteps:
     def test_more_trials_are_a_total_beyond_those_there(self, hand: Facts) -> None:
         assert hand.next.more_trials == 12
         assert "--trials 12" in (hand.next.command("more") or "")
+
+    def test_commands_take_the_study_and_the_pruner_as_they_were_given(self) -> None:
+        """A name is looked up in studies/ alone, and another pruner would go on with the study."""
+        record = hand_run()
+        assert "--pruner" not in (gather(record).next.command("more") or "")
+        given = replace(record, attrs={**record.attrs, records.STUDY_FILE: "my studies/x.py", records.PRUNER: "none"})
+        for name in ("more", "widen"):
+            words = shlex.split(gather(given).next.command(name) or "")
+            assert words[words.index("--study") + 1] == "my studies/x.py"
+            assert words[words.index("--pruner") + 1] == "none"
 
     def test_a_budget_of_epochs_stays_one(self) -> None:
         """More of them, not a number of trials: of trials alone, `--strategy rungs` trains few beyond an epoch."""

@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from search.places import Places
 from search.tracking.delivery import Delivery
-from search.tracking.outbox import DataUsed, Model, Point
+from search.tracking.outbox import STUDY, DataUsed, Model, Point, StudyBegun, Write
 from search.tracking.recorder import RunRecorder
 from search.tracking.runs import StudyRuns
 from tests.search.tracking.recorded import started
@@ -88,6 +88,43 @@ def test_the_best_adapter_is_loadable_from_the_registry(
     done = template.run(command)
     assert done.returncode == 0, done.stderr
     assert {file.name for file in Path(done.stdout.strip()).iterdir()} >= {f.name for f in adapter.iterdir()}
+
+
+def test_a_study_may_have_a_dot_in_its_name(tmp_path: Path, adapter: Path) -> None:
+    """MLflow takes it in the registry and not as a LoggedModel's name."""
+    places = Places.of(tmp_path / "runs")
+    places.runs_dir.mkdir()
+    runs = StudyRuns(places, "rsicap.v2")
+    recorder = recorded(runs)
+    runs.keep_model(recorder.run_id, replace(model(adapter), name="rsicap.v2"))
+    client = runs.connect()._client
+    assert client.get_model_version_by_alias("rsicap.v2", "best").run_id == recorder.run_id
+
+
+def test_points_of_the_study_and_of_captions_are_delivered_in_any_order(tmp_path: Path) -> None:
+    """Trials side by side end in any order, and trial 0 is a step too; captions may be scored again."""
+    places = Places.of(tmp_path / "runs")
+    places.runs_dir.mkdir()
+    runs = StudyRuns(places, "demo")
+    recorder = recorded(runs)
+    order = (3, 0, 5, 1, 2, 4)
+    study = [Point("trial_val_loss", 1 - n / 100, n, 1000 + place) for place, n in enumerate(order)]
+    scores = [Point("caption/test/cider_d", value, 6, 2000 + place) for place, value in enumerate((1.1, 1.35))]
+    trained = [Point("epoch/val_loss", 0.5, epoch, 3000) for epoch in (1, 2, 2, 1)]  # a checkpoint's history again
+    for _ in range(2):  # all of it once more, as by a process that was killed before it had noted it
+        runs.outbox.append(STUDY, [StudyBegun(tags={}), Write(points=study, tags={})])
+        runs.outbox.append(recorder.run_id, [Write(points=[*scores, *trained], tags={})])
+        assert not Delivery(runs.outbox, "demo", runs.connect).once().rejected
+    tracking = runs.connect()
+    parent = tracking.find_parent("demo")
+    assert parent is not None
+
+    def steps(run_id: str, key: str) -> list[tuple[int, float]]:
+        return [(point.step, point.value) for point in tracking._client.get_metric_history(run_id, key)]
+
+    assert sorted(steps(parent, "trial_val_loss")) == [(n, 1 - n / 100) for n in range(6)]
+    assert steps(recorder.run_id, "caption/test/cider_d") == [(6, 1.1), (6, 1.35)]
+    assert [step for step, _ in steps(recorder.run_id, "epoch/val_loss")] == [1, 2]
 
 
 def test_a_better_trial_takes_the_alias(tmp_path: Path, adapter: Path) -> None:

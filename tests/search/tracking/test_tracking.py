@@ -12,6 +12,8 @@ from search import records
 from search.errors import StorageError
 from search.tracking import tags
 from search.tracking.client import Tracking, as_text, open_tracking
+from search.tracking.judgement import description
+from search.tracking.mlflow_private import NOTE
 from search.tracking.outbox import Point
 from search.tracking.recorder import run_status
 from tests.search.tracking.recorded import copy_database, finding, new_run, whole_run
@@ -146,11 +148,15 @@ def test_a_run_taken_up_again_continues(tracking: Tracking) -> None:
     recorder = tracking.recorder(run_id)
     for event in events[:60]:
         recorder(event)
-    recorder.finish("KILLED", state="FAIL", reason="interrupted", findings=[finding("slow_epoch")])
+    found = [finding("slow_epoch")]
+    ours = description("WAITING", "paused", "paused after epoch 1", [])
+    about = {"detail": "paused after epoch 1", "best_epoch": "1"}
+    recorder.finish("KILLED", state="FAIL", reason="interrupted", findings=found, tags=about, description=ours)
     tracking.resume_run(run_id)
     tags = tracking.tags(run_id)
     assert tags["state"] == "RUNNING"
-    assert not {"reason", "finding", "finding.slow_epoch"} & tags.keys()
+    stale = {"reason", "detail", "best_epoch", "finding", "finding.slow_epoch", NOTE}
+    assert not stale & MlflowClient(tracking.uri).get_run(run_id).data.tags.keys() and not stale & tags.keys()
     again = tracking.recorder(run_id)
     assert again.logged.last_epoch == 1
     for event in [events[0], *events[42:]]:
