@@ -88,7 +88,7 @@ def test_a_repeat_that_diverges_ends_its_candidate_and_one_that_rises_goes_on(
     bad = [t for t in repeats if t.violated]
     assert [t.reason for t in bad] == [records.NON_FINITE]
     verdict = judge(trials, RULES)
-    assert verdict.kind == "winner" and verdict.choice != bad[0].attrs[records.REPEAT_OF]
+    assert verdict.kind == "left" and verdict.choice != bad[0].attrs[records.REPEAT_OF]
 
 
 def test_one_that_is_interrupted_or_lost_is_the_same_repeat_again(
