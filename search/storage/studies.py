@@ -23,7 +23,7 @@ from search.planning.prior import Prior
 from search.storage.database import exclusive
 from search.storage.identity import EARLIER, new_id
 from search.storage.retry import RetryingStorage
-from search.study import Study, fixed_trial
+from search.study import SCREENS, Study, fixed_trial
 from trainer.common.errors import nearest
 from trainer.config import without_retired
 
@@ -280,7 +280,8 @@ def _enqueue_missing(opened: optuna.Study, study: Study) -> None:
 
 
 def _refuse_changed(opened: optuna.Study, study: Study, next_generation: int) -> None:
-    lines = [_difference(path, a, b) for path, a, b in _changes(opened, study)]
+    screened = [text for text in map(str, opened.user_attrs.get(records.SETTINGS, ())) if text.startswith("screen=")]
+    lines = [_difference(path, a, b, *screened) for path, a, b in _changes(opened, study)]
     if lines:
         count = len(opened.get_trials(deepcopy=False))
         listed = "\n".join(f"  - {line}" for line in lines)
@@ -312,9 +313,13 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
         yield from _differences(old.get(key, _MISSING), new.get(key, _MISSING), below)
 
 
-def _difference(path: str, old: Any, new: Any) -> str:
+def _difference(path: str, old: Any, new: Any, screened: str = "") -> str:
     line = f"{path}: {_value(old)} -> {_value(new)}"
     section, _, name = path.partition(".")
+    if path == "objective":  # left out where it is the loss
+        return f"{line} (as before with --set objective={'loss' if old is _MISSING else old})"
+    if section == "base" and screened and any(name in fields for fields in SCREENS.values()):
+        return f"{line} (as before with --set {screened})"  # the field itself would take the repeats along
     if section == "base" and old is not _MISSING:
         text = ",".join(map(str, old)) if isinstance(old, list) else str(old).lower() if old is None else str(old)
         return f"{line} (as before with --set {name}={text})"

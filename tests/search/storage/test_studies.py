@@ -51,6 +51,18 @@ def test_a_changed_definition_is_refused_with_every_difference(storage):
     ]
 
 
+def test_the_advice_keeps_what_is_said_in_one_word(storage):
+    """`--set base_dtype=bfloat16` would be accepted, and the repeats would be trained in bfloat16 too."""
+    plain = replace(STUDY, space={"learning_rate": Float(5e-6, 1e-3, log=True)})
+    study = open_study(storage, replace(plain, screen="bfloat16", objective="loss"))
+    study.set_user_attr(records.SETTINGS, ["screen=bfloat16"])
+    study.tell(study.ask(), 1.0)
+    with pytest.raises(DefinitionChanged, match=r"base.base_dtype: .* \(as before with --set screen=bfloat16\)"):
+        open_study(storage, plain)
+    with pytest.raises(DefinitionChanged, match=r"objective: .* \(as before with --set objective=loss\)"):
+        open_study(storage, replace(plain, objective="cider"))
+
+
 def test_another_patience_is_no_other_study(storage):
     study = open_study(storage, STUDY)
     study.tell(study.ask(), 1.0)
