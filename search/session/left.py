@@ -42,7 +42,7 @@ class Left:
                 self._runs.end(lost.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
         if gone:  # a worker may have died before it wrote down which run it had begun
             self._runs.close_dangling(is_gone)
-        left = lifecycle.unfinished(study)
+        left = lifecycle.unfinished(study, repeats=rules is not None)
         if rules is not None and not left.waiting and not left.running:
             left = replace(left, waiting=len(repeats.wanted(study, rules, self._opened.budget)))
         return left

@@ -21,7 +21,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import processes, records
-from search.planning.plan import number_counted
+from search.planning.plan import is_repeat, number_counted
 from search.records import TrialRecord
 from search.storage import optuna_private
 from search.storage.database import exclusive
@@ -65,10 +65,11 @@ def heartbeat(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> bool:
     return not backend.get_trial(trial_id(trial)).state.is_finished()
 
 
-def unfinished(study: optuna.Study) -> Unfinished:
-    """Count the trials that wait and run, on all hosts."""
+def unfinished(study: optuna.Study, *, repeats: bool = True) -> Unfinished:
+    """Count the trials that wait and run, on all hosts; without `repeats`, none that is one and waits."""
     states = (TrialState.WAITING, TrialState.RUNNING)
-    found = [trial.state for trial in study.get_trials(deepcopy=False, states=states)]
+    trials = study.get_trials(deepcopy=False, states=states)
+    found = [t.state for t in trials if repeats or t.state == TrialState.RUNNING or not is_repeat(t)]
     return Unfinished(found.count(TrialState.WAITING), found.count(TrialState.RUNNING))
 
 

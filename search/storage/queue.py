@@ -48,6 +48,8 @@ class LongestFirst(OrderedStudy):
         self._rows = rows
         self.longest_first = False
         """Whether trials train side by side; if not, they are taken in the order of their numbers."""
+        self.repeats = True
+        """Whether repeats of the leaders are wanted: those that an earlier search has queued wait if not."""
         self.plan: Plan | None = plan_of(pruner)
         self.given_up: str | None = None
         """Why the trial of the next `ask`, a paused one, is to end."""
@@ -61,7 +63,7 @@ class LongestFirst(OrderedStudy):
         """
         trials = self.get_trials(deepcopy=False)
         self._resumed = self.given_up = None
-        if any(t.state == TrialState.WAITING and not self._is_paused(t) for t in trials):
+        if any(t.state == TrialState.WAITING and not self._is_paused(t) and self._wanted(t) for t in trials):
             return True
         trials = [t for t in trials if not is_repeat(t)]
         new_left = budget.new_left(trials, self.plan)
@@ -80,9 +82,12 @@ class LongestFirst(OrderedStudy):
         """Whether the trial waits for the plan; without one, it just goes on."""
         return self.plan is not None and is_paused(trial)
 
+    def _wanted(self, trial: FrozenTrial) -> bool:
+        return self.repeats or not is_repeat(trial)
+
     def in_order(self, waiting: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
         """The longest first if `longest_first`, else unchanged; of paused ones, the one that `has_next` chose."""
-        waiting = [t for t in waiting if not self._is_paused(t) or t.number == self._resumed]
+        waiting = [t for t in waiting if self._wanted(t) and (not self._is_paused(t) or t.number == self._resumed)]
         if not self.longest_first:
             return waiting
         return sorted(waiting, key=lambda trial: (-self.steps_left(trial), trial.number))

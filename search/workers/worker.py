@@ -82,6 +82,7 @@ class Worker:
             job.study,
             len(job.examined.rows),
         )
+        self.study.repeats = job.confirm is not None
         self.runs = StudyRuns(job.places, job.study_name)
         self.watch = Watch(self.study, job.places)
         self.bench = Workbench(job.examined, self.base.data)

@@ -12,6 +12,7 @@ import pytest
 from optuna.trial import TrialState
 
 from search import processes, records
+from search.planning.budget import Budget
 from search.sampling.make import make_sampler
 from search.sampling.params import suggest
 from search.space import Choice, Float, Int, Multiple, param_name
@@ -168,3 +169,19 @@ def test_a_trial_has_its_worker_from_its_first_moment(
     lifecycle.requeue_lost(waiting)
     assert lifecycle.unfinished(waiting).running == 0
     assert waiting.ask().user_attrs[records.WORKER] == GONE
+
+
+def test_repeats_that_an_earlier_search_queued_wait_where_none_are_wanted(waiting: LongestFirst) -> None:
+    """A search with `--no-confirm` after one that was stopped at its repeats."""
+    taken(waiting)
+    for trial in waiting.get_trials(deepcopy=False):
+        waiting.tell(trial.number, 1.0)
+    repeat = {records.REPEAT_OF: 0, records.BLOCK: 1, records.TRAINS_TO: 2}
+    waiting.enqueue_trial({"learning_rate": 1e-4, "batch_size": 4}, user_attrs=repeat)
+    done = Budget(len(waiting.trials) - 1)
+    waiting.repeats = False
+    assert not waiting.has_next(done) and waiting.has_next(replace(done, trials=done.trials + 1))
+    assert lifecycle.unfinished(waiting, repeats=False).waiting == 0 and lifecycle.unfinished(waiting).waiting == 1
+    assert records.REPEAT_OF not in waiting.ask().user_attrs  # a new one
+    waiting.repeats = True
+    assert waiting.has_next(done) and waiting.ask().user_attrs[records.REPEAT_OF] == 0
