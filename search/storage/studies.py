@@ -280,9 +280,11 @@ def _enqueue_missing(opened: optuna.Study, study: Study) -> None:
 
 
 def _refuse_changed(opened: optuna.Study, study: Study, next_generation: int) -> None:
-    screened = [text for text in map(str, opened.user_attrs.get(records.SETTINGS, ())) if text.startswith("screen=")]
-    lines = [_difference(path, a, b, *screened) for path, a, b in _changes(opened, study)]
-    if lines:
+    changes = list(_changes(opened, study))
+    if changes:
+        given = map(str, opened.user_attrs.get(records.SETTINGS, ()))
+        screened = [text for text in given if text.startswith("screen=")]
+        lines = [_difference(path, a, b, *screened) for path, a, b in changes]
         count = len(opened.get_trials(deepcopy=False))
         listed = "\n".join(f"  - {line}" for line in lines)
         raise DefinitionChanged(
