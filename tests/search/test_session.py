@@ -176,6 +176,12 @@ def test_the_model_that_mlflow_calls_best_is_the_verdicts(tmp_path: Path, monkey
         ({}, None, 6, "the space has 6 trials, and 20 were asked for: it ends once it is done"),
         ({"enqueue": (Fixed(label="long", config={"num_epochs": 9}),)}, "joint", 7, "the space has 7 trials, and 20"),
         ({"sampler": "grid"}, None, 6, "the grid has 6 trials, and 20"),
+        (
+            {"space": {}, "enqueue": (Fixed(label="a", config={"lora_r": 4}),)},
+            None,
+            2,
+            "the space has 2 trials, and 20",
+        ),
         ({"space": {"learning_rate": Float(1e-5, 1e-3, log=True)}}, None, 20, None),
     ],
 )
@@ -194,6 +200,30 @@ def test_a_finite_space_is_asked_for_no_more_than_it_has(
         assert note is None or opened.notes[0].startswith(note)
     finally:
         session._close_storage()
+
+
+def test_a_search_goes_on_as_the_study_was_begun(tmp_path: Path) -> None:
+    """Its pruner and its study file are held, for the commands of the log and for `search.confirm`; so is what is said
+    of more trials given by hand than were asked for."""
+    fields: dict[str, Any] = {"name": "held", "description": "", "base": {}, "n_trials": 9}
+    by_hand = tuple(Fixed(label=f"{n}", config={"lora_r": 4 + n}) for n in range(3))
+    study = Study(**fields, space={"learning_rate": Float(1e-5, 1e-3, log=True)}, enqueue=by_hand)
+    places = Places.of(tmp_path / "runs")
+    for options, pruner, held in (
+        (SearchOptions(pruner="none", trials=2, places=places), "none", "none"),
+        (SearchOptions(places=places), "none", "none"),
+        (SearchOptions(fresh=True, places=places), "rungs", None),
+    ):
+        session = Session(study, options)
+        session._file = "mine/held.py"
+        try:
+            opened = session._open()
+            assert (opened.pruner, opened.study.user_attrs.get(records.PRUNER)) == (pruner, held)
+            assert opened.study.user_attrs[records.STUDY_FILE] == "mine/held.py"
+            said = "3 trials are given by hand and all of them run, more than the 2 asked for"
+            assert (said in opened.notes) == (options.trials == 2)
+        finally:
+            session._close_storage()
 
 
 def test_repeats_make_no_room_in_a_finite_space(tmp_path: Path) -> None:

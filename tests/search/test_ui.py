@@ -1,5 +1,6 @@
 """`python -m search.ui`: both dashboards answer, end together, and mistakes are reported before anything starts."""
 
+import contextlib
 import http.client
 import os
 import re
@@ -12,12 +13,14 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
+from search.dashboards import access, servers
 from search.places import Places
 from search.storage.database import close_storage, open_storage
 from search.tracking import views
@@ -214,3 +217,25 @@ def test_help_imports_nothing_heavy() -> None:
     code = "import sys, search.ui; print(sorted({'mlflow', 'optuna', 'torch', 'sqlalchemy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_pictures_of_notes_are_served_also_where_the_first_comes_later(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their folder is made when the first trial ends; without it, optuna-dashboard answers 400 until it is restarted."""
+    started: list[list[str]] = []
+
+    @contextlib.contextmanager
+    def noted(*arguments: Any) -> Iterator[None]:
+        started.append(arguments[4])
+        yield
+
+    monkeypatch.setattr(servers, "_started", noted)
+    folder = tmp_path / "dashboard"
+    if there:
+        folder.mkdir()
+    granted = access.check(access.LOOPBACK, None)
+    with servers.optuna_dashboard("sqlite:///x.db", 1, folder, granted):
+        pass
+    assert started[0][-2:] == ["--artifact-dir", str(folder)]
