@@ -223,7 +223,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_pictures_of_notes_are_served_also_where_the_first_comes_later(
     there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their folder is made when the first trial ends; without it, optuna-dashboard answers 400 until it is restarted."""
+    """Their folder is made when the first trial ends; without it, optuna-dashboard would answer 400 from then on."""
     started: list[list[str]] = []
 
     @contextlib.contextmanager
