@@ -191,11 +191,10 @@ def _best(trials: Sequence[TrialRecord], keep: int) -> dict[tuple[str, str], str
 def _judged(trials: Sequence[TrialRecord], verdict: Verdict | None) -> dict[tuple[str, str], str]:
     """Like `_best`, of whom the verdict names, and before it is reached of all that it may name."""
     from search.verdict.leaders import leaders
-    from search.verdict.race import NAMED
 
     if verdict is None:
         return {}
-    decided = verdict.kind in NAMED
+    decided = verdict.names
     left = {standing.number for standing in verdict.standings if not standing.out}
     if not left and not decided:  # no repeat has ended yet
         left = {trial.number for trial in leaders(trials)}

@@ -34,6 +34,8 @@ class Result:
     """The test loss of the verdict's candidates; None where it was not read."""
     undelivered: str | None = None
     """What MLflow has not taken yet, None if it has all."""
+    refused: str | None = None
+    """Why the winner's adapter is not among MLflow's models, None if it is or nobody has won."""
 
     @property
     def best(self) -> TrialRecord | None:

@@ -22,20 +22,20 @@ from search.space import (
     Multiple,
     Param,
     Space,
-    pair_problems,
     param_name,
     plain,
-    range_problems,
     to_config,
     to_dict,
     to_params,
 )
+from search.space_problems import pair_problems, range_problems
 from trainer.common.errors import ConfigError, nearest, shown
 from trainer.config import (
     MACHINE_FIELDS,
     MOST,
     RETIRED,
     TrainConfig,
+    default,
     field_hint,
     read_settings,
     without_later,
@@ -322,7 +322,7 @@ def _screen_problems(study: Study) -> Iterator[str]:
             yield f"screen={study.screen} trains trials in another precision than float32, but {name} is set already"
 
 
-_OWN = {name: TrainConfig.model_fields[name].default for name in ("torch_dtype", "base_dtype", "matmul_precision")}
+_OWN = {name: default(name) for name in ("torch_dtype", "base_dtype", "matmul_precision")}
 
 
 def _form_problems(study: Study) -> Iterator[str]:

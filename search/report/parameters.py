@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,17 +19,12 @@ from search.report.epochs import UNSTABLE
 from search.report.experiment import UNFINISHED, Experiment, by_loss
 from search.report.judged import rate_of
 from search.report.measured_noise import Noise
+from search.report.trend import CHANCE, RESAMPLES, Trend, holm, trend_of
 
 FEWEST = 3
 """Fewest trials for a range to be anything but "not yet known". Of two trials either may be the odd one."""
 SURE = 10
 """Fewest trials for a statement to be called more than an indication."""
-FEWEST_FOR_TREND = 8
-"""Fewest trials for a rank correlation: with 7 even a perfect shuffle reaches 0.7 in one case of ten."""
-RESAMPLES = 500
-"""Bootstrap resamples of a correlation, which fix the ends of its interval to about 0.03; and shuffles of losses."""
-CHANCE = 0.05
-"""Largest share of shuffles for which a difference between ranges is not attributed to chance."""
 
 BROKEN = (ids.NON_FINITE, ids.EXPLODING_GRADIENT, ids.DIVERGED)
 AGGRESSIVE = UNSTABLE
@@ -58,7 +53,6 @@ EXACT_UP_TO = 4
 """A parameter with at most this many distinct values gets one row for each."""
 
 Read = Callable[[Experiment], Any]
-Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,23 +76,6 @@ class Row:
     @property
     def n(self) -> int:
         return len(self.trials)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trend:
-    """Spearman's rank correlation of a parameter with the lowest validation loss, and its 90 % bootstrap interval."""
-
-    n: int
-    rho: float
-    low: float
-    high: float
-    chance: float
-    """How often shuffled losses correlate as much, as `Table.chance` for all comparisons of the study."""
-
-    @property
-    def shown(self) -> bool:
-        """Whether the interval excludes zero, and shuffling does not come to the same."""
-        return (self.low > 0 or self.high < 0) and self.chance <= CHANCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +177,7 @@ def tables(experiments: Sequence[Experiment], noise: Noise) -> dict[str, Table]:
         found[name] = Table(
             name=name,
             rows=rows,
-            trend=_trend(read, finished, samples),
+            trend=trend_of((read(e), e.value) for e in finished if e.judged and e.samples == samples),
             spread=spread,
             within_noise=None if spread is None else spread <= noise.difference,
             chance=chance,
@@ -213,10 +190,10 @@ def _for_all(found: dict[str, Table]) -> dict[str, Table]:
     which it is known that they matter, among themselves."""
     medians = {name: table.chance for name, table in found.items() if table.chance is not None}
     trends = {name: table.trend.chance for name, table in found.items() if table.trend is not None}
-    rates = _holm({name: chance for name, chance in medians.items() if name in RATES})
+    rates = holm({name: chance for name, chance in medians.items() if name in RATES})
     others = {("medians", name): chance for name, chance in medians.items() if name not in RATES}
     others |= {("trend", name): chance for name, chance in trends.items() if name not in RATES}
-    others = _holm(others)
+    others = holm(others)
     return {
         name: replace(
             table,
@@ -225,14 +202,6 @@ def _for_all(found: dict[str, Table]) -> dict[str, Table]:
         )
         for name, table in found.items()
     }
-
-
-def _holm(chances: Mapping[Key, float]) -> dict[Key, float]:
-    """Chances corrected for their number by Holm's method: the least times all of them, the next times one fewer."""
-    found, least = {}, 0.0
-    for place, key in enumerate(sorted(chances, key=lambda key: chances[key])):
-        least = found[key] = min(1.0, max(least, (len(chances) - place) * chances[key]))
-    return found
 
 
 def _spread(rows: Sequence[Row], losses: dict[int, float | None]) -> tuple[float | None, float | None]:
@@ -327,43 +296,3 @@ def _why_behind(members: Sequence[Experiment]) -> Verdict:
         return "masked"
     low = [e for e in members if any(f.cause in SMALL_STEPS for f in e.findings)]
     return "conservative" if 2 * len(low) > len(members) else "behind"
-
-
-def _trend(read: Read, finished: Sequence[Experiment], samples: tuple[Any, ...] | None) -> Trend | None:
-    pairs = [(read(e), e.value) for e in finished if e.judged and e.samples == samples]
-    known = [(x, y) for x, y in pairs if isinstance(x, int | float) and not isinstance(x, bool) and y is not None]
-    if len(known) < FEWEST_FOR_TREND or len({x for x, _ in known}) < 3:
-        return None
-    x, y = (np.unique(column, return_inverse=True)[1] for column in zip(*known, strict=True))
-    n = len(x)
-    rng = np.random.default_rng(0)  # seeded: the same records, the same interval
-    picks = np.vstack([np.arange(n), rng.integers(0, n, size=(RESAMPLES, n))])
-    rhos = _correlations(_ranks(x[picks]), _ranks(y[picks]))
-    if np.isnan(rhos[0]):
-        return None
-    low, high = np.nanquantile(rhos[1:], (0.05, 0.95))
-    shuffled = rng.permuted(np.tile(y, (RESAMPLES, 1)), axis=1)
-    others = np.abs(_correlations(np.tile(_ranks(x[None]), (RESAMPLES, 1)), _ranks(shuffled)))
-    chance = (1 + int((others >= abs(rhos[0]) * (1 - 1e-12)).sum())) / (1 + RESAMPLES)
-    return Trend(n=n, rho=float(rhos[0]), low=float(low), high=float(high), chance=chance)
-
-
-Matrix = np.ndarray[Any, Any]
-
-
-def _ranks(codes: Matrix) -> Matrix:
-    """Ranks within each row of a matrix of small whole numbers, ties sharing their mean rank; shape (rows, n) both."""
-    rows = np.arange(len(codes))[:, None]
-    counts = np.zeros((len(codes), int(codes.max()) + 1))
-    np.add.at(counts, (rows, codes), 1)
-    mean_rank = np.cumsum(counts, axis=1) - (counts - 1) / 2
-    ranks: Matrix = mean_rank[rows, codes]
-    return ranks
-
-
-def _correlations(a: Matrix, b: Matrix) -> Matrix:
-    """Pearson's correlation of each row of `a` with that of `b`; NaN where either does not vary."""
-    a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
-    scale = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
-    rhos: Matrix = np.divide((a * b).sum(axis=1), scale, out=np.full(len(a), np.nan), where=scale > 0)
-    return rhos

@@ -75,12 +75,13 @@ def close(
         else trial
         for trial in trials
     )
-    verdict = verdict_of(trials, study.user_attrs)
+    verdict, refused = verdict_of(trials, study.user_attrs), None
     if (model := winners_model(winner(trials, verdict), folder, study.study_name)) is not None:
         try:
             runs.keep_model(*model)
-        except StorageError:  # whatever MLflow has against it, the study has its result
+        except StorageError as error:  # whatever MLflow has against it, the study has its result
             log.exception("the winner's adapter is not among MLflow's models")
+            refused = str(error)
     runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials, verdict))
     undelivered = courier.close(0)
     runs.close_dangling(is_gone)
@@ -93,6 +94,7 @@ def close(
         verdict=verdict,
         tested=TestLosses.of(study.user_attrs, verdict),
         undelivered=undelivered,
+        refused=refused,
     )
 
 

@@ -62,8 +62,8 @@ def open_study(
     """
     begun_with = None if options.fresh else studies.held_strategy(storage, definition.name)
     strategy = options.strategy or begun_with or default_strategy(definition)
-    held = None if options.fresh else studies.latest_attrs(storage, definition.name).get(records.PRUNER)
-    pruner = options.pruner or (held if held in pruning.PRUNERS else None) or pruning.default_pruner(strategy)
+    held = None if options.fresh else studies.held_pruner(storage, definition.name)
+    pruner = options.pruner or held or pruning.default_pruner(strategy)
     study = studies.open_study(
         storage,
         definition,

@@ -191,26 +191,27 @@ def held_strategy(storage: RetryingStorage, name: str) -> str | None:
     Raises:
         StudyError: there is no such strategy any more, so the study cannot go on.
     """
-    generations = _generations(storage, name)
-    for found in storage.get_all_studies():
-        if generations and found.study_name == generations[max(generations)]:
-            held = found.user_attrs.get(STRATEGY)
-            if held and held["strategy"] in records.RETIRED_STRATEGIES:
-                raise StudyError(
-                    f"the study {found.study_name!r} was begun with --strategy {held['strategy']}, which there is no "
-                    "longer: its trials can be looked at, but not gone on with; start a new study with --fresh"
-                )
-            return held["strategy"] if held else None
-    return None
+    found = _latest(storage, name)
+    held = found.user_attrs.get(STRATEGY) if found is not None else None
+    if found is not None and held and held["strategy"] in records.RETIRED_STRATEGIES:
+        raise StudyError(
+            f"the study {found.study_name!r} was begun with --strategy {held['strategy']}, which there is no "
+            "longer: its trials can be looked at, but not gone on with; start a new study with --fresh"
+        )
+    return held["strategy"] if held else None
 
 
-def latest_attrs(storage: RetryingStorage, name: str) -> dict[str, Any]:
-    """User attributes of a study's latest generation; none if there is no such study."""
+def held_pruner(storage: RetryingStorage, name: str) -> str | None:
+    """The pruner that the latest generation of a study was begun with, where it is not its strategy's own."""
+    found = _latest(storage, name)
+    return found.user_attrs.get(records.PRUNER) if found is not None else None
+
+
+def _latest(storage: RetryingStorage, name: str) -> Any:
+    """The latest generation of a study, as Optuna's FrozenStudy; None if there is no such study."""
     generations = _generations(storage, name)
-    for found in storage.get_all_studies():
-        if generations and found.study_name == generations[max(generations)]:
-            return dict(found.user_attrs)
-    return {}
+    latest = generations[max(generations)] if generations else None
+    return next((found for found in storage.get_all_studies() if found.study_name == latest), None)
 
 
 def hold_prior(study: optuna.Study, prior: Prior | None) -> Prior | None:
@@ -283,8 +284,8 @@ def _refuse_changed(opened: optuna.Study, study: Study, next_generation: int) ->
     changes = list(_changes(opened, study))
     if changes:
         given = map(str, opened.user_attrs.get(records.SETTINGS, ()))
-        screened = [text for text in given if text.startswith("screen=")]
-        lines = [_difference(path, a, b, *screened) for path, a, b in changes]
+        screen = [text.partition("=")[2] for text in given if text.startswith("screen=")][-1:]
+        lines = [_difference(path, a, b, *screen) for path, a, b in changes]
         count = len(opened.get_trials(deepcopy=False))
         listed = "\n".join(f"  - {line}" for line in lines)
         raise DefinitionChanged(
@@ -315,13 +316,13 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
         yield from _differences(old.get(key, _MISSING), new.get(key, _MISSING), below)
 
 
-def _difference(path: str, old: Any, new: Any, screened: str = "") -> str:
+def _difference(path: str, old: Any, new: Any, screen: str = "") -> str:
     line = f"{path}: {_value(old)} -> {_value(new)}"
     section, _, name = path.partition(".")
     if path == "objective":  # left out where it is the loss
         return f"{line} (as before with --set objective={'loss' if old is _MISSING else old})"
-    if section == "base" and screened and any(name in fields for fields in SCREENS.values()):
-        return f"{line} (as before with --set {screened})"  # the field itself would take the repeats along
+    if section == "base" and name in SCREENS.get(screen, {}):
+        return f"{line} (as before with --set screen={screen})"  # the field itself would take the repeats along
     if section == "base" and old is not _MISSING:
         text = ",".join(map(str, old)) if isinstance(old, list) else str(old).lower() if old is None else str(old)
         return f"{line} (as before with --set {name}={text})"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 
+from search import records
 from search.planning.rungs import RungPlan
 from search.pruning import default_pruner, plan_of, pruner_for
 from search.sampling import params
@@ -57,7 +58,8 @@ def show(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with _existing(study, options, checked) as (found, strategy):
-        pruner = options.pruner or default_pruner(strategy)
+        held = None if found is None else found.user_attrs.get(records.PRUNER)
+        pruner = options.pruner or held or default_pruner(strategy)
         config = _first(study, strategy, prior)
         base, examined = study.base_config(), checked.examined
         need = memory.needed(base.model, base.dtype_of_base)

@@ -91,6 +91,8 @@ def sum_up(console: Any, result: Result, places: Places) -> None:
         say(f"\n{failed}")
     if result.code in INTERRUPTED:
         say("\nInterrupted; the same command continues the study.")
+    if result.refused is not None:
+        say(f"\nThe winner's adapter is not among MLflow's models: {result.refused}")
     if result.undelivered is not None:
         by_hand = places.command("python", "-m", "search.deliver", "--study", result.study_name)
         say(

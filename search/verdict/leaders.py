@@ -13,7 +13,7 @@ from search.diagnosis.noise import SIGNIFICANT, VAL_NOISE, relative
 from search.leaderboard import best, epochs_trained, is_repeat, own_path, ranked, sample_key, searched
 from search.records import TrialRecord, finite
 from search.study import LOCATION_FIELDS
-from search.verdict.race import FIRST, NAMED, Candidate, Cell, Limits, Verdict, race
+from search.verdict.race import FIRST, Candidate, Cell, Limits, Verdict, race
 from trainer.config import MACHINE_FIELDS
 
 TOP = 5
@@ -172,7 +172,7 @@ def winner(trials: Sequence[TrialRecord], verdict: Verdict | None) -> TrialRecor
         trials: All of the study's.
         verdict: `verdict_of` them.
     """
-    if verdict is not None and verdict.kind in NAMED:
+    if verdict is not None and verdict.names:
         for trial in trials:
             if trial.number == verdict.choice:
                 return trial

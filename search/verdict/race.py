@@ -44,8 +44,6 @@ LONGEST_FORECAST = 100
 """More further repeats than this are not counted."""
 
 Kind = Literal["winner", "left", "tied", "undecided", "alone", "running", "none"]
-NAMED: tuple[Kind, ...] = ("winner", "left", "tied")
-"""Those that name a trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +122,11 @@ class Verdict:
     more: int | None = None
     """Further repeats that a decision would take, as far as this can be told; None for more than
     `LONGEST_FORECAST`."""
+
+    @property
+    def names(self) -> bool:
+        """Whether `choice` is the study's result, and does not only lead."""
+        return self.kind in ("winner", "left", "tied")
 
 
 def race(candidates: Sequence[Candidate], losses: Mapping[Cell, float | None], limits: Limits) -> Verdict:

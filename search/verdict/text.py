@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from search.diagnosis.messages import LANGS, Lang
-from search.verdict.race import ALPHA, LONGEST_FORECAST, NAMED, TIE_ALPHA, Standing, Verdict
+from search.verdict.race import ALPHA, LONGEST_FORECAST, TIE_ALPHA, Standing, Verdict
 
 # Each entry: (English, Chinese).
 SENTENCES: Final = {
@@ -109,7 +109,7 @@ def sentence(verdict: Verdict, lang: Lang = "en") -> str:
 
 def _screening(verdict: Verdict, lang: Lang) -> str:
     """Whether the precision of the search has changed a decision, if it was another one."""
-    if verdict.screened is None or verdict.kind not in NAMED:
+    if verdict.screened is None or not verdict.names:
         return ""
     precision, lowest = verdict.screened
     same = lowest in (verdict.choice, *verdict.tied)

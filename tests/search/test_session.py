@@ -15,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 from search import SearchOptions, Session, records
-from search.errors import StudyError
+from search.errors import StorageError, StudyError
 from search.leaderboard import adapter
 from search.places import Places
 from search.result import Result
@@ -168,6 +168,11 @@ def test_the_model_that_mlflow_calls_best_is_the_verdicts(tmp_path: Path, monkey
         ("run-0", "best", {"val_loss": 0.4}),
         ("run-1", "best", {"val_loss": 0.401}),
     ]
+    # What MLflow has against a model is said, and costs no result.
+    stub.keep_model.side_effect = StorageError("Invalid model name")
+    refused = close()
+    assert (refused.code, refused.winner, refused.refused) == (0, trials[1], "Invalid model name")
+    assert result.refused is None and stub.end_study.call_args.args[0] == "FINISHED"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import typer
 from trainer.common import cli, progress
 from trainer.common.errors import DataError
 from trainer.common.files import write_whole
-from trainer.config import EMBEDDED, TrainConfig
+from trainer.config import EMBEDDED, TrainConfig, default
 from trainer.data.audit import Audit, audit
 
 MOST_LINES = 20
@@ -24,8 +24,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The data folder, or mini.")],
     model: Annotated[str, typer.Option(help="The checkpoint whose tokenizer reads the captions.")] = EMBEDDED,
-    max_target_length: Annotated[int, typer.Option(min=1, max=4096, help="Longest caption in tokens.")] = (
-        TrainConfig.model_fields["max_target_length"].default
+    max_target_length: Annotated[int, typer.Option(min=1, max=4096, help="Longest caption in tokens.")] = default(
+        "max_target_length"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     html: Annotated[str, typer.Option(metavar="FILE", help="Also write one page with pictures.")] = "",

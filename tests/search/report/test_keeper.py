@@ -104,7 +104,7 @@ def test_closing_waits_for_no_pause_and_a_short_study_is_written_once() -> None:
     keeper.start()
     for _ in range(3):
         keeper.due()
-        time.sleep(0.1)
+    time.sleep(0.1)  # once its thread is in the pause: the first write would come before
     began = time.monotonic()
     keeper.close()
     assert time.monotonic() - began < 2 and keeper.writes == 1

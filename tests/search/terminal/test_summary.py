@@ -27,6 +27,7 @@ def test_what_the_verdict_names_is_what_is_to_be_taken(named: int, tmp_path: Pat
         logs=(),
         folder=tmp_path,
         verdict=Verdict(kind="tied", choice=named, tied=(0, 1)),
+        refused="Invalid model name",
     )
     out = io.StringIO()
     sum_up(Console(file=out, width=300), result, Places.of(tmp_path))
@@ -35,3 +36,4 @@ def test_what_the_verdict_names_is_what_is_to_be_taken(named: int, tmp_path: Pat
     assert f"Best: trial {named}, validation loss 0.40{named}0 at epoch 4{also}\n" in said
     assert f'"learning_rate": 0.000{named + 1},' in said
     assert f"adapter  {tmp_path}/trials/000{named}/checkpoints/epoch-0004/adapter" in said
+    assert "The winner's adapter is not among MLflow's models: Invalid model name\n" in said
