@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -12,10 +14,11 @@ from search.errors import StudyError
 from search.options import opened
 from search.places import Places
 from search.reading import read_study
-from search.retrain import configuration
+from search.retrain import _Recorder, configuration
 from search.storage import lifecycle
 from search.study import Study
-from tests.support import called, small_study
+from search.tracking.runs import StudyRuns
+from tests.support import called, made_up_events, small_study
 from trainer import run as trainer_run
 from trainer.config import TrainConfig, without_later
 from trainer.data import dataset
@@ -33,7 +36,11 @@ def call() -> Call:
 
 
 def test_the_winner_on_all_rows_is_recorded_under_the_study(
-    call: Call, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, tiny_checkpoint: Path
+    call: Call,
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small = small_study.build(tmp_path_factory, tiny_checkpoint)
     runs = Path(shutil.copytree(small.runs, tmp_path / "runs"))
@@ -51,6 +58,9 @@ def test_the_winner_on_all_rows_is_recorded_under_the_study(
     assert f"Trained on all rows: the adapter of the last epoch is in {folder}" in out
     assert "(from the checkpoint)" in call(*study, *options)[1]
     # Wrong input leaves that run as it is, and begins none.
+    touched: list[Any] = []
+    for name in ("begin", "resume"):
+        monkeypatch.setattr(StudyRuns, name, lambda *arguments: touched.append(arguments) or MagicMock())
     code, _, err = call(*study, *options, "--set", "learning_rate=1e-3")
     assert code == 2 and "belongs to another configuration" in err
     code, _, err = call(*study, *options, "--set", "target_modules=foo", "--out", tmp_path / "new")
@@ -58,6 +68,8 @@ def test_the_winner_on_all_rows_is_recorded_under_the_study(
     (tmp_path / "file").touch()
     code, _, err = call(*study, *options, "--out", tmp_path / "file")
     assert code == 2 and "cannot be made" in err
+    assert not touched
+    monkeypatch.undo()
     # In MLflow: a run of its own kind.
     with opened(small_study.NAME, Places.of(runs)) as (found, tracking):
         experiment = tracking.find_experiment(small_study.NAME)
@@ -65,6 +77,24 @@ def test_the_winner_on_all_rows_is_recorded_under_the_study(
         (made,) = [run for run in tracking.runs(experiment).values() if run.tags["kind"] == "retrained"]
         assert (made.status, made.tags["from_trial"], len(made.epochs)) == ("FINISHED", str(small_study.GOOD), 1)
         assert len(read_study(found, tracking).trials) == 5
+
+
+def test_nothing_is_recorded_before_training_begins() -> None:
+    """What fails between a checkpoint's history and the first step, a base that finds no room, is no run's end."""
+    runs: list[list[Any]] = []
+
+    def begin() -> Any:
+        runs.append([])
+        return MagicMock(side_effect=runs[-1].append)
+
+    events = [made_up_events.epoch(1, 0.5), made_up_events.started(10), made_up_events.epoch(2, 0.4)]
+    recorder = _Recorder(begin)
+    recorder(events[0])
+    recorder.finish("FAILED", state="FAIL")
+    assert runs == []
+    for event in events[1:]:
+        recorder(event)
+    assert runs == [events]
 
 
 def test_full_data_trains_on_the_validation_rows_too() -> None:

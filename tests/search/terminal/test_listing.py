@@ -17,7 +17,7 @@ from search.places import Places
 from search.planning.budget import Budget
 from search.session import Session
 from search.storage.database import close_storage, open_storage
-from search.storage.studies import open_study
+from search.storage.studies import find_study, open_study
 from search.study_file import load
 from search.terminal import dry_run, listing, price
 from search.workers import busy
@@ -80,6 +80,17 @@ def test_what_a_study_has_come_to(stored: Places, capsys: pytest.CaptureFixture[
     assert "no more trials would be sampled: all 2 epochs are trained; more with --epochs\n" in capsys.readouterr().out
     dry(stored, fresh=True)
     assert "go on" not in capsys.readouterr().out
+
+
+def test_a_dry_run_names_the_pruner_that_the_study_was_begun_with(
+    stored: Places, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = open_storage(stored.storage_url)
+    find_study(storage, "rsicap_mini").set_user_attr(records.PRUNER, "median")
+    close_storage(storage)
+    for options, pruner in (({}, "median"), ({"pruner": "none"}, "none"), ({"fresh": True}, "rungs")):
+        dry(stored, as_json=True, **options)
+        assert json.loads(capsys.readouterr().out)["pruner"] == pruner
 
 
 def test_what_a_search_would_refuse_a_dry_run_refuses(stored: Places, tmp_path: Path) -> None:
