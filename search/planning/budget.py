@@ -22,11 +22,21 @@ class Budget:
     """Configurations."""
     epochs: int | None = None
     """Epochs of all trials together; None for as many as the configurations take."""
+    each: int = 1
+    """Epochs of a new trial, for the rules that never pause one: it begins if all of them are left."""
 
     def line(self) -> str:
         """In words: `12 trials`, or `200 epochs, at most 50 trials`."""
         trials = f"{self.trials} trials"
         return trials if self.epochs is None else f"{self.epochs} epochs, at most {trials}"
+
+    def asked(self) -> str:
+        """What was asked for, in words: `12 trials`, or `200 epochs`."""
+        return f"{self.trials} trials" if self.epochs is None else f"{self.epochs} epochs"
+
+    def spent(self) -> str:
+        """Why nothing goes on once all epochs are trained."""
+        return f"all {self.epochs} epochs of the search are trained"
 
     def new_left(self, trials: Sequence[FrozenTrial], plan: Plan | None = None) -> bool:
         """Whether another configuration may begin.
@@ -34,13 +44,17 @@ class Budget:
         Args:
             trials: All trials of the study.
             plan: By which trials pause: up to half of a budget of epochs is kept for what it wants to train on.
-                Without one a trial that has begun goes on to its end, for which its epochs are kept.
+                Without one a trial goes on to its end once it has begun: its epochs are kept, and another begins only
+                if all of its own are left, or if there is none yet.
         """
         from search.planning.plan import number_counted  # Optuna: 0.3 s that a session's first lines do not wait for
 
         if self.epochs is not None:
-            kept = epochs_to_come(trials) if plan is None else min(plan.wanted(trials), self.epochs // 2)
-            if epochs_reported(trials) + kept >= self.epochs:
+            if plan is None:
+                taken, needed = epochs_reported(trials) + epochs_to_come(trials, self.each), self.each
+            else:
+                taken, needed = epochs_reported(trials) + min(plan.wanted(trials), self.epochs // 2), 1
+            if taken >= self.epochs or (taken and taken + needed > self.epochs):
                 return False
         return number_counted(trials) < self.trials
 
@@ -49,10 +63,15 @@ class Budget:
         return self.epochs is not None and epochs_reported(trials) >= self.epochs
 
 
-def epochs_to_come(trials: Sequence[FrozenTrial]) -> int:
-    """Epochs that a study's own running trials have left to their ends, if nothing stops them."""
+def epochs_to_come(trials: Sequence[FrozenTrial], each: int) -> int:
+    """Epochs that a study's own running trials have left to their ends, if nothing stops them.
+
+    Args:
+        trials: All of the study's.
+        each: Epochs of one that was just asked for, and has no configuration yet.
+    """
     running = [t for t in trials if t.state.name == "RUNNING" and records.REPEAT_OF not in t.user_attrs]
-    left = [(t.user_attrs.get(records.CONFIG, {}).get("num_epochs", 0), t.intermediate_values) for t in running]
+    left = [(t.user_attrs.get(records.CONFIG, {}).get("num_epochs", each), t.intermediate_values) for t in running]
     return sum(max(0, planned - max(reported, default=0)) for planned, reported in left)
 
 

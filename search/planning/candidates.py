@@ -8,13 +8,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from search import records
 from search.planning.coordinates import model_rate
 from search.planning.prior import Prior
 from search.space import Choice, Float, Int, Multiple, Param, Space, param_name, points, size, to_config
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 SOUND = {"lora_r": 8, "lora_alpha": 16}
 """The ladder's rank and alpha: the hand-run log's recommended start."""
@@ -150,11 +154,19 @@ def key(params: Mapping[str, Any]) -> Key:
     return tuple(sorted((name, repr(value)) for name, value in params.items()))
 
 
-def left(space: Space, begun: Collection[Key]) -> list[Values]:
-    """Configurations of a finite space that have not begun, by their keys; none of a continuous one."""
+def begun(trials: Sequence[FrozenTrial]) -> set[Key]:
+    """The keys of configurations that have begun.
+
+    A trial given by hand with other fields, too, lies beside the space: its params without those have still to come.
+    """
+    return {key(trial.params) for trial in trials if not trial.user_attrs.get(records.OVERRIDES)}
+
+
+def left(space: Space, taken: Collection[Key]) -> list[Values]:
+    """Configurations of a finite space that are not taken, by their keys; none of a continuous one."""
     if size(space) is None:
         return []
-    return [point for point in itertools.islice(points(space), MOST_POINTS) if key(point) not in begun]
+    return [point for point in itertools.islice(points(space), MOST_POINTS) if key(point) not in taken]
 
 
 def _at(param: Param, place: float) -> Any:

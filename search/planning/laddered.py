@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from optuna.trial import FrozenTrial
 
-from search.planning.candidates import Candidates, Values, key, left
+from search.planning.candidates import Candidates, Values, begun, key, left
 from search.planning.comparable import Comparable
 from search.planning.plan import number_counted
 from search.planning.prior import Prior
@@ -55,14 +55,14 @@ class Laddered:
         """
         number = number_counted(trials)
         rng = np.random.default_rng((self._study.seed, number))
-        begun = {key(trial.params) for trial in trials}
+        taken = begun(trials)
         good = self._good(trials)
         found = self._ladder(rng, number // 2) if number % 2 == 0 else self._near(rng, good)
         for _ in range(TRIES):
-            if key(found) not in begun:
+            if key(found) not in taken:
                 return found
             found = self._near(rng, good)
-        rest = left(self._study.space, begun)
+        rest = left(self._study.space, taken)
         return rest[int(rng.integers(len(rest)))] if rest else found
 
     def _ladder(self, rng: np.random.Generator, rung: int) -> Values:

@@ -24,7 +24,7 @@ class Plan(Protocol):
         Args:
             trials: All trials of the study.
             trial: The running one, its latest epoch reported.
-            new_left: Whether another configuration could begin in its place.
+            new_left: Whether another configuration could begin in its place, a queued one too.
         """
 
     def may_gain(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
@@ -68,6 +68,11 @@ def is_paused(trial: FrozenTrial) -> bool:
     """
     reason = trial.user_attrs.get(records.REASON)
     return trial.state == TrialState.WAITING and reason == records.PAUSED and bool(trial.intermediate_values)
+
+
+def is_unbegun(trial: FrozenTrial) -> bool:
+    """Whether the trial is one of the search's own that waits for its first epoch: given by hand, or queued."""
+    return trial.state == TrialState.WAITING and not trial.intermediate_values and not is_repeat(trial)
 
 
 def paused(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:

@@ -18,6 +18,9 @@ FLAT = 0.01
 to 1 %. If three epochs without a new best end a trial that has won its rungs, the study's best lies 1.3 % higher in
 test loss (docs/search-quality.md): validation losses are flat where test losses still fall."""
 
+RISEN, LATEST = 0.05, 3
+"""Where so many of the latest losses all lie this far above a trial's best, relatively, it rises, however flat it was
+before: one epoch as low as the best would otherwise keep it to its end. Noise alone does not do it."""
 
 LEADERS = 5
 """Trials that go on to their end once no configuration is left to begin: as many as the verdict repeats at most.
@@ -68,11 +71,14 @@ class RungPlan(Plan):
         return f"not among the best third of those that reached epoch {epoch}"
 
     def may_gain(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
-        """See `Plan.may_gain`: while its loss is flat, and not above its best by more than noise explains."""
-        losses = [loss for _, loss in sorted(trial.intermediate_values.items())]
+        """See `Plan.may_gain`: while a loss since its best was as low within noise and the latest are near."""
+        losses = [loss for _, loss in sorted(trial.intermediate_values.items()) if math.isfinite(loss)]
+        if not losses:
+            return False
         best = min(losses)
         since = losses[losses.index(best) + 1 :]
-        return math.isfinite(best) and min(since, default=best) <= best * (1 + FLAT)
+        flat = min(since, default=best) <= best * (1 + FLAT)
+        return flat and min(losses[-LATEST:]) <= best * (1 + RISEN)
 
     def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool) -> int | None:
         """See `Plan.resume`: of those that are among the best of their rung, the one that has come furthest."""

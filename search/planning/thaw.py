@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
-from search.planning.candidates import Candidates, Values, key, left
+from search.planning.candidates import Candidates, Values, begun, key, left
 from search.planning.comparable import Comparable
 from search.planning.coordinates import Coordinates
 from search.planning.plan import Plan, is_repeat, number_counted, paused
@@ -134,9 +134,9 @@ class FreezeThaw(Plan):
         if it is not this plan that proposes."""
         number = number_counted(trials)
         rng = np.random.default_rng((self._study.seed, number))
-        begun = {key(t.params) for t in trials}
+        taken = begun(trials)
         drawn = self._candidates.draw(rng, self._prior, self._good(trials))
-        drawn = [params for params in drawn if key(params) not in begun] or left(self._study.space, begun) or drawn
+        drawn = [params for params in drawn if key(params) not in taken] or left(self._study.space, taken) or drawn
         known = []
         for params in drawn:
             config = self._candidates.config(params)

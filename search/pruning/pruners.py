@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search import records
 from search.leaderboard import samples_of
 from search.planning.budget import Budget
-from search.planning.plan import Plan
+from search.planning.plan import Plan, is_unbegun
 from search.pruning.rules import Losses, describe_jump, describe_rise, diverged, rising
 from search.records import Outcome
 
@@ -185,9 +185,9 @@ class PausingPruner(RisingLossPruner):
         if outcome is not None and not (outcome.reason == records.RISING and self.plan.may_gain(trials, trial)):
             return outcome
         if self._budget.is_spent(trials):
-            spent = f"all {self._budget.epochs} epochs are trained"
-            return Outcome(state="WAITING", reason=records.PAUSED, detail=spent)
-        why = self.plan.pause(trials, trial, new_left=self._budget.new_left(trials, self.plan))
+            return Outcome(state="WAITING", reason=records.PAUSED, detail=self._budget.spent())
+        new_left = any(map(is_unbegun, trials)) or self._budget.new_left(trials, self.plan)
+        why = self.plan.pause(trials, trial, new_left=new_left)
         return None if why is None else Outcome(state="WAITING", reason=records.PAUSED, detail=why)
 
 

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import records
 from search.errors import StudyError
-from search.planning.candidates import key, left
+from search.planning.candidates import begun, key, left
 from search.sampling.params import distribution, root
 from search.space import Choice, Multiple, param_name
 from search.storage.optuna_private import GridPoints, trial_id
@@ -134,16 +134,16 @@ class Untried(SeededByTrial):
         """Params that no earlier trial has, if there are any."""
         if trial.params or trial.system_attrs.get("fixed_params"):
             return super().sample_relative(study, trial, search_space)
-        begun = {key(t.params) for t in study.get_trials(deepcopy=False) if t.number != trial.number}
+        taken = begun([t for t in study.get_trials(deepcopy=False) if t.number != trial.number])
         first = self._draw(self._of(study, trial), study, trial)
-        if key(first) not in begun:
+        if key(first) not in taken:
             return first
         seeds = np.random.SeedSequence((self._seed, place(study, trial), 1)).generate_state(REDRAWN + 1)
         for seed in seeds[:-1]:
             drawn = self._draw(self._make(int(seed)), study, trial)
-            if key(drawn) not in begun:
+            if key(drawn) not in taken:
                 return drawn
-        others = left(self._definition.space, begun)
+        others = left(self._definition.space, taken)
         return others[int(np.random.default_rng(seeds[-1]).integers(len(others)))] if others else first
 
     def _draw(self, sampler: BaseSampler, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:

@@ -75,12 +75,13 @@ def open_study(
     notes = []
     what, most = _points(study, definition)
     if most is not None and budget.trials > most:
-        notes.append(f"the {what} has {most} trials, and {budget.trials} were asked for: it ends once it is done")
+        if budget.epochs is None or budget.epochs > most * budget.each:
+            notes.append(f"the {what} has {most} trials, and {budget.asked()} were asked for: it ends once it is done")
         budget = replace(budget, trials=most)
     by_hand = len(definition.enqueue)
     if budget.trials < by_hand:
         notes.append(
-            f"{by_hand} trials are given by hand and all of them run, more than the {budget.trials} asked for"
+            f"{by_hand} trials are given by hand and all of them run, more than the {budget.asked()} asked for"
         )
     prior = studies.hold_prior(study, given)
     if given is not None and given != prior:

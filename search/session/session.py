@@ -66,7 +66,9 @@ class Session:
         self.definition = definition.with_settings(self.options.settings, self.options.seed)
         # Every trial trains an epoch at least, so with epochs alone as many trials come of it as will.
         self.budget = Budget(
-            self.options.trials or self.options.epochs or self.definition.n_trials, self.options.epochs
+            self.options.trials or self.options.epochs or self.definition.n_trials,
+            self.options.epochs,
+            each=self.definition.base_config().num_epochs,
         )
         asked = self.options.top is not None or self.options.seeds is not None
         self.definition.check_way(self.options.strategy, self.options.pruner, repeats=asked)

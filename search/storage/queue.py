@@ -70,12 +70,13 @@ class LongestFirst(OrderedStudy):
         waiting = [t for t in trials if self._is_paused(t)]
         if not waiting or self.plan is None:
             return new_left
-        if not budget.is_spent(trials):
+        spent = budget.is_spent(trials)
+        if not spent:
             self._resumed = self.plan.resume(trials, new_left=new_left)
         if self._resumed is None and not new_left and not any(t.state == TrialState.RUNNING for t in trials):
             best = min(waiting, key=lambda t: (lowest(t.intermediate_values) or (math.inf,), t.number))
             self._resumed = best.number  # the best first: it may be the study's, see `pruning.settled`
-            self.given_up = self.plan.give_up(trials, best)
+            self.given_up = budget.spent() if spent else self.plan.give_up(trials, best)
         return new_left or self._resumed is not None
 
     def _is_paused(self, trial: FrozenTrial) -> bool:

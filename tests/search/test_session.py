@@ -178,7 +178,7 @@ def test_the_model_that_mlflow_calls_best_is_the_verdicts(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("fields", "strategy", "trials", "note"),
     [
-        ({}, None, 6, "the space has 6 trials, and 20 were asked for: it ends once it is done"),
+        ({}, None, 6, "the space has 6 trials, and 20 trials were asked for: it ends once it is done"),
         ({"enqueue": (Fixed(label="long", config={"num_epochs": 9}),)}, "joint", 7, "the space has 7 trials, and 20"),
         ({"sampler": "grid"}, None, 6, "the grid has 6 trials, and 20"),
         (
@@ -225,7 +225,7 @@ def test_a_search_goes_on_as_the_study_was_begun(tmp_path: Path) -> None:
             opened = session._open()
             assert (opened.pruner, opened.study.user_attrs.get(records.PRUNER)) == (pruner, held)
             assert opened.study.user_attrs[records.STUDY_FILE] == "mine/held.py"
-            said = "3 trials are given by hand and all of them run, more than the 2 asked for"
+            said = "3 trials are given by hand and all of them run, more than the 2 trials asked for"
             assert (said in opened.notes) == (options.trials == 2)
         finally:
             session._close_storage()

@@ -19,8 +19,9 @@ from search.planning.laddered import Laddered, van_der_corput
 from search.planning.prior import Prior
 from search.planning.rungs import LEADERS, RungPlan
 from search.pruning import default_pruner, plan_of, pruner_for
+from search.pruning.pruners import PausingPruner
 from search.sampling.aimed import AimedSampler
-from search.sampling.make import RUNGS, make_sampler
+from search.sampling.make import FREEZE_THAW, RUNGS, make_sampler
 from search.sampling.params import distribution
 from search.space import Choice, Float, Int, contains, param_name
 from search.study import Study
@@ -146,6 +147,19 @@ def test_a_finite_space_has_no_configuration_twice(space: Any) -> None:
     assert proposed(study, len(params) + 1)[0][-1]
 
 
+@pytest.mark.parametrize("strategy", [RUNGS, FREEZE_THAW, "joint"])
+def test_a_trial_beside_a_finite_space_takes_none_of_its_points(strategy: str) -> None:
+    """One given by hand with an epoch instead of two: its point in full was never trained, and another one twice."""
+    space = {"lora_r": Choice((4, 8)), "batch_size": Choice((4, 8))}
+    definition = Study(name="s", description="", space=space, n_trials=5)
+    study = optuna.create_study(sampler=make_sampler(definition, strategy))
+    asked = {param_name(f, p): distribution(p) for f, p in space.items()}
+    for rank, batch, given in ((4, 4, {"num_epochs": 1}), (4, 8, {}), (8, 4, {}), (8, 8, {})):
+        attrs = {records.OVERRIDES: given}
+        study.add_trial(trial(definition, {"lora_r": rank, "batch_size": batch}, (0.6, 0.5), **attrs))
+    assert study.ask(asked).params == {"lora_r": 4, "batch_size": 4}
+
+
 def test_van_der_corput() -> None:
     assert [van_der_corput(n) for n in range(8)] == [0, 0.5, 0.25, 0.75, 0.125, 0.625, 0.375, 0.875]
 
@@ -163,7 +177,10 @@ def test_the_strategy_brings_its_pruner() -> None:
         ((0.5, 0.4, 0.403, 0.402, 0.4035), True),  # flat: within an evaluation's noise
         ((0.5, 0.4, 0.41, 0.42, 0.43), False),
         ((0.5, 0.4, 0.45, 0.401, 0.5), True),
+        ((0.5, 0.4, 0.401, 0.41, 0.42, 0.43, 0.421), True),
+        ((0.5, 0.4, 0.401, 0.41, 0.42, 0.43, 0.45, 0.47), False),  # flat once, and far above by now
         ((math.nan,), False),
+        ((math.nan, 0.4, 0.401), True),
     ],
 )
 def test_a_flat_loss_does_not_rise(losses: tuple[float, ...], gains: bool) -> None:
@@ -206,6 +223,27 @@ def test_once_nothing_is_left_to_begin_the_leaders_go_on_to_their_end() -> None:
     assert plan.wanted(trials) == 0
 
 
+def test_trials_that_wait_to_begin_may_take_a_trial_s_place() -> None:
+    """Given by hand, they count from the start, so that no other is left: of nine all were trained to their end."""
+    study = optuna.create_study(pruner=pruner_for("rungs", MINI, Budget(3)))
+    for number in range(3):
+        study.enqueue_trial({"learning_rate": 10.0 ** (number - 6)})
+    began = study.ask()
+    began.set_user_attr(records.CONFIG, MINI.base_config().model_dump(mode="json"))
+    began.report(0.5, 1)
+    pruner = study.pruner
+    assert isinstance(pruner, PausingPruner)
+
+    def paused() -> bool:
+        outcome = pruner.verdict(study, study.trials[0])
+        return outcome is not None and outcome.state == "WAITING"
+
+    assert paused()
+    for _ in range(2):
+        study.ask()
+    assert not paused(), "one of the five leaders, and nothing could begin in its place"
+
+
 def test_what_the_leaders_lack_is_kept_of_a_budget_of_epochs() -> None:
     """Up to half of it: a budget of one trial's epochs begins several."""
     plan = RungPlan(20)
@@ -230,6 +268,16 @@ def test_without_a_plan_the_epochs_of_running_trials_are_kept() -> None:
     assert Budget(99, epochs=13).new_left(begun)
     done = running(2, (0.5,) * 3, "PRUNED")
     assert not Budget(99, epochs=15).new_left([*begun, done]) and Budget(99, epochs=16).new_left([*begun, done])
+
+
+def test_without_a_plan_a_trial_begins_if_its_epochs_are_left() -> None:
+    """Else a budget of 25 epochs took 40; the first begins in any case. One that was just asked for counts in full."""
+    done, asked = running(0, (0.5,) * 20, "COMPLETE"), running(1, ())
+    assert not Budget(99, epochs=25, each=20).new_left([done]) and Budget(99, epochs=40, each=20).new_left([done])
+    assert Budget(99, epochs=3, each=20).new_left([])
+    assert not Budget(99, epochs=40, each=20).new_left([done, asked])
+    assert Budget(99, epochs=60, each=20).new_left([done, asked])
+    assert Budget(99, epochs=25, each=20).new_left([done], RungPlan(20)), "which pauses what begins"
 
 
 @pytest.mark.parametrize("number", [1, 3, 12, 40])

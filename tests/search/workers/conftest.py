@@ -111,7 +111,7 @@ def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest
             study=study,
             study_name="work",
             places=Places.of(runs, urls[0], urls[1]),
-            budget=Budget(trials, epochs),
+            budget=Budget(trials, epochs, each=study.base_config().num_epochs),
             strategy=strategy,
             pruner=pruner,
             examined=embedded,
