@@ -26,9 +26,10 @@ check: install
 	$(BIN)/lint-imports
 
 # Three processes on two cores: tests wait for other processes and databases a quarter of the time (7:56, with two 9:57;
-# on a slower machine 11:50, with four 12:14).
+# on a slower machine 11:50, with four 12:14). Bytecode is kept, also where the environment says not to: programs under
+# test compile our modules anew otherwise, for a second each.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist loadfile --timeout 1800

@@ -65,6 +65,7 @@ print(result.code, len(result.trials), "trials")
     assert done.stdout.endswith("2 0 trials\n") and done.stderr == "", done.stdout + done.stderr
 
 
+@pytest.mark.slow  # test_run.py has searches that are stopped and go on, the next test a session from start to end
 def test_stopped_and_continued(tmp_path: Path) -> None:
     code = "import sys; from tests.search import test_session; test_session.stop_and_continue(sys.argv[1])"
     done = template.run([sys.executable, "-c", code, str(tmp_path)], timeout=240, cwd=ROOT, env=environment())
