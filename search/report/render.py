@@ -27,6 +27,7 @@ from search.markdown import code, environment, escape, fenced, slug
 from search.report import blocks, importance, parameters, words
 from search.report.experiment import ConfigLine, Experiment
 from search.report.facts import Facts
+from search.report.level import Level
 from search.report.parameters import Row, Table
 from search.tracking.pages import run_page
 from search.verdict import text
@@ -105,7 +106,7 @@ class Renderer:
         text = words.parameter(name, self.lang)
         return escape(text) if name in words.QUANTITIES else code(text)
 
-    def span(self, row: Row, name: str) -> Markup:
+    def span(self, row: Row | Level, name: str) -> Markup:
         """The range of values tried in a table's row; a share in percent."""
 
         def one(value: Any) -> str:
