@@ -192,6 +192,22 @@ def test_a_forecast_has_an_interval_and_says_whether_to_train_longer() -> None:
     assert two.curves is None and "interval" not in markdown(two, "en", {}).split("## 📋")[0]
 
 
+def test_epochs_are_too_few_only_by_what_the_log_counts_as_a_difference() -> None:
+    """0.7 % to 1.1 % were called "more than noise" beside "from 3 σ on (1.8 %) it counts", and led the advice."""
+    curve = [(a, 1.40 + 0.035 / n) for n, (a, _) in enumerate(falling(2.0, 1.4, 6), start=1)]
+    made = [trial(n, curve, values={"num_epochs": 6, "lora_r": 4 * (n + 1)}) for n in range(4)]
+    facts = gather(study(made))
+    assert facts.curves is not None and facts.promise is not None
+    assert all(facts.noise.deviation < f.gain <= facts.noise.difference for f in facts.curves.longer)
+    assert facts.next.ran == (0, 1, 2, 3) and facts.next.falling == () and facts.next.command("longer") is None
+    english, chinese = markdown(facts, "en", {}), markdown(facts, "zh", {})
+    line = next(line for line in english.splitlines() if line.startswith("- **Epochs**"))
+    bound = f"by more than counts as a difference ({100 * facts.noise.difference:.1f} %)"
+    assert f"none of the 4 trials that ran all of theirs {bound}" in line
+    assert f"from {facts.promise.now:.4f} to {facts.promise.loss:.4f} by epoch 12" in line and " % lower." in line
+    assert "没有一次预计继续训练会有算得上差别" in chinese and "Train longer" not in english
+
+
 def test_full_are_the_best_the_first_of_each_failure_and_the_surprising() -> None:
     calm = {**USUAL, "num_epochs": 8}
     made = [trial(0, falling(2.0, 1.4, 8), values=calm)]
