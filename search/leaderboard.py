@@ -130,6 +130,20 @@ def result_of(trial: TrialRecord) -> str:
     return loss if score is None else f"CIDEr-D {score:.4f}, {loss}"
 
 
+def named(chosen: TrialRecord, trials: Sequence[TrialRecord]) -> str:
+    """What a study names, in a line, and the lowest of its losses where that is another trial's.
+
+    Args:
+        chosen: `search.verdict.leaders.winner` of them.
+        trials: All of the study's.
+    """
+    line = f"Best: trial {chosen.number}, {result_of(chosen)} at epoch {chosen.best_epoch}"
+    first = best(trials)
+    if first is None or first.number == chosen.number or first.value is None:
+        return line
+    return f"{line}, named by the verdict; the lowest is that of trial {first.number}, {first.value:.4f}"
+
+
 def state_of(trial: TrialRecord) -> str:
     """A trial's state with its reason, e.g. `PRUNED (rising)`."""
     if trial.state == "COMPLETE":

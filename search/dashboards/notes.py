@@ -23,11 +23,12 @@ from search.markdown import code, escape, fenced
 from search.records import EpochRecord, Outcome, TrialRecord, finite, lowest
 from search.storage.optuna_private import noted, set_system_attr, study_system_attrs, trial_id
 from search.verdict import text
-from search.verdict.leaders import verdict_of
+from search.verdict.leaders import winner
 from trainer.common.imports import without_module
 
 if TYPE_CHECKING:
     from search.captions import Captioned
+    from search.verdict.race import Verdict
 
 with without_module("sklearn"):
     # optuna-dashboard imports scikit-learn, SciPy and pandas for importances, which only its server computes. That
@@ -137,30 +138,36 @@ def _text(text: str, before: str = "", indent: str = "") -> str:
 
 
 def annotate_study(
-    study: optuna.Study, trials: Sequence[TrialRecord], runs_page: str, log: Path, best_two: str | None = None
+    study: optuna.Study,
+    trials: Sequence[TrialRecord],
+    verdict: Verdict | None,
+    *,
+    runs_page: str,
+    log: Path,
+    best_two: str | None = None,
 ) -> str:
-    """Write the study's note: its verdict, leaderboard and best configuration, the place of its log. Keeps the user's
-    text, and returns ours.
+    """Write the study's note: its verdict, leaderboard and the configuration that it names, the place of its log.
+    Keeps the user's text, and returns ours.
 
     Args:
+        trials: All of the study's, repeats as well.
+        verdict: What its repeats have shown, as the log has it.
         runs_page: Address of the page with all curves in MLflow.
         best_two: The same of the page that compares the best two, None if there is none.
     """
     theirs = get_note(study).rpartition(OWN)[2].strip()
     links = [f"[All curves in MLflow]({runs_page})"]
     links += [] if best_two is None else [f"[The best two, compared]({best_two})"]
-    ours = _of_study(study, trials, " · ".join(links), log)
+    ours = _of_study(trials, verdict, " · ".join(links), log)
     save_note(study, "\n".join([ours, OWN, "", theirs]))
     return ours
 
 
-def _of_study(study: optuna.Study, trials: Sequence[TrialRecord], links: str, log: Path) -> str:
+def _of_study(trials: Sequence[TrialRecord], verdict: Verdict | None, links: str, log: Path) -> str:
     lines = [escape(leaderboard.summary(trials)), ""]
-    best = leaderboard.best(trials)
-    if best is not None:
-        where = f"trial {best.number}, {leaderboard.result_of(best)} at epoch {best.best_epoch}"
-        lines += [f"**Best: {where}**", ""]
-    verdict = verdict_of(trials, study.user_attrs)
+    chosen = winner(trials, verdict)
+    if chosen is not None:
+        lines += [f"**{escape(leaderboard.named(chosen, trials))}**", ""]
     if verdict is not None:
         lines += [f"**Verdict**: {escape(text.sentence(verdict))}", ""]
         lines += [*(f"- {escape(line)}" for line in text.table(verdict)), ""]
@@ -170,8 +177,8 @@ def _of_study(study: optuna.Study, trials: Sequence[TrialRecord], links: str, lo
         lines.append("|" + "---|" * len(heads))
         lines += ["| " + " | ".join(escape(cell) for cell in row) + " |" for row in rows[:20]]
         lines.append("")
-    if best is not None:
-        lines += [fenced(leaderboard.training_config(best.config), "python"), ""]
+    if chosen is not None:
+        lines += [fenced(leaderboard.training_config(chosen.config), "python"), ""]
     lines += [links, "", f"Tuning log: {code(log)}", ""]
     return "\n".join(lines)
 

@@ -21,5 +21,5 @@ LEAVES: Final = {
     "longer": ("train more epochs", "增加 epoch 数"),
     "not_falling": ("raise the learning rate / the LoRA rank", "提高学习率 / 增加 LoRA rank"),
     "unstable": ("lower the learning rate / regularise more", "降低学习率 / 增加正则化"),
-    "good": ("this configuration is good", "当前配置良好"),
+    "good": ("no fault seen", "未见问题"),
 }

@@ -141,11 +141,12 @@ class Facts:
 
     @property
     def trials(self) -> tuple[TrialRecord, ...]:
-        """All trials with the findings of the log, which judges them together: see `judged`."""
+        """All trials with the findings of the log, which judges them together: see `judged`. Repeats are among them,
+        as they were recorded: the log judges none."""
         told = {e.number: [finding.to_dict() for finding in e.findings] for e in self.experiments}
         return tuple(
             replace(t, attrs={**t.attrs, records.FINDINGS: told[t.number]}) if told.get(t.number) else t
-            for t in self.record.trials
+            for t in (*self.record.trials, *self.repeats)
         )
 
 

@@ -46,6 +46,11 @@ class Forecast:
     high: float
     """Ends of the 80 % interval."""
 
+    @property
+    def gain(self) -> float:
+        """By how much the loss now lies above the one expected, a share."""
+        return self.now / self.loss - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -58,8 +63,8 @@ class Outcome:
     stopped: tuple[Forecast, ...]
     """For each trial that was stopped by comparison: what its last planned epoch would have brought."""
     falling: tuple[int, ...]
-    """Of those in `longer`, the trials that were lowest near their end and are expected to gain more than one standard
-    deviation of noise."""
+    """Of those in `longer`, the trials that were lowest near their end and are expected to gain what counts as a
+    difference, `Noise.difference`: of 1 % the log would say elsewhere that it is within noise."""
 
 
 def outcome(
@@ -82,7 +87,7 @@ def outcome(
     ]
     stopped = _forecasts(outlook, [(known[e.number], e.planned_epochs) for e in cut])
     late = {e.number for e in done if (e.record.best_epoch or 0) > LATE * len(e.rows)}
-    falling = tuple(f.trial for f in longer if f.trial in late and f.now / f.loss - 1 > noise.deviation)
+    falling = tuple(f.trial for f in longer if f.trial in late and f.gain > noise.difference)
     return Outcome(lowest=(trial, epoch, outlook.lowest_loss), longer=longer, stopped=stopped, falling=falling)
 
 

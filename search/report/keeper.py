@@ -105,7 +105,9 @@ class LogKeeper(threading.Thread):
         server = pages_of(self._book.uri)
         place = record.experiment_id or "0"
         two = runs_page(server, place, views.BEST_TWO) if len(_leaders(record)) > 1 else None
-        summary = notes.annotate_study(self._study, self.trials, runs_page(server, place), written[0], two)
+        summary = notes.annotate_study(
+            self._study, self.trials, facts.verdict, runs_page=runs_page(server, place), log=written[0], best_two=two
+        )
         for path in pages:
             self._book.keep(path)
         self._tell(record, summary)

@@ -38,7 +38,8 @@ class NextSteps:
     ran: tuple[int, ...]
     """Trials that ran all their epochs and did not fall apart."""
     falling: tuple[int, ...]
-    """Of those, the ones that more epochs are expected to lower by more than noise."""
+    """Of those, the ones that more epochs are expected to lower by more than noise; without a model, those that still
+    fall at their end."""
     longer_epochs: int | None
     edges: tuple[Edge, ...]
     gaps: tuple[Gap, ...]

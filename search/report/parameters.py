@@ -18,6 +18,7 @@ from search.diagnosis.tree import SMALL_STEPS
 from search.report.epochs import UNSTABLE
 from search.report.experiment import UNFINISHED, Experiment, by_loss
 from search.report.judged import rate_of
+from search.report.level import Level, is_stopped, level
 from search.report.measured_noise import Noise
 from search.report.trend import CHANCE, RESAMPLES, Trend, holm, trend_of
 
@@ -72,6 +73,10 @@ class Row:
     findings: tuple[tuple[str, int], ...]
     """(key of a finding, see `messages.key`; number of trials with it as their main one), most frequent first."""
     verdict: Verdict
+    level: Level | None
+    """The values of those that are as low as the best, within noise; None where none is."""
+    stopped: int
+    """Number of its trials that were stopped by comparison, and so have no loss that compares."""
 
     @property
     def n(self) -> int:
@@ -100,6 +105,14 @@ class Table:
             return self.rows
         best = min((row.best for row in self.rows if row.best is not None), default=None)
         return tuple(row for row in self.rows if row.verdict != "unknown" or row.best == best)
+
+    @property
+    def as_low(self) -> tuple[Level, ...]:
+        """Range by range, the values that did as well as the best; none where too few trials say so."""
+        told = [row for row in self.rows if row.verdict in ("good", "usable", "unknown") and row.level is not None]
+        found = tuple(row.level for row in told if row.level is not None)
+        several = sum(row.valued > 0 for row in self.rows) > 1 and sum(len(each.trials) for each in found) >= FEWEST
+        return found if several or any(row.verdict in ("good", "usable") for row in told) else ()
 
     @property
     def differs(self) -> bool:
@@ -263,6 +276,8 @@ def _row(
         median=median(losses) if losses else None,
         findings=tuple(sorted(findings.items(), key=lambda item: (-item[1], messages.rank(item[0])))),
         verdict=_verdict(name, [e for _, e in members], losses, best, noise),
+        level=level(members, compared, best, noise.difference),
+        stopped=sum(is_stopped(e) for _, e in members),
     )
 
 

@@ -21,12 +21,14 @@ from markupsafe import Markup
 from search.diagnosis import messages
 from search.diagnosis.finding import INCONCLUSIVE
 from search.diagnosis.messages import Lang
+from search.diagnosis.noise import SIGNIFICANT
 from search.diagnosis.tree import TREE
 from search.leaderboard import show_metric, show_value, state_of
 from search.markdown import code, environment, escape, fenced, slug
 from search.report import blocks, importance, parameters, words
 from search.report.experiment import ConfigLine, Experiment
 from search.report.facts import Facts
+from search.report.level import Level
 from search.report.parameters import Row, Table
 from search.tracking.pages import run_page
 from search.verdict import text
@@ -51,6 +53,13 @@ def times(value: float) -> Markup:
 def number(value: float | None, digits: int = 3) -> Markup:
     """A plain number."""
     return Markup("–" if value is None else f"{value:.{digits}g}")
+
+
+def sigmas(value: float) -> Markup:
+    """A difference in deviations with two digits, and more where fewer would put it on the bound's other side: 2.95 is
+    not the 3 from which it counts."""
+    digits = next((d for d in range(2, 8) if (float(f"{value:.{d}g}") < SIGNIFICANT) == (value < SIGNIFICANT)), 8)
+    return number(value, digits)
 
 
 class _Compiled(BytecodeCache):
@@ -105,7 +114,7 @@ class Renderer:
         text = words.parameter(name, self.lang)
         return escape(text) if name in words.QUANTITIES else code(text)
 
-    def span(self, row: Row, name: str) -> Markup:
+    def span(self, row: Row | Level, name: str) -> Markup:
         """The range of values tried in a table's row; a share in percent."""
 
         def one(value: Any) -> str:
@@ -238,7 +247,7 @@ class Renderer:
         own += ["title", "outcome", "changes", "whole_span", "cell_value"]
         env.filters |= {name: getattr(self, name) for name in own}
         best = words.fill("best", lang)
-        env.filters |= {"loss": loss, "code": code, "num": number, "times": times, "fenced": fenced}
+        env.filters |= {"loss": loss, "code": code, "num": number, "sigmas": sigmas, "times": times, "fenced": fenced}
         env.filters |= {
             "config_block": blocks.config_block,
             "short_config": blocks.short_config,

@@ -63,12 +63,9 @@ def sum_up(console: Any, result: Result, places: Places) -> None:
             say(leaderboard.as_text(finished))
     say()
     say(leaderboard.summary(result.trials))
-    best, chosen = result.best, result.winner
-    if best is not None and chosen is not None:
-        named = f"Best: trial {chosen.number}, {leaderboard.result_of(chosen)} at epoch {chosen.best_epoch}"
-        if chosen is not best:
-            named += f", named by the verdict; the lowest is that of trial {best.number}, {best.value:.4f}"
-        say(f"\n{named}")
+    chosen = result.winner
+    if chosen is not None:
+        say(f"\n{leaderboard.named(chosen, result.trials)}")
         say(leaderboard.training_config(chosen.config))
         say(f"\nadapter  {result.adapter}")
     if result.verdict is not None:

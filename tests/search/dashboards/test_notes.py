@@ -210,7 +210,8 @@ def test_a_resumed_trial_s_events_give_a_whole_note(study: optuna.Study, tmp_pat
 
 
 def study_note(study: optuna.Study, trials: tuple[TrialRecord, ...]) -> str:
-    notes.annotate_study(study, trials, "http://127.0.0.1:5000/#/experiments/1/runs?a=b", Path("runs/demo/log.md"))
+    page = "http://127.0.0.1:5000/#/experiments/1/runs?a=b"
+    notes.annotate_study(study, trials, None, runs_page=page, log=Path("runs/demo/log.md"))
     return get_note(study)
 
 

@@ -24,6 +24,7 @@ from search.storage.database import close_storage, open_storage
 from search.study import Study
 from search.tracking.client import Tracking, open_tracking
 from search.tracking.runs import StudyRuns
+from tests.search.report.test_verdict import repeated
 from trainer.config import TrainConfig
 
 SPACE = {"learning_rate": Float(1e-6, 1e-3, log=True)}
@@ -165,3 +166,26 @@ def test_log_note_and_artifacts_of_the_study_s_run(study: optuna.Study, tracking
     data = client.get_run(parent).data
     assert data.metrics == {"trial_val_loss": 1.25}, "a trial told by hand has no epoch, and is not the best"
     assert data.tags["mlflow.note.content"].startswith("1 trials (1 COMPLETE)")
+
+
+def test_the_notes_of_a_decided_study_say_what_its_log_says(
+    study: optuna.Study, tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They said "not decided yet" for good, and gave the configuration of the lowest loss: what they were made of had
+    no repeats."""
+    record = repeated(a=[1.50, 1.55, 1.481], b=[1.40, 1.45, 1.38])  # the lowest loss is trial 0's, the verdict trial 1
+    monkeypatch.setattr("search.reading.read_study", lambda *_, **__: record)
+    parent = tracking.parent_run("demo", {})
+    keeper = LogKeeper(study, StudyRuns(Places.of(tmp_path, tracking=tracking.uri), "demo"), tmp_path / "demo", ())
+    keeper.start()
+    keeper.due()
+    (log,) = (path.read_text() for path in keeper.close() if path.name == "tuning-log.md")
+    sentence = "winner: trial 1, better than the other one on the same 3 seeds and splits"
+    assert sentence in log
+    for note in (get_note(study), MlflowClient(tracking.uri).get_run(parent).data.tags["mlflow.note.content"]):
+        assert f"**Verdict**: {sentence}" in note and "not decided" not in note
+        assert "Best: trial 1, validation loss 1.4100 at epoch 2, named by the verdict" in note
+        assert "the lowest is that of trial 0" in note and '"learning_rate": 0.0002,' in note
+        assert note.startswith("2 trials (2 COMPLETE), 4 epochs, and 6 repeats, 12 epochs")
+        assert note.count("repeat of 1") == 3, "the leaderboard has the repeats"
+    assert len(keeper.trials) == 8

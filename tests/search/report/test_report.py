@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import shlex
 from dataclasses import replace
 from itertools import pairwise
@@ -190,6 +191,33 @@ class TestParameters:
         made += [trial(i, EXPERIMENT_3, reason=records.RISING, values={"learning_rate": 1e-3}) for i in range(3, 6)]
         table = gather(study(made)).tables["learning_rate"]
         assert [(row.low, row.n, row.verdict) for row in table.rows] == [(2e-4, 3, "good"), (1e-3, 3, "aggressive")]
+
+    def test_a_good_range_ends_at_trials_that_are_as_low_as_the_best(self) -> None:
+        """It ended at those that were stopped behind, and at one told as worse."""
+
+        def one(number: int, rate: float, last: float, epochs: int = 8) -> TrialRecord:
+            cut = {"state": "PRUNED", "reason": records.SUPERSEDED} if epochs < 8 else {}
+            losses = falling(last + 0.5, last, 8)[:epochs]
+            return trial(number, losses, values={"learning_rate": rate, "num_epochs": 8}, **cut)
+
+        rates = ((3.1e-4, 1.60), (3.5e-4, 1.50), (4e-4, 1.501), (5e-4, 1.60), (6e-4, 1.502), (1.1e-4, 1.503))
+        made = [one(n, rate, loss) for n, (rate, loss) in enumerate(rates)]
+        made += [one(6, 5.5e-4, 1.9, 2), one(7, 9e-4, 1.9, 2)]
+        facts = gather(study(made))
+        table = facts.tables["learning_rate"]
+        low, high = table.rows
+        assert (high.low, high.high, high.n, high.stopped, high.verdict) == (3.1e-4, 9e-4, 7, 2, "good")
+        assert high.level is not None and low.level is not None
+        assert (high.level.low, high.level.high, high.level.trials) == (3.5e-4, 6e-4, (1, 2, 4))
+        assert (high.level.behind, high.level.stopped) == ((3,), (6,))
+        assert low.verdict == "unknown" and [each.low for each in table.as_low] == [1.1e-4, 3.5e-4]
+        english, chinese = markdown(facts, "en", {}), markdown(facts, "zh", {})
+        assert "within noise: 3.5e-4 – 6e-4 (3 of 5 trials with a result; 2 more stopped before one)" in english
+        assert "3.5e-4 – 6e-4（有结果的 5 次中的 3 次；另有 2 次未得结果即被终止）" in chinese
+        rates_line = next(line for line in english.splitlines() if line.startswith("- As low as the best"))
+        assert re.findall(r"\[(\d)\]", rates_line) == ["5", "1", "2", "4", "3", "6"]
+        assert "behind by more than noise: trial [3]" in rates_line and "stopped there: trial [6]" in rates_line
+        assert "this configuration is good" not in english and "no fault seen  [" in english
 
     def test_a_rate_that_the_warmup_held_back_is_not_called_too_low(self) -> None:
         slow = {"learning_rate": 1e-5, "warmup_steps": 5000}

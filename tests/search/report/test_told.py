@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from search import records
 from search.diagnosis.noise import VAL_NOISE
 from search.report.facts import Facts, gather
 from search.report.measured_noise import measure
-from search.report.render import markdown
+from search.report.render import markdown, sigmas
 from tests.support.report_data import Losses, falling, hand_run, study, trial
 
 SLOW = {"learning_rate": 5e-6, "lora_r": 8, "lora_alpha": 16, "batch_size": 8, "num_epochs": 8, "warmup_steps": 0}
@@ -190,6 +191,50 @@ def test_a_forecast_has_an_interval_and_says_whether_to_train_longer() -> None:
     assert done.next.longer_epochs is None and done.next.command("longer") is None
     two = gather(study([trial(n, falling(2.0, 1.4, 6)) for n in range(2)]))
     assert two.curves is None and "interval" not in markdown(two, "en", {}).split("## 📋")[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(0.22, "0.22"), (2.94, "2.9"), (2.96, "2.96"), (2.9996, "2.9996"), (3.04, "3"), (27.4, "27")]
+)
+def test_deviations_are_rounded_to_no_other_side_of_the_bound(value: float, told: str) -> None:
+    """A trial was stopped "while level" at "3 σ", beside "from 3 σ on it counts"."""
+    assert sigmas(value) == told
+    made = [trial(0, falling(2.0, 1.4, 6), values={"num_epochs": 6})]
+    noise = gather(study(made)).noise
+    above = [(a, b * (1 + value * noise.deviation * 2**0.5)) for a, b in falling(2.0, 1.4, 6)]
+    text = markdown(gather(study([*made, trial(1, above, values={"num_epochs": 6, "lora_r": 32})])), "en", {})
+    assert f"% higher, {told} σ" in text and ("**Worse**" in text) == (value > 3)
+
+
+def test_a_stopped_trial_is_held_against_the_lowest_by_the_same_model() -> None:
+    """It was told as "the lowest so far", beside other trials' measured losses, and was a later trial's."""
+    made = [trial(n, falling(2.0, 1.4 + 0.01 * n, 6), values={"num_epochs": 6}) for n in (0, 1)]
+    cut = {"state": "PRUNED", "reason": records.SUPERSEDED}
+    made.append(trial(2, falling(2.0, 1.4, 6)[:2], values={"num_epochs": 6}, **cut))
+    made.append(trial(3, falling(2.0, 1.38, 6), values={"num_epochs": 6}))
+    facts = gather(study(made))
+    assert facts.curves is not None and facts.curves.lowest[:2] == (3, 6)
+    english, chinese = markdown(facts, "en", {}), markdown(facts, "zh", {})
+    lowest = f"{facts.curves.lowest[2]:.4f}"
+    assert re.search(rf"at epoch 6; the lowest by the same model is {lowest}, \[trial 3\]\(\S+\), epoch 6\.", english)
+    assert re.search(rf"；按同一模型，最低的是\[实验 3\]\(\S+\) epoch 6，{lowest}。", chinese)
+    assert "lowest so far" not in english
+
+
+def test_epochs_are_too_few_only_by_what_the_log_counts_as_a_difference() -> None:
+    """0.7 % to 1.1 % were called "more than noise" beside "from 3 σ on (1.8 %) it counts", and led the advice."""
+    curve = [(a, 1.40 + 0.035 / n) for n, (a, _) in enumerate(falling(2.0, 1.4, 6), start=1)]
+    made = [trial(n, curve, values={"num_epochs": 6, "lora_r": 4 * (n + 1)}) for n in range(4)]
+    facts = gather(study(made))
+    assert facts.curves is not None and facts.promise is not None
+    assert all(facts.noise.deviation < f.gain <= facts.noise.difference for f in facts.curves.longer)
+    assert facts.next.ran == (0, 1, 2, 3) and facts.next.falling == () and facts.next.command("longer") is None
+    english, chinese = markdown(facts, "en", {}), markdown(facts, "zh", {})
+    line = next(line for line in english.splitlines() if line.startswith("- **Epochs**"))
+    bound = f"by more than counts as a difference ({100 * facts.noise.difference:.1f} %)"
+    assert f"none of the 4 trials that ran all of theirs {bound}" in line
+    assert f"from {facts.promise.now:.4f} to {facts.promise.loss:.4f} by epoch 12" in line and " % lower." in line
+    assert "没有一次预计继续训练会有算得上差别" in chinese and "Train longer" not in english
 
 
 def test_full_are_the_best_the_first_of_each_failure_and_the_surprising() -> None:
