@@ -51,11 +51,11 @@ def main(
     import optuna
 
     from search.evaluation import candidates
+    from search.evaluation import rows as rows_of
     from search.evaluation.java import why_no_meteor
     from search.storage import lifecycle
     from search.storage.database import open_storage
     from search.verdict.leaders import verdict_of
-    from trainer.config import TrainConfig
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if rows not in ("auto", "test", "validation", "all"):
@@ -69,10 +69,8 @@ def main(
     folder = places.study(found.study_name)
     listed = lifecycle.read_trials(found)
     chosen = candidates.choose_trials(listed, trials, folder, verdict_of(listed, found.user_attrs))
-    config = TrainConfig.parse(chosen[0].config)
     before = found.user_attrs.get(candidates.ATTRIBUTE, {})
-    taken = {name: str(told.get("fingerprint")) for name, told in before.items()}
-    judged = candidates.choose_rows(config, data, rows, taken)  # type: ignore[arg-type]
+    judged = rows_of.choose_rows(rows_of.configs_of(chosen), data, rows, before)  # type: ignore[arg-type]
 
     from trainer import preload
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from search import leaderboard
 from search.errors import StudyError
 from search.evaluation import compare
 from search.evaluation.java import METEOR, SPICE, Meteor, why_no_meteor
 from search.evaluation.metrics import Scores, score
+from search.leaderboard import sample_key
 from search.verdict.leaders import winner
-from trainer.common.errors import DataError, shown
+from trainer.common.errors import shown
 from trainer.config import TrainConfig
-from trainer.data import dataset
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from search.evaluation.rows import Chosen
     from search.records import TrialRecord
     from search.verdict.race import Verdict
     from trainer.captions.generate import Decoding
@@ -30,137 +29,25 @@ if TYPE_CHECKING:
 
 BASE = "base"
 """The candidate without an adapter."""
-Rows = Literal["auto", "test", "validation", "all"]
-OWN = ("test", "unused", "validation", "all")
-"""Names of rows of the study's own data."""
-FEWEST = 30
-"""Fewest unused rows that are worth judging on: of fewer, intervals are wider than what trials differ by."""
 ATTRIBUTE = "evaluations"
 """User attribute of a study: by name of the rows, what `Evaluation.to_dict` gives, without the captions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """The rows that captions are judged on."""
-
-    name: str
-    """For keys of metrics: of the study's own data `test`, `unused`, `validation` or `all`, of others `_named`."""
-    where: str
-    """In words."""
-    rows: tuple[Row, ...]
-    fingerprint: str
-    warnings: tuple[str, ...] = ()
-
-    def scenes(self) -> list[str] | None:
-        """The scene of each row; None where no scene has several."""
-        scenes = [row.scene for row in self.rows]
-        return scenes if len(set(scenes)) < len(scenes) else None
-
-
-def choose_rows(
-    config: TrainConfig, data: str | None, rows: Rows, taken: Mapping[str, str] = MappingProxyType({})
-) -> Chosen:
-    """The rows to judge on.
-
-    Args:
-        config: of the study's trials: its data and its split.
-        data: another folder; None for the study's own.
-        rows: `auto` is the given test split where there is one; else, of the study's own data, the rows that the study
-            left out with their whole scenes (`max_samples`), or the validation rows; of another folder all.
-        taken: Fingerprints of the data of the study's earlier evaluations, by name.
-
-    Raises:
-        DataError: the folder cannot be used, or has no such rows.
-    """
-    folder = data or config.data
-    if rows in ("auto", "test"):
-        try:
-            found = dataset.examine(folder, part="test")
-            _refuse_bad(found, config)
-            if len(found.rows):
-                name = _named(data, rows, "test", found.fingerprint, taken)
-                where = f"{len(found.rows)} test rows of {found.folder}"
-                return Chosen(name=name, where=where, rows=found.rows, fingerprint=found.fingerprint)
-        except DataError as error:
-            if rows == "test" or "no row is of a given test split" not in str(error):
-                raise
-    if rows == "all" or (rows == "auto" and data is not None):
-        found = dataset.examine(folder, part="all")
-        _refuse_bad(found, config)
-        name = _named(data, rows, "all", found.fingerprint, taken)
-        warned = ("the rows that the trials trained on are among these",) if data is None else ()
-        where = f"all {len(found.rows)} rows of {found.folder}"
-        return Chosen(name=name, where=where, rows=found.rows, fingerprint=found.fingerprint, warnings=warned)
-    found = dataset.examine(folder)
-    split = dataset.split(found, config)
-    if rows == "auto":
-        unused = _unused(found, split)
-        if len(unused) >= FEWEST:
-            where = (
-                f"{len(unused)} rows of {found.folder} that the study did not use (max_samples={config.max_samples})"
-            )
-            return Chosen(name="unused", where=where, rows=unused, fingerprint=found.fingerprint)
-    warning = (
-        "these are the validation rows, by whose loss the search chose its winner: its figures are better here than "
-        "on new images; name other data with --data"
-    )
-    return Chosen(
-        name=_named(data, rows, "validation", found.fingerprint, taken),
-        where=f"{len(split.val)} validation rows of {found.folder}",
-        rows=split.val,
-        fingerprint=found.fingerprint,
-        warnings=(warning,) if data is None else (),
-    )
-
-
-def _named(data: str | None, rows: Rows, part: str, fingerprint: str, taken: Mapping[str, str]) -> str:
-    """What rows are called in keys of metrics: of another folder by its name, and by their part if it was asked for.
-
-    No two data share a name, or the second would replace what the first came to.
-    """
-    if data is None:
-        return part
-    folder = Path(data).expanduser().resolve()
-    name = folder.name if rows == "auto" else f"{folder.name}-{part}"
-    if name in OWN:
-        name = f"{folder.parent.name}-{name}"
-    name = re.sub(r"[^\w.-]+", "_", name)
-    return name if taken.get(name, fingerprint) == fingerprint else f"{name}-{fingerprint[:8]}"
-
-
-def _unused(found: dataset.Examined, split: dataset.Split) -> tuple[Row, ...]:
-    """Rows that neither trained nor validated, nor share a scene or a picture with one that did."""
-    used = (*split.train, *split.val)
-    scenes, images = {row.scene for row in used}, {row.image for row in used}
-    for group in found.copies:
-        if images & set(group):
-            images |= set(group)
-    return tuple(row for row in found.rows if row.scene not in scenes and row.image not in images)
-
-
-def _refuse_bad(found: dataset.Examined, config: TrainConfig) -> None:
-    if found.bad and not config.skip_bad_rows:
-        raise DataError(
-            f"{found.folder}: {len(found.bad)} rows cannot be used, the first: {found.bad[0]}\n"
-            f"python -m trainer.data.check {found.folder} lists all"
-        )
 
 
 def choose_trials(
     trials: Sequence[TrialRecord], which: str, folder: Path, verdict: Verdict | None = None
 ) -> list[TrialRecord]:
-    """The trials of `--trials`: `best` is the study's winner and the best other one that completed, `all` every one
-    with an adapter.
+    """The trials of `--trials`: `best` is the winner and the best other that completed on its samples, `all` every one of
+    the search with an adapter. Repeats, which trained on other splits, are judged where they are named.
 
     Raises:
         StudyError: a trial that there is not, or whose adapter is gone.
     """
     if which == "best":
         first = winner(trials, verdict)
-        complete = [trial for trial in leaderboard.ranked(trials) if trial.state == "COMPLETE" and trial is not first]
-        chosen = [] if first is None else [first, *complete][:2]
+        complete = [t for t in leaderboard.ranked(trials) if t.state == "COMPLETE" and t is not first]
+        chosen = [] if first is None else [first, *(t for t in complete if sample_key(t) == sample_key(first))][:2]
     elif which == "all":
-        chosen = [trial for trial in leaderboard.ranked(trials) if has_adapter(trial, folder)]
+        chosen = [t for t in leaderboard.ranked(leaderboard.searched(trials)) if has_adapter(t, folder)]
     else:
         known = {trial.number: trial for trial in trials}
         try:
@@ -208,6 +95,8 @@ class Evaluation:
     scores: Mapping[str, Scores]
     losses: Mapping[str, float | None] = field(default_factory=dict)
     """Lowest validation loss of each trial."""
+    comparable: bool = True
+    """Whether these losses are of the same samples."""
     meteor: Mapping[str, compare.Estimate] = field(default_factory=dict)
     """By candidate; empty where it was not computed."""
     not_computed: Mapping[str, str] = field(default_factory=dict)
@@ -232,9 +121,12 @@ class Evaluation:
         return {(a, b): compare.differences(self.scores[a], self.scores[b], scenes) for a, b in pairs}
 
     def disagreement(self) -> str | None:
-        """Whether CIDEr-D would choose another trial than the validation loss; None where both choose the same."""
+        """Whether CIDEr-D would choose another trial than the validation loss.
+
+        None where both choose the same, and where losses of different samples say nothing.
+        """
         trials = [name for name in self.scores if name != BASE and self.losses.get(name) is not None]
-        if len(trials) < 2:
+        if len(trials) < 2 or not self.comparable:
             return None
         by_loss = min(trials, key=lambda name: self.losses[name] or 0.0)
         cider = {name: self.scores[name].values()["cider_d"] for name in trials}
@@ -255,6 +147,7 @@ class Evaluation:
             "where": self.rows.where,
             "images": len(self.rows.rows),
             "fingerprint": self.rows.fingerprint,
+            "digest": self.rows.digest,
             "warnings": list(self.rows.warnings),
             "candidates": {
                 name: {metric: asdict(value) for metric, value in found.items()}
@@ -307,6 +200,7 @@ def evaluate(
     place = runtime.resolve_device(device)
     captions: dict[str, tuple[str, ...]] = {}
     losses: dict[str, float | None] = {}
+    samples = set()
     base, kind = None, None
     for trial in trials:
         config = TrainConfig.parse(trial.config)
@@ -324,6 +218,7 @@ def evaluate(
         captioner = Captioner(adapted, base.processor, place, base.dtype, decoding)
         captions[name] = _captions(captioner, rows.rows, instruction, batch_size, partial(progress, f"trial {name}"))
         losses[name] = trial.value
+        samples.add(sample_key(trial))
         detach(base, adapted)
     references = [row.captions for row in rows.rows]
     scores = {name: score(found, references) for name, found in captions.items()}
@@ -337,7 +232,13 @@ def evaluate(
     else:
         reasons = {METEOR: why_no_meteor() or "not asked for", **reasons}
     return Evaluation(
-        rows=rows, captions=captions, scores=scores, losses=losses, meteor=estimates, not_computed=reasons
+        rows=rows,
+        captions=captions,
+        scores=scores,
+        losses=losses,
+        comparable=len(samples) == 1,
+        meteor=estimates,
+        not_computed=reasons,
     )
 
 

@@ -12,7 +12,7 @@ from search.evaluation.compare import estimate_of_sums
 from search.verdict.tested import TestLoss, TestLosses
 
 if TYPE_CHECKING:
-    from search.evaluation.candidates import Chosen
+    from search.evaluation.rows import Chosen
 
 
 def judged(rows: Chosen, epochs: Mapping[int, int], sums: Mapping[int, np.ndarray]) -> TestLosses:

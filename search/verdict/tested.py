@@ -1,7 +1,8 @@
 """The test loss of a verdict's candidates: read once, at the end, on rows that the search did not use.
 
 The objective stays the validation loss, and the verdict is by repeats of it. That a trial was chosen among many by the
-same few validation rows is what the test loss shows; nothing is chosen by it.
+same few validation rows is what the test loss shows; nothing is chosen by it. The rows are those that no candidate
+trained or validated on. Their repeats, which have other splits, may have: an adapter that is judged has not seen them.
 """
 
 from __future__ import annotations

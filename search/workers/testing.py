@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from search import leaderboard
 from search.errors import DatabaseAway
 from search.evaluation import held_out
-from search.evaluation.candidates import Chosen, choose_rows, has_adapter
+from search.evaluation.candidates import has_adapter
+from search.evaluation.rows import Chosen, choose_rows, configs_of
 from search.storage import lifecycle
 from search.tracking.outbox import Point
 from search.verdict import tested
@@ -22,6 +23,8 @@ from trainer.config import TrainConfig
 from trainer.held_out import loss_sums
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import optuna
 
     from search.records import TrialRecord
@@ -70,7 +73,7 @@ class Testing:
         if verdict.kind == "running":
             return False
         candidates = self._candidates(trials, verdict)
-        rows = self._rows(TrainConfig.parse(candidates[0].config)) if candidates else None
+        rows = self._rows(configs_of(candidates)) if candidates else None
         if rows is None:
             self._study.set_user_attr(tested.ATTRIBUTE, dict(tested.NOTHING))
             return True
@@ -100,14 +103,14 @@ class Testing:
         by_number = {trial.number: trial for trial in trials}
         return [t for number in numbers if has_adapter(t := by_number[number], self._job.folder)]
 
-    def _rows(self, config: TrainConfig) -> Chosen | None:
-        """Test rows, or rows that the search left out; None where there are none."""
-        rows = choose_rows(config, None, "auto")
+    def _rows(self, configs: Mapping[int, TrainConfig]) -> Chosen | None:
+        """Test rows, or rows that the candidates left out; None where there are none."""
+        rows = choose_rows(configs, None, "auto")
         if rows.name not in ("test", "unused"):
             return None
         if len(rows.rows) <= self._job.test_images:
             return rows
-        some = tuple(choose(rows.rows, self._job.test_images, config.split_seed))
+        some = tuple(choose(rows.rows, self._job.test_images, next(iter(configs.values())).split_seed))
         return replace(rows, rows=some, where=f"{len(some)} of {rows.where}")
 
     def _is_done(self, rows: Chosen, candidates: list[TrialRecord], verdict: Verdict) -> bool:

@@ -15,17 +15,16 @@ import pytest
 
 from search import evaluate, leaderboard
 from search.evaluation import candidates, java
-from search.evaluation.candidates import Evaluation, choose_rows
+from search.evaluation.candidates import Evaluation
 from search.evaluation.metrics import score
 from search.options import opened
 from search.places import Places
+from search.records import TrialRecord
 from search.tracking.delivery import Delivery
 from search.tracking.runs import StudyRuns
 from search.verdict.race import Verdict
 from tests.support import called, small_study
 from tests.support import candidate_trials as leaders
-from trainer.common.errors import DataError
-from trainer.config import TrainConfig
 from trainer.data import dataset
 
 Call = Callable[..., tuple[int, str, str]]
@@ -104,28 +103,6 @@ def test_wrong_input_is_one_message(call: Call, arguments: list[str], message: s
     assert message in err
 
 
-def test_no_two_data_share_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second evaluation would replace the first: in Optuna, in MLflow's metrics, in the file of its captions."""
-    config = TrainConfig.parse({})
-    rows = dataset.examine("mini").rows[:8]
-    for folder in ("RSIEval", "test", "other/RSIEval"):
-        (tmp_path / folder).mkdir(parents=True)
-        listed = [{"image": row.image.name, "caption": f"{folder}: {row.caption}"} for row in rows]
-        (tmp_path / folder / "rows.json").write_text(json.dumps(listed))
-        (tmp_path / folder / "images").symlink_to(rows[0].image.parent)
-    first = choose_rows(config, str(tmp_path / "RSIEval"), "auto")
-    assert first.name == "RSIEval" and not first.warnings
-    taken = {first.name: first.fingerprint}
-    assert choose_rows(config, str(tmp_path / "RSIEval"), "auto", taken).name == "RSIEval"
-    second = choose_rows(config, str(tmp_path / "other" / "RSIEval"), "auto", taken)
-    assert second.name == f"RSIEval-{second.fingerprint[:8]}"
-    assert choose_rows(config, str(tmp_path / "test"), "auto").name == f"{tmp_path.name}-test"
-    validation = choose_rows(config, str(tmp_path / "RSIEval"), "validation")
-    assert validation.name == "RSIEval-validation" and not validation.warnings
-    monkeypatch.chdir(tmp_path / "RSIEval")
-    assert choose_rows(config, ".", "auto").name == "RSIEval"
-
-
 def test_data_without_prompts_are_asked_what_the_adapters_learnt(
     call: Call, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,18 +131,6 @@ def test_data_without_prompts_are_asked_what_the_adapters_learnt(
     assert asked == ["Which ground is it?"] * 4, "the base is asked the same, or the comparison is none"
 
 
-def test_rows_that_the_study_left_out_are_judged_on_where_there_is_no_test_split() -> None:
-    config = TrainConfig.parse({"max_samples": 100})
-    chosen = choose_rows(config, None, "auto")
-    used = dataset.split(dataset.examine("mini"), config)
-    assert chosen.name == "unused"
-    assert not {row.scene for row in chosen.rows} & {row.scene for row in (*used.train, *used.val)}
-    everything = choose_rows(TrainConfig.parse({}), None, "auto")
-    assert (everything.name, len(everything.warnings)) == ("validation", 1)
-    with pytest.raises(DataError, match="given test split"):
-        choose_rows(config, None, "test")
-
-
 def test_a_disagreement_of_cider_and_loss_is_told() -> None:
     texts = ["a large airport with two runways", "three ships lie in a harbour", "a lake near the town"]
     references = [[text] for text in texts]
@@ -178,19 +143,36 @@ def test_a_disagreement_of_cider_and_loss_is_told() -> None:
     )
     assert str(found.disagreement()).startswith("by validation loss trial 4 is best, by CIDEr-D trial 2 (10.000")
     assert replace(found, losses={"4": 0.5, "2": 0.4}).disagreement() is None
+    assert replace(found, comparable=False).disagreement() is None, "losses of other samples are no ranking"
 
 
-def test_the_verdicts_trial_is_the_first_that_is_evaluated(tmp_path: Path) -> None:
-    trials = [
-        leaders.trial(n, value, attrs={"folder": f"trials/{n:04d}"}) for n, value in enumerate((0.4, 0.401, 0.402))
-    ]
+def with_adapters(tmp_path: Path, trials: list[TrialRecord]) -> list[TrialRecord]:
     for trial in trials:
         folder = leaderboard.adapter(tmp_path, trial)
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").touch()
+    return trials
+
+
+def numbered(n: int, value: float, **config: Any) -> TrialRecord:
+    return leaders.trial(n, value, attrs={"folder": f"trials/{n:04d}"}, config=config)
+
+
+def test_the_verdicts_trial_is_the_first_that_is_evaluated(tmp_path: Path) -> None:
+    trials = with_adapters(tmp_path, [numbered(n, value) for n, value in enumerate((0.4, 0.401, 0.402))])
     verdict = Verdict(kind="tied", choice=2, tied=(0, 1, 2))
     assert [t.number for t in candidates.choose_trials(trials, "best", tmp_path, verdict)] == [2, 0]
     assert [t.number for t in candidates.choose_trials(trials, "best", tmp_path)] == [0, 1]
+
+
+def test_all_are_those_of_the_search_and_the_second_best_is_of_the_same_samples(tmp_path: Path) -> None:
+    """A repeat has another split, and has trained on rows that the search left out."""
+    again = leaders.repeat(3, 0, 1, 0.3, attrs={"folder": "trials/0003"})
+    trials = [numbered(0, 0.4), numbered(1, 0.41, max_samples=24), numbered(2, 0.5), again]
+    with_adapters(tmp_path, trials)
+    assert [t.number for t in candidates.choose_trials(trials, "all", tmp_path)] == [0, 1, 2]
+    assert [t.number for t in candidates.choose_trials(trials, "best", tmp_path)] == [0, 2]
+    assert [t.number for t in candidates.choose_trials(trials, "3,0", tmp_path)] == [3, 0]
 
 
 class Counted:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search.evaluation.candidates import Chosen
 from search.evaluation.held_out import judged
+from search.evaluation.rows import Chosen
 from search.verdict.race import Verdict
 from search.verdict.tested import ATTRIBUTE, TestLosses
 from trainer.data.dataset import Row

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from search import leaderboard
-from search.evaluation import candidates
+from search.evaluation import rows
 from search.storage.database import close_storage, open_storage
 from search.verdict.leaders import Rules, judge
 from search.verdict.race import Verdict
@@ -63,7 +63,7 @@ def test_it_is_not_read_unasked(search: Search, tmp_path: Path, confirm: Rules |
 
 
 def test_where_no_rows_are_left_there_is_none(search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "FEWEST", 10_000)
+    monkeypatch.setattr(rows, "FEWEST", 10_000)
     trials, heard = search(trials=2, slots=4, confirm=RULES, test_images=20, max_samples=8)
     assert read(tmp_path / "runs") is None and not is_due({ATTRIBUTE: NOTHING}, judge(trials, RULES))
     assert not [m for m in heard if isinstance(m, Notice) and "test loss" in m.text]
