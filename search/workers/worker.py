@@ -146,8 +146,8 @@ class Worker:
                     pass
             except DatabaseAway:  # the trials resume from their checkpoints another time
                 self._held = None
-                for run in self._running.values():
-                    run.abandon(records.INTERRUPTED)
+                while self._running:
+                    self._running.popitem()[1].abandon(records.INTERRUPTED)
                 raise
             finally:
                 if self._held is not None:  # an end came before its turn; it has no record of its own yet
@@ -306,32 +306,40 @@ class Worker:
 
     def _pack_failed(self, error: Exception) -> None:
         """A fault in the shared pass: with one trial it is the trial's; several resume one by one."""
-        running, self._running = [run for run in self._running.values() if not run.over], {}
-        # Faults that end the worker.
-        if isinstance(error, GaveUp):
-            for run in running:
-                run.end(run.interrupted())
+        self._running = {member: run for member, run in self._running.items() if not run.over}
+        full = out_of_room(error)
+        if full or isinstance(error, GaveUp) or not self._running:  # the worker ends
+            self._park_all(disk_is_full=full)
             raise error
-        if out_of_room(error):
-            for run in running:
-                try:
-                    run.end(run.interrupted())
-                except Exception:  # the databases may lie on that disk: the next start finds the trial lost
-                    log.exception("trial %d could not be parked", run.trial.number)
-            raise error
-        if not running:
-            raise error
-        # Faults of a trial.
-        if len(running) == 1:
-            with self._blamed_on(running[0]):
+        if len(self._running) == 1:
+            with self._blamed_on(self._running.popitem()[1]):
                 raise error
             return
-        log.error("%d trials in one pass failed; they resume one by one", len(running), exc_info=error)
-        self._say(f"{type(error).__name__}: {error}; {len(running)} trials resume one by one")
-        for run in running:
-            run.end(run.interrupted())
+        number = len(self._running)
+        log.error("%d trials in one pass failed; they resume one by one", number, exc_info=error)
+        self._say(f"{type(error).__name__}: {error}; {number} trials resume one by one")
+        self._room.one_by_one = self._park_all()
         self.source.supply = Supply.UNKNOWN
-        self._room.one_by_one = len(running)
+
+    def _park_all(self, *, disk_is_full: bool = False) -> int:
+        """Have the running trials wait; returns how many do. One that another process has taken over is left to it.
+
+        Each stays among the running until it waits: should the database go away in between, the rest are abandoned.
+        """
+        parked = 0
+        for member, run in list(self._running.items()):
+            try:
+                run.end(run.interrupted())
+                parked += 1
+            except UpdateFinishedTrialError:
+                self._leave(run)
+            except Exception:
+                if not disk_is_full:
+                    raise
+                # The databases may lie on that disk: the next start finds the trial lost.
+                log.exception("trial %d could not be parked", run.trial.number)
+            del self._running[member]
+        return parked
 
     def _show_features(self, done: int, total: int) -> None:
         self.link.send(Loading(what=f"vision outputs of {total} images ({100 * done // total} %)"))

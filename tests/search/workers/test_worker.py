@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from search import records
-from search.errors import DefinitionChanged
+from search.errors import DatabaseAway, DefinitionChanged
 from search.storage import lifecycle
 from search.study import Study
 from search.study_file import load
@@ -81,6 +81,51 @@ def test_a_fault_of_the_shared_pass_lets_the_trials_go_on_one_by_one(
     trials, heard = search(trials=3, slots=3)
     assert [t.state for t in trials] == ["COMPLETE"] * 3
     assert "too much at once; 3 trials resume one by one" in next(m.text for m in heard if isinstance(m, Notice))
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_fault_of_the_shared_pass_ends_no_search_if_one_of_its_trials_is_anothers(
+    search: Search, monkeypatch: pytest.MonkeyPatch, away: bool
+) -> None:
+    """Parking the first of three says that it was taken over; with `away` the database goes at the second."""
+    opened: list[Any] = []
+    parked: list[int] = []
+    abandoned: list[tuple[int, str]] = []
+    park, abandon, prepare = lifecycle.park, TrialRun.abandon, TrialRun._prepare
+
+    def crowded(model: Any, batch: Batch) -> Forward:
+        if torch.is_grad_enabled() and len(batch) > 4:
+            lifecycle.requeue_lost(opened[0], is_alive=lambda worker: worker["trial"] != 0)
+            raise RuntimeError("too much at once")
+        return forward(model, batch)
+
+    def goes_away(study: Any, trial: Any, *reason: str) -> None:
+        park(study, trial, *reason)
+        parked.append(trial.number)
+        if away:
+            raise DatabaseAway("gone")
+
+    def noted(self: TrialRun, reason: str) -> None:
+        abandoned.append((self.trial.number, reason))
+        abandon(self, reason)
+
+    def owned(self: TrialRun) -> Path:
+        self.trial.set_user_attr(records.WORKER, {**self.trial.user_attrs[records.WORKER], "trial": self.trial.number})
+        return prepare(self)
+
+    monkeypatch.setattr(TrialRun, "_prepare", owned)
+    monkeypatch.setattr(TrialRun, "abandon", noted)
+    monkeypatch.setattr(lifecycle, "park", goes_away)
+    monkeypatch.setattr("search.workers.worker.Pack", partial(loop.Pack, forward=crowded))
+    trials, heard = search(trials=3, slots=3, prepare=opened.append, fails=DatabaseAway if away else None)
+    said = [m.text for m in heard if isinstance(m, Notice)]
+    assert said[1:] == ["trial 0 was taken over by another process, and is left to it"]
+    assert (trials[0].state, trials[0].reason) == ("FAIL", records.LOST)
+    if away:
+        assert parked == [1]
+        assert abandoned == [(0, records.LOST), (2, records.INTERRUPTED), (1, records.INTERRUPTED)]
+    else:
+        assert [t.state for t in trials[1:]] == ["COMPLETE"] * 3 and abandoned == [(0, records.LOST)]
 
 
 def test_a_trial_of_its_own_fault_fails_alone(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
