@@ -111,7 +111,8 @@ class Facts:
     captions: tuple[Said, ...]
     """What base, best and runner-up say of the images that all trials caption; empty where none did."""
     updated_s: float | None
-    """When the latest of the trials began or ended, by its worker's clock; None before the first."""
+    """When the latest of the trials and repeats began or ended, or a test loss was read, by the worker's clock; None
+    before the first."""
 
     @property
     def by_cider(self) -> bool:
@@ -172,7 +173,9 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
     compared = [e.value for e in judged if e.samples == samples and e.value is not None]
     ranked = importances(record, experiments)
     curves = forecast.outcome(record, experiments, samples, noise)
-    times = [t for e in record.trials for t in (e.start_s, e.end_s) if t is not None]
+    tested = TestLosses.of(record.attrs, verdict)
+    moments = [*(t for e in ours for t in (e.start_s, e.end_s)), None if tested is None else tested.read_s]
+    times = [t for t in moments if t is not None]
     sizes = Counter((e.tag("num_train_samples"), e.tag("num_val_samples")) for e in experiments)
     return Facts(
         record=record,
@@ -190,7 +193,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         comparable=len(compared),
         median_loss=median(compared) if compared else None,
         incomparable=tuple(e.number for e in judged if e.samples != samples),
-        budget=summary.budget(experiments),
+        budget=summary.budget(experiments, repeats),
         tables=parameters.tables(experiments, noise),
         importances=ranked,
         strategy=summary.strategy(ranked),
@@ -202,7 +205,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         board=board(record, experiments, best.best if best else None, noise),
         full=in_full(experiments, chosen, best.best if best else None),
         verdict=verdict,
-        tested=TestLosses.of(record.attrs, verdict),
+        tested=tested,
         repeats=repeats,
         next=steps.next_steps(record, experiments, chosen, options, verdict=verdict, curves=curves),
         health=summary.health(experiments),

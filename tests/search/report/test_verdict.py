@@ -78,11 +78,32 @@ def test_repeats_are_no_experiments_and_count_nowhere_else() -> None:
     assert [e.number for e in facts.experiments] == [0, 1] and len(facts.repeats) == 6
     assert facts.best is not None and without.best is not None
     assert facts.best.best.number == without.best.best.number == 0
-    assert facts.budget == without.budget and facts.states == without.states and not facts.incomparable
+    assert replace(facts.budget, again=(0, 0.0)) == without.budget and facts.states == without.states
+    assert not facts.incomparable
     assert leaderboard.summary(record.trials).startswith("2 trials (2 COMPLETE), 4 epochs, and")
     assert leaderboard.summary(record.trials).endswith(", and 6 repeats, 12 epochs")
     heads, rows = leaderboard.rows(record.trials)
     assert "seed" not in heads and [row[1] for row in rows][2:5] == [f"{n} (repeat of 0)" for n in (2, 3, 4)]
+
+
+def test_budget_and_date_are_those_of_repeats_and_test_losses_too() -> None:
+    """The overview left out more epochs than it counted, and the log was older than its last repeat."""
+    record = repeated(a=[1.0, 1.01, 1.02], b=[1.1, 1.12, 1.13])
+    facts = gather(record)
+    assert (facts.budget.epochs, facts.budget.again) == (4, (12, 6 * 2 * 75.0))
+    ends = [trial.end_s or 0.0 for trial in record.trials]
+    assert facts.updated_s == max(ends) > max(ends[:2])
+    english, chinese = markdown(facts, "en", {"timeline": "t.svg"}), markdown(facts, "zh", {"timeline": "t.svg"})
+    assert "- **Budget**: 4 epochs in 5 min, and 12 epochs in 15 min by 6 repeats on" in english
+    assert "- **开销**: 4 个 epoch，5 分钟，另有 6 次重复训练：12 个 epoch，15 分钟，" in chinese
+    assert "5 min of training; not drawn: 12 epochs in 15 min by repeats" in english
+    assert "(the latest trial, repeat or test loss)_" in english
+    assert "（最近一次实验、重复训练或测试 loss）_" in chinese
+    later = (facts.updated_s or 0.0) + 60
+    losses = {**read((0, 1.4321, None), (1, 1.5432, (0.0776, 0.05, 0.1)))[ATTRIBUTE], "read_s": later}
+    assert gather(replace(record, attrs={**record.attrs, ATTRIBUTE: losses})).updated_s == later
+    none = gather(study(record.trials[:2]))
+    assert none.budget.again == (0, 0.0) and "repeat or test loss" not in markdown(none, "en", {})
 
 
 def test_noise_is_measured_by_repeats_beside_what_their_splits_have_in_common() -> None:
