@@ -29,7 +29,7 @@ from search.report.measured_noise import Noise, measure
 from search.report.next_steps import NextSteps
 from search.report.parameters import Table
 from search.report.summary import Budget, Lessons, Recommended, Sign
-from search.verdict.leaders import verdict_of, winner
+from search.verdict.leaders import PassedOver, passed_over, verdict_of, winner
 from search.verdict.race import Verdict
 from search.verdict.tested import TestLosses
 
@@ -99,6 +99,8 @@ class Facts:
     """Trials told in full; the others have a line each."""
     verdict: Verdict | None
     """What the repeats of the leaders say; None if none were asked for."""
+    passed_over: PassedOver
+    """Trials as near that were not repeated."""
     tested: TestLosses | None
     """The test loss of the verdict's candidates; None where it was not read for them."""
     repeats: tuple[TrialRecord, ...]
@@ -133,6 +135,11 @@ class Facts:
     def stopped(self) -> dict[int, Forecast]:
         """What trials that were stopped by comparison would have come to, by trial."""
         return {f.trial: f for f in self.curves.stopped} if self.curves else {}
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """Of the verdict, those that are repeated."""
+        return tuple(each.number for each in self.verdict.standings) if self.verdict is not None else ()
 
     @property
     def repeats_of(self) -> dict[int, tuple[TrialRecord, ...]]:
@@ -205,6 +212,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         board=board(record, experiments, best.best if best else None, noise),
         full=in_full(experiments, chosen, best.best if best else None),
         verdict=verdict,
+        passed_over=passed_over(ours, record.attrs),
         tested=tested,
         repeats=repeats,
         next=steps.next_steps(record, experiments, chosen, options, verdict=verdict, curves=curves),

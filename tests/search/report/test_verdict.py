@@ -106,6 +106,30 @@ def test_budget_and_date_are_those_of_repeats_and_test_losses_too() -> None:
     assert none.budget.again == (0, 0.0) and "repeat or test loss" not in markdown(none, "en", {})
 
 
+def test_who_was_no_candidate_is_said_and_why() -> None:
+    """A trial within noise of the lowest was neither repeated nor mentioned, and advised to repeat itself."""
+    record = repeated(a=[1.40, 1.45, 1.38], b=[1.401, 1.449, 1.381])
+    third = trial(8, [(1.6, 1.5), (1.4, 1.412)], values={"lora_r": 4}, attrs={records.TRAIN_LOSSES: [1.6, 1.4]})
+    facts = gather(replace(record, trials=(*record.trials, third)))
+    assert (facts.passed_over.trials, facts.passed_over.why, facts.candidates) == ((8,), "asked", (0, 1))
+    english, chinese = markdown(facts, "en", {}), markdown(facts, "zh", {})
+    said = "as many as were asked for. Not repeated, though as near: trial [8]"
+    assert f"**Candidates** were trials at most 3.4 % above the lowest, the lowest first: {said}" in english
+    assert "取所要求的个数。同样接近而未重复的有：实验 [8]" in chinese
+    (line,) = re.findall(r"^- \S+ \*\*trial 8\*\*.*$|^### Experiment 8 .*?(?=^##)", english, re.M | re.S)
+    assert re.search(r"trial \[8\]\(\S+\) was not among the candidates that are repeated", line)
+    assert "repeat both" not in line
+    everyone = markdown(gather(record), "en", {})
+    assert "at most 3.4 % above the lowest, the lowest first.\n" in everyone
+
+
+def test_a_tie_says_what_its_choice_is_chosen_by() -> None:
+    """ "The cheapest" was the one that took the most seconds an epoch."""
+    tied = Verdict(kind="tied", choice=0, tied=(0, 1), blocks=3)
+    assert "the one with the smallest adapter (then the fewest epochs) that is at most" in text.sentence(tied)
+    assert "适配器最小（其次 epoch 最少）的是实验 0" in text.sentence(tied, "zh")
+
+
 def test_noise_is_measured_by_repeats_beside_what_their_splits_have_in_common() -> None:
     alone = gather(study(repeated().trials))
     assert not alone.noise.is_measured and alone.verdict is None
