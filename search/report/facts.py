@@ -52,7 +52,7 @@ class Said:
     reference: str
     base: str
     trials: tuple[tuple[int, str], ...]
-    """(trial, its caption), the best first."""
+    """(trial, its caption), the one that the study names first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class Facts:
     tree: dict[str, tuple[int, ...]]
     lessons: Lessons
     captions: tuple[Said, ...]
-    """What base, best and runner-up say of the images that all trials caption; empty where none did."""
+    """What base, the named trial, best and runner-up say of the images that all trials caption; empty if none did."""
     updated_s: float | None
     """When the latest of the trials and repeats began or ended, or a test loss was read, by the worker's clock; None
     before the first."""
@@ -220,7 +220,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         trouble=summary.trouble(experiments),
         tree=summary.tree(experiments),
         lessons=summary.lessons(experiments, HIGH_RATE),
-        captions=_captions(record, best),
+        captions=_captions(record, best, chosen),
         updated_s=max(times, default=None),
     )
 
@@ -229,11 +229,12 @@ def _as_repeated(trial: TrialRecord) -> tuple[int, int, int]:
     return (trial.attrs[records.REPEAT_OF], trial.attrs[records.BLOCK], trial.number)
 
 
-def _captions(record: StudyRecord, best: Recommended | None) -> tuple[Said, ...]:
+def _captions(record: StudyRecord, best: Recommended | None, named: Experiment | None) -> tuple[Said, ...]:
     pictured = Pictured.of(record.attrs)
     if pictured is None or best is None:
         return ()
-    chosen = [best.best, *([best.runner_up] if best.runner_up is not None else [])]
+    # What a study names first, then the lowest losses: the named one may be neither of them.
+    chosen = {e.number: e for e in (named, best.best, best.runner_up) if e is not None}.values()
     by_number = {trial.number: trial.attrs.get(CAPTIONS, ()) for trial in record.trials}
     said = [(e.number, by_number[e.number]) for e in chosen if len(by_number[e.number]) == len(pictured.images)]
     if not said:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from search import export, leaderboard, records
+from search.captions import CAPTIONS, IMAGES
 from search.diagnosis.noise import VAL_NOISE
 from search.records import StudyRecord, TrialRecord
 from search.report import card
@@ -121,6 +122,20 @@ def test_who_was_no_candidate_is_said_and_why() -> None:
     assert "repeat both" not in line
     everyone = markdown(gather(record), "en", {})
     assert "at most 3.4 % above the lowest, the lowest first.\n" in everyone
+
+
+def test_captions_begin_with_the_trial_that_is_named() -> None:
+    """They showed the two lowest losses, not the trial that the log recommends."""
+    record = repeated(a=[1.50, 1.55, 1.481], b=[1.40, 1.45, 1.38])
+    said = [replace(t, attrs={**t.attrs, CAPTIONS: [f"said by {t.number}"]}) for t in record.trials]
+    pictured = {"images": ["a.png"], "labels": [None], "references": ["a ship"], "instruction": "?", "base": ["sea"]}
+    attrs = {**record.attrs, IMAGES: pictured}
+    facts = gather(replace(record, trials=tuple(said), attrs=attrs))
+    assert [number for number, _ in facts.captions[0].trials] == [1, 0]
+    (line,) = (line for line in markdown(facts, "en", {}).splitlines() if line.startswith("| image"))
+    labels = [("1", "recommended"), ("0", "lowest loss")]
+    assert re.findall(r"trial (\d)\]\(\S+\) \((.*?)\)", line) == labels
+    assert "（推荐）" in markdown(facts, "zh", {})
 
 
 def test_a_tie_says_what_its_choice_is_chosen_by() -> None:
