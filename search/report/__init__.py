@@ -6,6 +6,7 @@ facts              StudyRecord -> Facts: every number of the log, computed once,
     epochs           an epoch's mark, and the metrics shown of it
     measured_noise   by how much losses must differ
     parameters       what the trials say about each parameter, and how certain that is
+    level            which of its values did as well as the best
     importance       which parameters matter
     summary          budget, health, decision tree, recommended configuration, lessons
     next_steps       what is open, as commands

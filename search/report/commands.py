@@ -94,14 +94,16 @@ def repeated(record: StudyRecord, verdict: Verdict | None, options: Sequence[str
     return " ".join([*words, *(shlex.quote(option) for option in options)])
 
 
-def longer(record: StudyRecord, experiments: Sequence[Experiment], epochs: int, options: Sequence[str]) -> str:
-    """The command that searches again with more epochs, beginning where this study found good rates."""
+def changed(
+    record: StudyRecord, experiments: Sequence[Experiment], changes: Mapping[str, str], options: Sequence[str]
+) -> str:
+    """The command that searches again with another base, beginning where this study found good rates."""
     strategy = record.attrs.get("strategy")
     warm = isinstance(strategy, Mapping) and strategy.get("strategy") in WARM
     generation = record.attrs.get("generation")
     named = f"{record.attrs.get('study', record.name)}-{generation}" if isinstance(generation, int) else record.name
     known = ["--warm-start", named] if warm else []
-    return search(record, experiments, ["--fresh", *known, *options], {"num_epochs": str(epochs)})
+    return search(record, experiments, ["--fresh", *known, *options], changes)
 
 
 def export(record: StudyRecord, options: Sequence[str]) -> str:

@@ -155,6 +155,15 @@ class Experiment:
         return any(finding.id in ids for finding in self.findings)
 
 
+def own_cost(trial: TrialRecord, continued: TrialRecord | None) -> tuple[int, float | None]:
+    """(epochs, seconds) of a trial itself, without those of the trial that it continues; for one without any epoch the
+    time from its start to its end."""
+    times = [epoch.epoch_seconds for epoch in trial.epochs if epoch.epoch_seconds is not None]
+    lasted = trial.end_s - trial.start_s if trial.start_s is not None and trial.end_s is not None else None
+    own = max(0, len(trial.epochs) - (len(continued.epochs) if continued is not None else 0))
+    return own, sum(times[-own:]) if own and len(times) >= own else lasted
+
+
 def by_loss(experiment: Experiment) -> tuple[float, int]:
     """Sort key: the lowest validation loss first, of equals the first trial; trials without a loss last."""
     return (math.inf if experiment.value is None else experiment.value, experiment.number)

@@ -12,7 +12,7 @@ from search.leaderboard import LOG_FIELDS
 from search.records import TrialRecord
 from search.report import told
 from search.report.epochs import epoch_rows
-from search.report.experiment import ConfigLine, Experiment
+from search.report.experiment import ConfigLine, Experiment, own_cost
 from search.report.judged import findings
 from search.report.measured_noise import Noise
 from trainer.config import MACHINE_FIELDS
@@ -46,12 +46,8 @@ def _experiment(
 ) -> Experiment:
     """The trial by itself, compared with nothing yet."""
     rows = epoch_rows(trial, findings, noise.deviation)
-    # Its own epochs and their time, without those of the trial that it resumes.
     times = [row.record.epoch_seconds for row in rows if row.record.epoch_seconds is not None]
-    lasted = trial.end_s - trial.start_s if trial.start_s is not None and trial.end_s is not None else None
-    inherited = len(continued.epochs) if continued is not None else 0
-    own = max(0, len(rows) - inherited)
-    seconds = sum(times[-own:]) if own and len(times) >= own else lasted
+    own, seconds = own_cost(trial, continued)
     label, note = trial.attrs.get(records.LABEL), trial.attrs.get(records.NOTE)
     return Experiment(
         record=trial,

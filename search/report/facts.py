@@ -29,7 +29,7 @@ from search.report.measured_noise import Noise, measure
 from search.report.next_steps import NextSteps
 from search.report.parameters import Table
 from search.report.summary import Budget, Lessons, Recommended, Sign
-from search.verdict.leaders import verdict_of, winner
+from search.verdict.leaders import PassedOver, passed_over, verdict_of, winner
 from search.verdict.race import Verdict
 from search.verdict.tested import TestLosses
 
@@ -52,7 +52,7 @@ class Said:
     reference: str
     base: str
     trials: tuple[tuple[int, str], ...]
-    """(trial, its caption), the best first."""
+    """(trial, its caption), the one that the study names first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,8 @@ class Facts:
     """Trials told in full; the others have a line each."""
     verdict: Verdict | None
     """What the repeats of the leaders say; None if none were asked for."""
+    passed_over: PassedOver
+    """Trials as near that were not repeated."""
     tested: TestLosses | None
     """The test loss of the verdict's candidates; None where it was not read for them."""
     repeats: tuple[TrialRecord, ...]
@@ -109,9 +111,10 @@ class Facts:
     tree: dict[str, tuple[int, ...]]
     lessons: Lessons
     captions: tuple[Said, ...]
-    """What base, best and runner-up say of the images that all trials caption; empty where none did."""
+    """What base, the named trial, best and runner-up say of the images that all trials caption; empty if none did."""
     updated_s: float | None
-    """When the latest of the trials began or ended, by its worker's clock; None before the first."""
+    """When the latest of the trials and repeats began or ended, or a test loss was read, by the worker's clock; None
+    before the first."""
 
     @property
     def by_cider(self) -> bool:
@@ -132,6 +135,11 @@ class Facts:
     def stopped(self) -> dict[int, Forecast]:
         """What trials that were stopped by comparison would have come to, by trial."""
         return {f.trial: f for f in self.curves.stopped} if self.curves else {}
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """Of the verdict, those that are repeated."""
+        return tuple(each.number for each in self.verdict.standings) if self.verdict is not None else ()
 
     @property
     def repeats_of(self) -> dict[int, tuple[TrialRecord, ...]]:
@@ -172,7 +180,9 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
     compared = [e.value for e in judged if e.samples == samples and e.value is not None]
     ranked = importances(record, experiments)
     curves = forecast.outcome(record, experiments, samples, noise)
-    times = [t for e in record.trials for t in (e.start_s, e.end_s) if t is not None]
+    tested = TestLosses.of(record.attrs, verdict)
+    moments = [*(t for e in ours for t in (e.start_s, e.end_s)), None if tested is None else tested.read_s]
+    times = [t for t in moments if t is not None]
     sizes = Counter((e.tag("num_train_samples"), e.tag("num_val_samples")) for e in experiments)
     return Facts(
         record=record,
@@ -190,7 +200,7 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         comparable=len(compared),
         median_loss=median(compared) if compared else None,
         incomparable=tuple(e.number for e in judged if e.samples != samples),
-        budget=summary.budget(experiments),
+        budget=summary.budget(experiments, repeats),
         tables=parameters.tables(experiments, noise),
         importances=ranked,
         strategy=summary.strategy(ranked),
@@ -202,14 +212,15 @@ def gather(record: StudyRecord, *, options: Sequence[str] = ()) -> Facts:
         board=board(record, experiments, best.best if best else None, noise),
         full=in_full(experiments, chosen, best.best if best else None),
         verdict=verdict,
-        tested=TestLosses.of(record.attrs, verdict),
+        passed_over=passed_over(ours, record.attrs),
+        tested=tested,
         repeats=repeats,
         next=steps.next_steps(record, experiments, chosen, options, verdict=verdict, curves=curves),
         health=summary.health(experiments),
         trouble=summary.trouble(experiments),
         tree=summary.tree(experiments),
         lessons=summary.lessons(experiments, HIGH_RATE),
-        captions=_captions(record, best),
+        captions=_captions(record, best, chosen),
         updated_s=max(times, default=None),
     )
 
@@ -218,11 +229,12 @@ def _as_repeated(trial: TrialRecord) -> tuple[int, int, int]:
     return (trial.attrs[records.REPEAT_OF], trial.attrs[records.BLOCK], trial.number)
 
 
-def _captions(record: StudyRecord, best: Recommended | None) -> tuple[Said, ...]:
+def _captions(record: StudyRecord, best: Recommended | None, named: Experiment | None) -> tuple[Said, ...]:
     pictured = Pictured.of(record.attrs)
     if pictured is None or best is None:
         return ()
-    chosen = [best.best, *([best.runner_up] if best.runner_up is not None else [])]
+    # What a study names first, then the lowest losses: the named one may be neither of them.
+    chosen = {e.number: e for e in (named, best.best, best.runner_up) if e is not None}.values()
     by_number = {trial.number: trial.attrs.get(CAPTIONS, ()) for trial in record.trials}
     said = [(e.number, by_number[e.number]) for e in chosen if len(by_number[e.number]) == len(pictured.images)]
     if not said:

@@ -18,7 +18,10 @@ from search.report.regions import Edge, Gap
 from search.space import from_dict
 from search.verdict.race import Verdict
 
-Kind = Literal["finish", "longer", "confirm", "decide", "warmup", "widen", "more", "export"]
+SCHEDULE = "cosine"
+"""The decay that is advised where none was tried; the hand-run log names it first."""
+
+Kind = Literal["finish", "longer", "confirm", "decide", "warmup", "widen", "more", "schedule", "data", "export"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,8 @@ class NextSteps:
     more_trials: int
     more_epochs: int | None
     """Instead of trials, for a study whose budget is epochs."""
+    rows: int | None
+    """Rows that the best trial used, where `max_samples` left others out."""
 
     def command(self, kind: Kind) -> str | None:
         """The command of a step; None if it is not advised."""
@@ -108,8 +113,8 @@ def next_steps(
         steps.append(Step(kind="finish", command=searched(done, budget)))
     if epochs is not None:
         spent = None if budget is None else math.ceil(LONGER * budget)
-        further = [*_spending(spent), *options]
-        steps.append(Step(kind="longer", command=commands.longer(record, experiments, epochs, further)))
+        longer = commands.changed(record, experiments, {"num_epochs": str(epochs)}, [*_spending(spent), *options])
+        steps.append(Step(kind="longer", command=longer))
     again = commands.repeated(record, verdict, options) if _repeatable(experiments) else None
     if again is not None:
         steps.append(Step(kind="decide" if verdict is not None else "confirm", command=again))
@@ -119,6 +124,14 @@ def next_steps(
         steps.append(Step(kind="widen", command=anew))
     if space:
         steps.append(Step(kind="more", command=searched(more, more_epochs)))
+    further = [*_spending(budget), *options]
+    if space and best is not None and _is_constant(record, best):
+        decay = commands.changed(record, experiments, {"lr_scheduler_type": SCHEDULE}, further)
+        steps.append(Step(kind="schedule", command=decay))
+    rows = _rows(best)
+    if space and rows is not None:
+        whole = commands.changed(record, experiments, {"max_samples": "none"}, further)
+        steps.append(Step(kind="data", command=whole))
     if not steps and verdict is not None and best is not None:
         steps.append(Step(kind="export", command=commands.export(record, options)))
     return NextSteps(
@@ -134,7 +147,24 @@ def next_steps(
         warmup_limit=int(median(totals) / 10) if often and totals else None,
         more_trials=more,
         more_epochs=more_epochs,
+        rows=rows,
     )
+
+
+def _is_constant(record: StudyRecord, best: Experiment) -> bool:
+    """Whether no schedule was tried: the rate stays as it is after the warmup."""
+    name = "lr_scheduler_type"
+    return name not in record.definition.get("space", {}) and best.record.config.get(name) == "constant_with_warmup"
+
+
+def _rows(best: Experiment | None) -> int | None:
+    """Rows that a trial used; None where they were all, or how many is not known."""
+    if best is None:
+        return None
+    bound, train, val = best.record.config.get("max_samples"), *map(best.tag, ("num_train_samples", "num_val_samples"))
+    if bound is None or train is None or val is None or train + val < bound:
+        return None
+    return int(train + val)
 
 
 def _spending(epochs: int | None) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from search.report.epochs import UNSTABLE
 from search.report.experiment import Experiment
 from search.space import Choice, Float, Int, Multiple, Space
 
@@ -16,6 +17,9 @@ NEAR_EDGE = 0.05
 WIDE_GAP = 0.35
 """Share of a range without a trial from which it is called untested. A batch size tried at 2, 4, 8 and 16 leaves gaps
 of a third."""
+
+ROUNDING = 1e-9
+"""Of a value that was put into its range's scale and back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,7 @@ def edges(space: Space, best: Experiment | None) -> tuple[Edge, ...]:
 
 
 def gaps(space: Space, finished: Sequence[Experiment]) -> tuple[Gap, ...]:
-    """The widest part without a trial of each range, where it is wide."""
+    """The widest part without a trial of each range, where it is wide and beyond no rate that was wrong already."""
     found = []
     for name, param in space.items():
         if not isinstance(param, Float | Int) or param.high <= param.low:
@@ -86,11 +90,39 @@ def gaps(space: Space, finished: Sequence[Experiment]) -> tuple[Gap, ...]:
         values = [e.record.config[name] for e in finished if name in e.record.config]
         inside = sorted({_position(param, v) for v in values if param.low <= v <= param.high})
         points = [0.0, *inside, 1.0]
-        width, start = max(((b - a, a) for a, b in pairwise(points)), key=lambda item: (item[0], -item[1]))
-        if width > WIDE_GAP:
+        for width, start in sorted(((b - a, a) for a, b in pairwise(points)), key=lambda item: (-item[0], item[1])):
             low, high = _value(param, start), _value(param, start + width)
-            found.append(Gap(name=name, low=low, high=high, share=width))
+            if width > WIDE_GAP and not (name == "learning_rate" and _is_beyond(low, high, finished)):
+                found.append(Gap(name=name, low=low, high=high, share=width))
+                break
     return tuple(found)
+
+
+def _is_beyond(low: float, high: float, finished: Sequence[Experiment]) -> bool:
+    """Whether all trials below a range of rates and at its upper end were shown to be too low, or all above it and at
+    its lower end too high: then nothing is to be found in it."""
+    rates = [(e.record.config["learning_rate"], e) for e in finished if "learning_rate" in e.record.config]
+    below = [e for rate, e in rates if rate <= high * (1 + ROUNDING)]
+    above = [e for rate, e in rates if rate >= low * (1 - ROUNDING)]
+    return (bool(below) and all(map(_is_too_low, below))) or (bool(above) and all(map(_is_too_high, above)))
+
+
+def _is_too_low(e: Experiment) -> bool:
+    """By its findings, or behind a trial with a clearly higher effective rate."""
+    return any(f.cause == "low_rate" for f in e.findings) or _behind(e) < 1
+
+
+def _is_too_high(e: Experiment) -> bool:
+    """By its findings, or behind a trial with a clearly lower effective rate."""
+    return e.has(*UNSTABLE) or _behind(e) > 1
+
+
+def _behind(e: Experiment) -> float:
+    """How many times as high its effective rate was as that of the trial that it lies behind by more than noise; 1
+    where it does not, or the rates are about the same."""
+    told = {item.kind: item.values for item in e.learnt}
+    rate = told.get("changed", {}).get("rate")
+    return float(rate) if rate and ("worse" in told or "stopped_behind" in told) else 1.0
 
 
 def untried(space: Space, finished: Sequence[Experiment]) -> tuple[tuple[str, tuple[Any, ...]], ...]:

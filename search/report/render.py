@@ -32,6 +32,7 @@ from search.report.level import Level
 from search.report.parameters import Row, Table
 from search.tracking.pages import run_page
 from search.verdict import text
+from search.verdict.leaders import APART
 
 TEMPLATES = Path(__file__).with_name("templates")
 MOST_IN_TABLE = 10
@@ -276,6 +277,7 @@ class Renderer:
             "tree_text": self.tree_text,
             "plots": self.plots,
             "fewest": parameters.FEWEST,
+            "apart": APART,
             "sure_from": parameters.SURE,
             "data": self.data,
             "listed": MOST_IN_TABLE,

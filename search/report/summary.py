@@ -12,7 +12,8 @@ from search.diagnosis import finding as ids
 from search.diagnosis.messages import STILL_FALLING
 from search.diagnosis.noise import relative
 from search.diagnosis.tree import LEAVES
-from search.report.experiment import UNFINISHED, Experiment, by_loss
+from search.records import TrialRecord
+from search.report.experiment import UNFINISHED, Experiment, by_loss, own_cost
 from search.report.importance import Importance
 from search.report.measured_noise import Noise
 from search.report.parameters import AGGRESSIVE, BROKEN, DTYPE_CAUSES
@@ -37,6 +38,8 @@ class Budget:
 
     epochs: int
     seconds: float
+    again: tuple[int, float]
+    """(epochs, seconds) of the repeats, which the others do not count."""
     saved: tuple[Share, ...]
     """Planned epochs that were not run; their time by each trial's own median epoch."""
     lost: tuple[Share, ...]
@@ -69,8 +72,10 @@ class Recommended:
     """Trials validated on different samples, with which it was not compared."""
 
 
-def budget(experiments: Sequence[Experiment]) -> Budget:
-    """Epochs and time: in total, saved and lost."""
+def budget(experiments: Sequence[Experiment], repeats: Sequence[TrialRecord] = ()) -> Budget:
+    """Epochs and time: in total, of the repeats, saved and lost."""
+    by_number = {trial.number: trial for trial in repeats}
+    again = [own_cost(trial, by_number.get(trial.attrs.get(records.RESUMES, -1))) for trial in repeats]
     saved: list[Share] = []
     lost: list[Share] = []
     for reason in records.SAVING:
@@ -85,6 +90,7 @@ def budget(experiments: Sequence[Experiment]) -> Budget:
     return Budget(
         epochs=sum(e.own_epochs for e in experiments),
         seconds=sum(e.seconds or 0.0 for e in experiments),
+        again=(sum(epochs for epochs, _ in again), sum(seconds or 0.0 for _, seconds in again)),
         saved=tuple(saved),
         lost=tuple(lost),
     )

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from search import records
 from search.diagnosis.noise import SIGNIFICANT, VAL_NOISE, relative
@@ -92,6 +92,32 @@ def field(trials: Sequence[TrialRecord], rules: Rules) -> tuple[list[Candidate],
         while len(found) > FEWEST and FIRST * sum(c.epochs for c in found) > budget:
             found.pop()
     return found, Limits(epochs=budget)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassedOver:
+    """Trials near enough to the lowest to be candidates that are none."""
+
+    trials: tuple[int, ...]
+    """The lowest first."""
+    why: Literal["asked", "most", "budget"]
+    """There were as many candidates as `Rules.top` asks for, as there may be, as the budget has room for."""
+
+
+def passed_over(trials: Sequence[TrialRecord], attrs: Mapping[str, Any]) -> PassedOver:
+    """Who might have been repeated and was not.
+
+    Args:
+        trials: All of the study's.
+        attrs: The study's user attributes.
+    """
+    rules = Rules(**(attrs.get(records.CONFIRM) or {}))
+    taken = [each.number for each in field(trials, rules)[0]]
+    left = tuple(trial.number for trial in leaders(trials) if trial.number not in taken)
+    why: Literal["asked", "most", "budget"] = "budget"
+    if rules.top is not None or len(taken) >= TOP:
+        why = "most" if rules.top is None else "asked"
+    return PassedOver(trials=left, why=why)
 
 
 def cells(trials: Sequence[TrialRecord]) -> tuple[dict[Cell, float | None], set[Cell]]:

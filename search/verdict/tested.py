@@ -49,6 +49,8 @@ class TestLosses:
     fingerprint: str
     losses: tuple[TestLoss, ...]
     """The one that the verdict names first, if it names one."""
+    read_s: float | None = None
+    """When, by the worker's clock; earlier versions did not say."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -69,6 +71,7 @@ class TestLosses:
                 scenes=bool(data["scenes"]),
                 fingerprint=str(data["fingerprint"]),
                 losses=tuple(map(_loss, data["losses"])),
+                read_s=None if data.get("read_s") is None else float(data["read_s"]),
             )
         except (KeyError, TypeError, ValueError):
             return None

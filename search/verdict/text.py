@@ -32,10 +32,11 @@ SENTENCES: Final = {
         "但实验 {failed} 的重复训练未得到 loss，因此未作比较",
     ),
     "tied": (
-        "tied: trials {tied} are not told apart on the same {blocks} seeds and splits; the cheapest that is at most "
-        "{margin} worse than any of them (with {sure} confidence for each) is trial {choice}",
+        "tied: trials {tied} are not told apart on the same {blocks} seeds and splits; the one with the smallest "
+        "adapter (then the fewest epochs) that is at most {margin} worse than any of them (with {sure} confidence for "
+        "each) is trial {choice}",
         "平局：实验 {tied} 在相同的 {blocks} 组种子与划分上分不出高下；"
-        "其中最多差 {margin}（每一对的置信度 {sure}）而代价最低的是实验 {choice}",
+        "其中最多差 {margin}（每一对的置信度 {sure}）而适配器最小（其次 epoch 最少）的是实验 {choice}",
     ),
     "undecided": (
         "not decided: trial {choice} leads on {blocks} seeds and splits, within noise of the others; it would take "

@@ -85,9 +85,9 @@ class Testing:
             config = TrainConfig.parse(trial.config)
             sums[trial.number] = loss_sums(self._bench, config, adapter, rows.rows, self._alive)
         found = held_out.judged(rows, {t.number: t.best_epoch or 0 for t in candidates}, sums)
-        self._study.set_user_attr(tested.ATTRIBUTE, found.to_dict())
-        losses = {each.trial: each.loss for each in found.losses}
         now = time.time_ns() // 1_000_000
+        self._study.set_user_attr(tested.ATTRIBUTE, replace(found, read_s=now / 1000).to_dict())
+        losses = {each.trial: each.loss for each in found.losses}
         for trial in candidates:
             if trial.run_id is not None:
                 tags = {tested.METRIC: f"{rows.where}; fingerprint {rows.fingerprint}"}

@@ -15,6 +15,7 @@ import pytest
 
 from search import records
 from search import study_file as studies
+from search.diagnosis.messages import LANGS
 from search.diagnosis.noise import VAL_NOISE
 from search.records import StudyRecord, TrialRecord
 from search.report.blocks import MARKS
@@ -407,6 +408,48 @@ class TestNextSteps:
         gap = next(gap for gap in hand.next.gaps if gap.name == "learning_rate")
         assert (gap.low, gap.high) == (pytest.approx(5e-6), pytest.approx(2e-4))
         assert ("lora_alpha/lora_r", (1, 4)) in hand.next.untried
+
+    def test_no_gap_lies_beyond_a_rate_that_was_shown_to_be_wrong(self) -> None:
+        """5e-6 to 5.9e-5 was "not looked at yet", although the trial at 5.9e-5 was far behind, for its rate."""
+        same = {"num_epochs": 6, "lora_alpha": 16, "lora_r": 8}
+
+        def one(number: int, rate: float, loss: float) -> TrialRecord:
+            return trial(number, falling(2.0, loss, 6), values={**same, "learning_rate": rate})
+
+        def gap(*rates: tuple[float, float]) -> tuple[float, float] | None:
+            facts = gather(study([one(n, *each) for n, each in enumerate(rates)]))
+            found = [(each.low, each.high) for each in facts.next.gaps if each.name == "learning_rate"]
+            return (pytest.approx(found[0][0]), pytest.approx(found[0][1])) if found else None
+
+        low, high = 5e-6, 1e-3
+        assert gap((6e-4, 1.4), (6e-5, 1.4), (2e-4, 1.4)) == (low, 6e-5)
+        assert gap((6e-4, 1.4), (6e-5, 1.9), (2e-4, 1.4)) is None
+        assert gap((6e-6, 1.4), (5e-5, 1.9), (2e-5, 1.4)) is None, "beyond one that is too high"
+        assert gap((6e-6, 1.4), (5e-5, 1.4), (2e-5, 1.4)) == (5e-5, high)
+
+    def test_a_schedule_and_more_data_are_advised_where_neither_was_tried(self) -> None:
+        """The hand-run log's own next steps 2 and 3."""
+        each_of = ({"num_epochs": 6, "learning_rate": 1e-4 * (n + 1)} for n in (0, 1))
+        made = [trial(n, falling(2.0, 1.4, 6), values=values) for n, values in enumerate(each_of)]
+        record = study(made)
+        rungs = {**record.attrs, "strategy": {"strategy": "rungs"}, records.EPOCHS: 60}
+        facts = gather(replace(record, attrs=rungs), options=("--runs-dir", "my runs"))
+        kinds = [step.kind for step in facts.next.steps]
+        assert kinds[kinds.index("more") :] == ["more", "schedule", "data"] and facts.next.rows == 400
+        for kind, change in (("schedule", "lr_scheduler_type=cosine"), ("data", "max_samples=none")):
+            words = shlex.split(facts.next.command(kind) or "")
+            assert [word for word in words if word.split("=")[0] == change.split("=")[0]] == [change]
+            assert words[-7:] == ["--fresh", "--warm-start", "rsicap-1", "--epochs", "60", "--runs-dir", "my runs"]
+            assert all((facts.next.command(kind) or "-") in markdown(facts, lang, {}) for lang in LANGS)
+        whole = [replace(t, config={**t.config, "max_samples": None}) for t in made]
+        large = [replace(t, config={**t.config, "max_samples": 4000}) for t in made]
+        decayed = [replace(t, config={**t.config, "lr_scheduler_type": "linear"}) for t in made]
+        assert all(gather(study(each)).next.command("data") is None for each in (whole, large))
+        assert gather(study(decayed)).next.command("schedule") is None
+        searched = replace(record, definition={**record.definition, "space": {
+            **record.definition["space"], "lr_scheduler_type": {"type": "Choice", "values": ["linear", "cosine"]},
+        }})  # fmt: skip
+        assert gather(searched).next.command("schedule") is None
 
     def test_long_warmups_are_to_be_shortened(self) -> None:
         slow = {"warmup_steps": 5000}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from search import export, leaderboard, records
+from search.captions import CAPTIONS, IMAGES
 from search.diagnosis.noise import VAL_NOISE
 from search.records import StudyRecord, TrialRecord
 from search.report import card
@@ -78,11 +79,70 @@ def test_repeats_are_no_experiments_and_count_nowhere_else() -> None:
     assert [e.number for e in facts.experiments] == [0, 1] and len(facts.repeats) == 6
     assert facts.best is not None and without.best is not None
     assert facts.best.best.number == without.best.best.number == 0
-    assert facts.budget == without.budget and facts.states == without.states and not facts.incomparable
+    assert replace(facts.budget, again=(0, 0.0)) == without.budget and facts.states == without.states
+    assert not facts.incomparable
     assert leaderboard.summary(record.trials).startswith("2 trials (2 COMPLETE), 4 epochs, and")
     assert leaderboard.summary(record.trials).endswith(", and 6 repeats, 12 epochs")
     heads, rows = leaderboard.rows(record.trials)
     assert "seed" not in heads and [row[1] for row in rows][2:5] == [f"{n} (repeat of 0)" for n in (2, 3, 4)]
+
+
+def test_budget_and_date_are_those_of_repeats_and_test_losses_too() -> None:
+    """The overview left out more epochs than it counted, and the log was older than its last repeat."""
+    record = repeated(a=[1.0, 1.01, 1.02], b=[1.1, 1.12, 1.13])
+    facts = gather(record)
+    assert (facts.budget.epochs, facts.budget.again) == (4, (12, 6 * 2 * 75.0))
+    ends = [trial.end_s or 0.0 for trial in record.trials]
+    assert facts.updated_s == max(ends) > max(ends[:2])
+    english, chinese = markdown(facts, "en", {"timeline": "t.svg"}), markdown(facts, "zh", {"timeline": "t.svg"})
+    assert "- **Budget**: 4 epochs in 5 min, and 12 epochs in 15 min by 6 repeats on" in english
+    assert "- **开销**: 4 个 epoch，5 分钟，另有 6 次重复训练：12 个 epoch，15 分钟，" in chinese
+    assert "5 min of training; not drawn: 12 epochs in 15 min by repeats" in english
+    assert "(the latest trial, repeat or test loss)_" in english
+    assert "（最近一次实验、重复训练或测试 loss）_" in chinese
+    later = (facts.updated_s or 0.0) + 60
+    losses = {**read((0, 1.4321, None), (1, 1.5432, (0.0776, 0.05, 0.1)))[ATTRIBUTE], "read_s": later}
+    assert gather(replace(record, attrs={**record.attrs, ATTRIBUTE: losses})).updated_s == later
+    none = gather(study(record.trials[:2]))
+    assert none.budget.again == (0, 0.0) and "repeat or test loss" not in markdown(none, "en", {})
+
+
+def test_who_was_no_candidate_is_said_and_why() -> None:
+    """A trial within noise of the lowest was neither repeated nor mentioned, and advised to repeat itself."""
+    record = repeated(a=[1.40, 1.45, 1.38], b=[1.401, 1.449, 1.381])
+    third = trial(8, [(1.6, 1.5), (1.4, 1.412)], values={"lora_r": 4}, attrs={records.TRAIN_LOSSES: [1.6, 1.4]})
+    facts = gather(replace(record, trials=(*record.trials, third)))
+    assert (facts.passed_over.trials, facts.passed_over.why, facts.candidates) == ((8,), "asked", (0, 1))
+    english, chinese = markdown(facts, "en", {}), markdown(facts, "zh", {})
+    said = "as many as were asked for. Not repeated, though as near: trial [8]"
+    assert f"**Candidates** were trials at most 3.4 % above the lowest, the lowest first: {said}" in english
+    assert "取所要求的个数。同样接近而未重复的有：实验 [8]" in chinese
+    (line,) = re.findall(r"^- \S+ \*\*trial 8\*\*.*$|^### Experiment 8 .*?(?=^##)", english, re.M | re.S)
+    assert re.search(r"trial \[8\]\(\S+\) was not among the candidates that are repeated", line)
+    assert "repeat both" not in line
+    everyone = markdown(gather(record), "en", {})
+    assert "at most 3.4 % above the lowest, the lowest first.\n" in everyone
+
+
+def test_captions_begin_with_the_trial_that_is_named() -> None:
+    """They showed the two lowest losses, not the trial that the log recommends."""
+    record = repeated(a=[1.50, 1.55, 1.481], b=[1.40, 1.45, 1.38])
+    said = [replace(t, attrs={**t.attrs, CAPTIONS: [f"said by {t.number}"]}) for t in record.trials]
+    pictured = {"images": ["a.png"], "labels": [None], "references": ["a ship"], "instruction": "?", "base": ["sea"]}
+    attrs = {**record.attrs, IMAGES: pictured}
+    facts = gather(replace(record, trials=tuple(said), attrs=attrs))
+    assert [number for number, _ in facts.captions[0].trials] == [1, 0]
+    (line,) = (line for line in markdown(facts, "en", {}).splitlines() if line.startswith("| image"))
+    labels = [("1", "recommended"), ("0", "lowest loss")]
+    assert re.findall(r"trial (\d)\]\(\S+\) \((.*?)\)", line) == labels
+    assert "（推荐）" in markdown(facts, "zh", {})
+
+
+def test_a_tie_says_what_its_choice_is_chosen_by() -> None:
+    """ "The cheapest" was the one that took the most seconds an epoch."""
+    tied = Verdict(kind="tied", choice=0, tied=(0, 1), blocks=3)
+    assert "the one with the smallest adapter (then the fewest epochs) that is at most" in text.sentence(tied)
+    assert "适配器最小（其次 epoch 最少）的是实验 0" in text.sentence(tied, "zh")
 
 
 def test_noise_is_measured_by_repeats_beside_what_their_splits_have_in_common() -> None:

@@ -7,7 +7,19 @@ from typing import Any
 from search import records
 from search.records import TrialRecord
 from search.verdict import text
-from search.verdict.leaders import FEWEST, TOP, Rules, field, judge, leaders, precision, seed_of, winner
+from search.verdict.leaders import (
+    FEWEST,
+    TOP,
+    PassedOver,
+    Rules,
+    field,
+    judge,
+    leaders,
+    passed_over,
+    precision,
+    seed_of,
+    winner,
+)
 from tests.support.candidate_trials import repeat, trial
 
 
@@ -68,6 +80,16 @@ def test_the_budget_decides_how_many_and_three_are_always_affordable() -> None:
     assert len(found) == TOP and limits.epochs == 0.25 * 6 * 60
     asked, limits = field(few, Rules(top=4, seeds=5))
     assert len(asked) == 4 and limits.blocks == 5
+
+
+def test_who_was_near_enough_and_is_no_candidate_has_a_reason() -> None:
+    trials = [trial(n, 0.4 + n / 10_000) for n in range(7)]
+    asked = {records.CONFIRM: {"top": 2}}
+    assert passed_over(trials, asked) == PassedOver(trials=(2, 3, 4, 5, 6), why="asked")
+    assert passed_over(trials, {records.CONFIRM: {"seeds": 3}}) == PassedOver(trials=(5, 6), why="most")
+    assert passed_over(trials[:3], {}).trials == ()
+    found = passed_over(trials[:4], {})
+    assert len(field(trials[:4], Rules())[0]) == FEWEST and found == PassedOver(trials=(3,), why="budget")
 
 
 def test_repeats_that_wait_run_or_are_taken_up_again_are_not_wanted_twice() -> None:

@@ -44,6 +44,7 @@ def test_the_candidates_are_judged_once_by_rows_that_none_has_seen(
     found = read(tmp_path / "runs")
     verdict = judge(trials, RULES)
     assert found is not None and (found.rows, found.images) == ("unused", 20)
+    assert found.read_s is not None and found.read_s >= max(trial.end_s or 0.0 for trial in trials)
     assert {each.trial for each in found.losses} == {standing.number for standing in verdict.standings}
     assert found.losses[0].trial == (verdict.choice if verdict.choice is not None else found.losses[0].trial)
     by_number = {trial.number: trial for trial in trials}
