@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search.errors import StudyError
-from search.options import RunsOption, StorageOption, find_study
+from search.errors import StorageError, StudyError
+from search.options import RunsOption, StorageOption, TrackingOption, find_study
 from search.places import RUNS, Places
+from search.records import STUDY_ID
 from trainer.common import cli
 from trainer.common.errors import shown
 
 if TYPE_CHECKING:
+    import optuna
+
     from search.comparison import Comparison, Recorded
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -28,6 +32,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
     html: Annotated[str, typer.Option(metavar="FILE", help="Also write it as one page.")] = "",
     storage: StorageOption = None,
+    tracking_uri: TrackingOption = None,
     runs_dir: RunsOption = RUNS,
 ) -> None:
     """Compare studies of one database: space, budget, verdicts, best, epochs to the best, shared configurations."""
@@ -38,7 +43,7 @@ def main(
     if len(studies) < 2:
         raise StudyError(f"a comparison needs two studies or more, but got only {shown(studies[0])}")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    places = Places.of(runs_dir, storage)
+    places = Places.of(runs_dir, storage, tracking_uri)
     found = compare(_read(studies, places))
     if html:
         _write(Path(html).expanduser(), found)
@@ -57,6 +62,7 @@ def _read(names: list[str], places: Places) -> list[Recorded]:
 
     places.check_storage()
     storage = open_storage(places.storage_url)
+    times = _Times(places)
     try:
         read: dict[str, Recorded] = {}
         for name in names:
@@ -66,12 +72,38 @@ def _read(names: list[str], places: Places) -> list[Recorded]:
                 raise StudyError(f"{shown(name)} is {exact}, which is named before; name another study")
             attrs = dict(study.user_attrs)
             trials = tuple(lifecycle.read_trials(study))
+            definition = attrs.get(studies.DEFINITION, {})
             read[exact] = Recorded(
-                name=exact, definition=attrs.get(studies.DEFINITION, {}), attrs=attrs, trials=trials
+                name=exact, definition=definition, attrs=attrs, trials=trials, times=times.of(study)
             )
         return list(read.values())
     finally:
         close_storage(storage)
+
+
+class _Times:
+    """When epochs were reported, which MLflow knows; nothing is created, and it may be away."""
+
+    def __init__(self, places: Places) -> None:
+        self._places, self._away = places, bool(places.missing("--tracking-uri"))
+
+    def of(self, study: optuna.Study) -> dict[int, dict[int, float]]:
+        """By trial and epoch, see `search.reading.epoch_times`."""
+        from search.reading import epoch_times
+        from search.tracking.client import open_tracking
+        from search.tracking.outbox import Outbox
+
+        outbox = Outbox(self._places.outbox(study.study_name))
+        if not self._away:
+            try:
+                tracking = open_tracking(
+                    self._places.tracking_uri, self._places.artifacts, study.user_attrs.get(STUDY_ID)
+                )
+                return epoch_times(study, tracking, outbox)
+            except StorageError as error:
+                self._away = True
+                print(f"{error}; comparing what Optuna has recorded", file=sys.stderr)
+        return epoch_times(study, None, outbox)
 
 
 def as_text(found: Comparison) -> str:

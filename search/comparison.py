@@ -6,7 +6,7 @@ Pure functions of records; `search.compare` reads them and shows the result.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -32,6 +32,9 @@ _UNKNOWN: dict[str, set[Any]] = {"data_fingerprint": {None}, "split": {"auto"}}
 """Values of which it is not known whether they come to the same: `auto` splits by whatever the data have."""
 
 
+Times = Mapping[int, Mapping[int, float]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
     """One study as Optuna has it."""
@@ -42,6 +45,8 @@ class Recorded:
     attrs: Mapping[str, Any]
     """The study's user attributes."""
     trials: Sequence[TrialRecord]
+    times: Times = field(default_factory=dict)
+    """When the epochs of each trial were reported, as far as it is known: see `search.reading.epoch_times`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +66,11 @@ class Side:
     """Trained by the search."""
     repeat_epochs: int
     """Trained by repeats of its leaders."""
-    seconds: float
-    """Sum of its trials' times, repeats included."""
+    seconds: float | None
+    """From the first start of a trial of the search, or report of an epoch, to the last end, breaks included. Trials
+    are trained side by side, and wait: a sum of their times is not what a search took."""
+    repeat_seconds: float | None
+    """The same of the repeats."""
     best_trial: int | None
     best_val_loss: float | None
     """None too where the best trial is that of the highest CIDEr-D."""
@@ -73,7 +81,8 @@ class Side:
     trials_to_best: int | None
     """Trials that had ended when the best one had."""
     epochs_to_best: int | None
-    """Epochs that those had trained."""
+    """Epochs that all trials of the search had trained by then, also those that were paused or running; None where it
+    is not known when they were."""
     verdict: str | None
     """In a sentence."""
     chosen_trial: int | None
@@ -150,14 +159,15 @@ def _side(study: Recorded) -> Side:
         states=_counted([leaderboard.state_of(t) for t in own]),
         epochs=epochs_trained(own),
         repeat_epochs=epochs_trained(repeats),
-        seconds=sum(t.end_s - t.start_s for t in trials if t.end_s is not None and t.start_s is not None),
+        seconds=_span(own, study.times),
+        repeat_seconds=_span(repeats, study.times),
         best_trial=None if best is None else best.number,
         best_val_loss=None if best is None or score is not None else best.value,
         best_cider_d=score,
         best_epoch=None if best is None else best.best_epoch,
         best_config={} if best is None else {key: best.config.get(key) for key in space},
         trials_to_best=len(until) or None,
-        epochs_to_best=epochs_trained(until) if until else None,
+        epochs_to_best=None if best is None else _epochs_until(best.end_s, own, study.times),
         verdict=None if verdict is None else text.sentence(verdict),
         chosen_trial=None if chosen is None else chosen.number,
         chosen_mean=None if chosen is None else means.get(chosen.number),
@@ -166,6 +176,32 @@ def _side(study: Recorded) -> Side:
             "data_fingerprint": fingerprints.get("data"),
         },
     )
+
+
+def _epochs_until(end_s: float | None, trials: Sequence[TrialRecord], times: Times) -> int | None:
+    """Epochs that were trained until then; None where it is not known of one of them."""
+    if end_s is None:
+        return None
+    found = 0
+    for trial in leaderboard.not_taken_up(trials):
+        epochs, reported = leaderboard.epochs_of(trial), times.get(trial.number, {})
+        if trial.end_s is not None and trial.end_s <= end_s:
+            found += epochs
+        elif set(range(1, epochs + 1)) <= reported.keys():
+            found += sum(reported[epoch] <= end_s for epoch in range(1, epochs + 1))
+        else:
+            return None
+    return found
+
+
+def _span(trials: Sequence[TrialRecord], times: Times) -> float | None:
+    """From the first thing that is known of these trials to the last.
+
+    The start that Optuna has of a trial that was paused is that of its last stretch.
+    """
+    reported = [at for trial in trials for at in times.get(trial.number, {}).values()]
+    known = [at for t in trials for at in (t.start_s, t.end_s) if at is not None] + reported
+    return max(known) - min(known) if known else None
 
 
 def _counted(states: Sequence[str]) -> dict[str, int]:
@@ -227,7 +263,8 @@ def rows(found: Comparison) -> list[tuple[str, list[str]]]:
     row("epochs of repeats", [s.repeat_epochs for s in sides])
     row("trials to the best", [s.trials_to_best for s in sides])
     row("epochs to the best", [s.epochs_to_best for s in sides])
-    row("time of all trials", [f"{s.seconds:.0f} s" for s in sides])
+    row("first start to last end", [_time(s.seconds) for s in sides])
+    row("the same of repeats", [_time(s.repeat_seconds) for s in sides])
     row("strategy", [s.strategy for s in sides])
     for name in dict.fromkeys(name for s in sides for name in s.space):
         row(f"search {name}", [s.space.get(name, f"fixed: {s.base.get(name, '-')}") for s in sides])
@@ -237,6 +274,10 @@ def rows(found: Comparison) -> list[tuple[str, list[str]]]:
         if not any(name in s.space for s in sides):
             row(f"base {name}", values)
     return table
+
+
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{seconds:.0f} s"
 
 
 def _shown(name: str, side: Side) -> str | None:
@@ -253,6 +294,9 @@ def sentences(found: Comparison) -> list[str]:
         count = overlap.configurations
         shared = f"{count} configuration{'s' if count != 1 else ''} in both" + (f" (trials {same})" if same else "")
         lines.append(f"{a} and {b}: {shared}; both search {', '.join(overlap.fields) or 'no field'}")
+    unknown = [side.name for side in found.sides if side.best_trial is not None and side.epochs_to_best is None]
+    if unknown:
+        lines.append(f"epochs to the best of {', '.join(unknown)}: not known; MLflow has no time of some epochs")
     if found.incomparable is not None:
         lines.append(f"the losses do not compare: {found.incomparable}")
     return lines

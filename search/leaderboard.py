@@ -233,9 +233,7 @@ def summary(trials: Sequence[TrialRecord]) -> str:
     repeats = [t for t in trials if is_repeat(t)]
     trials = searched(trials)
     states = Counter(state_of(t) for t in trials)
-    # A trial that was resumed has its epochs in the one that resumed it, too.
-    resumed = {t.attrs[records.RESUMES] for t in trials if records.RESUMES in t.attrs}
-    trained = {t.number: _epochs(t) for t in trials if t.number not in resumed}
+    trained = {t.number: epochs_of(t) for t in not_taken_up(trials)}
     saved = sum(
         max(0, t.config["num_epochs"] - trained[t.number])
         for t in trials
@@ -253,9 +251,15 @@ def summary(trials: Sequence[TrialRecord]) -> str:
 
 def epochs_trained(trials: Sequence[TrialRecord]) -> int:
     """Epochs of these trials; those of one that was resumed are in the trial that resumed it, too."""
+    return sum(map(epochs_of, not_taken_up(trials)))
+
+
+def not_taken_up(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Those whose epochs no other one has, too, since it resumed them."""
     resumed = {t.attrs[records.RESUMES] for t in trials if records.RESUMES in t.attrs}
-    return sum(_epochs(t) for t in trials if t.number not in resumed)
+    return [t for t in trials if t.number not in resumed]
 
 
-def _epochs(trial: TrialRecord) -> int:
+def epochs_of(trial: TrialRecord) -> int:
+    """Epochs that a trial has trained."""
     return len(trial.attrs.get(records.TRAIN_LOSSES, ()))

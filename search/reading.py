@@ -17,10 +17,11 @@ from search import records
 from search.records import EpochRecord, StudyRecord, TrialRecord
 from search.storage import studies
 from search.storage.lifecycle import records_of
-from search.tracking.client import RECORD_ID, Tracking
+from search.tracking.client import Tracking
 from search.tracking.outbox import Outbox
 from search.tracking.pages import server_url
-from search.tracking.reader import RunCurves, merged, undelivered
+from search.tracking.reader import RunCurves, merged, undelivered, undelivered_times
+from search.tracking.tags import RECORD_ID
 
 
 def read_study(
@@ -62,6 +63,29 @@ def read_study(
         tracking_url=server_url(tracking.uri) if tracking is not None else None,
         away=away,
     )
+
+
+def epoch_times(study: optuna.Study, tracking: Tracking | None, outbox: Outbox) -> dict[int, dict[int, float]]:
+    """When the epochs of each trial were reported, in seconds since the epoch (UTC), as far as that is recorded.
+
+    Optuna has the losses alone. A trial that took up a lost one's work has that one's epochs too: they were trained
+    when they were first reported.
+
+    Raises:
+        StorageError: MLflow's store cannot be read.
+    """
+    experiment_id = tracking.find_experiment(study.study_name) if tracking is not None else None
+    delivered = tracking.times(experiment_id) if tracking is not None and experiment_id is not None else {}
+    kept = undelivered_times(outbox)
+    found: dict[int, dict[int, float]] = {}
+    for trial in records_of(study.get_trials(deepcopy=False)):
+        run_id = trial.run_id or ""
+        times: dict[int, float] = {}
+        before = found.get(trial.attrs.get(records.RESUMES, -1), {})
+        for some in (before, delivered.get(run_id, {}), kept.get(run_id, {})):
+            times |= {epoch: min(at, times.get(epoch, at)) for epoch, at in some.items()}
+        found[trial.number] = times
+    return found
 
 
 def _with_run(trial: TrialRecord, run: RunCurves | None, reported: Mapping[int, float]) -> TrialRecord:

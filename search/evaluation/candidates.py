@@ -36,8 +36,8 @@ ATTRIBUTE = "evaluations"
 def choose_trials(
     trials: Sequence[TrialRecord], which: str, folder: Path, verdict: Verdict | None = None
 ) -> list[TrialRecord]:
-    """The trials of `--trials`: `best` is the winner and the best other that completed on its samples, `all` every one of
-    the search with an adapter. Repeats, which trained on other splits, are judged where they are named.
+    """The trials of `--trials`: `best` is the winner and the best other that completed on its samples, `all` every one
+    of the search with an adapter. Repeats, which trained on other splits, are judged where they are named.
 
     Raises:
         StudyError: a trial that there is not, or whose adapter is gone.

@@ -26,10 +26,19 @@ from search.tracking.judgement import is_ours
 from search.tracking.library import VERSION, Metric, MlflowClient, MlflowException, Param, Run, RunTag
 from search.tracking.mlflow_private import AWAY, NOTE, OTHER_SCHEMA, PARENT_RUN
 from search.tracking.outbox import DataUsed, Model, Outbox, Point, Status, is_local
-from search.tracking.reader import ClientReader, Reader, RunCurves, SqlReader, epoch_records, search, step_records
+from search.tracking.reader import (
+    ClientReader,
+    Reader,
+    RunCurves,
+    SqlReader,
+    Times,
+    epoch_records,
+    search,
+    step_records,
+)
 from search.tracking.recorder import CLOSE_S, Logged, RunRecorder
 from search.tracking.sqlite import fill_in_one_go, relocate
-from search.tracking.tags import FACTS, HIDDEN, hidden, inward, outward
+from search.tracking.tags import FACTS, HIDDEN, RECORD_ID, hidden, inward, outward
 from search.urls import shown
 
 METRICS_PER_BATCH = 1_000
@@ -41,9 +50,6 @@ KIND = "kind"
 """Tag: `study` for the parent run, `trial` for the others."""
 STUDY = "study"
 """Tag: the study's name."""
-
-RECORD_ID = "record_id"
-"""Tag: the run's id by `outbox.local_id`, under which it is found again if its creation was not answered."""
 
 
 def as_text(value: Any) -> str:
@@ -367,6 +373,10 @@ class Tracking:
     def runs(self, experiment_id: str) -> dict[str, RunCurves]:
         """Every run of an experiment, the parent included, by run id: curves, tags and status."""
         return self._reader.runs(experiment_id)
+
+    def times(self, experiment_id: str) -> Times:
+        """When the epochs of an experiment's runs were reported."""
+        return self._reader.times(experiment_id)
 
     def _curves(self, run_id: str) -> tuple[dict[str, list[tuple[int, float]]], dict[str, str]]:
         """(metrics as (step, value) by key, tags) of a run."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from search.errors import StorageError, Unavailable
-from search.tracking.client import RECORD_ID, Tracking
+from search.tracking.client import Tracking
 from search.tracking.outbox import (
     CAPTIONS,
     STUDY,
@@ -34,6 +34,7 @@ from search.tracking.outbox import (
     is_local,
 )
 from search.tracking.recorder import Logged
+from search.tracking.tags import RECORD_ID
 from search.tracking.writer import send
 
 log = logging.getLogger("search.tracking.delivery")

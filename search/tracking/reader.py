@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,7 +19,7 @@ from search.tracking.errors import translated
 from search.tracking.library import MlflowClient, Run
 from search.tracking.mlflow_private import METRICS, RUNS, TAGS
 from search.tracking.outbox import Create, End, Outbox, Resume, Write
-from search.tracking.tags import inward
+from search.tracking.tags import RECORD_ID, inward
 from search.urls import first_line
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
@@ -27,6 +28,9 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 EPOCH_METRICS = {f.name: f.name for f in fields(EpochRecord) if f.name != "epoch"}
 STEP_METRICS = {f"step/{f.name}": f.name for f in fields(StepRecord) if f.name != "step"}
 """Field by metric: the records' fields are the one list of the metrics' names."""
+
+TIMED = "epoch_seconds"
+"""The metric by whose time an epoch is known to have been trained: it is finite whatever the losses are."""
 
 RUNS_PER_QUERY = 50
 """Runs read by one query: keeps both the query and its result small."""
@@ -108,6 +112,31 @@ def merged(delivered: RunCurves | None, kept: RunCurves | None) -> RunCurves:
     )
 
 
+Times = dict[str, dict[int, float]]
+"""When each epoch was reported, in seconds since the epoch (UTC), by run: by its id and, of a run that began in an
+outbox, by its id there too. Of an epoch that was reported twice, the first time."""
+
+
+def _times(reported: Iterable[tuple[str, int, int]], also: Mapping[str, str]) -> Times:
+    """Times of (run id, epoch, milliseconds); `also` has the other id of a run."""
+    found: defaultdict[str, dict[int, float]] = defaultdict(dict)
+    for run_id, epoch, time_ms in reported:
+        found[run_id][epoch] = min(time_ms / 1000, found[run_id].get(epoch, math.inf))
+    return {**found, **{other: found[run_id] for run_id, other in also.items() if run_id in found}}
+
+
+def undelivered_times(outbox: Outbox) -> Times:
+    """Those that an outbox holds, by the ids that its runs have there."""
+    points = (
+        (run_id, point)
+        for run_id in outbox.runs()
+        for entry, _ in outbox.read(run_id)
+        if isinstance(entry, Write)
+        for point in entry.points
+    )
+    return _times(((run_id, p.step, p.time_ms) for run_id, p in points if p.key == TIMED), {})
+
+
 class Reader(Protocol):
     """Reads runs of a store."""
 
@@ -116,6 +145,9 @@ class Reader(Protocol):
 
     def runs(self, experiment_id: str) -> dict[str, RunCurves]:
         """Every run of an experiment that was not deleted, the parent included, by id."""
+
+    def times(self, experiment_id: str) -> Times:
+        """When the epochs of an experiment's runs were reported."""
 
 
 class ClientReader:
@@ -138,6 +170,19 @@ class ClientReader:
             str(run.info.run_id): run_curves(run.info.status, run.data.tags, self.curves(run))
             for run in search(self._client, experiment_id)
         }
+
+    def times(self, experiment_id: str) -> Times:
+        """See `Reader`."""
+        reported, also = [], {}
+        for run in search(self._client, experiment_id):
+            run_id = str(run.info.run_id)
+            if RECORD_ID in run.data.tags:
+                also[run_id] = run.data.tags[RECORD_ID]
+            if TIMED in run.data.metrics:
+                with translated(f"reading run {run_id}"):
+                    history = self._client.get_metric_history(run_id, TIMED)
+                reported += [(run_id, m.step, m.timestamp) for m in history]
+        return _times(reported, also)
 
 
 def search(client: MlflowClient, experiment_id: str, query: str = "", order: str | None = None) -> Iterator[Run]:
@@ -187,6 +232,14 @@ class SqlReader:
             for run_id in some:
                 found[run_id] = run_curves(status[run_id], tags[run_id], curves.get(run_id, {}))
         return found
+
+    def times(self, experiment_id: str) -> Times:
+        """See `Reader`."""
+        r, t, m = RUNS.c, TAGS.c, METRICS.c
+        runs = sa.select(r.run_uuid).where(r.experiment_id == int(experiment_id), r.lifecycle_stage == "active")
+        reported = sa.select(m.run_uuid, m.step, m.timestamp).where(m.key == TIMED, m.run_uuid.in_(runs))
+        also = sa.select(t.run_uuid, t.value).where(t.key == RECORD_ID, t.run_uuid.in_(runs))
+        return _times(self._select(reported), dict(map(tuple, self._select(also))))
 
     def _curves(self, run_ids: Sequence[str]) -> dict[str, dict[str, list[tuple[int, float]]]]:
         """Metrics by run and key."""

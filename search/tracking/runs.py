@@ -16,7 +16,7 @@ from search.errors import Unavailable
 from search.places import Places
 from search.storage.identity import id_of
 from search.tracking import client as store
-from search.tracking.client import RECORD_ID, Tracking, as_text
+from search.tracking.client import Tracking, as_text
 from search.tracking.environment import here, run_tags
 from search.tracking.outbox import (
     STUDY,
@@ -34,6 +34,7 @@ from search.tracking.outbox import (
     local_id,
 )
 from search.tracking.recorder import RunRecorder
+from search.tracking.tags import RECORD_ID
 from search.tracking.writer import send
 
 log = logging.getLogger("search.tracking.runs")

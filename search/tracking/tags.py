@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+RECORD_ID = "record_id"
+"""The run's id by `outbox.local_id`, under which it is found again if its creation was not answered."""
 HIDDEN = "mlflow.lora_search."
 """Before the name of a tag that is not shown."""
 FACTS = "facts.json"
@@ -21,7 +23,7 @@ OF_A_RUN = (
     *("stage", "repeat_of", "block", "resumes", "attempt", "from_trial", "full_data"),
 )
 OF_A_STUDY = ("summary", "best_trial", "verdict", "verdict.sentence", "verdict.trial")
-SHOWN = frozenset((*OF_A_RUN, *OF_A_STUDY, "record_id", "study_id"))
+SHOWN = frozenset((*OF_A_RUN, *OF_A_STUDY, RECORD_ID, "study_id"))
 """The last two are searched for by their names."""
 SHOWN_PREFIX = "caption."
 """Tags of `search.evaluate`: which images its metrics are of."""

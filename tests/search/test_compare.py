@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from search.space import Float, Int, to_dict
 from search.storage import studies
 from search.storage.database import close_storage, open_storage
 from search.study import Study
+from search.tracking.outbox import Outbox, Point, Write
+from tests.support import candidate_trials as made
 from trainer.common import cli
 from trainer.config import TrainConfig
 
@@ -42,7 +47,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             trial.set_user_attr(records.TRAIN_LOSSES, [1.0] * 3)
             trial.set_user_attr(records.BEST_EPOCH, 2)
             trial.set_user_attr(records.FOLDER, f"trials/{number:04d}")
+            trial.set_user_attr(records.RUN_ID, f"local-{number}")
             study.tell(trial, LOSSES[rate])
+            now = time.time_ns() // 1_000_000
+            points = [Point("epoch_seconds", 1.0, epoch, now) for epoch in (1, 2, 3)]
+            Outbox(places.outbox(study.study_name)).append(f"local-{number}", [Write(points=points)])
+            time.sleep(0.01)
     close_storage(storage)
     return places.runs_dir
 
@@ -72,6 +82,33 @@ def test_json_is_complete(runs: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert [side["best_val_loss"] for side in found["sides"]] == [0.4, 0.38]
     assert found["overlaps"][0]["pairs"] == [[1, 0]] and found["overlaps"][0]["fields"] == ["learning_rate"]
     assert found["incomparable"] is None
+    assert all(side["seconds"] < 60 for side in found["sides"]), "MLflow is not there, but the outbox is"
+
+
+def study_of(*trials: records.TrialRecord, times: Mapping[int, Mapping[int, float]]) -> Recorded:
+    return Recorded(name="a", definition={}, attrs={}, trials=trials, times=times)
+
+
+def test_epochs_of_trials_that_wait_when_the_best_ends_count() -> None:
+    """Rungs train a few epochs of many trials, and end those that are not worth more when all is done."""
+    best = replace(made.trial(0, 0.3), start_s=100.0, end_s=160.0)
+    waits = replace(made.trial(1, 0.5, "PRUNED"), start_s=199.0, end_s=200.0)  # started again, to be ended
+    times = {0: {n: 100.0 + 10 * n for n in range(1, 7)}, 1: {n: 90.0 + 20 * n for n in range(1, 7)}}
+    (side,) = compared([study_of(best, waits, times=times)]).sides
+    assert (side.trials_to_best, side.epochs_to_best, side.epochs) == (1, 6 + 3, 12)
+    assert side.seconds == 210.0 - 100.0, "both were trained at once"
+    unknown = compared([study_of(best, waits, times={0: times[0]})])
+    assert unknown.sides[0].epochs_to_best is None
+    assert any("not known" in line for line in sentences(unknown))
+
+
+def test_repeats_have_a_time_of_their_own() -> None:
+    best = replace(made.trial(0, 0.3), start_s=100.0, end_s=160.0)
+    again = [replace(made.repeat(n, 0, n, 0.3), start_s=170.0, end_s=200.0 + n) for n in (1, 2)]
+    found = compared([study_of(best, *again, times={})])
+    (side,) = found.sides
+    assert (side.seconds, side.repeat_seconds, side.epochs_to_best) == (60.0, 32.0, 6)
+    assert dict(rows(found))["first start to last end"] == ["60 s"]
 
 
 @pytest.mark.parametrize(

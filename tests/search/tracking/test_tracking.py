@@ -15,6 +15,7 @@ from search.tracking.client import Tracking, as_text, open_tracking
 from search.tracking.judgement import description
 from search.tracking.mlflow_private import NOTE
 from search.tracking.outbox import Point
+from search.tracking.reader import ClientReader
 from search.tracking.recorder import run_status
 from tests.search.tracking.recorded import copy_database, finding, new_run, whole_run
 from trainer.config import TrainConfig
@@ -140,6 +141,16 @@ def test_what_is_read_back_is_what_mlflows_client_reads(tracking: Tracking) -> N
     assert runs[run_id].steps == tracking.steps(run_id)
     assert runs[run_id].tags == tracking.tags(run_id) == tags.inward(client.get_run(run_id).data.tags)
     assert runs[run_id].status == "FINISHED"
+
+
+def test_when_epochs_were_reported_is_read_alike_from_database_and_server(tracking: Tracking) -> None:
+    run_id = new_run(tracking, record_id="local-7")
+    new_run(tracking, name="trial 1")  # without epochs
+    for at in (5_000, 9_000):  # reported again by who took it up
+        tracking.write(run_id, [Point("epoch_seconds", 2.0, epoch, at + epoch) for epoch in (1, 2)], {})
+    experiment = tracking.experiment("demo")
+    times = {run_id: {1: 5.001, 2: 5.002}, "local-7": {1: 5.001, 2: 5.002}}
+    assert tracking.times(experiment) == ClientReader(MlflowClient(tracking.uri)).times(experiment) == times
 
 
 def test_a_run_taken_up_again_continues(tracking: Tracking) -> None:
