@@ -1,8 +1,8 @@
 """One trial, from its params to its final state: report, judge, record, tell. The worker's pack trains it.
 
     begin -> take, for each event -> end        tells Optuna, MLflow and the supervisor how it ended
-                                  -> abandon    tells MLflow alone: Optuna's database is away, or another process
-                                                has taken the trial over
+                                  -> abandon    Optuna's database is away, or another process has taken the trial over:
+                                                tells MLflow, and of the latter the supervisor
 
 `begin` and `take` return the outcome once there is one; the worker then calls `end`.
 """
@@ -135,8 +135,8 @@ class TrialRun:
         MLflow first: a process that is killed in between leaves a trial that is taken up again, and whose run is ended
         as lost. The other way round nobody would come back for what MLflow had not been told.
 
-        A FAIL is of a fault, about which the worker sends a notice of its own. Its MLflow run is ended first, and the
-        trial counts as over however much of that succeeds.
+        A FAIL is of a fault, about which the worker sends a notice of its own, before this. Its MLflow run is ended
+        first, and the trial counts as over however much of that succeeds.
 
         Raises:
             DatabaseAway: it does not answer; the MLflow run has been ended as interrupted.
@@ -146,6 +146,7 @@ class TrialRun:
             self._tracking.end_by_fault()
             self._tell_fault(outcome)
             self._tracking.fail(outcome.detail)
+            self._announce(outcome)
             return
         try:
             self._tell(outcome)
@@ -161,7 +162,7 @@ class TrialRun:
         self.over = True
 
     def abandon(self, reason: str) -> None:
-        """End only the MLflow run, if it has begun: Optuna's trial is left as it is.
+        """End only the MLflow run, if it has begun: Optuna's trial is left as it is. The supervisor hears of a loss.
 
         Args:
             reason: `records.INTERRUPTED` if Optuna's database is away: the trial is resumed another time.
@@ -171,6 +172,7 @@ class TrialRun:
         if reason == records.LOST:
             self.over = True
             self._tracking.end_as_lost()
+            self._announce(Outcome(state="FAIL", reason=records.LOST, detail="taken over by another process"))
         else:
             self._tracking.end(self.interrupted(), self._best(), self._findings)
 

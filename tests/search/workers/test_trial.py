@@ -167,7 +167,8 @@ def test_a_fault_is_recorded_in_optuna_and_mlflow(ground: Ground) -> None:
     assert (stored.state.name, stored.user_attrs[records.DETAIL]) == ("FAIL", "the image is truncated")
     status, tags = ground.mlflow(run)
     assert (status, tags["reason"], tags["detail"]) == ("FAILED", records.ERROR, "the image is truncated")
-    assert not any(isinstance(message, TrialEnded) for message in ground.heard())
+    ends = [message for message in ground.heard() if isinstance(message, TrialEnded)]
+    assert [(end.number, end.state, end.reason) for end in ends] == [(0, "FAIL", records.ERROR)]
 
 
 @pytest.mark.parametrize(("reason", "over"), [(records.INTERRUPTED, False), (records.LOST, True)])
@@ -179,6 +180,8 @@ def test_an_abandoned_trial_ends_in_mlflow_alone(ground: Ground, reason: str, ov
     assert ground.optuna().state.name == "RUNNING" and records.REASON not in ground.optuna().user_attrs
     status, tags = ground.mlflow(run)
     assert (status, tags["reason"]) == ("KILLED", reason)
+    ends = [message for message in ground.heard() if isinstance(message, TrialEnded)]
+    assert [(end.state, end.reason) for end in ends] == ([("FAIL", records.LOST)] if over else [])
 
 
 @pytest.mark.parametrize(("fault", "status"), [(DatabaseAway("gone"), "KILLED"), (OSError(28, "full"), "FAILED")])
