@@ -31,7 +31,7 @@ from search.errors import DatabaseAway
 from search.records import Outcome
 from search.sampling import params
 from search.storage import lifecycle, optuna_private
-from search.storage.searched import searched
+from search.storage.searched import alike, searched
 from search.verdict.leaders import APART
 from search.workers.protocol import Notice, Order, Progress, TrialEnded, TrialStarted
 from search.workers.scoring import cider_of
@@ -229,7 +229,8 @@ class TrialRun:
         # Judge.
         if self.judged_before(event.epoch) or event.epoch >= self.last_epoch or self.repeat_of is not None:
             return None  # it has had all its epochs, or is to have them: nothing is left to save
-        return pruning.verdict(self._search, self._frozen())
+        frozen = self._frozen()
+        return pruning.verdict(self._search, frozen, lambda: alike(self.study, frozen))
 
     def judged_before(self, epoch: int) -> bool:
         """Whether a later epoch was reported: a trial whose last checkpoint is damaged trains epochs again.
@@ -340,10 +341,11 @@ class TrialRun:
             self._tracking.caption(said)
 
     def _may_win(self, outcome: Outcome, value: float) -> bool:
-        """Whether it is complete, or was paused and given up not clearly behind the best, see `leaders.leaders`."""
+        """Whether it is complete, or was paused and given up not clearly behind the best on its samples, see
+        `leaders.leaders`."""
         if outcome.state == "COMPLETE" or records.GIVEN_UP not in self.trial.user_attrs:
             return outcome.state == "COMPLETE"
-        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        complete = alike(self.study, self._frozen()).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         values = [trial.value for trial in complete if records.finite(trial.value) and trial.value > 0]
         return not values or relative(value, min(values)) <= APART
 

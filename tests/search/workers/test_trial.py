@@ -214,6 +214,22 @@ def test_an_epoch_that_is_trained_again_is_not_judged(ground: Ground, monkeypatc
     assert again.begin() is None and again.take(epoch(2)) == paused
 
 
+@pytest.mark.parametrize("samples", [160, None])
+def test_a_trial_is_judged_among_those_on_its_samples(ground: Ground, samples: int | None) -> None:
+    """Three better trials before it; the study's own have all samples."""
+    ground.study.pruner = pruning.pruner_for("median", ground.context.job.study)
+    run = ground.trial()
+    run.last_epoch = 4
+    config = {**run.config.model_dump(mode="json"), "max_samples": samples}
+    for _ in range(3):
+        better = optuna.trial.create_trial(
+            value=0.1, intermediate_values=dict.fromkeys(range(1, 5), 0.1), user_attrs={records.CONFIG: config}
+        )
+        ground.study.add_trial(better)
+    outcome = run.take(epoch(1)) or run.take(epoch(2))
+    assert (outcome is None) == (samples is not None)
+
+
 def test_mlflow_has_the_end_before_optuna(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a process that is killed between the two leaves a complete trial whose run lacks its last epochs for ever."""
     run = ground.trial()
