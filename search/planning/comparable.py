@@ -1,7 +1,7 @@
 """`Comparable`: which trials of a study a plan may compare, and where their configurations lie.
 
 Others share the database: repeats for the verdict, trials given by hand on other samples, what another program stored.
-A plan learns nothing from those, and stops none of them.
+A plan learns nothing from those, and stops none of them. A sampler learns nothing from losses on other samples either.
 """
 
 from __future__ import annotations
@@ -40,6 +40,25 @@ class Place:
     num_epochs: int
 
 
+class OwnSamples:
+    """Tells the trials on the study's own samples and data from those given by hand on others.
+
+    Args:
+        study: The definition.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self._base = study.base_config().model_dump(mode="json")
+        self._samples = {name: self._base[name] for name in SAMPLE_FIELDS if name not in study.space}
+
+    def __call__(self, trial: FrozenTrial) -> bool:
+        """Whether its losses are of those samples, or will be."""
+        if own_path(trial.user_attrs, "data") is not None:
+            return False
+        config = trial.user_attrs.get(records.CONFIG) or {**self._base, **trial.user_attrs.get(records.OVERRIDES, {})}
+        return all(config.get(name, value) == value for name, value in self._samples.items())
+
+
 class Comparable:
     """Tells the trials that can be compared by their losses from the others.
 
@@ -51,7 +70,7 @@ class Comparable:
         self._space = study.space
         self._fits = fits(study.space)
         self._base = study.base_config().model_dump(mode="json")
-        self._samples = {name: self._base[name] for name in SAMPLE_FIELDS if name not in study.space}
+        self._own_samples = OwnSamples(study)
         self._coordinates = Coordinates(study.space)
 
     def params(self, trial: FrozenTrial) -> dict[str, Any]:
@@ -61,10 +80,10 @@ class Comparable:
     def place(self, trial: FrozenTrial) -> Place | None:
         """None if the trial says nothing about its configuration, has its losses from other samples or data, repeats
         another one, or is another program's."""
-        if is_repeat(trial) or own_path(trial.user_attrs, "data") is not None:
+        if is_repeat(trial) or not self._own_samples(trial):
             return None
         config = self._config(trial)
-        if config is None or any(config.get(name, value) != value for name, value in self._samples.items()):
+        if config is None:
             return None
         try:
             z, rest = self._coordinates.of(config)

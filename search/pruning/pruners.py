@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -112,12 +112,15 @@ class RisingLossPruner(BasePruner):
         """Whether the trial should stop now; `verdict` says with which outcome."""
         return self.verdict(study, trial) is not None
 
-    def verdict(self, study: optuna.Study, trial: FrozenTrial) -> Outcome | None:
+    def verdict(
+        self, study: optuna.Study, trial: FrozenTrial, alike: Callable[[], optuna.Study] | None = None
+    ) -> Outcome | None:
         """The outcome of the trial if it ends at its latest epoch, or None to go on.
 
         Args:
             study: The study whose finished trials are the peers.
             trial: The running trial as the storage has it, its latest epoch reported.
+            alike: Gives the study as the other pruner is to see it, which cannot tell trials on other samples.
 
         Returns:
             PRUNED at once for divergence; for a rising loss PRUNED if its best is no better than the peers' median,
@@ -131,7 +134,7 @@ class RisingLossPruner(BasePruner):
             return Outcome(state="PRUNED", reason=records.DIVERGED, detail=describe_jump(train, val))
         if rising(val, self._patience, self._min_delta):
             return self._judge_rising(study, trial, val)
-        if self._other is not None and self._other.prune(study, trial):
+        if self._other is not None and self._other.prune(alike() if alike else study, trial):
             return _superseded(self._other, trial)
         return None
 
@@ -172,13 +175,15 @@ class PausingPruner(RisingLossPruner):
         self.plan = plan
         self._budget = budget
 
-    def verdict(self, study: optuna.Study, trial: FrozenTrial) -> Outcome | None:
+    def verdict(
+        self, study: optuna.Study, trial: FrozenTrial, alike: Callable[[], optuna.Study] | None = None
+    ) -> Outcome | None:
         """As `RisingLossPruner.verdict`; WAITING if the trial pauses.
 
         A loss that rises does not end a trial which the plan expects to gain yet: with 32 validation samples an
         epoch's noise is 0.8 %, so that of curves which still fall by 0.3 % an epoch many have no new best for three.
         """
-        outcome = super().verdict(study, trial)
+        outcome = super().verdict(study, trial, alike)
         if not trial.intermediate_values:
             return outcome
         trials = study.get_trials(deepcopy=False)
@@ -199,20 +204,26 @@ def plan_of(pruner: BasePruner) -> Plan | None:
 def settled(study: optuna.Study, trial: FrozenTrial, why: str) -> Outcome:
     """The outcome of a paused trial that does not go on: COMPLETE if none that is COMPLETE is better, else PRUNED.
 
-    Optuna's best trial is the best of those that are COMPLETE.
+    Those on the same samples count. Optuna's best trial is the best of those that are COMPLETE.
     """
-    best = best_value(trial)
+    best, own = best_value(trial), _samples(trial)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if best is not None and all(t.value is not None and best < t.value for t in complete):
+    rivals = [t.value for t in complete if _samples(t) == own]
+    if best is not None and all(value is not None and best < value for value in rivals):
         return Outcome(state="COMPLETE", reason=records.SETTLED, detail=why, stopped_early=True)
     return Outcome(state="PRUNED", reason=records.SUPERSEDED, detail=why)
 
 
-def verdict(study: optuna.Study, trial: FrozenTrial) -> Outcome | None:
-    """The outcome that the study's pruner gives a running trial at its latest epoch; None to go on."""
+def verdict(
+    study: optuna.Study, trial: FrozenTrial, alike: Callable[[], optuna.Study] | None = None
+) -> Outcome | None:
+    """The outcome that the study's pruner gives a running trial at its latest epoch; None to go on.
+
+    For the arguments see `RisingLossPruner.verdict`.
+    """
     pruner = study.pruner
     if isinstance(pruner, RisingLossPruner):
-        return pruner.verdict(study, trial)
+        return pruner.verdict(study, trial, alike)
     return _superseded(pruner, trial) if pruner.prune(study, trial) else None
 
 

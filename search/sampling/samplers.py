@@ -1,7 +1,7 @@
 """Optuna's samplers, as a study here uses them.
 
     SeededByTrial   a study that was interrupted samples what an undisturbed one would have
-    KnownSpaceTPE   TPE that is given the space and need not derive it from the trials
+    KnownSpaceTPE   TPE that is given the space, and learns from trials on the study's own samples alone
     Untried         no configuration of a finite space twice, as long as there are others
     GridInOrder     each point of a grid once, in an order that only the seed decides
 
@@ -22,9 +22,10 @@ from optuna.trial import FrozenTrial, TrialState
 from search import records
 from search.errors import StudyError
 from search.planning.candidates import begun, key, left
+from search.planning.comparable import OwnSamples
 from search.sampling.params import distribution, root
 from search.space import Choice, Multiple, param_name
-from search.storage.optuna_private import GridPoints, trial_id
+from search.storage.optuna_private import FilteredStudy, GridPoints, trial_id
 from search.study import Study
 
 N_STARTUP_TRIALS = 5
@@ -156,7 +157,8 @@ class Untried(SeededByTrial):
 
 
 class KnownSpaceTPE(TPESampler):
-    """Optuna's TPE with a known search space: which params are sampled together.
+    """Optuna's TPE with a known search space: which params are sampled together. From trials given by hand on other
+    samples it learns nothing: their losses cannot be compared with those of the others, and the easiest would win.
 
     Optuna derives it from the distributions of all finished trials. Here it would do so for each trial, since each has
     a sampler of its own, which takes 0.2 s with 10,000 trials (docs/scaling.md). All trials of a study follow its one
@@ -172,10 +174,30 @@ class KnownSpaceTPE(TPESampler):
         found = {param_name(field, param): distribution(param) for field, param in study.space.items()}
         # Optuna's order: it decides which param each number of the generator is drawn for.
         self._space = {name: found[name] for name in sorted(found) if not found[name].single()}
+        self._own_samples = OwnSamples(study)
+        self._view: tuple[optuna.Study, optuna.Study] | None = None
+
+    def _of(self, study: optuna.Study) -> optuna.Study:
+        if self._view is None or self._view[0] is not study:
+            self._view = (study, FilteredStudy(study, self._own_samples))
+        return self._view[1]
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The study's space. Until `N_STARTUP_TRIALS` have finished, TPE samples its params independently."""
         return dict(self._space)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Values of the params that are sampled together."""
+        drawn: dict[str, Any] = super().sample_relative(self._of(study), trial, search_space)
+        return drawn
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """The value of a param by itself."""
+        return super().sample_independent(self._of(study), trial, param_name, param_distribution)
 
 
 class GridInOrder(GridPoints):

@@ -142,13 +142,16 @@ class OrderedStudy(optuna.Study):
 class FilteredStudy(optuna.Study):
     """A study as samplers and pruners are to see it, some of its trials left out, as Optuna's Hyperband does it.
 
+    Its storage leaves them out too: Hyperband's own view of a bracket asks the storage of the study that it is given.
+
     Args:
         study: The whole study.
         keep: Whether a trial is to be seen.
     """
 
     def __init__(self, study: optuna.Study, keep: Callable[[FrozenTrial], bool]) -> None:
-        super().__init__(study.study_name, study._storage, sampler=study.sampler, pruner=study.pruner)
+        storage: Any = _FilteredStorage(study._storage, keep)
+        super().__init__(study.study_name, storage, sampler=study.sampler, pruner=study.pruner)
         self.whole = study
         self.keep = keep
 
@@ -157,6 +160,20 @@ class FilteredStudy(optuna.Study):
     ) -> list[FrozenTrial]:
         # The whole study's cache is the one that `ask` renews.
         return [t for t in self.whole._get_trials(deepcopy, states, use_cache) if self.keep(t)]
+
+
+class _FilteredStorage:
+    """A storage that leaves trials out where all of a study are read; the rest is the storage itself."""
+
+    def __init__(self, storage: BaseStorage, keep: Callable[[FrozenTrial], bool]) -> None:
+        self.whole = storage
+        self.keep = keep
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+    def get_all_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        return [trial for trial in self.whole.get_all_trials(*args, **kwargs) if self.keep(trial)]
 
 
 class CreationHooks(RDBStorage):

@@ -1,4 +1,4 @@
-"""A study without its repeats: what samplers, pruners and plans see of it."""
+"""A study without its repeats, or with comparable trials alone: what samplers, pruners and plans see of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from search import records
+from search.leaderboard import samples_of
 from search.planning.plan import is_repeat
 from search.storage.optuna_private import FilteredStudy
 
@@ -17,6 +19,30 @@ from search.storage.optuna_private import FilteredStudy
 def searched(study: optuna.Study) -> optuna.Study:
     """The study with the trials of the search alone."""
     return FilteredStudy(study, lambda trial: not is_repeat(trial))
+
+
+def alike(study: optuna.Study, trial: FrozenTrial) -> optuna.Study:
+    """The study, as it is now, with the trials of the search alone whose losses can be compared with this one's.
+
+    They are on the same samples. One that was lost and taken up again is left out: its successor has its reports, and
+    its rungs of a halving, too.
+    """
+    trials = {each.number: each for each in study.get_trials(deepcopy=False)}
+    resumed = {each.user_attrs.get(records.RESUMES) for each in trials.values()}
+
+    def samples(of: FrozenTrial) -> tuple[Any, ...]:
+        before = trials.get(of.user_attrs.get(records.RESUMES, -1))
+        if records.CONFIG not in of.user_attrs and before is not None:
+            return samples(before)  # queued again, and not begun
+        return samples_of(of.user_attrs, of.user_attrs.get(records.CONFIG) or {})
+
+    own = samples(trial)
+    kept = {
+        number
+        for number, each in trials.items()
+        if number not in resumed and not is_repeat(each) and samples(each) == own
+    }
+    return FilteredStudy(study, lambda each: each.number in kept or each.number == trial.number)
 
 
 class OfTheSearch(BaseSampler):

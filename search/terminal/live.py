@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from search import leaderboard
-from search.records import TrialRecord
+from search.records import LOST, TrialRecord
 from search.terminal.pace import Pace
 from search.workers.protocol import (
     Alive,
@@ -105,7 +105,7 @@ class Logged:
             log.info("%s", text)
         self._pace.take(message)
         self._display(message)
-        if isinstance(message, TrialEnded) and (progress := self._pace.line()):
+        if isinstance(message, TrialEnded) and _is_news(message) and (progress := self._pace.line()):
             log.info("%s", progress)
             self._display.progress(progress)
 
@@ -183,8 +183,10 @@ class LiveDisplay:
                 self._running[message.number].take(message.event, from_checkpoint=message.from_checkpoint)
             case TrialEnded():
                 self._running.pop(message.number, None)
-                self._trials = self._read()
-                self.say(line(message))
+                if _is_news(message):
+                    self._trials = self._read()
+                if text := line(message):
+                    self.say(text)
             case Notice() | WorkerFailed() | Loading() | SlotsChosen():
                 self.say(line(message))
         self.refresh()
@@ -225,6 +227,11 @@ class LiveDisplay:
         return Group(*parts)
 
 
+def _is_news(ended: TrialEnded) -> bool:
+    """Whether the study is a trial further. Not so if one is lost, and then its database may be away."""
+    return ended.reason != LOST
+
+
 def clock(seconds: float | None) -> str:
     """`1:02:03`, `2:03`, or `-`."""
     if seconds is None:
@@ -259,6 +266,8 @@ def line(message: Message) -> str:
                 f"trial {message.number}: epoch {epoch.epoch}: Train={epoch.train_loss:.4f}, "
                 f"Val={epoch.val_loss:.4f}  ({epoch.timing.epoch_s:.1f} s)"
             )
+        case TrialEnded(state="FAIL"):  # there was a notice
+            return ""
         case TrialEnded():
             value = "" if message.value is None else f", best Val={message.value:.4f}"
             found = f"; {', '.join(message.findings)}" if message.findings else ""

@@ -137,7 +137,9 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialEnded:
-    """A trial reached a final state, or waits to be resumed."""
+    """A trial has left its worker: it reached a final state, waits to be resumed, or is lost (FAIL, `records.LOST`):
+    another process has taken it over, or the worker died. Of a FAIL a `Notice` or the supervisor says what happened.
+    """
 
     number: int
     state: str

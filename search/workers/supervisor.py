@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.errors import DatabaseAway, StudyError
 from search.processes import is_running
+from search.records import LOST
 from search.workers.multiprocessing_private import UNGUARDED, UNSEEN
 from search.workers.orphans import Orphans
 from search.workers.pool import WorkerPool, WorkerProcess
@@ -80,7 +81,7 @@ class WorkerSlot:
     idle: bool = False
     """Whether it has no trial, and the study none for it."""
     asked: bool = False
-    """Whether it was asked to hand trials over, and has not yet done so."""
+    """Whether it was asked to hand trials over, and has had the same trials since."""
     heard: float = field(default_factory=time.monotonic)
     """When it last gave a sign of life."""
 
@@ -214,14 +215,15 @@ class Supervisor:
                 slot.idle = True
             case TrialStarted():
                 slot.running.add(message.number)
-                slot.idle = False
+                slot.idle = slot.asked = False
             case Progress(event=EpochEnded(), from_checkpoint=False):
                 self._deaths = 0
             case TrialEnded():
-                self._deaths = 0
+                if message.state != "FAIL":  # a host on which trials fail and workers die is broken
+                    self._deaths = 0
                 slot.running.discard(message.number)
+                slot.asked = False  # what was asked for went by the trials that it had
                 if message.state == "WAITING":
-                    slot.asked = False
                     for other in self._workers:
                         if other is not slot:
                             self._send(other, Order.GO_ON)  # it looks for trials again
@@ -321,6 +323,7 @@ class Supervisor:
         """Replace a worker that was killed or crashed, unless too many were; the exit code this asks for."""
         how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
         log.error("worker %d %s", slot.index, how)
+        self._show_lost(slot)
         self._deaths += 1
         if self._deaths >= MAX_DEATHS:
             self.display.say(f"{MAX_DEATHS} workers died without completing an epoch; the last {how}.")
@@ -330,6 +333,12 @@ class Supervisor:
             self.display.say(f"Worker {slot.index} {how}; starting a replacement that resumes its trials.")
             self._start(slot.index, one_by_one=len(slot.running) if len(slot.running) > 1 else 0)
         return 0
+
+    def _show_lost(self, slot: WorkerSlot) -> None:
+        """Take the trials of a worker from which nothing more will be heard off the display."""
+        gone = TrialEnded(number=0, state="FAIL", reason=LOST, detail="", value=None, findings=(), elapsed_s=0.0)
+        for number in sorted(slot.running):
+            self.display(replace(gone, number=number))
 
     def _unguarded(self) -> int:
         """End all: each worker would start a search instead of working for this one."""
@@ -344,6 +353,7 @@ class Supervisor:
     def _out_of_sight(self, slot: WorkerSlot) -> int:
         """Replace a worker that lives, but whose end can no longer be seen. None of its trials is to blame."""
         log.error("worker %d (process %s) is out of sight", slot.index, slot.process.pid)
+        self._show_lost(slot)
         self._orphans.add(slot.process.pid, self._hang_timeout_s)
         slot.link.close()
         slot.process.close()

@@ -1,8 +1,8 @@
 """One trial, from its params to its final state: report, judge, record, tell. The worker's pack trains it.
 
     begin -> take, for each event -> end        tells Optuna, MLflow and the supervisor how it ended
-                                  -> abandon    tells MLflow alone: Optuna's database is away, or another process
-                                                has taken the trial over
+                                  -> abandon    Optuna's database is away, or another process has taken the trial over:
+                                                tells MLflow, and of the latter the supervisor
 
 `begin` and `take` return the outcome once there is one; the worker then calls `end`.
 """
@@ -31,7 +31,7 @@ from search.errors import DatabaseAway
 from search.records import Outcome
 from search.sampling import params
 from search.storage import lifecycle, optuna_private
-from search.storage.searched import searched
+from search.storage.searched import alike, searched
 from search.verdict.leaders import APART
 from search.workers.protocol import Notice, Order, Progress, TrialEnded, TrialStarted
 from search.workers.scoring import cider_of
@@ -135,8 +135,8 @@ class TrialRun:
         MLflow first: a process that is killed in between leaves a trial that is taken up again, and whose run is ended
         as lost. The other way round nobody would come back for what MLflow had not been told.
 
-        A FAIL is of a fault, about which the worker sends a notice of its own. Its MLflow run is ended first, and the
-        trial counts as over however much of that succeeds.
+        A FAIL is of a fault, about which the worker sends a notice of its own, before this. Its MLflow run is ended
+        first, and the trial counts as over however much of that succeeds.
 
         Raises:
             DatabaseAway: it does not answer; the MLflow run has been ended as interrupted.
@@ -146,6 +146,7 @@ class TrialRun:
             self._tracking.end_by_fault()
             self._tell_fault(outcome)
             self._tracking.fail(outcome.detail)
+            self._announce(outcome)
             return
         try:
             self._tell(outcome)
@@ -161,7 +162,7 @@ class TrialRun:
         self.over = True
 
     def abandon(self, reason: str) -> None:
-        """End only the MLflow run, if it has begun: Optuna's trial is left as it is.
+        """End only the MLflow run, if it has begun: Optuna's trial is left as it is. The supervisor hears of a loss.
 
         Args:
             reason: `records.INTERRUPTED` if Optuna's database is away: the trial is resumed another time.
@@ -171,6 +172,7 @@ class TrialRun:
         if reason == records.LOST:
             self.over = True
             self._tracking.end_as_lost()
+            self._announce(Outcome(state="FAIL", reason=records.LOST, detail="taken over by another process"))
         else:
             self._tracking.end(self.interrupted(), self._best(), self._findings)
 
@@ -227,7 +229,8 @@ class TrialRun:
         # Judge.
         if self.judged_before(event.epoch) or event.epoch >= self.last_epoch or self.repeat_of is not None:
             return None  # it has had all its epochs, or is to have them: nothing is left to save
-        return pruning.verdict(self._search, self._frozen())
+        frozen = self._frozen()
+        return pruning.verdict(self._search, frozen, lambda: alike(self.study, frozen))
 
     def judged_before(self, epoch: int) -> bool:
         """Whether a later epoch was reported: a trial whose last checkpoint is damaged trains epochs again.
@@ -338,10 +341,11 @@ class TrialRun:
             self._tracking.caption(said)
 
     def _may_win(self, outcome: Outcome, value: float) -> bool:
-        """Whether it is complete, or was paused and given up not clearly behind the best, see `leaders.leaders`."""
+        """Whether it is complete, or was paused and given up not clearly behind the best on its samples, see
+        `leaders.leaders`."""
         if outcome.state == "COMPLETE" or records.GIVEN_UP not in self.trial.user_attrs:
             return outcome.state == "COMPLETE"
-        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        complete = alike(self.study, self._frozen()).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         values = [trial.value for trial in complete if records.finite(trial.value) and trial.value > 0]
         return not values or relative(value, min(values)) <= APART
 

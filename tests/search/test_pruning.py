@@ -25,10 +25,12 @@ from search.pruning import (
     make_pruner,
     pruner_for,
     rising,
+    settled,
     verdict,
 )
 from search.records import Outcome
 from search.space import Int
+from search.storage.searched import alike
 from search.study import Study
 
 RUNS = json.loads((Path(__file__).parents[1] / "data" / "recorded-runs.json").read_text(encoding="utf-8"))["runs"]
@@ -301,6 +303,67 @@ def test_halving_takes_back_what_the_first_at_a_rung_were_given(direction):
     # All six are best when they come to rung 1; two of six may stay once they all have come, one of two to the end.
     assert list(running) == [5]
     assert [reported[n] for n in range(6)] == [2, 2, 2, 2, 4, 6]
+
+
+@pytest.mark.parametrize("name", ["median", "halving", "hyperband"])
+def test_other_pruners_compare_with_trials_on_the_same_samples(name):
+    """Twelve better ones before it, so that either bracket of Hyperband has some: on other samples, and on its own."""
+
+    def judged(samples):
+        study = optuna.create_study(pruner=named(name), study_name="two brackets")
+        for number in range(13):
+            trial = study.ask()
+            trial.set_user_attr(records.CONFIG, {"max_samples": samples if number < 12 else 160, "num_epochs": 6})
+            for epoch in (1, 2, 3):
+                trial.report((0.2 if number < 12 else 0.5) - 0.01 * epoch, epoch)
+                own = study.trials[number]
+                found = verdict(study, own, lambda own=own: alike(study, own))
+                if found is not None:
+                    break
+            study.tell(trial, 0.2)
+        return found
+
+    assert judged(1000) is None
+    assert judged(160).reason == records.SUPERSEDED
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_halving_counts_a_lost_trial_once(begun):
+    """The second best of six, two of whom go on; with the best, which was lost and taken up, twice it was third."""
+    study = optuna.create_study(pruner=named("halving"))
+    config = {records.CONFIG: {"max_samples": 160}}
+
+    def reached(value, state, **attrs):
+        ended = {"state": state, "value": value if state == TrialState.COMPLETE else None}
+        rung = {"intermediate_values": {1: value}, "system_attrs": {"completed_rung_0": value}}
+        study.add_trial(create_trial(**ended, **rung, user_attrs=attrs))
+
+    reached(0.50, TrialState.FAIL, **config)
+    for value in (0.52, 0.54, 0.56, 0.58):
+        reached(value, TrialState.COMPLETE, **config)
+    trial = study.ask()
+    trial.set_user_attr(records.CONFIG, config[records.CONFIG])
+    trial.report(0.515, 1)
+    reached(0.50, TrialState.WAITING, **{records.RESUMES: 0}, **(config if begun else {}))
+    own = study.trials[trial.number]
+    assert verdict(study, own, lambda: alike(study, own)) is None
+
+
+def test_settled_compares_with_trials_on_the_same_samples():
+    def trial(state, samples, value):
+        return create_trial(
+            state=state,
+            value=value if state == TrialState.COMPLETE else None,
+            intermediate_values={1: value},
+            user_attrs={records.CONFIG: {"max_samples": samples}},
+        )
+
+    study = optuna.create_study()
+    study.add_trial(trial(TrialState.COMPLETE, 1000, 0.2))
+    paused = trial(TrialState.RUNNING, 160, 0.4)
+    assert settled(study, paused, "why").state == "COMPLETE"
+    study.add_trial(trial(TrialState.COMPLETE, 160, 0.3))
+    assert settled(study, paused, "why").state == "PRUNED"
 
 
 def test_halving_of_trials_one_after_the_other_is_optunas():

@@ -275,6 +275,21 @@ def test_the_recordings_used_last_are_kept(monkeypatch: pytest.MonkeyPatch, reco
     assert recorder.recorded == 4
 
 
+def test_no_more_recordings_are_kept_where_each_pass_makes_one(
+    monkeypatch: pytest.MonkeyPatch, recorder: Recorder
+) -> None:
+    """Shapes of an epoch come in the same order in each: all are recorded in the third, no other pass in between."""
+    monkeypatch.setattr(graphs, "MOST", 2)
+    kept = graphs.Graphs(torch.device("cpu"))
+    one = torch.ones(1, dtype=torch.long)
+    most = 0
+    for _ in range(3):
+        for shape in range(6):
+            kept.run(shape, one, torch.ones(1), lambda whole, images: whole + images)
+            most = max(most, len(kept))
+    assert recorder.recorded == 6 and most == 2
+
+
 def test_few_shapes() -> None:
     """Label tokens grow by at most an eighth, or to 32."""
     for number in range(1, 5000):

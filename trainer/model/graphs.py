@@ -117,10 +117,12 @@ class Graphs:
                 self.stop((str(error).strip().splitlines() or [type(error).__name__])[0])
                 return compute(whole.to(self._device, non_blocking=True), images)
             self._kept[key] = kept
+            self._kept.move_to_end(key)
+            self._drop_oldest()
         else:
             kept.whole.copy_(whole, non_blocking=True)
             kept.images.copy_(images)
-        self._kept.move_to_end(key)
+            self._kept.move_to_end(key)
         kept.play()
         return kept.results
 

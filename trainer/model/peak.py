@@ -189,15 +189,15 @@ def estimate(
     # A kernel without scores is taken in a lower dtype, on a GPU also where sums may come in any order.
     fused = base < FLOAT or not (on_cpu or configs[0].deterministic)
     kept = language = recomputed = 0.0
-    for config in configs:
-        samples = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    # The graph of one micro-batch at a time, its logits as well as its activations.
+    at_once = [min(config.micro_batch_size or config.batch_size, config.batch_size) for config in configs]
+    for config, samples in zip(configs, at_once, strict=True):
         dropout = adapter if config.lora_dropout else 0
         kept += samples * _qformer(sizes, lengths, base, dropout, config, fused)
         states, layer = _language(sizes, lengths, base, again, fused, on_cpu)
         language += samples * states
         recomputed += samples * layer
-    samples = sum(config.batch_size for config in configs)
-    logits = samples * lengths.labels * sizes.vocabulary
+    logits = sum(at_once) * lengths.labels * sizes.vocabulary
     evaluated = sum(config.eval_batch_size for config in configs) * lengths.labels * sizes.vocabulary
     upcast = FLOAT if base < FLOAT else 0
     return Peak(

@@ -92,6 +92,22 @@ def test_tpe_is_beyond_its_random_trials():
     assert told[0][-1] != told[1][-1]
 
 
+def test_tpe_learns_nothing_from_losses_on_other_samples():
+    """Two of them, the lowest of all, among random trials: neither the startup nor what is good is about them."""
+    told = []
+    for loss in (0.1, 9.0):
+        study = in_memory(MINI)
+        for place in range(N_STARTUP_TRIALS + 1):
+            if place in (1, 3):
+                others = {"max_samples": MINI.base["max_samples"] + 40 * place}
+                study.enqueue_trial({"lora_r": 4}, user_attrs={records.OVERRIDES: others})
+                study.tell(study.ask(), loss)
+            trial = study.ask()
+            study.tell(trial, loss_of(suggest(trial, MINI)))
+        told.append([params for params in params_of(study) if len(params) > 1])
+    assert len(told[0]) == N_STARTUP_TRIALS + 1 and told[0] == told[1]
+
+
 def test_tpe_told_the_space_samples_what_tpe_samples(monkeypatch):
     """With trials given by hand, pruned, violated and failed, and several running at once."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -33,6 +34,8 @@ BEGUN = TrialStarted(number=3, config=CONFIG, label="by hand", resumed_from_epoc
 ENDED = TrialEnded(
     number=3, state="COMPLETE", reason="finished", detail="2 epochs done", value=0.3, findings=("ok",), elapsed_s=61
 )
+FAILED = replace(ENDED, state="FAIL", reason=records.ERROR, detail="the image is truncated")
+LOST = replace(FAILED, reason=records.LOST)
 
 
 def test_lines() -> None:
@@ -48,6 +51,8 @@ def test_lines() -> None:
         Idle(),
         Progress(number=3, event=epoch(2, val_loss=0.3)),
         ENDED,
+        FAILED,
+        LOST,
         Notice(text="no [markup] here"),
         WorkerFailed(text="out of luck", user=False),
     ]
@@ -84,6 +89,10 @@ def test_how_far_the_study_is_follows_each_trial() -> None:
         for number in range(1, 4):
             display(Progress(number=3, event=epoch(number)))
         display(ENDED)
+        said = out.getvalue()
+        now[0] += 1e6
+        display(LOST)
+        assert out.getvalue() == said
     # Nine trials of the six epochs that each of the three took, and 20 s for three epochs.
     assert out.getvalue().splitlines()[-1] == "3 of 12 trials, best 0.3800 (trial 2), about 6 min left"
 
@@ -125,7 +134,8 @@ def shown(display: LiveDisplay) -> str:
 
 
 def test_a_row_of_the_table() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=200)
     with LiveDisplay(console, lambda: ()) as display:
         display(Progress(number=9, event=step(1)))  # a trial whose start was not seen
         display(BEGUN)
@@ -140,5 +150,10 @@ def test_a_row_of_the_table() -> None:
         assert "3 2/2 8/8 0.5000 0.3000 2e-4 " in shown(display) and display._running[3].left_s() == 0
         display(ENDED)
         assert "3 2/2" not in shown(display)
+        display(BEGUN)
+        display(FAILED)
+        display(LOST)
+        assert "Running trial epoch step" in shown(display) and not display._running
+        assert "FAIL" not in out.getvalue() and out.getvalue().count("trial 3") == 1, "a notice says it"
         display.progress("9 of 12 trials")
         assert "Running: 9 of 12 trials" in shown(display)

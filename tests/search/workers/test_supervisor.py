@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from search.records import LOST
 from search.storage.lifecycle import Unfinished
 from search.workers.multiprocessing_private import UNGUARDED, UNSEEN
-from search.workers.protocol import Message, Order
+from search.workers.protocol import HandOver, Idle, Message, Order, TrialEnded, TrialStarted
 from search.workers.supervisor import Supervisor, WorkerSlot
 
 LINGERS_S = 1.5
@@ -85,6 +86,7 @@ def test_workers_out_of_sight_are_not_dead(monkeypatch: Any) -> None:
     assert stage.started == list(range(6)) and stage.supervisor._deaths == 0
     assert stage.said[0] == "Lost track of worker 0; starting a replacement that resumes its trials."
     assert len(stage.said) == 6 and stage.blamed == []
+    assert stage.lost == [3, 4] * 6, "the live table had their trials for ever"
 
 
 def test_workers_that_would_start_a_search_each_are_told_of_once(monkeypatch: Any) -> None:
@@ -100,6 +102,8 @@ class Stage:
 
     def __init__(self, monkeypatch: Any) -> None:
         self.said: list[str] = []
+        self.lost: list[int] = []
+        """Trials that the display was told are lost."""
         self.blamed: list[set[int]] = []
         """Trials that each look was told of."""
         self.started: list[int] = []
@@ -107,6 +111,10 @@ class Stage:
         class Shown(Rounds):
             def say(_, text: str) -> None:
                 self.said.append(text)
+
+            def __call__(_, message: Message) -> None:
+                assert isinstance(message, TrialEnded) and message.reason == LOST
+                self.lost.append(message.number)
 
         def look(blamed: Any) -> Any:
             self.blamed.append(set(blamed))
@@ -152,3 +160,53 @@ def test_a_death_is_blamed_on_trials_only_if_their_worker_died_alone(
     assert stage.blamed == [blamed], what
     stage.supervisor._look(0)
     assert stage.blamed[1] == set(), "told once"
+
+
+def start(number: int) -> TrialStarted:
+    """A trial's start."""
+    return TrialStarted(number=number, config={}, label=None, resumed_from_epoch=0)
+
+
+def end(number: int, state: str = "COMPLETE") -> TrialEnded:
+    """A trial's end."""
+    return TrialEnded(number=number, state=state, reason="", detail="", value=None, findings=(), elapsed_s=0.0)
+
+
+class Sharing:
+    """Workers of a stage that only take orders."""
+
+    def __init__(self, stage: Stage, workers: int) -> None:
+        self.supervisor = stage.supervisor
+        self.sent: list[list[Any]] = [[] for _ in range(workers)]
+        nothing: Any = None
+        links: list[Any] = [SimpleNamespace(send=sent.append) for sent in self.sent]
+        self.slots = [WorkerSlot(index, nothing, link) for index, link in enumerate(links)]
+        self.supervisor._workers = self.slots
+
+    def hear(self, index: int, *messages: Message) -> None:
+        """Messages of one worker, and a round of the supervisor."""
+        for message in messages:
+            self.supervisor._note(self.slots[index], message)
+        self.supervisor._share_out()
+
+
+def test_a_request_that_could_not_be_met_blocks_no_later_one(monkeypatch: Any) -> None:
+    """Both trials ended before one could be handed over; the worker then took nine, and none was asked for."""
+    workers = Sharing(Stage(monkeypatch), 2)
+    workers.hear(0, start(0), start(1))
+    workers.hear(1, Idle())
+    workers.hear(1)
+    assert workers.sent[0] == [HandOver()], "once"
+    workers.hear(0, end(0), end(1))
+    workers.hear(0, *map(start, range(2, 11)))
+    assert workers.sent[0] == [HandOver()] * 2
+
+
+def test_a_trial_that_fails_is_no_sign_of_a_healthy_host(monkeypatch: Any) -> None:
+    stage = Stage(monkeypatch)
+    workers = Sharing(stage, 2)
+    stage.supervisor._deaths = 4
+    workers.hear(0, end(0, "FAIL"))
+    assert stage.supervisor._deaths == 4
+    workers.hear(0, end(1))
+    assert stage.supervisor._deaths == 0

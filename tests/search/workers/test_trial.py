@@ -167,7 +167,8 @@ def test_a_fault_is_recorded_in_optuna_and_mlflow(ground: Ground) -> None:
     assert (stored.state.name, stored.user_attrs[records.DETAIL]) == ("FAIL", "the image is truncated")
     status, tags = ground.mlflow(run)
     assert (status, tags["reason"], tags["detail"]) == ("FAILED", records.ERROR, "the image is truncated")
-    assert not any(isinstance(message, TrialEnded) for message in ground.heard())
+    ends = [message for message in ground.heard() if isinstance(message, TrialEnded)]
+    assert [(end.number, end.state, end.reason) for end in ends] == [(0, "FAIL", records.ERROR)]
 
 
 @pytest.mark.parametrize(("reason", "over"), [(records.INTERRUPTED, False), (records.LOST, True)])
@@ -179,6 +180,8 @@ def test_an_abandoned_trial_ends_in_mlflow_alone(ground: Ground, reason: str, ov
     assert ground.optuna().state.name == "RUNNING" and records.REASON not in ground.optuna().user_attrs
     status, tags = ground.mlflow(run)
     assert (status, tags["reason"]) == ("KILLED", reason)
+    ends = [message for message in ground.heard() if isinstance(message, TrialEnded)]
+    assert [(end.state, end.reason) for end in ends] == ([("FAIL", records.LOST)] if over else [])
 
 
 @pytest.mark.parametrize(("fault", "status"), [(DatabaseAway("gone"), "KILLED"), (OSError(28, "full"), "FAILED")])
@@ -209,6 +212,22 @@ def test_an_epoch_that_is_trained_again_is_not_judged(ground: Ground, monkeypatc
     again.last_epoch = 4
     assert again.trial.number == first.trial.number
     assert again.begin() is None and again.take(epoch(2)) == paused
+
+
+@pytest.mark.parametrize("samples", [160, None])
+def test_a_trial_is_judged_among_those_on_its_samples(ground: Ground, samples: int | None) -> None:
+    """Three better trials before it; the study's own have all samples."""
+    ground.study.pruner = pruning.pruner_for("median", ground.context.job.study)
+    run = ground.trial()
+    run.last_epoch = 4
+    config = {**run.config.model_dump(mode="json"), "max_samples": samples}
+    for _ in range(3):
+        better = optuna.trial.create_trial(
+            value=0.1, intermediate_values=dict.fromkeys(range(1, 5), 0.1), user_attrs={records.CONFIG: config}
+        )
+        ground.study.add_trial(better)
+    outcome = run.take(epoch(1)) or run.take(epoch(2))
+    assert (outcome is None) == (samples is not None)
 
 
 def test_mlflow_has_the_end_before_optuna(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:

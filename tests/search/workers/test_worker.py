@@ -141,6 +141,12 @@ def test_a_trial_of_its_own_fault_fails_alone(search: Search, monkeypatch: pytes
     assert [t.state for t in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert trials[1].detail == "images/x.png: the image is truncated"
     assert [m.text for m in heard if isinstance(m, Notice)] == ["trial 1 failed: images/x.png: the image is truncated"]
+    assert sorted((m.number, m.state) for m in heard if isinstance(m, TrialEnded)) == [
+        (0, "COMPLETE"),
+        (1, "FAIL"),
+        (2, "COMPLETE"),
+        (3, "COMPLETE"),
+    ]
 
 
 def test_a_full_disk_at_a_checkpoint_fails_no_trial(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +197,8 @@ def test_a_trial_that_another_host_has_taken_over_is_let_go(search: Search, monk
     trials, heard = search(trials=1, slots=1)
     assert [(t.state, t.reason) for t in trials] == [("FAIL", records.LOST), ("COMPLETE", records.FINISHED)]
     assert "was taken over by another process" in next(m.text for m in heard if isinstance(m, Notice))
+    ends = [(m.number, m.state, m.reason) for m in heard if isinstance(m, TrialEnded)]
+    assert ends == [(0, "FAIL", records.LOST), (1, "COMPLETE", records.FINISHED)]
     assert len(trials[1].attrs["train_losses"]) == 2
 
 
