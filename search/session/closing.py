@@ -67,7 +67,7 @@ def close(
     logs = keeper.close() if keeper.is_alive() else []
     trials = lifecycle.read_trials(study)
     if code == 0 and leaderboard.all_failed(trials):
-        code = 1  # 0 says that the study has what was asked for
+        code = 1  # 0 says that what was asked for was done
     judged = {trial.number: trial.attrs.get(records.FINDINGS) for trial in keeper.trials}
     trials = tuple(  # the terminal says of a trial what the log says
         replace(trial, attrs={**trial.attrs, records.FINDINGS: judged[trial.number]})
