@@ -11,15 +11,21 @@ import socketserver
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import typer
 
-from search.dashboards import access
+from search.dashboards import access, listening
+from search.errors import StorageError
 from search.options import STORAGE_VARIABLE
+from search.places import sqlite_file
 from search.urls import PAGES_VARIABLE
 from trainer.common import cli
+from trainer.common.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIApplication
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -63,18 +69,42 @@ def main(
     from search.dashboards.links import Links
     from search.storage.database import open_storage
 
+    listening.check(host, port, "--port")
+    file = sqlite_file(storage)
+    if file is not None and not file.is_file():
+        raise StorageError(f"there is no database {shown(str(file))}: run a study first, or name it with --storage")
+    opened = open_storage(storage)
     store = None
     if artifact_dir is not None:
-        artifact_dir.mkdir(parents=True, exist_ok=True)  # workers put files there later
+        try:
+            artifact_dir.mkdir(parents=True, exist_ok=True)  # workers put files there later
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(f"--artifact-dir {shown(str(artifact_dir))} cannot be made: {why}") from None
         store = FileSystemArtifactStore(artifact_dir)
-    opened = open_storage(storage)
     opened.shows_all = False  # the pages would be as wide as the longest attribute
     pages = wsgi(opened, artifact_store=store)
     application = access.Gate(pages if mlflow_url is None else Links(pages, mlflow_url), granted, port)
     signal.signal(signal.SIGTERM, _end)
-    with make_server(host, port, application, server_class=_Server, handler_class=_Quiet) as server:
-        print(f"optuna-dashboard on http://{host}:{port}/dashboard/", file=sys.stderr, flush=True)
+    with _serving(host, port, application) as server:
+        print(f"optuna-dashboard on {access.url(host, port)}/dashboard/", file=sys.stderr, flush=True)
         server.serve_forever()
+
+
+def _serving(host: str, port: int, application: WSGIApplication) -> WSGIServer:
+    """The server, which listens.
+
+    Raises:
+        UserError: it cannot listen there, since another program was faster.
+    """
+
+    class Server(_Server):
+        address_family = listening.family(host, port)
+
+    try:
+        return make_server(host, port, application, server_class=Server, handler_class=_Quiet)
+    except OSError as error:
+        raise UserError(listening.problem_of(error, host, port, "--port")) from None
 
 
 def _end(_signal: int, _frame: FrameType | None) -> None:

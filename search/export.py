@@ -15,7 +15,7 @@ from search.errors import StudyError, Unavailable
 from search.options import RunsOption, StorageOption, StudyOption, TrackingOption, find_study
 from search.places import RUNS, Places
 from trainer.common import cli
-from trainer.common.errors import shown
+from trainer.common.errors import ModelError, shown
 from trainer.common.files import whole_folder
 
 if TYPE_CHECKING:
@@ -93,8 +93,10 @@ def choose(record: StudyRecord, number: int | None) -> TrialRecord:
     """The trial of this number; without one the trial that the study's verdict names, or its best.
 
     Raises:
-        StudyError: there is none.
+        StudyError: there is none, or it is a repeat: log and card tell of the search's trials alone.
     """
+    from search.leaderboard import is_repeat
+    from search.records import REPEAT_OF
     from search.verdict.leaders import verdict_of, winner
 
     if number is None:
@@ -106,7 +108,14 @@ def choose(record: StudyRecord, number: int | None) -> TrialRecord:
     if number not in known:
         has = f"it has {min(known)} to {max(known)}" if known else "it has none yet"
         raise StudyError(f"the study {record.name!r} has no trial {number}; {has}")
-    return known[number]
+    trial = known[number]
+    if is_repeat(trial):
+        of = trial.attrs[REPEAT_OF]
+        raise StudyError(
+            f"trial {number} repeats trial {of} with another seed and split, for the verdict; export that one "
+            f"(--trial {of})"
+        )
+    return trial
 
 
 def write(folder: Path, record: StudyRecord, trial: TrialRecord, places: Places, model: str | None) -> None:
@@ -157,20 +166,29 @@ def write(folder: Path, record: StudyRecord, trial: TrialRecord, places: Places,
 
 
 def described(model: str) -> tuple[str, str | None, dict[str, Any]]:
-    """(the base as others name it, the commit of a hub id, its config)."""
+    """(the base as others name it, the commit of a hub id, its config).
+
+    Raises:
+        ModelError: there is no such folder, or its config cannot be read.
+    """
+    from trainer.model.files import read_config
     from trainer.model.locate import locate
 
     found = Path(locate(model))
     config: dict[str, Any] = {}
     if (found / "config.json").is_file():
-        config = json.loads((found / "config.json").read_text(encoding="utf-8"))
+        try:
+            config = read_config(found)
+        except ModelError as error:
+            raise ModelError(f"the model {shown(model)}: {error}") from None
     if found.parent.name == "snapshots":  # the hub's cache: the id is the same everywhere
         return model, found.name, config
     return (str(found.resolve()), None, config) if found.is_dir() else (model, None, config)
 
 
 def _decoder_only(config: dict[str, Any]) -> bool:
-    default = str(config.get("text_config", {}).get("model_type", "t5")) != "t5"
+    text = config.get("text_config")
+    default = str(text.get("model_type", "t5") if isinstance(text, dict) else "t5") != "t5"
     return bool(config.get("use_decoder_only_language_model", default))
 
 

@@ -122,8 +122,13 @@ def configuration(trial: TrialRecord, settings: Sequence[str], *, full_data: boo
     """The trial's configuration; on all rows for as many epochs as its best has, if `full_data`.
 
     Raises:
+        StudyError: the trial has none: it has not begun, or another program added it.
         ConfigError: everything that is wrong with the settings.
     """
+    from search.errors import StudyError
+
+    if not trial.config:
+        raise StudyError(f"trial {trial.number} is {trial.state} and has no configuration; name another with --trial")
     base = dict(trial.config)
     if full_data:
         base |= {"full_data": True, "max_samples": None, "num_epochs": trial.best_epoch or base["num_epochs"]}

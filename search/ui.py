@@ -16,14 +16,13 @@ from typing import Annotated
 
 import typer
 
-from search.dashboards import access
+from search.dashboards import access, listening
 from search.dashboards.access import Access
 from search.dashboards.servers import (
     Server,
     ServerEnded,
     add_views,
     experiments,
-    is_free,
     mlflow_server,
     optuna_dashboard,
     wait_until_ready,
@@ -92,11 +91,9 @@ def check(places: Places, ports: dict[str, int], granted: Access | None = None) 
     if len(set(ports.values())) < len(ports):
         problems.append(f"--mlflow-port and --optuna-port are both {ports['--mlflow-port']}; choose two ports")
     else:
-        problems += [
-            f"port {port} is already in use, perhaps by another search.ui; choose a free one with {option}"
-            for option, port in ports.items()
-            if not is_free(port, (granted or Access()).host)
-        ]
+        host = (granted or Access()).host
+        found = (listening.problem(host, port, option) for option, port in ports.items())
+        problems += dict.fromkeys(each for each in found if each is not None)
     if granted and granted.password and "--mlflow-port" in ports and importlib.util.find_spec("flask_wtf") is None:
         problems.append("MLflow needs Flask-WTF to ask for a password: pip install 'lora-search[server]'")
     problems += places.missing()

@@ -14,6 +14,9 @@ from trainer.common.errors import MOST_SHOWN, ConfigError, nearest, shown
 EMBEDDED = "mini"
 """The name under which the embedded model and data are found: `model="mini"`, `data="mini"`."""
 
+DEVICE = r"(auto|cpu|cuda(:[0-9]{1,4})?)"
+"""The devices that have a name here."""
+
 MACHINE_FIELDS = ("device", "device_map", "gradient_checkpointing", "num_workers", "prefetch_factor")
 """Fields that decide where and how fast a run computes, not what it computes."""
 
@@ -152,7 +155,7 @@ class TrainConfig(BaseModel):
     deterministic: bool = True
     """The same bits whenever a run is repeated on the same machine. False lets a GPU take faster kernels whose sums
     come in any order, for attention first of all; on a CPU it changes nothing."""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=f"^{DEVICE}$")] = "auto"
     """`auto` is CUDA where there is a GPU, else the CPU."""
     device_map: Literal["single", "auto"] = "single"
     """`auto` spreads a base that is too large for one CUDA device over all that the process sees (Transformers' and

@@ -9,8 +9,8 @@ import sys
 import torch
 
 from trainer import kernels
-from trainer.common.errors import ConfigError
-from trainer.config import TrainConfig
+from trainer.common.errors import ConfigError, shown
+from trainer.config import DEVICE, TrainConfig
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -26,14 +26,16 @@ def resolve_device(name: str) -> torch.device:
     """The device that `auto`, `cpu`, `cuda` or `cuda:N` means on this machine.
 
     Raises:
-        ConfigError: a CUDA device that this machine does not have.
+        ConfigError: it is none of these, or a CUDA device that this machine does not have.
     """
+    match = re.fullmatch(DEVICE, name)
+    if match is None:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, but got {shown(name)}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if name.startswith("cuda") and int((match[2] or ":0")[1:]) >= torch.cuda.device_count():
         raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+    return torch.device(name)
 
 
 def visible_devices(device: torch.device) -> list[torch.device]:

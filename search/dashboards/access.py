@@ -40,8 +40,7 @@ class Access:
 
     def address(self, port: int) -> str:
         """The URL of a server on this port, as this machine reaches it."""
-        host = LOOPBACK if self.host in EVERYWHERE else self.host
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return url(LOOPBACK if self.host in EVERYWHERE else self.host, port)
 
     def allowed_hosts(self, port: int) -> tuple[str, ...]:
         """Values of the Host header that a server on this port answers."""
@@ -59,6 +58,11 @@ class Access:
         if self.password is None:
             return None
         return "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode("ascii")
+
+
+def url(host: str, port: int) -> str:
+    """The URL of a server on this host and port."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def check(host: str, allowed_hosts: str | None, environ: Mapping[str, str] = os.environ) -> Access:

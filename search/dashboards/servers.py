@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -175,18 +174,6 @@ def watch(servers: Sequence[Server]) -> None:
         for server in servers:
             server.check_alive()
         time.sleep(0.5)
-
-
-def is_free(port: int, host: str) -> bool:
-    """Whether a server could listen on this port."""
-    with socket.socket() as listener:
-        # As servers do: a port whose last connections are only just closed is free.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 def experiments(url: str, granted: Access) -> list[dict[str, Any]]:

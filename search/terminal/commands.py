@@ -36,7 +36,7 @@ def main() -> None:
     """The console script's entrance."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(_help())
+        cli.run(_help)
         return
     if name not in COMMANDS:
         cli.run(partial(_unknown, name))
@@ -45,10 +45,10 @@ def main() -> None:
     cli.run(partial(module.app, prog_name=sys.argv[0]), getattr(module, "log_file", lambda: None))
 
 
-def _help() -> str:
+def _help() -> None:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(["Usage: lora-search COMMAND [OPTIONS]", "", *lines, "", "lora-search COMMAND --help says more."])
+    print("\n".join(["Usage: lora-search COMMAND [OPTIONS]", "", *lines, "", "lora-search COMMAND --help says more."]))
 
 
 def _unknown(name: str) -> None:

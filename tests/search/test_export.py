@@ -16,9 +16,12 @@ import torch
 import yaml
 
 from search import export
+from search.errors import StudyError
+from search.records import StudyRecord
 from search.report.card import command
 from search.storage import lifecycle
 from tests.support import called, small_study
+from tests.support import candidate_trials as leaders
 from trainer import caption
 from trainer.captions.adapter import load
 from trainer.data import dataset
@@ -132,6 +135,30 @@ def test_wrong_input_leaves_nothing_behind(call: Call, tmp_path: Path, arguments
     assert code == 2
     assert message in told
     assert not list(tmp_path.iterdir())
+
+
+def test_a_repeat_is_refused_and_its_trial_named() -> None:
+    """Log and card tell of the search's trials alone."""
+    record = StudyRecord(
+        name="x",
+        definition={},
+        attrs={},
+        trials=(leaders.trial(0, 0.4), leaders.trial(1, 0.5), leaders.repeat(2, 1, 1, 0.5)),
+        experiment_id=None,
+        parent_run_id=None,
+    )
+    assert export.choose(record, 1).number == 1
+    with pytest.raises(StudyError, match=r"trial 2 repeats trial 1 .* export that one \(--trial 1\)"):
+        export.choose(record, 2)
+
+
+@pytest.mark.parametrize(("config", "said"), [("{", "its config.json cannot be read"), ("[]", "is not an object")])
+def test_a_base_that_cannot_be_read_is_one_message(call: Call, tmp_path: Path, config: str, said: str) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text(config)
+    code, _, told = call("--out", tmp_path / "out", "--trial", small_study.GOOD, "--model", tmp_path / "bad")
+    assert code == 2 and said in told and "Traceback" not in told
+    assert [each.name for each in tmp_path.iterdir()] == ["bad"]
 
 
 def test_a_folder_with_files_is_not_written_over(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -19,6 +20,7 @@ from search.storage import lifecycle
 from search.study import Study
 from search.tracking.runs import StudyRuns
 from tests.support import called, made_up_events, small_study
+from tests.support import candidate_trials as leaders
 from trainer import run as trainer_run
 from trainer.config import TrainConfig, without_later
 from trainer.data import dataset
@@ -95,6 +97,13 @@ def test_nothing_is_recorded_before_training_begins() -> None:
     for event in events[1:]:
         recorder(event)
     assert runs == [events]
+
+
+def test_a_trial_that_has_not_begun_has_nothing_to_train() -> None:
+    """It was trained with the default configuration, as if that were the trial's."""
+    waiting = replace(leaders.trial(3, None, "WAITING"), config={})
+    with pytest.raises(StudyError, match="trial 3 is WAITING and has no configuration"):
+        configuration(waiting, [], full_data=True)
 
 
 def test_full_data_trains_on_the_validation_rows_too() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.runtime import is_out_of_memory
+from trainer.common.errors import ConfigError
+from trainer.runtime import is_out_of_memory, resolve_device
 
 OUT: tuple[BaseException, ...] = (
     MemoryError(),
@@ -57,3 +58,19 @@ def test_the_cpus_own_allocator() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**62, dtype=torch.uint8)
     assert is_out_of_memory(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["foo", "", "cuda:x", "cuda:-1", "meta", "mps", f"cuda:{'9' * 30}", f"cuda:{'9' * 5000}"]
+)
+def test_a_device_without_a_name_here_is_refused(name: str) -> None:
+    """PyTorch has a RuntimeError for it, or a device that nothing here computes on."""
+    with pytest.raises(ConfigError, match="device must be auto, cpu, cuda or cuda:N"):
+        resolve_device(name)
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(ConfigError, match="device=cuda:9999: this machine has"):
+        resolve_device("cuda:9999")

@@ -95,6 +95,7 @@ def test_other_data_may_be_a_test_set_alone(call: Call, tmp_path: Path) -> None:
         (["--rows", "test"], "no row is of a given test split"),
         (["--rows", "tset"], "--rows must be auto, test, validation or all"),
         (["--data", "nowhere"], "the data folder 'nowhere' does not exist"),
+        (["--device", "foo"], "device must be auto, cpu, cuda or cuda:N, but got 'foo'"),
     ],
 )
 def test_wrong_input_is_one_message(call: Call, arguments: list[str], message: str) -> None:

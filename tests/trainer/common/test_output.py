@@ -49,3 +49,12 @@ def test_a_command_does_what_it_was_asked_and_ends_as_it_would_have(
     assert done.returncode == 7, done.stderr
     assert (tmp_path / "log.data").read_text() == "written"
     assert said in log.read_text() and "Traceback" not in done.stderr
+
+
+def test_nobody_reads_the_list_of_commands() -> None:
+    """It was printed beside the frame of the other commands: `| head` ended it with a traceback."""
+    code = "import sys; from search.terminal.commands import main; sys.argv = ['lora-search', '--help']; main()"
+    how = '"$@" | true; exit ${PIPESTATUS[0]}'
+    command = ["bash", "-c", how, "bash", sys.executable, "-c", f"import time; time.sleep(0.5); {code}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
