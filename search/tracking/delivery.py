@@ -93,6 +93,8 @@ class Delivery:
         """
         self.outbox, self._study, self._connect = outbox, study, connect
         self._progress: dict[str, _Progress] = {}
+        self._done = Delivered()
+        """What was done in rounds that ended in an error: `once` has still to return it."""
         self._claim: contextlib.ExitStack | None = None
         """Held while a run is partly delivered: another process would deliver it from the beginning."""
 
@@ -105,14 +107,17 @@ class Delivery:
             StorageError: the store does not answer, or cannot be used; nothing is lost, and the same call may succeed.
         """
         if not self.outbox.runs():
-            return Delivered()
-        if not self._claimed():
+            self.close()  # what was partly delivered is gone with its file
+        elif not self._claimed():
             return Delivered(busy=True)
-        try:
-            return self._round(self._connect())
-        finally:
-            if not self._progress:
-                self.close()
+        else:
+            try:
+                self._round(self._connect())
+            finally:
+                if not self._progress:
+                    self.close()
+        done, self._done = self._done, Delivered()
+        return done
 
     def close(self) -> None:
         """Leave what is undelivered to another process, which delivers partly delivered runs from the beginning."""
@@ -128,24 +133,28 @@ class Delivery:
                     self._claim = stack.pop_all()
         return self._claim is not None
 
-    def _round(self, tracking: Tracking) -> Delivered:
-        total = Delivered()
+    def _round(self, tracking: Tracking) -> None:
         failed: StorageError | None = None
-        for run_id in self.outbox.runs():
+        runs = self.outbox.runs()
+        for gone in self._progress.keys() - set(runs):
+            del self._progress[gone]
+        for run_id in runs:
             progress = self._progress.setdefault(run_id, _Progress())
             before = progress.end
             try:
-                total = _sum(total, self._run(tracking, run_id, progress))
+                self._done = _sum(self._done, self._run(tracking, run_id, progress))
             except StorageError as error:
                 progress.known = False
                 tracking.find_experiment(self._study)  # raises if it is the store, not this run
                 failed = failed if progress.end > before else error
-        if failed is not None and not total.records:
+        if failed is not None and not self._done.records:
             raise failed
-        return total
 
     def _run(self, tracking: Tracking, run_id: str, progress: _Progress) -> Delivered:
-        """Deliver one run. Entries that are refused are kept apart; other errors leave the rest in the outbox."""
+        """Deliver one run. Entries that are refused are kept apart; other errors leave the rest in the outbox.
+
+        The file is removed last, and its progress is forgotten with it: a trial that still trains begins another file.
+        """
         if not progress.known:
             self._find(tracking, run_id, progress)
         while True:
@@ -154,13 +163,25 @@ class Delivery:
                 progress.records += count([kept.entry])
                 if why is not None:
                     progress.rejected.append(why)
+            if is_local(run_id):
+                self._delete_second(tracking, run_id)
             if self.outbox.remove(run_id, progress.end):
-                break
-        if is_local(run_id):
-            # Deletes a second run: a creation that was not answered may have succeeded late.
-            tracking.find_record(tracking.experiment(self._study), run_id)
-        del self._progress[run_id]
-        return Delivered(progress.records, 1, tuple(progress.rejected))
+                del self._progress[run_id]
+                return Delivered(progress.records, 1, tuple(progress.rejected))
+
+    def _delete_second(self, tracking: Tracking, run_id: str) -> None:
+        """Delete a second run: a creation that was not answered may have succeeded late."""
+        try:
+            self._record(tracking, run_id)
+        except Unavailable:
+            raise
+        except StorageError as error:  # all of the run is delivered; a second one in the lists is the lesser harm
+            log.warning("run %s may be there twice: %s", run_id, error)
+
+    def _record(self, tracking: Tracking, run_id: str) -> str | None:
+        """MLflow's id of a run that began in the outbox, None if it has none yet."""
+        experiment = tracking.find_experiment(self._study)
+        return None if experiment is None else tracking.find_record(experiment, run_id)
 
     def _find(self, tracking: Tracking, run_id: str, progress: _Progress) -> None:
         """Find out what MLflow has of the run."""
@@ -170,8 +191,7 @@ class Delivery:
             target = tracking.some_parent(self._study, {})
         else:
             if is_local(run_id):
-                experiment = tracking.find_experiment(self._study)
-                target = None if experiment is None else tracking.find_record(experiment, run_id)
+                target = self._record(tracking, run_id)
             try:
                 logged = logged if target is None else tracking.logged(target)
             except Unavailable:

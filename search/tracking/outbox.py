@@ -207,9 +207,15 @@ class Outbox:
         return [run_id for _, run_id in sorted(ids, key=lambda item: (item[1] != STUDY, *item))]
 
     def read(self, run_id: str, start: int = 0) -> list[Kept]:
-        """The run's entries from an offset in its file, without a torn last line."""
+        """The run's entries from an offset in its file, without a torn last line.
+
+        From the beginning if the file ends before: it is another one, or a batch that did not reach the disk was cut
+        off and may have been followed by others.
+        """
         try:
             with self._path(run_id).open("rb") as file:
+                if _whole(file.fileno()) < start:
+                    start = 0
                 file.seek(start)
                 lines = file.read().split(b"\n")[:-1]
         except FileNotFoundError:
@@ -221,10 +227,10 @@ class Outbox:
         return kept
 
     def remove(self, run_id: str, end: int) -> bool:
-        """Remove a run whose entries up to `end` are delivered; False if others were added meanwhile."""
+        """Remove a run whose entries up to `end` are delivered; False if the file ends elsewhere: `read` it again."""
         path = self._path(run_id)
         with _locked(path) as file:
-            if _whole(file) > end:
+            if _whole(file) not in (0, end):
                 return False
             path.unlink()
         return True

@@ -164,7 +164,9 @@ class RunRecorder:
         self.logged = logged or Logged()
         self._close_s = close_s
         self._curves = step_curves(0)
-        self._nonfinite_steps = int(self.logged.tags.get("nonfinite.steps", "0"))
+        self._bad_steps: dict[int, int] = {}
+        """Steps of each epoch that were not finite. Not what the run's tag says: an epoch that an interruption cut
+        short is trained again, and whole ones come again with the checkpoint's history."""
         self._first_seen = {key for key in self.logged.tags if key.startswith("nonfinite.")}
         self._last_ms = 0
         self._finished = False
@@ -255,7 +257,7 @@ class RunRecorder:
         if self.gpus is not None:
             self._put((key, value, event.step) for key, value in self.gpus.due().items())
         if event.nonfinite is not None:
-            self._nonfinite_steps += 1
+            self._bad_steps[event.epoch] = self._bad_steps.get(event.epoch, 0) + 1
             self._nonfinite(event.step, event.nonfinite)
 
     def _epoch(self, event: EpochEnded) -> None:
@@ -263,7 +265,11 @@ class RunRecorder:
         metrics = {key: value for key, value in vars(epoch_record(event)).items() if key != "epoch"}
         self._put((key, value, event.epoch) for key, value in metrics.items() if math.isfinite(value))
         bad = [key for key, value in metrics.items() if not math.isfinite(value)]
-        self.writer.put(tags=self._first({f"nonfinite.{key}": f"epoch {event.epoch}" for key in bad}), now=True)
+        tags = self._first({f"nonfinite.{key}": f"epoch {event.epoch}" for key in bad})
+        if event.nonfinite_steps:
+            self._bad_steps[event.epoch] = event.nonfinite_steps
+            tags |= self._bad_steps_tag()
+        self.writer.put(tags=tags, now=True)
 
     def _nonfinite(self, step: int, what: NonFinite) -> None:
         first = {
@@ -273,7 +279,10 @@ class RunRecorder:
             "nonfinite.after_update": str(what.after_update).lower(),
             "nonfinite.detail": what.detail,
         }
-        self.writer.put(tags={"nonfinite.steps": str(self._nonfinite_steps), **self._first(first)})
+        self.writer.put(tags=self._bad_steps_tag() | self._first(first))
+
+    def _bad_steps_tag(self) -> dict[str, str]:
+        return {"nonfinite.steps": str(sum(self._bad_steps.values()))}
 
     def _first(self, tags: Mapping[str, str]) -> dict[str, str]:
         """The tags that were not set before: what went bad first is what explains the rest."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from search.places import Places
 from search.tracking import delivery as module
 from search.tracking.client import Tracking, open_tracking
 from search.tracking.delivery import Delivery, DeliveryThread
-from search.tracking.outbox import is_local
+from search.tracking.outbox import End, Point, Write, is_local
 from search.tracking.runs import StudyRuns
 from tests.search.tracking.recorded import copy_database, finding, whole_run
 from trainer.config import TrainConfig
@@ -246,6 +247,77 @@ def test_away_for_a_while(since: int, until: int, place: Place, expected: dict[s
     place.fail = lambda: ""
     deliver(place)
     assert content(place.uri) == expected
+
+
+def test_a_trial_that_goes_on_while_any_one_call_of_the_delivery_fails(place: Place) -> None:
+    """It began while MLflow was away, and its file is delivered and begun anew while it trains."""
+    runs = place.runs()
+    runs.connect()  # opening it takes no call that may fail
+    number, failed = -1, True
+    while failed:
+        number += 1
+        calls, failed = iter(range(10_000)), False
+
+        def fail(number: int = number, calls: Iterator[int] = calls) -> str:
+            nonlocal failed
+            if next(calls) != number:
+                return ""
+            failed = True
+            return "before"
+
+        place.fail = lambda: "before"
+        recorded = runs.begin(f"trial {number}", {"note": "x" * 400}, {}).run_id
+        delivery = Delivery(runs.outbox, "demo", runs.connect)
+        place.fail = fail
+        records = 0
+        for epoch in (1, 2, 3):
+            # The file of epoch 3 is longer than that of the beginning was.
+            tags = {f"note.{row}": "x" * 400 for row in range(12 if epoch == 3 else 0)}
+            runs.outbox.append(recorded, [Write(points=[Point("val_loss", 1 / epoch, epoch, epoch)], tags=tags)])
+            with contextlib.suppress(StorageError):
+                records += delivery.once().records
+        runs.outbox.append(recorded, [End(status="FINISHED", tags={}, description="", end_ms=5)])
+        for _ in range(2):
+            with contextlib.suppress(StorageError):
+                records += delivery.once().records
+        assert runs.outbox.runs() == [] and records == 1 + 3 + 12 + 1
+        with runs.outbox.delivering() as free:
+            assert free, "another command may deliver"
+    assert number > 20, "every call failed once"
+    found = content(place.uri)
+    for which in range(number + 1):
+        run = found[f"trial {which}"]
+        assert [step for step, _ in run["metrics"]["val_loss"]] == [1, 2, 3], f"call {which} failed"
+        assert run["status"] == "FINISHED"
+    assert not [*runs.outbox.folder.glob("*.rejected")]
+
+
+def test_what_was_refused_is_told_although_the_round_fails_later(place: Place) -> None:
+    place.fail = lambda: "before"
+    runs = place.runs()
+    runs.end("0" * 32, "FAILED", {"state": "FAIL"})
+    time.sleep(0.02)  # the outbox is delivered by the files' times
+    runs.begin("trial 0", {}, {})
+    delivery = Delivery(runs.outbox, "demo", runs.connect)
+    place.fail = lambda: "before" if not runs.outbox.holds("0" * 32) else ""
+    with pytest.raises(Unavailable):
+        delivery.once()
+    place.fail = lambda: ""
+    done = delivery.once()
+    assert done.runs == 2 and len(done.rejected) == 1 and "0" * 32 in done.rejected[0]
+
+
+def test_records_that_somebody_deleted_hold_no_lock(place: Place) -> None:
+    place.fail = lambda: "before"
+    runs = place.runs()
+    run_id = runs.begin("trial 0", {}, {}).run_id
+    delivery = Delivery(runs.outbox, "demo", runs.connect)
+    with pytest.raises(Unavailable):
+        delivery.once()
+    (runs.outbox.folder / f"{run_id}.jsonl").unlink()
+    assert delivery.once() == (0, 0, (), False)
+    with runs.outbox.delivering() as free:
+        assert free
 
 
 def test_the_user_is_told_once_and_when_it_is_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

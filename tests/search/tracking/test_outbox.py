@@ -111,6 +111,18 @@ def test_what_comes_while_it_is_delivered_stays(tmp_path: Path) -> None:
     assert outbox.remove("run", end) and not outbox.holds("run") and outbox.runs() == []
 
 
+def test_a_file_that_ends_before_what_was_delivered_is_another_one(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.append("run", [write(number) for number in range(9)])
+    end = outbox.read("run")[-1].end
+    assert outbox.remove("run", end)
+    outbox.append("run", [write(9)])
+    assert not outbox.remove("run", end) and outbox.holds("run")
+    (kept,) = outbox.read("run", end)
+    assert kept.entry == write(9) and outbox.remove("run", kept.end)
+    assert outbox.remove("run", end) and not outbox.holds("run"), "a file that somebody deleted"
+
+
 def test_one_process_delivers(tmp_path: Path) -> None:
     with Outbox(tmp_path).delivering() as first, Outbox(tmp_path).delivering() as second:
         assert first and not second

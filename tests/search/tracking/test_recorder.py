@@ -16,6 +16,7 @@ from search.tracking.writer import send
 from tests.search.tracking.recorded import BAD, Store, epoch, finding, record, started, step, whole_run
 from trainer.events import (
     Diverged,
+    EpochEnded,
     Event,
     MicroBatchReduced,
     OutOfMemory,
@@ -122,6 +123,26 @@ def test_a_resumed_run_doubles_nothing_and_ends_as_if_never_interrupted() -> Non
     record([events[0], *events[again:]], interrupted, Logged(steps=last, tags=interrupted.tags))
     for key in {p.key for p in whole.points}:
         assert interrupted.curve(key) == whole.curve(key)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["resumed in MLflow", "resumed in the outbox"])
+def test_a_resumed_run_counts_each_step_that_was_not_finite_once(known: bool) -> None:
+    """In the outbox nothing is known of what the run has; the delivery leaves the first bad step's tags alone."""
+    bad = {7, 12, 13}
+    events: list[Event] = []
+    for event in whole_run(3, 10):
+        if isinstance(event, StepEnded) and event.step in bad:
+            event = replace(event, loss=math.nan, nonfinite=BAD)
+        elif isinstance(event, EpochEnded):
+            event = replace(event, nonfinite_steps=[1, 2, 0][event.epoch - 1])
+        events.append(event)
+    assert record(events).tags["nonfinite.steps"] == "3"
+    store = record(events[:15])  # interrupted in the second epoch, after its bad steps
+    assert store.tags["nonfinite.steps"] == "3"
+    logged = Logged(tags=dict(store.tags)) if known else None
+    first = events.index(next(e for e in events if isinstance(e, EpochEnded)))
+    record([events[first], events[0], *events[first + 1 :]], store, logged)
+    assert store.tags["nonfinite.steps"] == "3"
 
 
 # ---------------------------------------------------------------------- when the store fails
