@@ -22,6 +22,7 @@ from search.diagnosis.finding import (
     Scalar,
 )
 from search.diagnosis.noise import usable
+from trainer.data.loading import takes_vision_from_disk
 
 GROWTH = 10.0
 """The gradient norm explodes when its median grows by an order of magnitude. Medians over a tenth of the run: a single
@@ -292,7 +293,9 @@ def _where_time_went(wait: float | None, evaluation: float | None) -> str | None
 def _faster(curve: Curve, cause: str | None) -> tuple[Advice, ...]:
     """Experiment 5b's two moves, a larger batch and parallel loading, in the order suggested by measured shares."""
     workers, batch, share = curve.number("num_workers"), curve.number("batch_size"), curve.number("val_fraction")
-    load = Advice(action="raise", parameter="num_workers", before=workers, after=4) if not workers else None
+    load = None
+    if not workers and not _has_no_workers(curve):
+        load = Advice(action="raise", parameter="num_workers", before=workers, after=4)
     fewer = None
     if batch is not None and 1 <= batch < 16:
         fewer = Advice(action="raise", parameter="batch_size", before=int(batch), after=min(16, 2 * int(batch)))
@@ -300,9 +303,19 @@ def _faster(curve: Curve, cause: str | None) -> tuple[Advice, ...]:
         moves: Sequence[Advice | None] = (fewer,)  # workers would not help: the device does not wait
     elif cause == "evaluation" and share is not None and 0 < share < 1:
         moves = (Advice(action="lower", parameter="val_fraction", before=share, after=round(share / 2, 3)),)
+    elif cause is None:
+        moves = (fewer, load)  # nothing is known of waiting, and a larger batch helps either way
     else:
         moves = (load, fewer)
     return tuple(move for move in moves if move is not None)
+
+
+def _has_no_workers(curve: Curve) -> bool:
+    """Whether `num_workers` has no effect; False if the configuration does not say what it depends on."""
+    targets = curve.config.get("target_modules", ())
+    if curve.config.get("cache_features") is not True or not isinstance(targets, list | tuple):
+        return False
+    return takes_vision_from_disk(True, map(str, targets))
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -154,8 +154,10 @@ def healthy(seen: Signals) -> Finding:
     evidence = losses(seen)
     kind = "falls"
     points = seen.val or seen.train
-    if best(points)[0] < points[-1][0]:
-        kind = "levelled"
+    if len(points) == 1:
+        kind = "once"
+    elif best(points)[0] < points[-1][0]:
+        kind = "levelled" if best(points)[1] < points[0][1] else "never_fell"
         evidence["since_best"] = points[-1][0] - best(points)[0]
     for move in (*seen.train_moves, *seen.val_moves):
         if move.end is not None:

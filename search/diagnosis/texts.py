@@ -79,6 +79,11 @@ SENTENCES: Final = {
         "{given_back:pct} of what it had gained",
         "第 {epoch} 个 epoch 训练 loss 突然上升：{train_before:loss} → {train_last:loss}，此前降幅丢失 {given_back:pct}",
     ),
+    "diverged.jump_from_first": (
+        "the training loss rose above its first value, from {train_before:loss} (epoch {best_epoch}) to {train_last:loss} "
+        "at epoch {epoch}",
+        "训练 loss 从最初的 {train_before:loss}（epoch {best_epoch}）升至 {train_last:loss}（epoch {epoch}），一直没有下降",
+    ),
     "diverged.rise": (
         "the training loss rose from {train_before:loss} (epoch {best_epoch}) to {train_last:loss} (epoch "
         "{last_epoch}) and did not come back",
@@ -171,6 +176,16 @@ SENTENCES: Final = {
         "验证 loss 从 {val_first:loss} 降到最佳 {val_best:loss}（epoch {val_best_epoch}），此后在噪声范围内波动，"
         "epoch {last_epoch} 为 {val_last:loss}",
     ),
+    "healthy.never_fell_val": (
+        "the validation loss never fell below its first value, {val_best:loss} at epoch {val_best_epoch}; since then it has "
+        "stayed within noise of it, {val_last:loss} at epoch {last_epoch}",
+        "验证 loss 始终没有低于最初的 {val_best:loss}（epoch {val_best_epoch}），此后在噪声范围内波动，"
+        "epoch {last_epoch} 为 {val_last:loss}",
+    ),
+    "healthy.once_val": (
+        "only one validation loss was recorded, {val_last:loss} at epoch {val_best_epoch}",
+        "验证 loss 只有一次记录：{val_last:loss}（epoch {val_best_epoch}）",
+    ),
     "healthy.falls_train": (
         "the training loss fell from {train_first:loss} to {train_last:loss} at epoch {last_epoch}; no validation loss was "
         "recorded",
@@ -180,6 +195,11 @@ SENTENCES: Final = {
         "the training loss fell from {train_first:loss} to {train_best:loss} at epoch {train_best_epoch} and has stayed within "
         "noise of it; no validation loss was recorded",
         "训练 loss 从 {train_first:loss} 降到 {train_best:loss}（epoch {train_best_epoch}），此后在噪声范围内波动；没有验证 loss 记录",
+    ),
+    "healthy.never_fell_train": (
+        "the training loss never fell below its first value, {train_best:loss} at epoch {train_best_epoch}, and has stayed "
+        "within noise of it; no validation loss was recorded",
+        "训练 loss 始终没有低于最初的 {train_best:loss}（epoch {train_best_epoch}），此后在噪声范围内波动；没有验证 loss 记录",
     ),
     "warmup_exceeds_training.run": (
         "warmup of {warmup_steps} steps, but the whole training is {total_steps}",

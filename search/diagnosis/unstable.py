@@ -59,11 +59,11 @@ def diverged(seen: Signals) -> Finding | None:
     if move is None:
         return _stopped_as_diverged(seen)
     gain, lost = points[0][1] - move.best[1], points[-1][1] - move.best[1]
-    given_back = lost / gain if gain > 0 else 1.0
+    given_back = lost / gain if gain > 0 else None  # nothing to give back: it never fell below its first value
     up = relative(points[-1][1], move.best[1])
     val_after = [value for epoch, value in seen.val if epoch >= move.start[0]]
     doubted = not _stays_up(seen, move) if val_after else len(points) < FEWEST_EPOCHS
-    if given_back < GIVEN_BACK or up < JUMP or doubted:
+    if (given_back is not None and given_back < GIVEN_BACK) or up < JUMP or doubted:
         return _stopped_as_diverged(seen)
     since = [value for epoch, value in points if epoch >= move.start[0]]
     flat = len(since) > 1 and relative(max(since), min(since)) < 2 * limit(seen.curve.train_noise)
@@ -75,14 +75,16 @@ def diverged(seen: Signals) -> Finding | None:
         "last_epoch": points[-1][0],
         "best_epoch": move.best[0],
         "rise": up,
-        "given_back": min(given_back, 1e6),
     }
+    if given_back is not None:
+        evidence["given_back"] = min(given_back, 1e6)
+    jump = "jump" if given_back is not None else "jump_from_first"
     before = [p for p in seen.val if p[0] < move.start[0]]
     if val_after and before:
         evidence |= {"val_before": best(tuple(before))[1], "val_last": val_after[-1]}
     return Finding(
         id=DIVERGED,
-        kind="plateau" if flat else "jump" if len(since) == 1 else "rise",
+        kind="plateau" if flat else jump if len(since) == 1 else "rise",
         severity="error",
         epoch=move.start[0],
         evidence=evidence | rate_evidence(seen),

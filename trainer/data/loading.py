@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.common.errors import UserError
@@ -48,11 +49,20 @@ def shared_need(workers: int, prefetch: int, batch_size: int, sample_bytes: int)
     return round(SPARE * (workers * prefetch + 1) * batch_size * sample_bytes) if workers else 0
 
 
+def takes_vision_from_disk(cache_features: bool, target_modules: Iterable[str]) -> bool:
+    """Whether a run takes vision outputs from disk, and so has no workers, whatever `num_workers` says.
+
+    Judged by names, without the model: an adapter in the vision tower changes its outputs.
+
+    Args:
+        cache_features: of the run's configuration.
+        target_modules: the same.
+    """
+    return cache_features and not any(target.rpartition(".")[2] in VISION_MODULES for target in target_modules)
+
+
 def run_need(config: TrainConfig, sample_bytes: int, train: int, val: int) -> int:
     """The same of a whole run: its workers of training and of validation live side by side.
-
-    A run that takes vision outputs from disk has no such workers. Whether it does is judged by names here, without the
-    model: an adapter in the vision tower changes its outputs.
 
     Args:
         config: of the run.
@@ -60,10 +70,7 @@ def run_need(config: TrainConfig, sample_bytes: int, train: int, val: int) -> in
         train: number of training samples.
         val: number of validation samples.
     """
-    from_disk = config.cache_features and not any(
-        target.rpartition(".")[2] in VISION_MODULES for target in config.target_modules
-    )
-    if from_disk:
+    if takes_vision_from_disk(config.cache_features, config.target_modules):
         return 0
     sizes = (min(config.batch_size, train), min(config.eval_batch_size, val))
     return sum(shared_need(config.num_workers, config.prefetch_factor, size, sample_bytes) for size in sizes)

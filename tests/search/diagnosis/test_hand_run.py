@@ -157,6 +157,25 @@ def test_advice_against_slow_epochs_follows_the_shares(wait: float, evaluation: 
     assert "num_workers" not in [a.parameter for a in slow.advice]  # nothing waits: workers would not help
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ["batch_size"]),
+        ({"cache_features": False}, ["num_workers", "batch_size"]),
+        ({"target_modules": ("query", "self_attn.qkv")}, ["num_workers", "batch_size"]),
+    ],
+)
+def test_workers_are_advised_where_a_run_has_any(fields: dict[str, Any], expected: list[str]) -> None:
+    """With vision outputs kept the trainer has none, whatever `num_workers` says (trainer.member)."""
+    config = TrainConfig(batch_size=8, num_workers=0, **fields).model_dump(mode="json")
+    slow = next(f for f in diagnose(timed(1200.0, 0.6, 0.1, config=config)) if f.id == "slow_epoch")
+    assert [advice.parameter for advice in slow.advice] == expected
+    unmeasured = curve(FALLING, FALLING_VAL, config=config)
+    rows = tuple(replace(record, epoch_seconds=1200.0) for record in unmeasured.epochs)
+    slow = next(f for f in diagnose(replace(unmeasured, epochs=rows)) if f.id == "slow_epoch")
+    assert [advice.parameter for advice in slow.advice] == sorted(expected), "the one that helps either way first"
+
+
 def test_an_epoch_as_long_as_5b_aimed_at_is_not_slow() -> None:
     assert ids(timed(600.0, 0.1, 0.1)) == ["healthy"]
 

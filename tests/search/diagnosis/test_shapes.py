@@ -82,8 +82,16 @@ def test_two_epochs_are_not_enough_to_tell(train: Losses, val: Losses) -> None:
     assert leaf([finding]).name == "undecided"
 
 
-def test_two_epochs_are_enough_to_see_both_losses_explode() -> None:
-    assert ids(curve([1.8, 3.0], [1.6, 2.9])) == ["diverged"]
+@pytest.mark.parametrize("later", [[3.0], [1.801, 3.0]])
+def test_two_epochs_are_enough_to_see_both_losses_explode(later: list[float]) -> None:
+    """Such a run has gained nothing that it could give back."""
+    finding = only(curve([1.8, *later], [1.6, *(value - 0.1 for value in later)]))
+    assert (finding.id, finding.kind) == ("diverged", "jump_from_first")
+    assert "rose above its first value, from 1.8 (epoch 1) to 3" in messages.sentence(finding)
+    assert not any(
+        "gain" in messages.sentence(finding, lang) or "100" in messages.sentence(finding, lang)
+        for lang in messages.LANGS
+    )
 
 
 def test_no_epoch_at_all() -> None:
@@ -154,6 +162,24 @@ def test_a_run_that_learned_all_in_its_first_epoch_is_not_called_unlearning() ->
     steps = tuple(StepRecord(step=n + 1, loss=value) for n, value in enumerate(losses))
     assert ids(curve(flat, flat, steps=steps)) == ["healthy"]
     assert ids(curve(flat, flat)) == ["not_learning"]
+
+
+@pytest.mark.parametrize("val", [[1.4] * 5, [1.4, 1.405, 1.408, 1.41, 1.412]])
+def test_a_validation_loss_that_never_fell_is_not_said_to_have_fallen(val: list[float]) -> None:
+    finding = only(curve([2.0, 1.4, 1.1, 0.9, 0.8], val))
+    assert (finding.id, finding.kind) == ("healthy", "never_fell_val")
+    sentence = messages.sentence(finding)
+    assert sentence.startswith("the validation loss never fell below its first value, 1.4 at epoch 1; since then")
+    assert "降到" not in messages.sentence(finding, "zh")
+    finding = only(curve([2.0, 1.4, 1.1, 0.9, 0.895, 0.894, 0.893], [None] * 6 + val[:1]))
+    assert messages.sentence(finding).startswith("only one validation loss was recorded, 1.4 at epoch 7")
+
+
+def test_a_training_loss_that_never_fell_after_its_first_epoch_is_not_said_to_have_fallen() -> None:
+    losses = [max(1.5, 3.0 - 0.05 * n) + 0.05 * (-1) ** n for n in range(300)]
+    steps = tuple(StepRecord(step=n + 1, loss=value) for n, value in enumerate(losses))
+    finding = only(curve([1.5, 1.501, 1.502, 1.501], steps=steps))
+    assert messages.sentence(finding).startswith("the training loss never fell below its first value, 1.5 at epoch 1")
 
 
 def test_a_run_that_is_told_to_train_longer_is_not_told_to_raise_its_rate() -> None:
