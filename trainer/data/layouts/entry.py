@@ -30,7 +30,7 @@ class Entry:
     places: tuple[str, ...] = ("",)
     """Folders below the images folder where the layout may keep this image, the likeliest first."""
     problem: str | None = None
-    """Why there is nothing else in this entry."""
+    """Why it cannot be used, or why there is nothing else in it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Layout:
     """Whether this content, parsed, is of the layout."""
     read: Callable[[Any, str], Iterator[Entry]]
     """(content, name of the file) -> entries."""
+    joins: bool = False
+    """Whether rows of one image are one entry with several captions."""
     images: str | None = None
     """The folder its images must lie in; None to look in `images/`, beside the file and in the folders beside it."""
 
@@ -67,11 +69,14 @@ def not_an_object(where: str, value: Any) -> Entry:
 
 
 def joined(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """Entries of one image (and one prompt) made one with all their captions, in the order of the first."""
+    """Entries of one image (and one prompt) made one with all their captions, in the order of the first.
+
+    They must have been placed: until then equal names may be of several images.
+    """
     groups: dict[object, list[Entry]] = {}
     for number, entry in enumerate(entries):
         whole = entry.problem is None and isinstance(entry.name, str)
-        key = (entry.name, repr(entry.prompt), repr(entry.split)) if whole else number
+        key = (entry.name, entry.places, repr(entry.prompt), repr(entry.split)) if whole else number
         groups.setdefault(key, []).append(entry)
     for first, *more in groups.values():
         if not more:

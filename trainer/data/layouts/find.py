@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,7 +10,8 @@ from typing import Any
 
 from trainer.common.errors import DataError, shown
 from trainer.data.layouts import coco, files, karpathy, nwpu, rsicap, tables, vrsbench
-from trainer.data.layouts.entry import Entry, Layout, Tiles
+from trainer.data.layouts.entry import Entry, Layout, Tiles, joined
+from trainer.data.layouts.placing import SPLIT_WORDS, placed, split_in
 
 FORMS = (rsicap.RSIEVAL, rsicap.RSICAP, karpathy.KARPATHY, coco.COCO, *vrsbench.VRSBENCH, nwpu.NWPU, tables.TABLE)
 """In the order in which they are tried."""
@@ -22,9 +21,6 @@ FIRST = ("captions.json", *IMAGE_FOLDER_FILES)
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 MOST_FILES = 20
 """Most files that are looked into where none is named as in `FIRST`."""
-MOST_FOLDERS = 100
-"""Most folders in which images are looked for, and most folders in these."""
-SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -49,12 +45,15 @@ def read(folder: Path) -> Found:
     sources = _sources(folder)
     layout = sources[0][1]
     entries: list[Entry] = []
+    counts: list[int] = []
     for name, _, content in sources:
         split = split_in(name) if len(sources) > 1 else None
         parent = name.rpartition("/")[0] if name.rpartition("/")[2] in IMAGE_FOLDER_FILES else ""
+        before = len(entries)
         for entry in layout.read(content, name):
             places = (f"{parent}/",) if parent else entry.places
             entries.append(replace(entry, places=places, split=split if entry.split is None else entry.split))
+        counts.append(len(entries) - before)
     names = tuple(name for name, _, _ in sources)
     if layout.images is not None:
         if not (folder / layout.images).is_dir():
@@ -62,7 +61,10 @@ def read(folder: Path) -> Found:
         return Found(layout.name, names, (folder / layout.images).resolve(), tuple(entries), layout.tiles)
     images = folder.resolve()
     if layout not in (tables.IMAGE_FOLDER, tables.IMAGE_FOLDER_CSV):
-        entries = list(_placed(entries, images))
+        entries = placed(entries, images)
+    if layout.joins:  # after placing: rows of one name may be of several images
+        rest = iter(entries)
+        entries = [entry for count in counts for entry in joined(islice(rest, count))]
     return Found(layout.name, names, images, tuple(entries), layout.tiles)
 
 
@@ -78,13 +80,6 @@ def holds_captions(folder: Path) -> bool:
         if path.name in FIRST or _layout_of(str(path.relative_to(folder)), content) is not None:
             return True
     return False
-
-
-def split_in(name: str) -> str | None:
-    """`train`, `val` or `test` if the name says so: `captions_val2017.json` is a validation split."""
-    words = "".join(c if c.isalpha() else " " for c in name.lower().rpartition(".")[0] or name.lower()).split()
-    found = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
-    return found.pop() if len(found) == 1 else None
 
 
 def _sources(folder: Path) -> list[tuple[str, Layout, Any]]:
@@ -162,43 +157,6 @@ def _layout_of(name: str, content: Any) -> Layout | None:
         case "metadata.csv":
             return tables.IMAGE_FOLDER_CSV if tables.IMAGE_FOLDER_CSV.matches(content) else None
     return next((layout for layout in FORMS if layout.matches(content)), None)
-
-
-def _placed(entries: Sequence[Entry], images: Path) -> Iterator[Entry]:
-    """The entries, each with the one place its image was found at, or the commonest if it is missing."""
-    outer = _folders(images)
-    inner = [f"{name}/{below}" for name in outer for below in _folders(images / name)][:MOST_FOLDERS]
-    homes = ["images/", "", *(f"{name}/" for name in (*outer, *inner) if name != "images")]
-    places: list[str | None] = []
-    for entry in entries:
-        home, place = _found_at(entry, images, homes)
-        places.append(place)
-        if home is not None and home != homes[0]:  # most images lie where the one before was: one look a row
-            homes.remove(home)
-            homes.insert(0, home)
-    usual = Counter(place for place in places if place is not None).most_common(1)
-    default = usual[0][0] if usual else "images/" if (images / "images").is_dir() else ""
-    for entry, place in zip(entries, places, strict=True):
-        yield replace(entry, places=(default if place is None else place,))
-
-
-def _found_at(entry: Entry, images: Path, homes: Sequence[str]) -> tuple[str | None, str | None]:
-    """(the home where the image is, the place below the images folder), None for both where it is in none."""
-    name = entry.name.replace("\\", "/") if isinstance(entry.name, str) else ""
-    for home in homes:
-        for below in entry.places:
-            parts = f"{home}{below}{name}".split("/")
-            safe = name and ".." not in parts and not (below + name).startswith("/")
-            if safe and os.path.lexists(images / f"{home}{below}{name}"):
-                return home, home + below
-    return None, None
-
-
-def _folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, without hidden ones."""
-    with os.scandir(folder) as found:
-        names = sorted(item.name for item in found if not item.name.startswith(".") and item.is_dir())
-    return names[:MOST_FOLDERS]
 
 
 def _unknown(folder: Path, contents: Sequence[tuple[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from trainer.data.layouts.entry import Entry, Layout, have, joined, not_an_object, objects
+from trainer.data.layouts.entry import Entry, Layout, have, not_an_object, objects
 
 NAMES = ("file_name", "filename", "image", "file", "path", "filepath", "image_path", "image_file", "img", "image_name")
 """Columns that name the image, the first that is there counts."""
@@ -112,7 +112,7 @@ def _read_folder(content: Any, file: str) -> Iterator[Entry]:
 
 
 def _read_table(content: Any, file: str) -> Iterator[Entry]:
-    return joined(_entries(content, file, NAMES, one_column=False))
+    return _entries(content, file, NAMES, one_column=False)
 
 
 def _is_table(content: Any) -> bool:
@@ -135,6 +135,7 @@ IMAGE_FOLDER_CSV = Layout(
     tiles="likely",
     matches=_is_table,
     read=_read_table,
+    joins=True,
 )
 TABLE = Layout(
     name="table",
@@ -143,4 +144,5 @@ TABLE = Layout(
     tiles="likely",
     matches=_is_table,
     read=_read_table,
+    joins=True,
 )
