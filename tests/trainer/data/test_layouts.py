@@ -401,6 +401,10 @@ def test_a_quote_that_is_never_closed_does_not_swallow_rows(tmp_path: Path) -> N
         ("image,captions\na.png,\"['One.', 'It\\'s two.']\"\n", ("One.", "It's two.")),  # a list, as pandas writes it
         ("image,caption\na.png,[caption] One.\n", ("[caption] One.",)),
         ("image,caption\na.png,[1]\n", ("[1]",)),
+        ("image, caption\na.png, \"One, 'two'.\"\n", ("One, 'two'.",)),
+        ('image, caption_1, caption_2\na.png, "One.", Two "2".\n', ("One.", 'Two "2".')),
+        ("prompt\timage\tcaption\n\ta.png\tOne.\n", ("One.",)),  # an empty first value is no space to be skipped
+        ('prompt\tcaption\timage\n\t "One\ttwo."\ta.png\n', ("One two.",)),
     ],
 )
 def test_several_captions_in_a_csv_are_all_read(tmp_path: Path, content: str, captions: tuple[str, ...]) -> None:

@@ -122,8 +122,9 @@ def _csv_rows(path: Path, text: str) -> Lines:
     separator = max(",;\t|", key=head.count)
     csv.field_size_limit(CSV_FIELD_LIMIT)
     rows: list[tuple[int, Any]] = []
-    # Strictly: a quote that is never closed would make one caption of all that follows.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    # Strictly: a quote that is never closed would make one caption of all that follows. A quote after a separator and
+    # a space opens a value too; else it would stand in the caption, and a comma within would end it.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
     try:
         columns = _columns(path, [name.strip() for name in next(reader, [])])
     except csv.Error as error:
