@@ -315,14 +315,12 @@ def _with_scenes(
 ) -> tuple[list[Row], str]:
     """The rows with their scenes and classes, and what the scenes were taken from."""
     parts = scenes.scene_parts(names, found.tiles)
+    known = [own if own is not None else part for own, part in zip(given, parts, strict=True)]
     labels = scenes.class_parts(names, [own or part for own, part in zip(given, parts, strict=True)])
+    whole = scenes.with_single(names, [row.image.relative_to(found.images) for row in rows], known)
     placed = [
-        replace(
-            row,
-            scene=str(name.with_suffix("")) if own is None and part is None else own if own is not None else str(part),
-            label=row.label or label,
-        )
-        for row, name, own, part, label in zip(rows, names, given, parts, labels, strict=True)
+        replace(row, scene=scene, label=row.label or label)
+        for row, scene, label in zip(rows, whole, labels, strict=True)
     ]
     sources = ["the column 'scene'"] if any(own is not None for own in given) else []
     named = next(

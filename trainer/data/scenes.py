@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 
 from trainer.data.layouts.entry import Tiles
 
@@ -48,6 +48,23 @@ def alike(names: Sequence[PurePosixPath], tiles: Tiles) -> str | None:
         return None
     part, count = parts.most_common(1)[0]
     return part if count > len(names) / 2 else None
+
+
+def with_single(names: Sequence[PurePosixPath], images: Sequence[PurePath], known: Sequence[str | None]) -> list[str]:
+    """The known scenes, and for each image that is of none a scene of its own: its name without its suffix.
+
+    Where images share that (`train/0000.jpg` and `val/0000.jpg`, `im0.jpg` and `im0.png`) it is the whole path: they
+    are of one name, not of one place. The name alone is as earlier versions had it, and in the data's fingerprint.
+    """
+    stems = [str(name.with_suffix("")) for name in names]
+    sharing: dict[str, set[PurePath]] = {}
+    for stem, image, scene in zip(stems, images, known, strict=True):
+        if scene is None:
+            sharing.setdefault(stem, set()).add(image)
+    alone = [
+        image.as_posix() if len(sharing.get(stem, ())) > 1 else stem for stem, image in zip(stems, images, strict=True)
+    ]
+    return [own if scene is None else scene for own, scene in zip(alone, known, strict=True)]
 
 
 def class_parts(names: Sequence[PurePosixPath], scenes: Sequence[str | None]) -> list[str | None]:

@@ -17,7 +17,7 @@ from trainer.config import TrainConfig
 from trainer.data.batches import CaptionDataset, EpochSampler
 from trainer.data.dataset import Examined, Row, examine, split
 from trainer.data.layouts.entry import Tiles
-from trainer.data.scenes import class_parts, scene_parts
+from trainer.data.scenes import class_parts, scene_parts, with_single
 
 CLASSES = ("airport", "beach", "stadium", "forest", "port")
 
@@ -52,6 +52,27 @@ def test_the_name_of_the_whole_set_is_not_a_scene() -> None:
     uneven = [*names, *(f"P{scene}_1.png" for scene in range(3))]
     assert {scene for scene, _ in parts(uneven, "likely")} == {"COCO_val2014", "P0", "P1", "P2"}
     assert {scene for scene, _ in parts(tiles, "never")} == {None}
+
+
+def test_images_of_one_name_are_not_of_one_scene(tmp_path: Path) -> None:
+    """Folders of splits number their images anew, and im0.png is another picture than im0.jpg."""
+    for part, count in (("train", 6), ("validation", 3)):
+        (tmp_path / part).mkdir()
+        rows = []
+        for i in range(count):
+            Image.effect_noise((32, 32), 90).save(tmp_path / part / f"{i:04d}.jpg")
+            rows.append(json.dumps({"file_name": f"{i:04d}.jpg", "text": f"{part} {i}"}))
+        (tmp_path / part / "metadata.jsonl").write_text("\n".join(rows))
+    examined = examine(str(tmp_path))
+    facts = split(examined, TrainConfig()).facts
+    assert (facts.rule, facts.scenes, facts.warnings) == ("given", 0, ())
+    # What no other image shares is as it was, since it is in the data's fingerprint.
+    assert [row.scene for row in examined.rows][2:4] == ["train/0002.jpg", "0003"]
+    with pytest.raises(DataError, match="no scenes are known"):
+        split(examined, TrainConfig(split="scenes"))
+    names = [PurePosixPath(name) for name in ("im0.jpg", "im0.png", "im1.jpg", "P1_1.png", "P1_2.png")]
+    assert with_single(names, names, [None, None, None, "P1", "P1"]) == ["im0.jpg", "im0.png", "im1", "P1", "P1"]
+    assert with_single(names[:1] * 2, names[:1] * 2, [None, None]) == ["im0", "im0"]  # two rows of one image
 
 
 def made(rows: Sequence[tuple[str, str | None, str | None]], **more: Any) -> Examined:
