@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.common.errors import DataError, shown
@@ -27,7 +27,7 @@ class Item:
 
 
 def items_of(arguments: Sequence[str]) -> tuple[list[Item], list[str]]:
-    """(images in order, each once; problems of data folders' rows).
+    """(images in order, each once for an instruction, with all its references; problems of data folders' rows).
 
     Raises:
         DataError: an argument that names nothing, in one message with all others.
@@ -41,7 +41,10 @@ def items_of(arguments: Sequence[str]) -> tuple[list[Item], list[str]]:
         except DataError as error:
             wrong.append(str(error))
             continue
-        items.update({(item.image, item.instruction): item for item in found})
+        for item in found:  # a data folder may have a row for each caption of an image
+            before = items.get((item.image, item.instruction), item)
+            references = tuple(dict.fromkeys((*before.references, *item.references)))
+            items[item.image, item.instruction] = replace(before, references=references)
         problems += bad
     if wrong:
         raise DataError("\n".join(wrong))
