@@ -40,8 +40,12 @@ def placed(entries: Sequence[Entry], images: Path) -> list[Entry]:
     outer = _folders(images)
     inner = [f"{name}/{below}" for name in outer for below in _folders(images / name)][:MOST_FOLDERS]
     homes = ["images/", "", *(f"{name}/" for name in (*outer, *inner) if name != "images")]
-    listings = _Listings(images, entries)
-    found = [_choose(entry, _where(entry, homes, listings), images) for entry in entries]
+    names = [_name(entry) for entry in entries]
+    index = _Index(images, homes, (name for name in names if name is not None))
+    found = [
+        _Found() if name is None else _choose(entry, index.where(name, entry.places), images)
+        for entry, name in zip(entries, names, strict=True)
+    ]
     usual = Counter(each.places[0] for each in found if each.places).most_common(1)
     default = usual[0][0] if usual else "images/" if (images / "images").is_dir() else ""
     strangers = _strangers(entries, found)
@@ -68,44 +72,48 @@ class _Found:
     """Whether the class chose between several."""
 
 
-class _Listings:
-    """The names in folders, each folder listed once: a look a row and folder takes minutes on network storage."""
+class _Index:
+    """The files of each name. Folders are listed, each once: a look a row and folder takes minutes."""
 
-    def __init__(self, images: Path, entries: Sequence[Entry]) -> None:
+    def __init__(self, images: Path, homes: Sequence[str], names: Iterable[PurePosixPath]) -> None:
         self._images = images
-        self._wanted = {_form(name.name) for name in map(_name, entries) if name is not None}
-        self._known: dict[PurePosixPath, frozenset[str]] = {}
+        self._homes = homes
+        self._wanted = {_form(part) for name in names for part in (name.parts[0], name.name)}
+        self._listed: dict[PurePosixPath, set[str]] = {}
+        self._known: dict[tuple[tuple[str, ...], PurePosixPath], dict[str, dict[PurePosixPath, str]]] = {}
 
-    def holds(self, file: PurePosixPath) -> bool:
-        """Whether there is a file of this name, in whatever Unicode form."""
-        if file.parent not in self._known:
-            try:
-                names = {_form(name) for name in os.listdir(self._images / file.parent)}  # noqa: PTH208 - names alone
-            except (OSError, ValueError):  # no such folder, or no name of one
-                names = set()
-            self._known[file.parent] = frozenset(names & self._wanted)
-        return _form(file.name) in self._known[file.parent]
+    def where(self, name: PurePosixPath, places: tuple[str, ...]) -> dict[PurePosixPath, str]:
+        """The files that may be meant, below the images folder, in whatever Unicode form, with the place of each."""
+        key = places, name.parent
+        if key not in self._known:
+            self._known[key] = self._files(*key)
+        return self._known[key].get(_form(name.name), {})
 
-
-def _where(entry: Entry, homes: Sequence[str], listings: _Listings) -> dict[PurePosixPath, str]:
-    """The files that may be the entry's image, below the images folder, and the place of each."""
-    name = _name(entry)
-    found: dict[PurePosixPath, str] = {}
-    if name is None:
+    def _files(self, places: tuple[str, ...], inner: PurePosixPath) -> dict[str, dict[PurePosixPath, str]]:
+        """The wanted files by name, of all homes, in `inner` below each of the places."""
+        found: dict[str, dict[PurePosixPath, str]] = {}
+        for place in (home + below for home in self._homes for below in places if not below.startswith("/")):
+            outer = PurePosixPath(place)
+            # Most homes do not have the inner folder: data with a folder an image have thousands of these.
+            if ".." not in outer.parts and (not inner.parts or _form(inner.parts[0]) in self._names(outer)):
+                for name in self._names(outer / inner):
+                    found.setdefault(name, {}).setdefault(outer / inner / name, place)
         return found
-    for home in homes:
-        for below in entry.places:
-            file = PurePosixPath(home + below) / name
-            safe = not below.startswith("/") and ".." not in file.parts
-            if safe and file not in found and listings.holds(file):
-                found[file] = home + below
-    return found
+
+    def _names(self, folder: PurePosixPath) -> set[str]:
+        if folder not in self._listed:
+            try:
+                names = map(_form, os.listdir(self._images / folder))  # noqa: PTH208 - names alone
+            except (OSError, ValueError):  # no such folder, or no name of one
+                names = map(_form, ())
+            self._listed[folder] = self._wanted.intersection(names)
+        return self._listed[folder]
 
 
 def _choose(entry: Entry, found: dict[PurePosixPath, str], images: Path) -> _Found:
     """The one of several files that the layout, the split, the class or the scene says, or the usual one; else all."""
-    if not found:
-        return _Found()
+    if len(found) < 2:
+        return next((_Found((place,), file) for file, place in found.items()), _Found())
     split = name_of(entry.split)
 
     def by_split(file: PurePosixPath) -> int:
@@ -146,13 +154,14 @@ def _strangers(entries: Sequence[Entry], found: Sequence[_Found]) -> set[int]:
     repeated = any(each.by_class for each in found)
     strangers: set[int] = set()
     for file, numbers in sharing.items():
-        said = _split_of(file.parent)
         splits = {number: name_of(entries[number].split) for number in numbers}
+        said = _split_of(file.parent) if len(set(splits.values())) > 1 else None
         if said is not None and said in splits.values():
             strangers |= {number for number, split in splits.items() if split not in (None, said)}
-        owners = {number for number in numbers if _says(file.parent, entries[number].label)}
-        if repeated and owners:
-            strangers |= {number for number in numbers if number not in owners and _plain(entries[number].label)}
+        if repeated:
+            owners = {number for number in numbers if _says(file.parent, entries[number].label)}
+            others = {number for number in numbers if number not in owners and _plain(entries[number].label)}
+            strangers |= others if owners else set()
     return strangers
 
 
@@ -164,7 +173,7 @@ def _split_of(folder: PurePosixPath) -> str | None:
 
 def _says(folder: PurePosixPath, word: object) -> bool:
     """Whether one of a folder's names is this word."""
-    return bool(_plain(word)) and any(_plain(part) == _plain(word) for part in folder.parts)
+    return word is not None and _plain(word) in map(_plain, folder.parts) and bool(_plain(word))
 
 
 def _plain(word: object) -> str:
