@@ -24,6 +24,7 @@ LONGEST_FIRST = (
     "search/workers/test_worker.py",
     "search/test_session.py",
     "faults/test_database_faults.py",
+    "faults/test_tracking_faults.py",
     "search/workers/test_repeats.py",
     "search/dashboards/test_browser.py",
     "faults/test_tracking_passwords.py",

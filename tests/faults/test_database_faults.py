@@ -100,6 +100,7 @@ def check(study: optuna.Study) -> None:
         assert trial.params.keys() == {"learning_rate"}
 
 
+@pytest.mark.parametrize("url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_commits_that_fail_at_random_before_or_after_they_are_done(
     seed: int, url: str, opened: Callable[[str], RetryingStorage], monkeypatch: pytest.MonkeyPatch
