@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -98,7 +100,7 @@ def test_a_name_in_several_folders_that_nothing_tells_apart_is_a_bad_row(tmp_pat
 
     found = examine(str(tmp_path))
 
-    problem = "0000.jpg: the image is in several folders: a/, b/"
+    problem = "0000.jpg: the image is in several folders: a/, b/; write the folder before the name"
     assert found.bad == (f"c.csv, line 2: {problem}", f"c.csv, line 4: {problem}")
     assert pairs(found, tmp_path) == {"b/alone.jpg": ("Two.",)}
 
@@ -163,6 +165,22 @@ def test_a_split_is_not_bound_to_a_folder_of_another(tmp_path: Path) -> None:
     found = examine(str(tmp_path))
 
     assert [row.given for row in found.rows] == ["train", "train", "val", "val"] and not found.bad
+
+
+def test_a_folder_that_may_not_be_read_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lost+found` at the top of a disk: no image is looked for there."""
+    pictures(tmp_path, "photos")
+    table(tmp_path / "captions.csv", "photos")
+    (tmp_path / "lost+found").mkdir()
+    scan = os.scandir
+
+    def refuse(path: Any = ".") -> Any:
+        if str(path).endswith("lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root, as in containers, may read all
+    assert pairs(examine(str(tmp_path)), tmp_path) == expected("photos")
 
 
 @pytest.mark.parametrize("name", ["{i}.jpg", "own{i}/a.jpg"])

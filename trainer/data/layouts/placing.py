@@ -53,7 +53,8 @@ def placed(entries: Sequence[Entry], images: Path) -> list[Entry]:
     for number, (entry, each) in enumerate(zip(entries, found, strict=True)):
         problem = entry.problem
         if len(each.places) > 1:
-            problem = f"{entry.name}: the image is in several folders: {_listed(each.places)}"
+            several = _listed(each.places)
+            problem = f"{entry.name}: the image is in several folders: {several}; write the folder before the name"
         elif number in strangers:
             problem = f"{entry.name}: the image is missing; that in {_listed(each.places)} is another row's"
         done.append(replace(entry, places=(each.places or (default,))[:1], problem=problem))
@@ -196,7 +197,10 @@ def _listed(places: Sequence[str]) -> str:
 
 
 def _folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, without hidden ones."""
-    with os.scandir(folder) as found:
-        names = sorted(item.name for item in found if not item.name.startswith(".") and item.is_dir())
+    """Names of the folders in a folder, without hidden ones; of one that may not be read, as `lost+found`, none."""
+    try:
+        with os.scandir(folder) as found:
+            names = sorted(item.name for item in found if not item.name.startswith(".") and item.is_dir())
+    except OSError:
+        return []
     return names[:MOST_FOLDERS]
