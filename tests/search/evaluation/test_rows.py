@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from search import records
-from search.evaluation.rows import FEWEST, Chosen, choose_rows, configs_of
+from search.evaluation.rows import FEWEST, Chosen, _apart, choose_rows, configs_of
 from tests.support import candidate_trials as leaders
 from trainer.common.errors import DataError
 from trainer.config import TrainConfig
@@ -65,6 +67,18 @@ def test_validation_rows_that_another_trial_trained_on_are_left_out() -> None:
     assert not scenes(chosen.rows) & scenes(split_of(other).train)
     assert any(f"only {len(chosen.rows)} rows are left" in warning for warning in chosen.warnings)
     assert choose_rows({0: one, 1: other}, None, "auto").rows == chosen.rows, "nothing is unused"
+
+
+def test_a_copy_of_a_picture_that_was_seen_is_left_out(tmp_path: Path) -> None:
+    """Under another name, and of no scene that is known."""
+    for i in range(4):
+        Image.effect_noise((12, 10), 60).convert("RGB").save(tmp_path / f"{'abcd'[i]}.png")
+    shutil.copy(tmp_path / "a.png", tmp_path / "z.png")
+    rows = "".join(f"{name}.png,a view\n" for name in "abcdz")
+    (tmp_path / "captions.csv").write_text("image,caption\n" + rows)
+    found = dataset.examine(str(tmp_path))
+    apart = _apart(found, found.rows, [row for row in found.rows if row.image.name == "a.png"])
+    assert [row.image.name for row in apart] == ["b.png", "c.png", "d.png"]
 
 
 def test_where_no_row_is_left_one_message_says_so() -> None:

@@ -200,6 +200,9 @@ def test_a_request_that_could_not_be_met_blocks_no_later_one(monkeypatch: Any) -
     workers.hear(0, end(0), end(1))
     workers.hear(0, *map(start, range(2, 11)))
     assert workers.sent[0] == [HandOver()] * 2
+    workers.hear(0, end(2))  # eight are left, and none of them has come
+    workers.hear(1)
+    assert workers.sent[0] == [HandOver()] * 3
 
 
 def test_a_trial_that_fails_is_no_sign_of_a_healthy_host(monkeypatch: Any) -> None:
