@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow every process on a small machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow simulate check audit lock install clean gpu-check gpu-wheels
+.PHONY: demo test test-long test-slow simulate check audit lock install clean gpu-check gpu-wheels
 
 install: .venv/installed
 
@@ -31,8 +31,12 @@ check: install
 test: check
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
+# Whole programs and other programs, which would make `make test` longer than ten minutes; CI runs them after it.
+test-long: install
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m long -n 2
+
 test-slow: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist loadfile --timeout 1800
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow or long' -n 2 --dist loadfile --timeout 1800
 
 # Schedules of faults drawn from seeds 0, 1, ...: `make simulate SEEDS=5000 FIRST=1000`. One that breaks a promise is
 # printed with its seed, and comes again with it.

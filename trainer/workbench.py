@@ -87,13 +87,14 @@ class Workbench:
         device = runtime.resolve_device(config.device)
         key = (config.model, config.dtype_of_base, str(device), config.device_map)
         if self._base is None or self._base[0] != key:
-            if self._base is not None and self._base[0][0] != config.model:
-                self._tokenizers.clear()
-                self._datasets.clear()
-                self._pixels = None
-            self._base = None
-            self._features.clear()
-            runtime.release_memory(device)  # first: two bases would not fit on a GPU
+            if self._base is not None:
+                if self._base[0][0] != config.model:
+                    self._tokenizers.clear()
+                    self._datasets.clear()
+                    self._pixels = None
+                self._base = None
+                self._features.clear()
+                runtime.release_memory(device)  # first: two bases would not fit on a GPU
             memory.check(config, device)
             dtype = runtime.DTYPES[config.dtype_of_base]
             spread = config.device_map == "auto"

@@ -37,6 +37,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.long
 def test_what_is_computed_is_rehearsed(short: None, tiny_checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "check.json"
     code = main(["--rehearse", "--parts", "1", "--model", str(tiny_checkpoint), "--json", str(file)])
@@ -49,6 +50,7 @@ def test_what_is_computed_is_rehearsed(short: None, tiny_checkpoint: Path, tmp_p
     assert all(row["ok"] for row in rows.values())
 
 
+@pytest.mark.long
 def test_steps_are_rehearsed(short: None, tiny_checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "check.json"
     assert main(["--rehearse", "--parts", "2", "--model", str(tiny_checkpoint), "--json", str(file)]) == 0

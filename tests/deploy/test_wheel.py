@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from tests.support.search_process import ROOT, environment
 
 PACKAGES = ("search", "trainer", "studies")
@@ -27,6 +29,7 @@ if __name__ == "__main__":
 once, since importing everything takes five seconds."""
 
 
+@pytest.mark.long
 def test_the_demo_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
     """Built from the tracked files alone, unpacked, and run where no checkout is, but a `trainer.py` of somebody's."""
     source = tmp_path / "source"

@@ -56,6 +56,7 @@ def files_with(secret: str, folder: Path) -> list[str]:
     return [str(path) for path in files if secret.encode() in path.read_bytes() or secret in path.name]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_search_and_a_report_on_postgresql(
     postgres: Postgres,

@@ -50,6 +50,7 @@ def call(small: small_study.Small) -> Call:
     return call
 
 
+@pytest.mark.long
 def test_the_cards_own_code_captions_in_a_process_without_this_project(
     call: Call, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:

@@ -312,6 +312,7 @@ def test_output_that_goes_away_costs_no_trial(tmp_path: Path, gone: str) -> None
     assert ("the output goes nowhere from now on" in kept) == (gone != "closed")
 
 
+@pytest.mark.long
 def test_ctrl_c_while_imports_are_made(tmp_path: Path, search: Any) -> None:
     running = search(command(tmp_path / "runs", "--trials", "1", settings=LONG), fresh=True)
     running.wait_for("study rsicap_mini")  # the supervisor is ready long before the imports

@@ -238,6 +238,7 @@ class TestParameters:
         assert sixty.tables["lora_r"].within_noise
         assert not sixty.tables["lora_r"].says
 
+    @pytest.mark.long
     def test_where_nothing_matters_hardly_any_study_shows_something(self) -> None:
         """Of nine tables at 5 % each, a third did."""
         noise = measure([])
