@@ -162,7 +162,7 @@ def _rows(best: Experiment | None) -> int | None:
     if best is None:
         return None
     bound, train, val = best.record.config.get("max_samples"), *map(best.tag, ("num_train_samples", "num_val_samples"))
-    if bound is None or train is None or val is None or train + val < bound:
+    if bound is None or train is None or val is None or train + val < bound or best.tag("split.left_out") == 0:
         return None
     return int(train + val)
 

@@ -48,6 +48,8 @@ class SplitFacts:
     val_classes: int = 0
     test_rows: int = 0
     """Rows of a given test split, which are not used."""
+    left_out: int = 0
+    """Rows that `max_samples` leaves out."""
     warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
@@ -87,6 +89,7 @@ class SplitFacts:
             "split.val_scenes": self.val_scenes,
             "split.val_classes": self.val_classes,
             "split.test_rows": self.test_rows,
+            "split.left_out": self.left_out,
         }
         if self.warnings:
             values["split.warnings"] = "\n".join(self.warnings)
@@ -138,6 +141,7 @@ def divide(examined: Examined, config: TrainConfig) -> tuple[tuple[Row, ...], tu
         val_scenes=len({row.scene for row in val}) if _has_scenes(examined.rows) else 0,
         val_classes=len({row.label for row in val} - {None}),
         test_rows=examined.test_rows,
+        left_out=len(examined.rows) - len(chosen),
         warnings=tuple(warnings),
     )
     return tuple(train), tuple(val), facts

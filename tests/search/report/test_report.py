@@ -445,7 +445,8 @@ class TestNextSteps:
         whole = [replace(t, config={**t.config, "max_samples": None}) for t in made]
         large = [replace(t, config={**t.config, "max_samples": 4000}) for t in made]
         decayed = [replace(t, config={**t.config, "lr_scheduler_type": "linear"}) for t in made]
-        assert all(gather(study(each)).next.command("data") is None for each in (whole, large))
+        exact = [replace(t, tags={**t.tags, "split.left_out": "0"}) for t in made]
+        assert all(gather(study(each)).next.command("data") is None for each in (whole, large, exact))
         assert gather(study(decayed)).next.command("schedule") is None
         searched = replace(record, definition={**record.definition, "space": {
             **record.definition["space"], "lr_scheduler_type": {"type": "Choice", "values": ["linear", "cosine"]},

@@ -103,6 +103,7 @@ def test_given_splits_are_used_and_keep_their_share() -> None:
     assert all(row.given == "validation" for row in found.val)
     fewer = split(made(rows), TrainConfig(max_samples=20))
     assert (len(fewer.train), len(fewer.val)) == (15, 5)
+    assert [facts.left_out for facts in (found.facts, fewer.facts)] == [0, 80]
     least = split(made(rows), TrainConfig(max_samples=2))
     assert (len(least.train), len(least.val)) == (1, 1)
     other = split(made(rows), TrainConfig(split="random"))
