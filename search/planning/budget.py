@@ -53,10 +53,15 @@ class Budget:
             if plan is None:
                 taken, needed = epochs_reported(trials) + epochs_to_come(trials, self.each), self.each
             else:
-                taken, needed = epochs_reported(trials) + min(plan.wanted(trials), self.epochs // 2), 1
+                begun = sum(t.state.name == "RUNNING" and not t.intermediate_values for t in trials)
+                taken, needed = epochs_reported(trials) + begun + min(plan.wanted(trials), self.epochs // 2), 1
             if taken >= self.epochs or (taken and taken + needed > self.epochs):
                 return False
         return number_counted(trials) < self.trials
+
+    def left(self, trials: Sequence[FrozenTrial]) -> int | None:
+        """Epochs that are left; None where the budget is none of epochs."""
+        return None if self.epochs is None else max(0, self.epochs - epochs_reported(trials))
 
     def is_spent(self, trials: Sequence[FrozenTrial]) -> bool:
         """Whether all epochs are trained: nothing begins or goes on."""

@@ -18,24 +18,28 @@ from search import records
 class Plan(Protocol):
     """A rule of pausing. It knows nothing but the trials: the same trials give the same answer, on any host."""
 
-    def pause(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, *, new_left: bool) -> str | None:
+    def pause(
+        self, trials: Sequence[FrozenTrial], trial: FrozenTrial, *, new_left: bool, left: int | None = None
+    ) -> str | None:
         """Why a running trial should pause after its latest epoch, for people to read; None to go on.
 
         Args:
             trials: All trials of the study.
             trial: The running one, its latest epoch reported.
             new_left: Whether another configuration could begin in its place, a queued one too.
+            left: Epochs that a budget of epochs has left, None without one.
         """
 
     def may_gain(self, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:
         """Whether more epochs of a running trial may lower the study's lowest loss, though its own rises."""
 
-    def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool) -> int | None:
+    def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool, left: int | None = None) -> int | None:
         """Number of the paused trial that goes on now; None to begin a new configuration, or for nothing at all.
 
         Args:
             trials: All trials of the study.
             new_left: Whether a new configuration can begin.
+            left: See `pause`.
         """
 
     def wanted(self, trials: Sequence[FrozenTrial]) -> int:

@@ -57,7 +57,9 @@ class FreezeThaw(Plan):
 
     # ------------------------------------------------------------------ Plan
 
-    def pause(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, *, new_left: bool) -> str | None:
+    def pause(
+        self, trials: Sequence[FrozenTrial], trial: FrozenTrial, *, new_left: bool, left: int | None = None
+    ) -> str | None:
         """See `Plan.pause`."""
         if is_repeat(trial):
             return None
@@ -89,7 +91,7 @@ class FreezeThaw(Plan):
             return False
         return not _is_hopeless(own, outlook.of([own])[0])
 
-    def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool) -> int | None:
+    def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool, left: int | None = None) -> int | None:
         """See `Plan.resume`."""
         waiting = paused(trials)
         outlook = self.outlook(trials)

@@ -192,7 +192,7 @@ class PausingPruner(RisingLossPruner):
         if self._budget.is_spent(trials):
             return Outcome(state="WAITING", reason=records.PAUSED, detail=self._budget.spent())
         new_left = any(map(is_unbegun, trials)) or self._budget.new_left(trials, self.plan)
-        why = self.plan.pause(trials, trial, new_left=new_left)
+        why = self.plan.pause(trials, trial, new_left=new_left, left=self._budget.left(trials))
         return None if why is None else Outcome(state="WAITING", reason=records.PAUSED, detail=why)
 
 

@@ -72,7 +72,7 @@ class LongestFirst(OrderedStudy):
             return new_left
         spent = budget.is_spent(trials)
         if not spent:
-            self._resumed = self.plan.resume(trials, new_left=new_left)
+            self._resumed = self.plan.resume(trials, new_left=new_left, left=budget.left(trials))
         if self._resumed is None and not new_left and not any(t.state == TrialState.RUNNING for t in trials):
             best = min(waiting, key=lambda t: (lowest(t.intermediate_values) or (math.inf,), t.number))
             self._resumed = best.number  # the best first: it may be the study's, see `pruning.settled`

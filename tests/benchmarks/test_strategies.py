@@ -85,6 +85,16 @@ def test_ours_ends_by_itself_with_its_configurations(world: World, slots: int) -
     assert max(run.done for run in leaders) == EPOCHS
 
 
+@pytest.mark.parametrize("times", [3, 4, 6])
+def test_a_small_budget_brings_some_leaders_to_their_end(world: World, times: int) -> None:
+    """Eight begin at once; what is left then is not shared by five that all stay on their way."""
+    given = setting(world, slots=8, budget=times * EPOCHS)
+    found = played(world, STRATEGIES["ours"].make(given), given)
+    assert found.spent == given.budget
+    whole = [run for run in found.runs.values() if run.done == EPOCHS]
+    assert len(whole) >= times // 2
+
+
 def test_a_trial_that_waits_goes_on_where_it_stopped(world: World) -> None:
     given = setting(world, slots=2, budget=60)
     play = Play(study=Rungs(RandomSampler(seed=0), rungs=(1, 3)), judge=pausing((1, 3)))

@@ -223,6 +223,27 @@ def test_once_nothing_is_left_to_begin_the_leaders_go_on_to_their_end() -> None:
     assert plan.wanted(trials) == 0
 
 
+def test_what_a_budget_has_left_brings_leaders_to_their_end_and_not_all_of_them_on_their_way() -> None:
+    plan = RungPlan(20)
+    trials = [running(n, (0.6, 0.55, 0.5 + n / 100), "WAITING") for n in range(LEADERS)]
+    assert [plan.resume(trials, new_left=False, left=left) for left in (1, 17, 34)] == [0, 0, 0], "17 epochs each"
+    trials[0] = running(0, (0.6, 0.55, 0.5))
+    assert plan.resume(trials, new_left=False, left=33) is None, "enough for the one that is training, alone"
+    assert plan.resume(trials, new_left=False, left=34) == 1
+    assert plan.pause(trials, trials[0], new_left=False, left=1) is None, "the best goes on to the last epoch"
+    second = running(1, tuple(trials[1].intermediate_values.values()))
+    assert plan.pause([trials[0], second, *trials[2:]], second, new_left=False, left=34) is None
+    why = plan.pause([trials[0], second, *trials[2:]], second, new_left=False, left=33)
+    assert why == "the 33 epochs that are left go to leaders that can reach their end"
+    trials[0] = running(0, (0.6, 0.55, 0.5) + (0.4,) * 17, "COMPLETE")
+    assert plan.resume(trials, new_left=False, left=3) == 1, "what is left when all that could have ended"
+    two, beside = [second, trials[2]], running(9, (0.6,) * 4)
+    for left, goes_on in ((38, None), (39, 2)):
+        assert RungPlan(20, leaders=2).resume([*two, beside], new_left=False, left=left) == goes_on
+    near = running(4, (0.6,) * 18 + (0.545,), "WAITING")
+    assert plan.resume([*trials[:4], near], new_left=False, left=18) == 4, "two of them: the furthest first"
+
+
 def test_trials_that_wait_to_begin_may_take_a_trial_s_place() -> None:
     """Given by hand, they count from the start, so that no other is left: of nine all were trained to their end."""
     study = optuna.create_study(pruner=pruner_for("rungs", MINI, Budget(3)))
@@ -278,6 +299,8 @@ def test_without_a_plan_a_trial_begins_if_its_epochs_are_left() -> None:
     assert not Budget(99, epochs=40, each=20).new_left([done, asked])
     assert Budget(99, epochs=60, each=20).new_left([done, asked])
     assert Budget(99, epochs=25, each=20).new_left([done], RungPlan(20)), "which pauses what begins"
+    beside = [running(number, ()) for number in range(1, 6)]
+    assert [Budget(99, epochs=25).new_left([done, *beside[:n]], RungPlan(20)) for n in (4, 5)] == [True, False]
 
 
 @pytest.mark.parametrize("number", [1, 3, 12, 40])
