@@ -68,10 +68,8 @@ class RungPlan(Plan):
         field = self._among([*(t for t in trials if t.number != trial.number), trial])
         if not _has(field, trial):
             return None
-        by_rungs = new_left or left is None
-        if by_rungs and self._is_among_best(field, trial, epoch):
-            return None
-        if not new_left and _has(self._leaders(field, left), trial):
+        by_rungs, leaders = self._goes_on(field, new_left, left)
+        if _has(leaders, trial) or (by_rungs and self._is_among_best(field, trial, epoch)):
             return None
         if by_rungs:
             return f"not among the best third of those that reached epoch {epoch}"
@@ -90,11 +88,9 @@ class RungPlan(Plan):
     def resume(self, trials: Sequence[FrozenTrial], *, new_left: bool, left: int | None = None) -> int | None:
         """See `Plan.resume`: of those that are among the best of their rung, the one that has come furthest."""
         field = self._among(trials)
-        worth: list[FrozenTrial] = []
-        if new_left or left is None:
-            worth = [t for t in paused(field) if self._is_among_best(field, t, max(t.intermediate_values))]
-        if not worth and not new_left:
-            worth = paused(self._leaders(field, left))
+        by_rungs, leaders = self._goes_on(field, new_left, left)
+        worth = paused(field) if by_rungs else []
+        worth = [t for t in worth if self._is_among_best(field, t, max(t.intermediate_values))] or paused(leaders)
         return max(worth, key=lambda t: (max(t.intermediate_values), -t.number)).number if worth else None
 
     def wanted(self, trials: Sequence[FrozenTrial]) -> int:
@@ -119,6 +115,15 @@ class RungPlan(Plan):
         """See `Plan.give_up`."""
         epoch = max(trial.intermediate_values)
         return f"paused after epoch {epoch}, and not among the best third of those that reached it until the end"
+
+    def _goes_on(
+        self, field: Sequence[FrozenTrial], new_left: bool, left: int | None
+    ) -> tuple[bool, list[FrozenTrial]]:
+        """(whether the best of a rung go on, the leaders that do); a budget's end is for leaders until they ended."""
+        if new_left:
+            return True, []
+        leaders = self._leaders(field, left)
+        return left is None or all(t.state.is_finished() for t in leaders), leaders
 
     def _is_among_best(self, field: Sequence[FrozenTrial], trial: FrozenTrial, epoch: int) -> bool:
         """Whether the trial is among the best `1 / one_of` at this epoch; the only one there is not."""

@@ -240,6 +240,10 @@ def test_what_a_budget_has_left_brings_leaders_to_their_end_and_not_all_of_them_
     two, beside = [second, trials[2]], running(9, (0.6,) * 4)
     for left, goes_on in ((38, None), (39, 2)):
         assert RungPlan(20, leaders=2).resume([*two, beside], new_left=False, left=left) == goes_on
+    third = running(2, (0.45,), "WAITING")
+    for began, goes_on in ((0.4, None), (0.6, 2)):
+        ended = [running(n, (began, *(0.4,) * 19), "COMPLETE") for n in range(2)]
+        assert RungPlan(20, leaders=2).resume([*ended, third], new_left=False, left=9) == goes_on, "by rungs again"
     near = running(4, (0.6,) * 18 + (0.545,), "WAITING")
     assert plan.resume([*trials[:4], near], new_left=False, left=18) == 4, "two of them: the furthest first"
 
