@@ -108,6 +108,10 @@ def workers_of(search: Search) -> list[psutil.Process]:
     return search_process.workers_of(search.process.pid)
 
 
+REST_S = 1800.0
+"""What the rest of a study may take after the last kill: 12 minutes, were four processes on two cores."""
+
+
 def storm(start: Callable[[], Search], kills: Sequence[str], rng: random.Random, *, longest_s: float) -> Counter[str]:
     """Kill -9 a `worker`, the `supervisor`, `both`, or the `importer` that workers are forked from, at random moments.
 
@@ -138,11 +142,11 @@ def storm(start: Callable[[], Search], kills: Sequence[str], rng: random.Random,
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
         done[what] += 1
-    if search.process.poll() is None and search.process.wait(search_process.PATIENCE_S) == 0:
+    if search.process.poll() is None and search.process.wait(REST_S) == 0:
         return done
     search.kill()
     last = start()
-    assert last.end() == 0, last.output()
+    assert last.end(REST_S) == 0, last.output()
     return done
 
 
