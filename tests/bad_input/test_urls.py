@@ -66,6 +66,7 @@ def place(url: str, here: Any) -> str:
     return url.replace("HERE", str(here))
 
 
+@pytest.mark.long
 @examples(60)
 @given(URLS)
 @example("sqlite:///HERE/new.db?nothing=1")  # sqlite3 raises TypeError

@@ -153,6 +153,7 @@ def test_the_console_script_and_strangers(tmp_path: Path) -> None:
         assert listed.returncode == 0 and "rsicap_mini" in listed.stdout, listed.stderr
 
 
+@pytest.mark.long
 def test_commands_of_the_console_script() -> None:
     from search.terminal.commands import COMMANDS
 

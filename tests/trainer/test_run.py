@@ -36,6 +36,7 @@ def small(**fields: object) -> list[str]:
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
 
+@pytest.mark.long
 def test_a_run_of_the_embedded_model_and_its_continuation(tmp_path: Path, call: Call) -> None:
     command = [sys.executable, "-W", "error", "-m", "trainer.run", *small(), "--out", str(tmp_path / "out")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -174,6 +174,7 @@ def test_experiments_of_earlier_versions_stay_their_studies(tmp_path: Path) -> N
     assert open_tracking(uri, tmp_path).experiment("rsicap") == before, "the name alone"
 
 
+@pytest.mark.long
 def test_the_advice_for_a_deleted_experiment_works_as_pasted(tmp_path: Path, monkeypatch: Any) -> None:
     folder = tmp_path / "it's here"
     folder.mkdir()

@@ -57,6 +57,7 @@ def test_with_one_worker_the_same_seed_gives_the_same_study_and_slots_do_not_cou
     ]
 
 
+@pytest.mark.long
 def test_a_study_that_goes_on_samples_what_a_longer_one_would_have(search: Search) -> None:
     """Neither the sampler nor its seeds see the repeats in between; the verdict counts those that are there."""
     whole, _ = search(trials=7, slots=1, where="whole", max_samples=8)
@@ -91,6 +92,7 @@ def test_a_repeat_that_diverges_ends_its_candidate_and_one_that_rises_goes_on(
     assert verdict.kind == "left" and verdict.choice != bad[0].attrs[records.REPEAT_OF]
 
 
+@pytest.mark.long
 def test_one_that_is_interrupted_or_lost_is_the_same_repeat_again(
     search: Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:

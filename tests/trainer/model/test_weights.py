@@ -134,6 +134,7 @@ def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
             check(str(folder))
 
 
+@pytest.mark.long
 def test_the_process_says_all_that_is_wrong(tmp_path: Path) -> None:
     """In one answer: weights of one model, modules of another, a device."""
     broken = checkpoints.edit_weights(checkpoints.write(tmp_path / "broken"), without("query_tokens"))
