@@ -31,8 +31,8 @@ check: install
 test: check
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# Whole programs of five seconds and more, which would make `make test` longer than ten minutes (of 10:30 on two cores 40 s
-# are types and lint, with seven of them yet among the tests); CI runs these after it.
+# Whole programs of five seconds of processor and more. CI runs them after `make test`, which is to take less than ten
+# minutes from a fresh clone: with half of these it took 10:30, 40 s of it types and lint.
 test-long: install
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m long -n 2
 
