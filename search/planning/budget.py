@@ -53,7 +53,7 @@ class Budget:
             if plan is None:
                 taken, needed = epochs_reported(trials) + epochs_to_come(trials, self.each), self.each
             else:
-                begun = sum(t.state.name == "RUNNING" and not t.intermediate_values for t in trials)
+                begun = sum(t.state.name == "RUNNING" and not t.intermediate_values for t in _own(trials))
                 taken, needed = epochs_reported(trials) + begun + min(plan.wanted(trials), self.epochs // 2), 1
             if taken >= self.epochs or (taken and taken + needed > self.epochs):
                 return False
@@ -75,13 +75,18 @@ def epochs_to_come(trials: Sequence[FrozenTrial], each: int) -> int:
         trials: All of the study's.
         each: Epochs of one that was just asked for, and has no configuration yet.
     """
-    running = [t for t in trials if t.state.name == "RUNNING" and records.REPEAT_OF not in t.user_attrs]
+    running = [t for t in _own(trials) if t.state.name == "RUNNING"]
     left = [(t.user_attrs.get(records.CONFIG, {}).get("num_epochs", each), t.intermediate_values) for t in running]
     return sum(max(0, planned - max(reported, default=0)) for planned, reported in left)
 
 
 def epochs_reported(trials: Sequence[FrozenTrial]) -> int:
     """Epochs that a study's own trials have trained; those of a trial that was lost are its successor's, too."""
-    own = [trial for trial in trials if records.REPEAT_OF not in trial.user_attrs]
+    own = _own(trials)
     resumed = {t.user_attrs[records.RESUMES] for t in own if records.RESUMES in t.user_attrs}
     return sum(max(t.intermediate_values, default=0) for t in own if t.number not in resumed)
+
+
+def _own(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Those that are no repeats."""
+    return [trial for trial in trials if records.REPEAT_OF not in trial.user_attrs]

@@ -129,6 +129,20 @@ def test_what_is_needed_is_logged(
     assert f"{tiny_checkpoint} in float32: {needed(str(tiny_checkpoint), 'float32')}; cpu has" in caplog.text
 
 
+def test_what_is_left_of_an_earlier_base_or_of_one_that_failed_is_released(
+    small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[torch.device] = []
+    monkeypatch.setattr(runtime, "release_memory", released.append)
+    bench = Workbench()
+    assert bench.base(small()) is bench.base(small()) and not released, "nothing was there before the first"
+    with pytest.raises(ModelError):
+        bench.base(small(model=str(tmp_path / "gone")))
+    assert len(released) == 1
+    bench.base(small())
+    assert len(released) == 2
+
+
 def losses(config: Any, folder: Path) -> list[float]:
     """The losses of a run, by step."""
     return [event.loss for event in train(config, Workbench(), folder) if isinstance(event, StepEnded)]
