@@ -305,6 +305,9 @@ def test_without_a_plan_a_trial_begins_if_its_epochs_are_left() -> None:
     assert Budget(99, epochs=25, each=20).new_left([done], RungPlan(20)), "which pauses what begins"
     beside = [running(number, ()) for number in range(1, 6)]
     assert [Budget(99, epochs=25).new_left([done, *beside[:n]], RungPlan(20)) for n in (4, 5)] == [True, False]
+    repeat = running(6, ())
+    repeat.set_user_attr(records.REPEAT_OF, 0)
+    assert Budget(99, epochs=25).new_left([done, *beside[:4], repeat], RungPlan(20)), "none of the search's own"
 
 
 @pytest.mark.parametrize("number", [1, 3, 12, 40])
