@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow every process on a small machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test suite test-long test-slow simulate check audit lock install clean gpu-check gpu-wheels
+.PHONY: demo test test-long test-slow simulate check audit lock install clean gpu-check gpu-wheels
 
 install: .venv/installed
 
@@ -25,18 +25,14 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Types and lint beside the tests: mypy takes half a minute of one core in a fresh clone.
-test: install
-	+$(MAKE) --no-print-directory --jobs 2 check suite
-
 # Three processes on two cores: tests wait for other processes and databases a quarter of the time (7:56, with two 9:57;
 # on a slower machine 11:50, with four 12:14). Bytecode is kept, also where the environment says not to: programs under
 # test compile our modules anew otherwise, for a second each.
-suite: install
+test: check
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# Whole programs of five seconds of processor and more. CI runs them after `make test`, which is to take less than ten
-# minutes from a fresh clone.
+# Tests of five seconds of processor and more. CI runs them after `make test`, which is to take less than ten minutes
+# from a fresh clone. Types and lint beside the tests instead of before them saved nothing.
 test-long: install
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m long -n 2
 

@@ -16,7 +16,7 @@ from tests.support.search_process import ROOT, environment
 def test_with_many_more_examples() -> None:
     if os.environ.get("BAD_INPUT_DEEP"):
         pytest.skip("this is what it runs")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/bad_input"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "tests/bad_input"]
     deselected = ("--deselect", "tests/bad_input/test_processes.py")
     done = subprocess.run(
         [*command, *deselected],

@@ -103,6 +103,7 @@ def all_configurations(content: str) -> None:
         study.config(trial.params)
 
 
+@pytest.mark.long
 @examples(120)
 @given(st.sampled_from(list(GOOD)), VALUES)
 @example("seed", "-1")
@@ -121,6 +122,7 @@ def test_a_field_of_another_kind(field: str, value: str) -> None:
         outcome.check_refused("mine.py")
 
 
+@pytest.mark.long
 @examples(150)
 @given(SPACES)
 @example("{'lora_r': Float(1, 8)}")  # half ranks would be sampled

@@ -206,6 +206,7 @@ def test_calls_that_fail_at_random_before_or_after_they_are_made(
     assert not [*place.runs().outbox.folder.glob("*.rejected")]
 
 
+@pytest.mark.long
 def test_processes_that_are_killed_while_they_deliver(place: Place, expected: dict[str, Any]) -> None:
     """Before or after a call is made, between calls that fail: the next one goes on."""
     place.fail = lambda: "before"
@@ -249,6 +250,7 @@ def test_away_for_a_while(since: int, until: int, place: Place, expected: dict[s
     assert content(place.uri) == expected
 
 
+@pytest.mark.long
 def test_a_trial_that_goes_on_while_any_one_call_of_the_delivery_fails(place: Place) -> None:
     """It began while MLflow was away, and its file is delivered and begun anew while it trains."""
     runs = place.runs()

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,6 +56,7 @@ def any_curve(draw: st.DrawFn) -> Curve:
 CURVE_IDS = set(IDS) - {"healthy", "inconclusive", "warmup_exceeds_training", "slow_epoch"}
 
 
+@pytest.mark.long
 @settings(max_examples=400, deadline=None)
 @given(any_curve())
 def test_any_curve_is_diagnosed(found: Curve) -> None:

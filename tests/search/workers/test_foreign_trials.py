@@ -80,6 +80,7 @@ def poison(study: optuna.Study) -> None:
     storage.set_trial_param(left, "learning_rate", 0.5, RATE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [{}, {"strategy": "freeze-thaw", "pruner": "freeze-thaw"}], ids=["joint", "planned"])
 def test_what_other_programs_queue_costs_no_other_trial(search: Search, how: dict[str, str]) -> None:
     trials, heard = search(trials=len(QUEUED) + len(SOUND) + 8, slots=2, num_epochs=1, prepare=poison, **how)

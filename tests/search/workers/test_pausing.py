@@ -68,6 +68,7 @@ def test_who_may_be_the_winner_is_captioned(
     assert len(may_win) < len(trials) or apart > 0
 
 
+@pytest.mark.long
 def test_a_trial_that_paused_reaches_what_one_that_did_not_reaches(
     rungs: None, search: Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_trial_that_paused_reaches_what_one_that_did_not_reaches(
         assert trial.value == by_params[tuple(sorted(trial.params.items()))]
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_study_interrupted_between_pauses_or_not(
     rungs: None, search: Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def test_without_a_word_nothing_is_repeated(search: Search) -> None:
     assert not parts(trials)[1]
 
 
+@pytest.mark.long
 def test_with_one_worker_the_same_seed_gives_the_same_study_and_slots_do_not_count(search: Search) -> None:
     first, _ = search(trials=3, slots=1, confirm=RULES)
     again, _ = search(trials=3, slots=1, confirm=RULES, where="again")

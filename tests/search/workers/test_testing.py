@@ -32,6 +32,7 @@ def read(runs: Path, verdict: Verdict = NONE_NAMED) -> TestLosses | None:
         close_storage(storage)
 
 
+@pytest.mark.long
 def test_the_candidates_are_judged_once_by_rows_that_none_has_seen(
     search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,7 @@ def test_a_full_disk_at_a_checkpoint_fails_no_trial(search: Search, monkeypatch:
     assert [t.state for t in trials] == ["WAITING", "WAITING"]
 
 
+@pytest.mark.long
 def test_a_trial_too_large_for_memory_violates_a_constraint_and_its_neighbours_go_on(
     search: Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,7 @@ def test_ensure_data_generates_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [path.name for path in first.parent.iterdir()] == [first.name]
 
 
+@pytest.mark.long
 def test_two_at_once_get_the_same_complete_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_SEARCH_CACHE", str(tmp_path))
     found = []
