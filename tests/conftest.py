@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import tempfile
 import time
@@ -111,6 +112,28 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The embedded data is generated into a folder of this session, not into the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_SEARCH_CACHE", str(once.folder(tmp_path_factory) / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _embedded_images(_cache: None) -> Iterator[None]:
+    """The 640 images of the embedded data are decoded once a process: programs in tests looked at them 76 times, half a
+    second each.
+    """
+    from trainer.data import dataset
+
+    look, folder = dataset._look, Path(os.environ["LORA_SEARCH_CACHE"])
+    kept: dict[Path, Any] = {}
+
+    def once_each(image: Path, names: Any) -> Any:
+        if folder not in image.parents:
+            return look(image, names)
+        if image not in kept:
+            kept[image] = look(image, names)
+        return kept[image]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "_look", once_each)
         yield
 
 
