@@ -117,8 +117,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _embedded_images(_cache: None) -> Iterator[None]:
-    """The 640 images of the embedded data are decoded once a process: programs in tests looked at them 76 times, half a
-    second each.
+    """The 640 images of the embedded data are decoded once a process: programs in tests looked at them 76 times,
+    half a second each.
     """
     from trainer.data import dataset
 
