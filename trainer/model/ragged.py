@@ -39,7 +39,7 @@ class Ragged:
     stay in their sample."""
     gradients: torch.Tensor | None
     """(B x L,): the same, but N for padding: the row of zeros that is put behind the gradient of `unpad`."""
-    _heads: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, compare=False)
+    _heads: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, compare=False)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device, longest: int = 0) -> Ragged:
@@ -97,23 +97,23 @@ class Ragged:
                 .transpose(1, 2)
                 .reshape(self.samples * heads, self.length, -1)
             )
-        slots, sources = self._by_head(heads)
+        slots, sources = self._by_head(heads, rows.device)
         parts = rows.reshape(-1, rows.shape[1] // heads)
         if zeros and rows.device.type in ZEROS_GATHERED:
             assert self.gradients is not None
             whole = torch.cat([parts, parts.new_zeros(heads, parts.shape[1])])
-            out = whole.index_select(0, self._gradients_by_head(heads))
+            out = whole.index_select(0, self._gradients_by_head(heads, rows.device))
         elif zeros:
             out = parts.new_zeros(len(sources), parts.shape[1]).index_copy_(0, slots, parts)
         else:
             out = parts.index_select(0, sources)
         return out.view(self.samples * heads, self.length, -1)
 
-    def _gradients_by_head(self, heads: int) -> torch.Tensor:
+    def _gradients_by_head(self, heads: int, device: torch.device) -> torch.Tensor:
         """The part of a row for each of (B, heads, L) places; behind all parts, `heads` of zeros, for padding."""
         assert self.gradients is not None
-        head = torch.arange(heads, device=self.gradients.device)
-        return (self.gradients.view(-1, 1, self.length) * heads + head[:, None]).view(-1)
+        head = torch.arange(heads, device=device)
+        return (self.gradients.to(device).view(-1, 1, self.length) * heads + head[:, None]).view(-1)
 
     def together(self, heads_apart: torch.Tensor, heads: int) -> torch.Tensor:
         """The inverse of `apart`: (B x heads, L, size) to (N, heads x size); no autograd."""
@@ -121,19 +121,22 @@ class Ragged:
         if self.places is None:
             whole = heads_apart.view(self.samples, heads, self.length, size).transpose(1, 2)
             return whole.reshape(self.samples * self.length, heads * size)
-        slots, _ = self._by_head(heads)
+        slots, _ = self._by_head(heads, heads_apart.device)
         return heads_apart.view(-1, size).index_select(0, slots).view(-1, heads * size)
 
-    def _by_head(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(places, sources) of the (N x heads) parts of rows among (B, heads, L) places, found once."""
-        if heads not in self._heads:
+    def _by_head(self, heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(places, sources) of the (N x heads) parts of rows among (B, heads, L) places, found once a device: in a base
+        that is spread, the rows of most layers are on another one than the layout.
+        """
+        key = heads, device
+        if key not in self._heads:
             assert self.places is not None and self.sources is not None
-            head = torch.arange(heads, device=self.places.device)
-            sample, place = self.places // self.length, self.places % self.length
-            slots = (sample[:, None] * heads + head) * self.length + place[:, None]
-            sources = self.sources.view(-1, 1, self.length) * heads + head[:, None]
-            self._heads[heads] = slots.view(-1), sources.view(-1)
-        return self._heads[heads]
+            places, sources = self.places.to(device), self.sources.to(device)
+            head = torch.arange(heads, device=device)
+            slots = (places[:, None] // self.length * heads + head) * self.length + places[:, None] % self.length
+            sources = sources.view(-1, 1, self.length) * heads + head[:, None]
+            self._heads[key] = slots.view(-1), sources.view(-1)
+        return self._heads[key]
 
 
 @dataclass(frozen=True)
