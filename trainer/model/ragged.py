@@ -39,7 +39,9 @@ class Ragged:
     stay in their sample."""
     gradients: torch.Tensor | None
     """(B x L,): the same, but N for padding: the row of zeros that is put behind the gradient of `unpad`."""
-    _heads: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, compare=False)
+    _heads: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, compare=False
+    )
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device, longest: int = 0) -> Ragged:
@@ -125,8 +127,9 @@ class Ragged:
         return heads_apart.view(-1, size).index_select(0, slots).view(-1, heads * size)
 
     def _by_head(self, heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(places, sources) of the (N x heads) parts of rows among (B, heads, L) places, found once a device: in a base
-        that is spread, the rows of most layers are on another one than the layout.
+        """(places, sources) of the (N x heads) parts of rows among (B, heads, L) places, found once a device.
+
+        In a base that is spread, the rows of most layers are on another one than the layout.
         """
         key = heads, device
         if key not in self._heads:
