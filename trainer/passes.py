@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from trainer.model import updates
 from trainer.model.base import Forward, at_least_float32, runs_on_rows
 from trainer.model.batch import Batch, layout_of, merge
 from trainer.model.forward import layers_again
+from trainer.model.graphs import NotRecorded
 from trainer.model.lora import Adapter, Hooks, Segment
 from trainer.model.stacked import Stack, can_stack
 from trainer.recorded import ForwardPass, Recorded
@@ -112,7 +114,8 @@ class Passes:
             if self._records([member for member, _ in parts]):
                 assert self._recorded is not None
                 self.alive()
-                return self._recorded.evaluate(parts, _vision_outputs(parts), self.forward).tolist()
+                with suppress(NotRecorded):
+                    return self._recorded.evaluate(parts, _vision_outputs(parts), self.forward).tolist()
             out, segments = self._forward(parts, training=False)
             sums = [out.token_losses[s.first_token : s.last_token].double().sum() for s in segments]
             return torch.stack(sums).tolist()
@@ -146,7 +149,9 @@ class Passes:
         tokens = [sum(batch.num_tokens() for batch in group) for _, group, _ in work]
         adapters = [member.adapter for member in self.passing]
         if all(len(parts) == 1 for parts in pieces) and self._records(self.passing):
-            return self._recorded_pass([(m, parts[0]) for m, parts in zip(self.passing, pieces, strict=True)], tokens)
+            with suppress(NotRecorded):  # then the step is made anew, its dropout drawn by the runs' own generators
+                one = [(member, parts[0]) for member, parts in zip(self.passing, pieces, strict=True)]
+                return self._recorded_pass(one, tokens)
         weights = adapters[0].weights
         zero = at_least_float32(torch.zeros((), dtype=weights.dtype, device=weights.device))
         losses, peaks = [zero] * len(work), [zero] * len(work)

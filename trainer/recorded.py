@@ -16,7 +16,7 @@ from trainer.member import Member
 from trainer.model.base import Forward, at_least_float32, runs_on_rows
 from trainer.model.batch import Batch, merge
 from trainer.model.forward import position_biases
-from trainer.model.graphs import Graphs
+from trainer.model.graphs import Graphs, NotRecorded
 from trainer.model.lora import Adapter, Hooks, Segment
 from trainer.model.ragged import flat, shape_of, views
 from trainer.model.rounding import filled_rank
@@ -80,6 +80,9 @@ class Recorded:
         """(Each run's mean loss over its label tokens, its query peak), (k,) each; gradients go to the adapters.
 
         The generators of dropout have been seeded for this step.
+
+        Raises:
+            NotRecorded: nothing was computed, and no pass is recorded from now on.
         """
         stack = self._stack([member.adapter for member, _ in parts])
         stack.load()
@@ -101,7 +104,7 @@ class Recorded:
     def evaluate(
         self, parts: Sequence[tuple[Member, Batch]], images: torch.Tensor, forward: ForwardPass
     ) -> torch.Tensor:
-        """Each run's sum of losses over its label tokens, (k,), float64."""
+        """Each run's sum of losses over its label tokens, (k,), float64. Raises as `train`."""
         stack = self._stack([member.adapter for member, _ in parts])
         stack.load()
 
@@ -139,7 +142,12 @@ class Recorded:
         def holds() -> Any:
             return none, position_biases()
 
-        return self._graphs.run(key, whole, images, compute, generators, holds)
+        try:
+            return self._graphs.run(key, whole, images, compute, generators, holds)
+        except NotRecorded:
+            self._rooms.clear()
+            self._stacks.clear()
+            raise
 
     def _stack(self, adapters: Sequence[Adapter]) -> Stack:
         """The adapters in a room that has been used before, if there is one of the size."""

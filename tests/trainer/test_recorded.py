@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -47,7 +49,7 @@ class Recorder:
         self.recorded = self.played = self.trained = 0
 
     def __call__(
-        self, compute: Callable[[], torch.Tensor], generators: Sequence[torch.Generator], pool: Any
+        self, compute: Callable[[], torch.Tensor], generators: Sequence[torch.Generator], where: graphs.Where
     ) -> graphs.Played:
         results = torch.empty(0)  # nothing is computed while a graph is recorded
         self.recorded += 1
@@ -220,18 +222,64 @@ def test_what_cannot_be_recorded_trains_all_the_same(
             for _ in range(3):  # an epoch has four steps
                 assert not [error for _, error in pack.round() if isinstance(error, Exception)]
     assert recorder.recorded == 0
-    plain = trained(bench, [small(num_epochs=6)], tmp_path / "plain", records=True)
+    config = small(num_epochs=6, lora_dropout=0.3)
+    plain = trained(bench, [config], tmp_path / "plain", records=True)
 
-    def refuses(*_: Any) -> graphs.Played:
+    def refuses(_: Any, generators: Sequence[torch.Generator], where: graphs.Where) -> graphs.Played:
+        for each in generators:  # those of a recording that did not end well cannot be drawn from any more
+            each.manual_seed(13)
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     graphs.RECORDERS["cpu"] = refuses
     with caplog.at_level(logging.WARNING, "trainer.graphs"):
-        found = trained(bench, [small(num_epochs=6)], tmp_path / "refused", records=True)
+        found = trained(bench, [config], tmp_path / "refused", records=True)
     assert caplog.messages == [
         "steps are not recorded as CUDA graphs from now on: operation not permitted when stream is capturing"
     ]
     assert found[0][0].losses == pytest.approx(plain[0][0].losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_gpu_that_is_not_the_current_one_is_recorded_on(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """All recordings of a device on one stream of its own, and the stream and device of before afterwards."""
+    current, streams, recorded = ["cuda:0"], ["of the process"], []
+
+    @contextmanager
+    def device(of: torch.device) -> Iterator[None]:
+        current.append(str(of))
+        try:
+            yield
+        finally:
+            current.pop()
+
+    @contextmanager
+    def graph(_: object, *, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        recorded.append((current[-1], stream, pool))
+        streams[-1] = stream
+        yield
+        if fails:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        streams[-1] = "of the process"
+
+    cuda = SimpleNamespace(
+        CUDAGraph=mock.Mock,
+        Stream=lambda of: f"stream of {of}",
+        current_stream=lambda: streams[-1],
+        device=device,
+        empty_cache=lambda: None,
+        graph=graph,
+        graph_pool_handle=lambda: (0, 1),
+        set_stream=lambda stream: streams.__setitem__(-1, stream),
+    )
+    monkeypatch.setattr(torch, "cuda", cuda)
+    kept = graphs.Graphs(torch.device("cuda:1"))
+    images, whole = mock.Mock(), mock.Mock()
+    for key in "aaabbb"[: 3 if fails else 6]:
+        with pytest.raises(graphs.NotRecorded) if fails and kept._kept.get(key) == graphs.USES else nullcontext():
+            kept.run(key, whole, images, lambda whole, images: torch.ones(1))
+    assert recorded == [("cuda:1", "stream of cuda:1", (0, 1))] * (1 if fails else 2)
+    assert current == ["cuda:0"] and streams == ["of the process"]
 
 
 def test_memory_that_runs_out_frees_recordings_first(

@@ -28,25 +28,47 @@ USES = 2
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(whole numbers, vision outputs), both on the device, -> results. All else that it reads stays where it is."""
 Played = tuple[torch.Tensor, Callable[[], None]]
-Recorder = Callable[[Callable[[], torch.Tensor], Sequence[torch.Generator], Any], Played]
-"""(computation, generators that it draws from, memory pool) -> (its results, what plays it again)."""
+Recorder = Callable[[Callable[[], torch.Tensor], Sequence[torch.Generator], "Where"], Played]
+"""(computation, generators that it draws from, where it is) -> (its results, what plays it again)."""
 
 log = logging.getLogger("trainer.graphs")
 
 
-def record_cuda(compute: Callable[[], torch.Tensor], generators: Sequence[torch.Generator], pool: Any) -> Played:
+class NotRecorded(Exception):
+    """A pass could not be recorded, and was not carried out; its generators may be of no use any more."""
+
+
+class Where:
+    """Where the recordings of one device are made: their common memory and stream.
+
+    PyTorch's own stream for it is of the device that was the current one at the first recording of the process; on
+    another device's, a recording is empty, which is only warned of, and its results never change.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def record_cuda(compute: Callable[[], torch.Tensor], generators: Sequence[torch.Generator], where: Where) -> Played:
     """Record a computation, which is not carried out meanwhile, as a CUDA graph.
 
     Raises:
         RuntimeError: it does what a graph cannot hold, or memory ran out.
     """
+    with torch.cuda.device(where.device):
+        return _record(compute, generators, where)
+
+
+def _record(compute: Callable[[], torch.Tensor], generators: Sequence[torch.Generator], where: Where) -> Played:
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
     before = torch.cuda.current_stream()
     try:
         # Other threads (vision outputs read ahead, pinned memory) may call what a recording thread may not.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=where.pool, stream=where.stream, capture_error_mode="thread_local"):
             results = compute()
     finally:
         torch.cuda.set_stream(before)  # where ending the recording failed, it stays on the recording's stream
@@ -74,7 +96,7 @@ class Graphs:
         self._recorder = RECORDERS.get(device.type)
         self._kept: OrderedDict[Hashable, _Recording | int] = OrderedDict()
         """What has been recorded, and how often other shapes came."""
-        self._pool: Any = None
+        self._where: Where | None = None
 
     @property
     def on(self) -> bool:
@@ -99,6 +121,9 @@ class Graphs:
             compute: the pass.
             generators: that it draws from, seeded before.
             holds: tensors to keep for as long as the recording.
+
+        Raises:
+            NotRecorded: it was to be recorded and cannot be; from now on none is.
         """
         recorder = self._recorder
         kept = self._kept.get(key, 0)
@@ -109,13 +134,12 @@ class Graphs:
             return compute(whole.to(self._device, non_blocking=True), images)
         if isinstance(kept, int):
             kept = _Recording(whole.to(self._device), images, holds())
-            if self._pool is None and self._device.type == "cuda":
-                self._pool = torch.cuda.graph_pool_handle()
+            self._where = self._where or Where(self._device)
             try:
-                kept.results, kept.play = recorder(lambda: compute(kept.whole, kept.images), generators, self._pool)
+                kept.results, kept.play = recorder(lambda: compute(kept.whole, kept.images), generators, self._where)
             except RuntimeError as error:
                 self.stop((str(error).strip().splitlines() or [type(error).__name__])[0])
-                return compute(whole.to(self._device, non_blocking=True), images)
+                raise NotRecorded from error
             self._kept[key] = kept
             self._kept.move_to_end(key)
             self._drop_oldest()
@@ -137,7 +161,7 @@ class Graphs:
     def clear(self) -> None:
         """Forget all recordings."""
         self._kept.clear()
-        self._pool = None
+        self._where = None
 
     def __len__(self) -> int:
         return sum(isinstance(each, _Recording) for each in self._kept.values())
