@@ -42,6 +42,8 @@ class Passes:
         """Most runs in one pass, where memory does not hold all of them; None for no limit."""
         self.again = False
         """Whether the language model's layers are computed again in the backward pass, since memory ran out."""
+        self.squeezed = False
+        """Whether memory ran out, and passes are carried out otherwise since then."""
         self.alive: Callable[[], None] = lambda: None
         """Called before each forward pass, in training and in evaluation."""
         self.records = True
@@ -136,7 +138,7 @@ class Passes:
         """Have the language model's layers computed again from now on; false where that changes nothing."""
         if self._layers_again(self.passing) or not self._may_compute_again(self.passing):
             return False
-        self.again = True
+        self.again = self.squeezed = True
         log.warning("out of memory: the language model's layers are computed again in the backward pass from now on")
         return True
 
@@ -242,6 +244,7 @@ class Passes:
         if self._recorded is None or not len(self._recorded):
             return False
         self._recorded.stop("out of memory")
+        self.squeezed = True
         return True
 
     def _records(self, members: Sequence[Member]) -> bool:
@@ -254,6 +257,7 @@ class Passes:
 
     def _pass_fewer(self, size: int) -> None:
         self.at_once = (size + 1) // 2
+        self.squeezed = True
         log.warning("out of memory with %d runs in one pass; continuing with %d", size, self.at_once)
 
     def _layers_again(self, members: Sequence[Member]) -> bool:

@@ -70,6 +70,11 @@ def samples_when_busy(
         with suppress(OSError, ValueError, KeyError, TypeError):
             return float(json.loads(file.read_text(encoding="utf-8"))["samples"])
         rates = _probe(config.model_copy(update={"batch_size": batch_size}), bench, clock)
+        if not rates:
+            log.warning(
+                "slots: no run came through the probe, so trials train one by one; --slots N packs them"
+            )
+            return float(batch_size)
         samples = batch_size * _runs_worth_having(rates)
         told = ", ".join(f"{runs}: {rate:.1f}" for runs, rate in rates.items())
         log.info("slots: probed samples a second by runs of %d in a pass: %s", batch_size, told)
@@ -89,7 +94,10 @@ def _runs_worth_having(rates: Mapping[int, float]) -> int:
 
 
 def _probe(config: TrainConfig, bench: Workbench, clock: Clock) -> dict[int, float]:
-    """Samples a second by the number of runs in a pass; a pass that memory does not hold ends it."""
+    """Samples a second by the number of runs in a pass; a pass that memory does not hold ends it.
+
+    Empty if not even one run trained: it diverged, as runs do in float16, or memory does not hold one sample.
+    """
     bench.inputs(config)  # vision outputs of all images are no part of the time
     began = clock()
     rates: dict[int, float] = {}
@@ -106,18 +114,24 @@ def _probe(config: TrainConfig, bench: Workbench, clock: Clock) -> dict[int, flo
 def seconds_of_a_round(
     config: TrainConfig, bench: Workbench, runs: int = 1, clock: Clock = time.perf_counter
 ) -> float | None:
-    """Seconds of one step of so many runs in a pass, recorded where passes are; None if memory does not hold them."""
+    """Seconds of one step of so many runs in a pass, recorded where passes are; None if memory does not hold them.
+
+    Nor where it holds them only since steps are launched instead of recorded, or layers computed again; and None if a
+    run ended: rounds of fewer runs would be timed, or of none.
+    """
     from trainer import runtime
     from trainer.loop import Pack
 
     device = runtime.resolve_device(config.device)
     with tempfile.TemporaryDirectory() as folder, Pack(bench) as pack:
         for number in range(runs):
-            own = config.model_copy(update={"seed": number, "num_epochs": 1000})
+            # At a rate that lets no run diverge: a step takes as long.
+            own = config.model_copy(update={"seed": number, "num_epochs": 1000, "learning_rate": 1e-9})
             pack.add(own, Path(folder) / str(number))
         seconds = _best_round(pack, device, clock)
-        halved = pack.passes.at_once is not None and runs > 1
-    return None if halved else seconds
+        squeezed = pack.passes.squeezed or pack.passes.at_once is not None
+        ended = len(pack.members) < runs
+    return None if ended or (squeezed and runs > 1) else seconds
 
 
 def _best_round(pack: Pack, device: torch.device, clock: Clock) -> float:
@@ -172,7 +186,9 @@ def _key(config: TrainConfig, bench: Workbench, batch_size: int) -> dict[str, An
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "model": base.fingerprint,
         "dtypes": [config.torch_dtype, config.dtype_of_base, config.matmul_precision],
+        "deterministic": config.deterministic,  # which decides the kernels
         "adapted": sorted(config.target_modules),
+        "rank": config.lora_r,
         "batch_size": batch_size,
         "vision": bench.uses_features(config),
         "tokens": round(sum(lengths) / len(lengths) / 10),

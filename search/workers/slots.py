@@ -131,23 +131,33 @@ def that_fit(study: Study, bench: Workbench) -> int:
     largest = {name: _edges(study.space.get(name)) for name in ("batch_size", "lora_r")}
     values = {name: max(edges) for name, edges in largest.items() if edges}
     config = config.model_copy(update=values)
-    needed = _told(config, bench) if device.type == "cuda" else None
+    needed = None
+    if device.type == "cuda":
+        needed = _told(config, bench)
+        # What is free is asked for with all vision outputs where they will lie, and without what a probe has left: so
+        # that whoever probes and whoever reads a probe back come to the same packs.
+        bench.inputs(config)
+        runtime.release_memory(device)
     if needed is None:
         needed = _measure(config, bench, device)
     return max(1, int(MEMORY_SHARE * runtime.free_memory(device) / max(needed, 1)))
 
 
 def _told(config: TrainConfig, bench: Workbench) -> int | None:
-    """Bytes that a run takes beside the base, as `trainer.model.peak` estimates; None for a model unknown there."""
+    """Bytes that a run takes beside the base, as `trainer.model.peak` estimates; None for a model unknown there.
+
+    What a step keeps counts twice where passes are recorded: recordings have memory of their own, and a pass of
+    another shape is carried out beside them. Without room for both, memory runs out at the first recording, and
+    steps are launched from then on: three times slower on an H200.
+    """
     from trainer.model import peak
 
     sizes = peak.Sizes.of(bench.base(config).model.config.to_dict())
     if sizes is None:
         return None
     train_set, _ = bench.datasets(config)
-    names = ("qformer", "prompt", "target")
-    means = [statistics.fmean(len(getattr(tokens, name)) for tokens in train_set.tokens) for name in names]
-    return peak.estimate(sizes, [config], peak.Lengths(*means), weights=0).total
+    found = peak.estimate(sizes, [config], peak.Lengths.of(train_set.tokens), weights=0)
+    return found.total + (found.kept + found.passing if bench.uses_features(config) else 0)
 
 
 def _measure(config: TrainConfig, bench: Workbench, device: torch.device) -> int:

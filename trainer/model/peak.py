@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from trainer.config import TrainConfig
 from trainer.model import memory
@@ -27,6 +27,17 @@ FLOAT = 4
 """Bytes of float32, of adapters and of what is kept for losses."""
 
 
+class Tokens(Protocol):
+    """A sample's token ids."""
+
+    @property
+    def qformer(self) -> Sequence[int]: ...
+    @property
+    def prompt(self) -> Sequence[int]: ...
+    @property
+    def target(self) -> Sequence[int]: ...
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Mean numbers of tokens of a sample, and the longest of each."""
@@ -36,6 +47,16 @@ class Lengths:
     labels: float
     longest_prompt: float = 0
     longest_labels: float = 0
+
+    @classmethod
+    def of(cls, samples: Sequence[Tokens]) -> Lengths:
+        """Of these samples. Without the longest, attention to padding is left out: on RSICap a sixth of a step in
+        bfloat16 and a fifth in float32.
+        """
+        lengths = [(len(each.qformer), len(each.prompt), len(each.target)) for each in samples]
+        instruction, prompt, labels = (sum(column) / len(column) for column in zip(*lengths, strict=True))
+        longest = [max(column) for column in zip(*lengths, strict=True)]
+        return cls(instruction, prompt, labels, longest_prompt=longest[1], longest_labels=longest[2])
 
 
 TYPICAL = Lengths(instruction=12, prompt=12, labels=90, longest_prompt=12, longest_labels=120)

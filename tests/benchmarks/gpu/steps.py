@@ -114,7 +114,8 @@ class Rows:
             with FlopCounterMode(display=False) as counter:
                 _round(pack)
             pack.passes.records = True
-            seconds, _ = self._timed(pack)
+            seconds, recorded = self._timed(pack)
+            reserved = torch.cuda.memory_reserved() if on_gpu else None
         self.found["ours", precision, batch, k] = Row(seconds, k * batch / seconds)
         flops = counter.get_total_flops()
         told = peak.estimate(self.scene.sizes, configs, lengths, weights=0, on_cpu=not on_gpu)
@@ -124,6 +125,9 @@ class Rows:
         facts["of_sheet"] = flops / seconds / self.sheet[precision] if self.sheet else None
         facts["told_gib"] = told.total / 2**30
         facts["taken_gib"] = None if highest is None else (highest - before) / 2**30
+        # A recording's memory stays: with it, and with all that PyTorch's allocator holds.
+        facts["recorded_gib"] = None if recorded is None else (recorded - before) / 2**30
+        facts["reserved_gib"] = None if reserved is None else reserved / 2**30
         facts["flops_told"] = k * batch * step_flops(self.scene.sizes, lengths) / flops
         self.report.say(f"ours, {precision}, {k} x {batch}", **facts)
 
@@ -255,9 +259,7 @@ def _round(pack: Pack) -> None:
 
 def _lengths(scene: Scene, config: TrainConfig) -> peak.Lengths:
     train_set, _ = scene.bench.datasets(config)
-    tokens = train_set.tokens
-    means = [sum(len(getattr(t, name)) for t in tokens) / len(tokens) for name in ("qformer", "prompt", "target")]
-    return peak.Lengths(*means)
+    return peak.Lengths.of(train_set.tokens)
 
 
 # --- HF Trainer ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from search.workers.slots import Slots
 from trainer import runtime
 from trainer.config import TrainConfig
 from trainer.loop import Pack
+from trainer.model import peak
 from trainer.model.graphs import USES
 from trainer.workbench import Workbench
 
@@ -115,6 +116,48 @@ def test_what_does_not_fit_is_not_packed(
     assert busy.samples_when_busy(small(), bench, 2, folder=tmp_path, clock=machine) == 4
 
 
+def test_what_fits_only_by_other_steps_is_not_packed(
+    monkeypatch: pytest.MonkeyPatch, bench: Workbench, small: Small, tmp_path: Path
+) -> None:
+    """Steps that are launched since recordings found no memory, or layers that are computed again."""
+    machine = Machine(monkeypatch, 0.018, 0.0008)
+    taken = Pack.round
+
+    def squeezed(pack: Pack) -> Any:
+        pack.passes.squeezed = len(pack.members) > 2
+        return taken(pack)
+
+    monkeypatch.setattr(Pack, "round", squeezed)
+    assert busy.samples_when_busy(small(), bench, 2, folder=tmp_path, clock=machine) == 4
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_runs_that_end_are_not_timed(
+    monkeypatch: pytest.MonkeyPatch, bench: Workbench, small: Small, tmp_path: Path, most: int
+) -> None:
+    """In float16 they diverge: a round of no runs takes no time, and was taken for 400,000 samples a second."""
+    machine = Machine(monkeypatch, 0.018, 0.0008)
+    taken = Pack.round
+
+    def ended(pack: Pack) -> Any:
+        found = taken(pack)
+        if len(pack.members) > most:
+            pack.members.clear()
+        return found
+
+    monkeypatch.setattr(Pack, "round", ended)
+    assert busy.samples_when_busy(small(), bench, 2, folder=tmp_path, clock=machine) == max(2, 2 * most)
+    assert len(list(tmp_path.glob("*.json"))) == (most > 0)  # what says nothing is not kept
+    assert (busy.seconds_of_a_round(small(), bench, clock=machine) is None) == (most == 0)
+
+
+def test_float16_ends_in_the_probe(bench: Workbench, small: Small, tmp_path: Path) -> None:
+    """For real: the embedded model's losses are not finite in it, as the hand-run log met."""
+    config = small(model="mini", data="mini", torch_dtype="float16")
+    assert busy.samples_when_busy(config, bench, 2, folder=tmp_path) == 2
+    assert not list(tmp_path.glob("*.json"))
+
+
 def test_on_a_gpu_the_probe_and_the_estimate_decide(
     monkeypatch: pytest.MonkeyPatch, bench: Workbench, small: Small
 ) -> None:
@@ -124,10 +167,27 @@ def test_on_a_gpu_the_probe_and_the_estimate_decide(
     monkeypatch.setattr(bench, "base", lambda config: base)
     told = slots._told(config.model_copy(update={"batch_size": 8}), bench)
     assert told is not None and told > 0
+    sizes = peak.Sizes.of(base.model.config.to_dict())
+    assert sizes is not None
+    tokens = bench.datasets(config)[0].tokens
+    lengths = peak.Lengths.of(tokens)
+    assert lengths.longest_labels == max(len(each.target) for each in tokens) > lengths.labels > 0
+    alone = peak.estimate(sizes, [config.model_copy(update={"batch_size": 8})], lengths, weights=0)
+    assert told == alone.total + alone.kept + alone.passing  # the recordings' own
     monkeypatch.setattr(runtime, "resolve_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(runtime, "free_memory", lambda device: int(5 * told / slots.MEMORY_SHARE) + 1)
+    asked: list[str] = []
+
+    def free(device: torch.device) -> int:
+        asked.append("free")
+        return int(5 * told / slots.MEMORY_SHARE) + 1
+
+    monkeypatch.setattr(bench, "inputs", lambda config: asked.append("vision outputs"))
+    monkeypatch.setattr(runtime, "release_memory", lambda device: asked.append("released"))
+    monkeypatch.setattr(runtime, "free_memory", free)
     monkeypatch.setattr(busy, "samples_when_busy", lambda config, bench, smallest: 16.0)
     assert slots.resolve(None, study, bench) == Slots(5, 16.0)
+    # Whether the probe has read all images and left blocks behind, or was read back.
+    assert asked == ["vision outputs", "released", "free"]
     monkeypatch.setattr(busy, "samples_when_busy", lambda config, bench, smallest: float(smallest))
     assert slots.resolve(None, study, bench) == Slots(1)
 
