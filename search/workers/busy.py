@@ -71,9 +71,7 @@ def samples_when_busy(
             return float(json.loads(file.read_text(encoding="utf-8"))["samples"])
         rates = _probe(config.model_copy(update={"batch_size": batch_size}), bench, clock)
         if not rates:
-            log.warning(
-                "slots: no run came through the probe, so trials train one by one; --slots N packs them"
-            )
+            log.warning("slots: no run came through the probe, so trials train one by one; --slots N packs them")
             return float(batch_size)
         samples = batch_size * _runs_worth_having(rates)
         told = ", ".join(f"{runs}: {rate:.1f}" for runs, rate in rates.items())

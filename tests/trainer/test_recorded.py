@@ -6,6 +6,7 @@ was, so that whatever should have come through tensors is missed here as it woul
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -321,6 +322,22 @@ def test_the_recordings_used_last_are_kept(monkeypatch: pytest.MonkeyPatch, reco
     for _ in range(3):  # it had gone
         run("b")
     assert recorder.recorded == 4
+
+
+def test_recordings_share_the_memory_of_their_images(recorder: Recorder) -> None:
+    """By shape, and for as long as one of them is kept."""
+    kept = graphs.Graphs(torch.device("cpu"))
+    whole = torch.ones(1, dtype=torch.long)
+    for turn in range(4):
+        for key, size in (("a", 2), ("b", 2), ("c", 3)):
+            images = torch.full((size,), 10.0 * turn + size)
+            found = kept.run(key, whole, images, lambda whole, images: images + whole)
+            assert found.tolist() == [images[0] + 1] * size
+    read = [each.images.data_ptr() for each in kept._kept.values() if not isinstance(each, int)]
+    assert len(read) == recorder.recorded == 3 and len(set(read)) == len(kept._images) == 2
+    kept.clear()
+    gc.collect()  # this recorder's keep themselves
+    assert not len(kept._images)
 
 
 def test_no_more_recordings_are_kept_where_each_pass_makes_one(

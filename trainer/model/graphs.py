@@ -16,6 +16,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -81,7 +82,7 @@ RECORDERS: dict[str, Recorder] = {"cuda": record_cuda}
 
 class _Recording:
     def __init__(self, whole: torch.Tensor, images: torch.Tensor, holds: Any) -> None:
-        self.whole, self.images = whole.clone(), images.clone()
+        self.whole, self.images = whole, images
         self.holds = holds
         """What the recording reads and nobody else might keep."""
         self.results = torch.empty(())
@@ -97,6 +98,9 @@ class Graphs:
         self._kept: OrderedDict[Hashable, _Recording | int] = OrderedDict()
         """What has been recorded, and how often other shapes came."""
         self._where: Where | None = None
+        self._images: WeakValueDictionary[Any, torch.Tensor] = WeakValueDictionary()
+        """Where recordings read vision outputs, by shape and dtype, for as long as one does: only one is played at a
+        time, and 32 of 8 runs of 4 would have 1.5 GB of them in float32."""
 
     @property
     def on(self) -> bool:
@@ -133,7 +137,7 @@ class Graphs:
             self._drop_oldest()
             return compute(whole.to(self._device, non_blocking=True), images)
         if isinstance(kept, int):
-            kept = _Recording(whole.to(self._device), images, holds())
+            kept = _Recording(whole.to(self._device, copy=True), self._shared(images), holds())
             self._where = self._where or Where(self._device)
             try:
                 kept.results, kept.play = recorder(lambda: compute(kept.whole, kept.images), generators, self._where)
@@ -149,6 +153,16 @@ class Graphs:
             self._kept.move_to_end(key)
         kept.play()
         return kept.results
+
+    def _shared(self, images: torch.Tensor) -> torch.Tensor:
+        """The images in the memory that all recordings of their shape read."""
+        key = images.shape, images.dtype
+        there = self._images.get(key)
+        if there is None:
+            there = self._images[key] = images.clone()
+        else:
+            there.copy_(images)
+        return there
 
     def stop(self, reason: str) -> None:
         """Record nothing from now on, and free what recordings hold."""
