@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.candidates --table aerial --trials 12 --slots 8 --seeds 20
     python -m tests.benchmarks.candidates --only "ours,ours prior low,optuna,ladder"
+    python -m tests.benchmarks.candidates --full --trials 2,3,6,12 --only ours,optuna --plot by-budget.svg
 
 Studies are replayed on a table to their end: ours at so many trials, the others at the epochs of so many in full. Then
 their trials are put in order: those that are complete alone or those that were paused and given up as well, by their
@@ -18,6 +19,7 @@ import math
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -123,48 +125,93 @@ def repeats(rows: list[Ended], rule: str) -> int:
     return FIRST_BLOCKS * sum(row.epoch for row in sorted(filter(among, rows), key=order)[:FEWEST])
 
 
+@dataclass(frozen=True)
+class Line:
+    """What a strategy comes to with so many trials."""
+
+    name: str
+    rule: str
+    epochs: float
+    """Median of the studies'."""
+    decided: float
+    """The same with the least repeats."""
+    behind: Sequence[tuple[float, float]]
+    """(median, 90 % quantile) for each of `FIRST`, in percent."""
+
+    def __str__(self) -> str:
+        cells = " | ".join(f"{median:.2f} ({high:.2f})" for median, high in self.behind)
+        return f"| {self.name} | {self.rule} | {self.epochs:.0f} | {self.decided:.0f} | {cells} |"
+
+
+def lines(name: str, studies: Sequence[tuple[list[Ended], int]], best: float) -> list[Line]:
+    """What the replayed studies of a strategy come to, by each rule that is told."""
+    found = []
+    for rule in RULES if name == "freeze-thaw" else [USED]:
+        epochs = float(np.median([spent for _, spent in studies]))
+        decided = float(np.median([spent + repeats(rows, rule) for rows, spent in studies]))
+        shares = [[100 * behind(rows, rule, first, best) for rows, _ in studies] for first in FIRST]
+        ends = [tuple(np.quantile(each, [0.5, 0.9], method="closest_observation")) for each in shares]
+        found.append(Line(name, rule, epochs, decided, [(float(median), float(high)) for median, high in ends]))
+    return found
+
+
+def plot(found: Sequence[Line], title: str, path: Path) -> None:
+    """The best of the first three by the epochs spent: median and, dotted, the tenth study of ten."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    three = FIRST.index(3)
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for name in dict.fromkeys(line.name for line in found):
+        own = sorted((line for line in found if line.name == name and line.rule == USED), key=lambda line: line.epochs)
+        at = [line.epochs for line in own]
+        (drawn,) = axes.plot(
+            at, [line.behind[three][0] for line in own], "-o", label=name, linewidth=1.8, markersize=4
+        )
+        axes.plot(at, [line.behind[three][1] for line in own], ":", color=drawn.get_color(), linewidth=1.2)
+    axes.set(title=title, xlabel="epochs trained by the search", ylabel="% above the table's best", ylim=(0, 3))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "lora-search"}):
+        figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def main() -> None:
     """Print the table of the command line."""
     global _world
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", default="aerial")
-    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--trials", type=lambda text: [int(each) for each in text.split(",")], default=[12])
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--only", default="ours", help="names of strategies, with commas")
     parser.add_argument("--full", action="store_true", help="all the epochs of so many trials, as --epochs gives them")
+    parser.add_argument("--plot", type=Path, help="draw the best of the first three by epochs, for several --trials")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     names = args.only.split(",")
     _world = World(stored_tables.load(args.table))
-    jobs = [(name, seed, args.trials, args.slots, args.full) for name in names for seed in range(args.seeds)]
-    with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
-        studies = pool.map(_job, jobs, chunksize=1)
-    print(
-        f"{args.table}, {args.trials} trials, {args.slots} side by side, {args.seeds} seeds: median (90 % quantile), %"
-    )
-    print(
-        "| | candidates | epochs | with repeats | "
-        + " | ".join(f"first {n}" if n else "all" for n in FIRST)
-        + " |\n|---|---|---|---|"
-        + "---|" * len(FIRST)
-    )
-    for name in names:
-        own = [study for (of, *_), study in zip(jobs, studies, strict=True) if of == name]
-        spent = np.median([epochs for _, epochs in own])
-        for rule in RULES if name == "freeze-thaw" else [USED]:
-            decided = np.median([epochs + repeats(rows, rule) for rows, epochs in own])
-            cells = " | ".join(_cells([rows for rows, _ in own], rule, _world.best))
-            print(f"| {name} | {rule} | {spent:.0f} | {decided:.0f} | {cells} |")
-
-
-def _cells(studies: Sequence[list[Ended]], rule: str, best: float) -> list[str]:
-    cells = []
-    for first in FIRST:
-        shares = [100 * behind(rows, rule, first, best) for rows in studies]
-        median, high = np.quantile(shares, [0.5, 0.9], method="closest_observation")
-        cells.append(f"{median:.2f} ({high:.2f})")
-    return cells
+    first = " | ".join(f"first {n}" if n else "all" for n in FIRST)
+    found = []
+    for trials in args.trials:
+        jobs = [(name, seed, trials, args.slots, args.full) for name in names for seed in range(args.seeds)]
+        with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+            studies = pool.map(_job, jobs, chunksize=1)
+        print(
+            f"{args.table}, {trials} trials, {args.slots} side by side, {args.seeds} seeds: median (90 % quantile), %"
+        )
+        print(f"| | candidates | epochs | with repeats | {first} |\n|---|---|---|---|" + "---|" * len(FIRST))
+        for name in names:
+            own = [study for (of, *_), study in zip(jobs, studies, strict=True) if of == name]
+            found += lines(name, own, _world.best)
+            print("\n".join(map(str, found[-len(RULES if name == "freeze-thaw" else [USED]) :])), flush=True)
+    if args.plot:
+        side = "one at a time" if args.slots == 1 else f"{args.slots} side by side"
+        plot(found, f"{args.table}, {side}: best of the first three, {args.seeds} studies", args.plot)
 
 
 if __name__ == "__main__":
