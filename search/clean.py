@@ -64,6 +64,7 @@ def main(
 
     from search.storage import studies
     from search.storage.database import open_storage
+    from search.storage.identity import check_folder
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     places = Places.of(runs_dir, storage)
@@ -74,9 +75,11 @@ def main(
     if study.replace("-", "_") != str(found.user_attrs.get(studies.NAME)).replace("-", "_"):
         names = [found.study_name]  # one generation by its own name
     pieces: list[Piece] = []
-    for name in names:
-        opened = optuna.load_study(study_name=name, storage=backend)
-        pieces += list_pieces(opened, places.study(name), keep)
+    generations = [optuna.load_study(study_name=name, storage=backend) for name in names]
+    for each in generations:  # all of them before anything is listed
+        check_folder(places.study(each.study_name), each)
+    for each in generations:
+        pieces += list_pieces(each, places.study(each.study_name), keep)
     pieces += shared_pieces()
     removed = [piece for piece in pieces if not piece.keep] if yes else []
     for piece in removed:

@@ -55,6 +55,7 @@ def main(
     from search.evaluation.java import why_no_meteor
     from search.storage import lifecycle
     from search.storage.database import open_storage
+    from search.storage.identity import check_folder
     from search.verdict.leaders import verdict_of
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -67,6 +68,7 @@ def main(
     _check_storage(places)
     found = find_study(open_storage(places.storage_url), study)
     folder = places.study(found.study_name)
+    check_folder(folder, found)
     listed = lifecycle.read_trials(found)
     chosen = candidates.choose_trials(listed, trials, folder, verdict_of(listed, found.user_attrs))
     before = found.user_attrs.get(candidates.ATTRIBUTE, {})
@@ -125,6 +127,7 @@ def record(result: Evaluation, study: optuna.Study, trials: list[TrialRecord], p
         What to tell the user where MLflow has not taken it yet.
     """
     from search.evaluation.candidates import ATTRIBUTE, BASE, points
+    from search.records import STUDY_ID
     from search.tracking.outbox import CAPTIONS, STUDY, Point
     from search.tracking.runs import StudyRuns
     from trainer.common.files import write_whole
@@ -139,7 +142,7 @@ def record(result: Evaluation, study: optuna.Study, trials: list[TrialRecord], p
         for n, row in enumerate(result.rows.rows)
     ]
     write_whole(file, json.dumps(listed, ensure_ascii=False, indent=1))
-    runs = StudyRuns(places, study.study_name)
+    runs = StudyRuns(places, study.study_name, study.user_attrs.get(STUDY_ID))
     by_name = {str(trial.number): trial for trial in trials}
     now = time.time_ns() // 1_000_000
     tags = {f"caption.{name}": f"{result.rows.where}; fingerprint {result.rows.fingerprint}"}

@@ -42,12 +42,14 @@ def main(
 
     from search.evaluation.candidates import check_adapter
     from search.storage.database import open_storage
+    from search.storage.identity import check_folder
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     _check_free(out)
     places = Places.of(runs_dir, storage, tracking_uri)
     places.check_recorded()
     found = find_study(open_storage(places.storage_url), study)
+    check_folder(places.study(found.study_name), found)
     record = read(found, places)
     chosen = choose(record, trial)
     check_adapter(chosen, places.study(record.name))
@@ -78,12 +80,14 @@ def _check_free(out: Path) -> None:
 def read(study: optuna.Study, places: Places) -> StudyRecord:
     """The study's records, from Optuna and the outbox alone while MLflow is away."""
     from search import reading
+    from search.records import STUDY_ID
     from search.tracking.client import open_tracking
     from search.tracking.outbox import Outbox
 
     outbox = Outbox(places.outbox(study.study_name))
     try:
-        return reading.read_study(study, open_tracking(places.tracking_uri, places.artifacts), outbox)
+        tracking = open_tracking(places.tracking_uri, places.artifacts, study.user_attrs.get(STUDY_ID))
+        return reading.read_study(study, tracking, outbox)
     except Unavailable as error:
         print(f"{error}; exporting what Optuna has recorded", file=sys.stderr)
         return reading.read_study(study, None, outbox, away=True)

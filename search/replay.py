@@ -120,9 +120,12 @@ def main(
 ) -> None:
     """Train a trial again and compare every recorded loss; exit code 0 if all came again, 1 if not."""
     from search.storage import lifecycle
+    from search.storage.identity import check_folder
     from trainer.config import TrainConfig
 
-    with opened(study, Places.of(runs_dir, storage, tracking_uri)) as (opened_study, tracking):
+    places = Places.of(runs_dir, storage, tracking_uri)
+    with opened(study, places) as (opened_study, tracking):
+        check_folder(places.study(opened_study.study_name), opened_study)
         record = _find(lifecycle.read_trials(opened_study), trial, study)
         if record.run_id is not None:
             record = replace(record, run_id=tracking.resolve(opened_study.study_name, record.run_id))

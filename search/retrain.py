@@ -48,8 +48,10 @@ def run(
     import optuna
 
     from search.errors import StudyError
+    from search.records import STUDY_ID
     from search.storage import lifecycle
     from search.storage.database import open_storage
+    from search.storage.identity import check_folder
     from search.tracking.runs import StudyRuns
     from search.verdict.leaders import verdict_of, winner
     from trainer import preload
@@ -58,6 +60,7 @@ def run(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     places.check_recorded()
     opened = find_study(open_storage(places.storage_url), study)
+    check_folder(places.study(opened.study_name), opened)
     listed = lifecycle.read_trials(opened)
     trials = {trial.number: trial for trial in listed}
     trial = trials.get(number) if number is not None else winner(listed, verdict_of(listed, opened.user_attrs))
@@ -74,7 +77,8 @@ def run(
     name = f"trial-{trial.number:04d}{'-full' if full_data else ''}"
     folder = out or places.study(opened.study_name) / "retrained" / name
     preload.import_libraries()
-    recorder = _Recorder(lambda: _recorder(StudyRuns(places, opened.study_name), trial, config, folder))
+    runs = StudyRuns(places, opened.study_name, opened.user_attrs.get(STUDY_ID))
+    recorder = _Recorder(lambda: _recorder(runs, trial, config, folder))
     ended_early = True
     try:
         ended_early = follow(config, folder, examined, recorder)

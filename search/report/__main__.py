@@ -38,6 +38,7 @@ def main(
     from search.report import write
     from search.report.facts import gather
     from search.storage.database import open_storage
+    from search.storage.identity import check_folder
     from search.tracking.client import open_tracking
     from search.tracking.outbox import Outbox
 
@@ -47,6 +48,7 @@ def main(
     places = Places.of(runs_dir, storage, tracking_uri)
     places.check_recorded()
     found = find_study(open_storage(places.storage_url), study)
+    check_folder(places.study(found.study_name), found)
     outbox = Outbox(places.outbox(found.study_name))
     try:
         tracking = open_tracking(places.tracking_uri, places.artifacts, found.user_attrs.get(STUDY_ID))

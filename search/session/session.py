@@ -200,6 +200,7 @@ class Session:
         with without_collection():
             from search import preflight
             from search.processes import is_gone
+            from search.records import STUDY_ID
             from search.report.keeper import LogKeeper
             from search.session import closing
             from search.session.left import Left, has_work
@@ -219,7 +220,7 @@ class Session:
         watch = self._open_folder(opened)
 
         # MLflow: what an earlier search left is delivered, and the study's own run set to RUNNING.
-        runs = StudyRuns(places, name)
+        runs = StudyRuns(places, name, study.user_attrs[STUDY_ID])
         delivery = Delivery(runs.outbox, name, runs.connect)
         caught_up = False
         with suppress(Unavailable):

@@ -5,8 +5,9 @@ its MLflow experiment and parent run as a tag; wherever two of them meet, both s
 checkpoints of a study whose database was deleted are not taken for those of its namesake, nor are the runs of a
 colleague's.
 
-    claim     a runs folder for a study, or the reason why it is another's
-    Watch     whether study, database and folder are still those that a search began with
+    claim           a runs folder for a study, or the reason why it is another's
+    check_folder    the same for programs that read or delete: a folder is not made a study's by being looked at
+    Watch           whether study, database and folder are still those that a search began with
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 EARLIER = "earlier-"
 """Beginning of the id of a study that an earlier version made, without one: what has no id may be its own."""
+NAME = "study"
+"""Optuna's name of the study, in `study.json`."""
 
 
 def new_id() -> str:
@@ -38,8 +41,17 @@ def new_id() -> str:
 
 def id_of(folder: Path) -> str | None:
     """The id of the study whose files a folder holds; None if it says none."""
+    return _said(folder, records.STUDY_ID)
+
+
+def name_of(folder: Path) -> str:
+    """Optuna's name of the study whose files a folder holds, which may have been moved away; else the folder's own."""
+    return _said(folder, NAME) or folder.name
+
+
+def _said(folder: Path, key: str) -> str | None:
     try:
-        found = json.loads((folder / records.STUDY_FILE).read_text(encoding="utf-8"))[records.STUDY_ID]
+        found = json.loads((folder / records.STUDY_FILE).read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None
@@ -56,7 +68,7 @@ def claim(folder: Path, study: optuna.Study) -> None:
     mine = study.user_attrs[records.STUDY_ID]
     theirs = id_of(folder)
     if theirs is None and _fits(folder, study.get_trials(deepcopy=False)):
-        text = json.dumps({records.STUDY_ID: mine, "study": study.study_name}, indent=1)
+        text = json.dumps({records.STUDY_ID: mine, NAME: study.study_name}, indent=1)
         try:
             with (folder / records.STUDY_FILE).open("x", encoding="utf-8") as file:
                 file.write(text)
@@ -70,6 +82,27 @@ def claim(folder: Path, study: optuna.Study) -> None:
             f"{folder} holds the files of another study {study.study_name!r}: its database was deleted, or is another "
             "than --storage names. Its checkpoints are not this study's. Move it away "
             f"(mv {folder} {folder}-old), or name another folder with --runs-dir"
+        )
+
+
+def check_folder(folder: Path, study: optuna.Study) -> None:
+    """Make sure that what lies in the folder is this study's, for programs that read or delete by trials' numbers.
+
+    Nothing is written. A folder that is not there or says no id is looked at as `claim` does.
+
+    Raises:
+        StudyError: it holds another study's files.
+    """
+    if (folder / records.STUDY_FILE).exists():
+        theirs = id_of(folder)
+        own = theirs is not None and theirs == study.user_attrs.get(records.STUDY_ID)
+    else:
+        own = _fits(folder, study.get_trials(deepcopy=False))
+    if not own:
+        raise StudyError(
+            f"{folder} holds the files of another study {study.study_name!r} than the database: its database was "
+            "deleted, or is another than --storage names. Nothing was read, written or deleted. Name the runs folder "
+            "of the database's study with --runs-dir, or the database of this folder's with --storage"
         )
 
 

@@ -43,17 +43,18 @@ log = logging.getLogger("search.tracking.runs")
 class StudyRuns:
     """The runs of one study in one MLflow store. Each process has its own; they share the outbox."""
 
-    def __init__(self, places: Places, study: str) -> None:
+    def __init__(self, places: Places, study: str, study_id: str | None = None) -> None:
         """Opens nothing yet.
 
         Args:
             places: Where MLflow's store, files of runs and the outbox are.
             study: Name of the study, of its experiment and of its parent run.
+            study_id: Its own id; None for what its folder says.
         """
         self.uri, self.study = places.tracking_uri, study
         self.outbox = Outbox(places.outbox(study))
         self._artifact_root = places.artifacts
-        self._folder = places.study(study)
+        self._folder, self._study_id = places.study(study), study_id
         self._tracking: Tracking | None = None
         self._place: tuple[str, str] | None = None
 
@@ -65,7 +66,8 @@ class StudyRuns:
             StorageError: it cannot be used.
         """
         if self._tracking is None:
-            self._tracking = store.open_tracking(self.uri, self._artifact_root, id_of(self._folder))
+            study_id = self._study_id or id_of(self._folder)
+            self._tracking = store.open_tracking(self.uri, self._artifact_root, study_id)
         return self._tracking
 
     def experiment_id(self) -> str | None:
