@@ -34,7 +34,8 @@ ENDS: dict[int, Status] = {0: "FINISHED", **dict.fromkeys(INTERRUPTED, "KILLED")
 """MLflow's status of the study's own run by exit code; FAILED for all others."""
 
 BEST = "best"
-"""Alias of the version of the registered model that the winner made: `models:/STUDY@best`."""
+"""Alias of the version of the registered model that the winner made: `models:/STUDY@best`. Where another study of this
+name has that model, `models:/STUDY-<id>@best`."""
 
 
 def close(

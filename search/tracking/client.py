@@ -353,7 +353,7 @@ class Tracking:
 
     def keep_model(self, run_id: str, model: Model) -> None:
         """Keep an adapter as the run's model, and register it. Doing it twice leaves one."""
-        models.keep(self._client, run_id, model)
+        models.keep(self._client, run_id, model, self._study_id)
 
     # ------------------------------------------------------------------ reading
 

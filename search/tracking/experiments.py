@@ -30,7 +30,7 @@ def find(client: MlflowClient, uri: str, study_name: str, study_id: str | None) 
     Raises:
         StorageError: it was deleted; the message has the command that brings it back.
     """
-    for name in _names(study_name, study_id):
+    for name in names(study_name, study_id):
         with translated(f"looking for experiment {name!r}"):
             found: Experiment | None = client.get_experiment_by_name(name)
         if found is None or not _is_of(found, study_id):
@@ -46,7 +46,7 @@ def find(client: MlflowClient, uri: str, study_name: str, study_id: str | None) 
 
 def create(client: MlflowClient, study_name: str, study_id: str | None, location: str | None) -> None:
     """Create the study's experiment; any number of processes may at once, and `find` finds what came of it."""
-    for name in _names(study_name, study_id):
+    for name in names(study_name, study_id):
         with translated(f"creating experiment {name!r}"):
             try:
                 tags = {STUDY_ID: study_id} if study_id is not None else {}
@@ -60,7 +60,8 @@ def create(client: MlflowClient, study_name: str, study_id: str | None, location
         return
 
 
-def _names(study_name: str, study_id: str | None) -> Iterator[str]:
+def names(study_name: str, study_id: str | None) -> Iterator[str]:
+    """The names that an experiment or a registered model of the study may have, in this order."""
     yield study_name
     if study_id is not None:
         yield f"{study_name}-{study_id.removeprefix(EARLIER)[:8]}"

@@ -63,5 +63,7 @@ TRANSIENT = (*AWAY, "PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZ
 given back, a proxy that does not find its server (a missing run is RESOURCE_DOES_NOT_EXIST)."""
 ALREADY_EXISTS = "RESOURCE_ALREADY_EXISTS"
 """Another process created the experiment in the meantime."""
+MISSING = "RESOURCE_DOES_NOT_EXIST"
+"""Of a run that was deleted for good."""
 OTHER_SCHEMA = "out-of-date database schema"
 """In the message about a database that another version of MLflow made."""

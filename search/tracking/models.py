@@ -1,11 +1,19 @@
-"""A run's data and its model in MLflow: a dataset input, a LoggedModel with its metrics, a version in the registry."""
+"""A run's data and its model in MLflow: a dataset input, a LoggedModel with its metrics, a version in the registry.
+
+The registered model is found by the study's own id, as its experiment is (`search.tracking.experiments`): the first of
+a name has it, a later study's is `<name>-<beginning of its id>`.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from typing import Any
 
+from search.errors import StorageError
+from search.records import STUDY_ID
+from search.tracking import experiments
 from search.tracking.errors import translated
 from search.tracking.library import (
     Dataset,
@@ -17,8 +25,10 @@ from search.tracking.library import (
     MlflowException,
     Run,
 )
-from search.tracking.mlflow_private import ALREADY_EXISTS
+from search.tracking.mlflow_private import ALREADY_EXISTS, MISSING
 from search.tracking.outbox import DataUsed, Model
+
+log = logging.getLogger("search.tracking.models")
 
 CONTEXT = "mlflow.data.context"
 """Tag of a dataset input that MLflow's pages show beside it."""
@@ -49,19 +59,60 @@ def log_data(client: MlflowClient, run_id: str, data: DataUsed) -> None:
                     raise
 
 
-def keep(client: MlflowClient, run_id: str, model: Model) -> None:
-    """Keep an adapter as the run's LoggedModel, and its version in the registry under the alias."""
+def keep(client: MlflowClient, run_id: str, model: Model, study_id: str | None = None) -> None:
+    """Keep an adapter as the run's LoggedModel, and its version in the registry under the alias.
+
+    Args:
+        client: Of the store, which has the registry too.
+        run_id: The run of the trial.
+        model: The adapter.
+        study_id: The study's own id; None if it is not known: then the name decides.
+    """
     with translated(f"keeping the model of run {run_id}"):
         run: Run = client.get_run(run_id)
         model_id = _logged(client, run, model)
+        name = _registered(client, run, model.name, study_id)
+        found = [v for v in client.search_model_versions(f"name = '{name}'") if v.run_id == run_id]
+        version = found[0] if found else _version(client, run_id, name, model_id)
+        client.set_registered_model_alias(name, model.alias, version.version)
+        log.info("the adapter of run %s is models:/%s@%s, version %s", run_id, name, model.alias, version.version)
+
+
+def _registered(client: MlflowClient, run: Run, study_name: str, study_id: str | None) -> str:
+    """Name of the study's registered model, made unless it is there."""
+    for name in experiments.names(study_name, study_id):
         try:
-            client.create_registered_model(model.name)
+            client.create_registered_model(name, tags={STUDY_ID: study_id} if study_id is not None else {})
+            return name
         except MlflowException as error:
             if error.error_code != ALREADY_EXISTS:
                 raise
-        found = [v for v in client.search_model_versions(f"name = '{model.name}'") if v.run_id == run_id]
-        version = found[0] if found else _version(client, run_id, model, model_id)
-        client.set_registered_model_alias(model.name, model.alias, version.version)
+        owner = client.get_registered_model(name).tags.get(STUDY_ID)
+        if study_id is None or owner == study_id:
+            return name
+        if owner is None and _made_by(client, name, run.info.experiment_id):
+            client.set_registered_model_tag(name, STUDY_ID, study_id)
+            return name
+    raise StorageError(f"the registered models {study_name!r} and {name!r} are other studies'; rename one of them")
+
+
+def _made_by(client: MlflowClient, name: str, experiment_id: str) -> bool:
+    """Whether the runs of this experiment made a registered model that an earlier version left without a tag.
+
+    Who made its first version made it: a namesake may have added to it, when the name alone counted.
+    """
+    versions = client.search_model_versions(f"name = '{name}'")
+    first = min(versions, key=lambda version: int(version.version), default=None)
+    if first is None:
+        return True
+    if not first.run_id:  # of someone's own making
+        return False
+    try:
+        return bool(client.get_run(first.run_id).info.experiment_id == experiment_id)
+    except MlflowException as error:
+        if error.error_code != MISSING:
+            raise
+        return False
 
 
 def _logged(client: MlflowClient, run: Run, model: Model) -> str:
@@ -105,8 +156,8 @@ def _recorded(client: MlflowClient, run_id: str, key: str, value: float, step: i
     return value, int(time.time() * 1000), step
 
 
-def _version(client: MlflowClient, run_id: str, model: Model, model_id: str) -> Any:
+def _version(client: MlflowClient, run_id: str, name: str, model_id: str) -> Any:
     # By its place: a database's registry looks a `models:/` address up in MLflow's global tracking store, which is
     # never set here (mlflow/store/model_registry/sqlalchemy_store.py, `create_model_version`).
     source = client.get_logged_model(model_id).artifact_location
-    return client.create_model_version(model.name, source, run_id=run_id, model_id=model_id, await_creation_for=0)
+    return client.create_model_version(name, source, run_id=run_id, model_id=model_id, await_creation_for=0)

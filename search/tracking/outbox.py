@@ -111,7 +111,7 @@ class Model:
     path: str
     """Folder of the adapter."""
     name: str
-    """Of the registered model."""
+    """Of the registered model, unless another study of this name has it: see `search.tracking.models`."""
     alias: str
     step: int
     metrics: dict[str, float]

@@ -16,13 +16,15 @@ from typing import Any
 import optuna
 import pytest
 
-from search import records
+from search import export, records
 from search.errors import StorageError, StudyError, StudyGone
 from search.places import Places
+from search.session.closing import BEST
 from search.storage.database import close_storage, open_storage
 from search.storage.identity import EARLIER, Watch, claim, id_of
 from search.storage.studies import open_study
-from search.tracking.client import open_tracking
+from search.tracking.client import Tracking, open_tracking
+from search.tracking.outbox import Model
 from search.tracking.runs import StudyRuns
 from tests.search.storage.databases import STUDY
 
@@ -139,16 +141,46 @@ class TestWhileASearchRuns:
             watch.check()
 
 
+def keep_model(runs: StudyRuns, run_id: str, folder: Path) -> None:
+    """The winner's adapter, as a search's end keeps it."""
+    adapter = folder / "adapter"
+    adapter.mkdir(exist_ok=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    runs.keep_model(run_id, Model(path=str(adapter), name="rsicap", alias=BEST, step=1, metrics={}, params={}))
+
+
+def registered(store: Tracking) -> dict[str, tuple[str | None, str]]:
+    """The owner of each registered model, and the run of its best version."""
+    return {
+        found.name: (
+            found.tags.get(records.STUDY_ID),
+            store._client.get_model_version_by_alias(found.name, BEST).run_id,
+        )
+        for found in store._client.search_registered_models()
+    }
+
+
 def test_two_studies_of_one_name_keep_apart_in_one_mlflow(tmp_path: Path) -> None:
     tracking = f"sqlite:///{tmp_path}/mlflow.db"
     found: list[tuple[str, str]] = []
     people = [Somebody(tmp_path / who) for who in "ab"]
+    best: list[str] = []
     for who in people:
         claim(who.folder, who.study)
         runs = StudyRuns(replace(who.places, tracking_uri=tracking), who.study.study_name)
         assert runs.start_study({}) is None
-        runs.begin("trial 0", {"lora_r": 4}, {"trial": "0"}).finish("FINISHED", state="COMPLETE")
+        run = runs.begin("trial 0", {"lora_r": 4}, {"trial": "0"})
+        run.finish("FINISHED", state="COMPLETE")
+        for _ in range(2):  # a search that is run again keeps the same
+            keep_model(runs, run.run_id, tmp_path)
+        best.append(run.run_id)
         runs.end_study("FINISHED", {"best_trial": who.folder.parent.name})
+    # The registry, by the two names: b's search moves no alias of a's.
+    names = ["rsicap", f"rsicap-{people[1].study.user_attrs[records.STUDY_ID][:8]}"]
+    assert registered(open_tracking(tracking, tmp_path)) == {
+        name: (who.study.user_attrs[records.STUDY_ID], run_id)
+        for name, who, run_id in zip(names, people, best, strict=True)
+    }
     for who in people:
         store = open_tracking(tracking, who.places.artifacts, who.study.user_attrs[records.STUDY_ID])
         parent = store.find_parent("rsicap")
@@ -158,9 +190,40 @@ def test_two_studies_of_one_name_keep_apart_in_one_mlflow(tmp_path: Path) -> Non
         assert tags["best_trial"] == who.folder.parent.name
         assert tags[records.STUDY_ID] == who.study.user_attrs[records.STUDY_ID]
         assert len(store.runs(experiment)) == 2
+        read = export.read(who.study, replace(who.places, tracking_uri=tracking))
+        assert (read.experiment_id, read.parent_run_id) == (experiment, parent), "what an export tells of"
         found.append((parent, experiment))
         who.close()
     assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
+
+
+@pytest.mark.parametrize("first", ["the study's", "a namesake's", "nobody's"])
+def test_a_registered_model_of_an_earlier_version_is_whose_run_made_it(tmp_path: Path, first: str) -> None:
+    """It has no tag. A namesake's search may have added a version, and moved the alias to it."""
+    one, other = (Somebody(tmp_path / who) for who in "ab")
+    made: dict[str, tuple[StudyRuns, str]] = {}
+    for who in (one, other):
+        claim(who.folder, who.study)
+        places = replace(who.places, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+        runs = StudyRuns(places, "rsicap")
+        run = runs.begin("trial 0", {"lora_r": 4}, {"trial": "0"})
+        run.finish("FINISHED", state="COMPLETE")
+        made[who.folder.parent.name] = (runs, run.run_id)
+        who.close()
+    client = made["a"][0].connect()._client
+    client.create_registered_model("rsicap")
+    order = {"the study's": "ab", "a namesake's": "ba", "nobody's": ""}[first]
+    for who in order:
+        version = client.create_model_version("rsicap", str(tmp_path), run_id=made[who][1], await_creation_for=0)
+        client.set_registered_model_alias("rsicap", BEST, version.version)
+    runs, run_id = made["a"]
+    keep_model(runs, run_id, tmp_path)
+    mine = one.study.user_attrs[records.STUDY_ID]
+    found = registered(runs.connect())
+    if first == "a namesake's":
+        assert found == {"rsicap": (None, made["a"][1]), f"rsicap-{mine[:8]}": (mine, run_id)}
+    else:
+        assert found == {"rsicap": (mine, run_id)}
 
 
 def test_experiments_of_earlier_versions_stay_their_studies(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_the_pages_know_the_parts_of_a_view() -> None:
 
 
 def test_error_codes() -> None:
-    codes = (*mlflow_private.TRANSIENT, mlflow_private.ALREADY_EXISTS)
+    codes = (*mlflow_private.TRANSIENT, mlflow_private.ALREADY_EXISTS, mlflow_private.MISSING)
     missing = [code for code in codes if code not in ErrorCode.keys()]  # noqa: SIM118 - an enum of protobuf
     assert missing == [], f"MLflow does not know the error codes {', '.join(missing)}"
 
