@@ -100,9 +100,9 @@ def check_folder(folder: Path, study: optuna.Study) -> None:
         own = _fits(folder, study.get_trials(deepcopy=False))
     if not own:
         raise StudyError(
-            f"{folder} holds the files of another study {study.study_name!r} than the database: its database was "
-            "deleted, or is another than --storage names. Nothing was read, written or deleted. Name the runs folder "
-            "of the database's study with --runs-dir, or the database of this folder's with --storage"
+            f"{folder} holds the files of another study {study.study_name!r}, not the database's: that one's database "
+            "was deleted, or is another than --storage names. Nothing was read, written or deleted. Name the runs "
+            "folder of the database's study with --runs-dir, or the folder's own database with --storage"
         )
 
 
