@@ -96,7 +96,7 @@ def _as_recorded(name: str, places: Places) -> tuple[str, dict[str, Any]]:
         count = lifecycle.counted(found)
         if not count:
             raise StudyError(f"the study {found.study_name!r} has no trial yet: run it first")
-        where = attrs.get(records.STUDY_FILE) or attrs.get(studies.NAME, found.study_name)
+        where = attrs.get(records.GIVEN_STUDY) or attrs.get(studies.NAME, found.study_name)
         return str(where), {"trials": count, **_options(found)}
     finally:
         close_storage(opened)

@@ -82,7 +82,7 @@ SETTINGS = "settings"
 """Study attribute: the `--set` settings as given."""
 PRUNER = "pruner"
 """Study attribute: the pruner that its trials are stopped by, where it is not the one that goes with the strategy."""
-STUDY_FILE = "study_file"
+GIVEN_STUDY = "study_file"
 """Study attribute: what `--study` was given, where that is not the study's own name: commands that go on with it need
 the same."""
 STOP_RULE = "stop_rule"

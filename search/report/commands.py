@@ -63,7 +63,7 @@ def search(
 
 def _study(record: StudyRecord) -> str:
     """What `--study` of a search takes: the file, where the study is not in studies/ under its own name."""
-    return str(record.attrs.get(records.STUDY_FILE) or record.attrs.get("study", record.name))
+    return str(record.attrs.get(records.GIVEN_STUDY) or record.attrs.get("study", record.name))
 
 
 def _not_default(record: StudyRecord, experiments: Sequence[Experiment]) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def open_study(
     other = None if pruner == pruning.default_pruner(strategy) else pruner
     if other != study.user_attrs.get(records.PRUNER):
         study.set_user_attr(records.PRUNER, other)
-    if file != study.user_attrs.get(records.STUDY_FILE):
-        study.set_user_attr(records.STUDY_FILE, file)
+    if file != study.user_attrs.get(records.GIVEN_STUDY):
+        study.set_user_attr(records.GIVEN_STUDY, file)
     if budget.epochs != study.user_attrs.get(records.EPOCHS):
         study.set_user_attr(records.EPOCHS, budget.epochs)
     rules = None

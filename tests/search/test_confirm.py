@@ -40,7 +40,7 @@ def test_an_old_study_is_continued_as_it_was_and_no_configuration_is_added(tmp_p
         assert options == {"trials": 3, **as_before, "epochs": None}
     storage = open_storage(places.storage_url)
     opened = studies.find_study(storage, "rsicap_mini")
-    opened.set_user_attr(records.STUDY_FILE, "mine/mini.py")
+    opened.set_user_attr(records.GIVEN_STUDY, "mine/mini.py")
     opened.set_user_attr(records.EPOCHS, 20)
     close_storage(storage)
     assert confirm._as_recorded("rsicap_mini", places) == ("mine/mini.py", {"trials": 3, **as_before, "epochs": 20})

@@ -225,7 +225,7 @@ def test_a_search_goes_on_as_the_study_was_begun(tmp_path: Path) -> None:
         try:
             opened = session._open()
             assert (opened.pruner, opened.study.user_attrs.get(records.PRUNER)) == (pruner, held)
-            assert opened.study.user_attrs[records.STUDY_FILE] == "mine/held.py"
+            assert opened.study.user_attrs[records.GIVEN_STUDY] == "mine/held.py"
             said = "3 trials are given by hand and all of them run, more than the 2 trials asked for"
             assert (said in opened.notes) == (options.trials == 2)
         finally:

@@ -387,7 +387,7 @@ class TestNextSteps:
         """A name is looked up in studies/ alone, and another pruner would go on with the study."""
         record = hand_run()
         assert "--pruner" not in (gather(record).next.command("more") or "")
-        given = replace(record, attrs={**record.attrs, records.STUDY_FILE: "my studies/x.py", records.PRUNER: "none"})
+        given = replace(record, attrs={**record.attrs, records.GIVEN_STUDY: "my studies/x.py", records.PRUNER: "none"})
         for name in ("more", "widen"):
             words = shlex.split(gather(given).next.command(name) or "")
             assert words[words.index("--study") + 1] == "my studies/x.py"
