@@ -5,7 +5,8 @@
 
 A made-up study has configurations whose true losses lie apart by exponential gaps, and trainings whose noise has heavy
 tails (Student's t, 5 degrees of freedom) and differs between configurations (log-normal, 0.4): worse than what the
-race assumes. A search sees each once, and its leaders are raced as a study's would be. From a table of
+race assumes. A search sees each once, and its leaders are raced as a study's would be; it has trained what the default,
+rungs on a ladder, expects of so many. From a table of
 `tests.benchmarks.record` come the true losses (test loss at the best epoch, mean over seeds), what the search sees
 (the lowest validation loss of the first seed) and the noise of repeats (validation loss of the further seeds there).
 
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from search.planning.rungs import RungPlan
 from search.verdict.leaders import APART, FEWEST, SHARE, TOP
 from search.verdict.race import FIRST, Candidate, Cell, Limits, Verdict, race
 from tests.benchmarks.stored_tables import load
@@ -35,9 +37,6 @@ EPOCHS = 5
 """To the best one, in made-up studies."""
 WORTH = 0.1
 """Logarithm of the loss above the lowest up to which a table's repeats count: candidates are good ones."""
-STOPPED = 0.6
-"""Share of the search's epochs that are trained, as early stopping and pausing leave them."""
-
 
 @dataclass(frozen=True)
 class Configuration:
@@ -113,7 +112,7 @@ def decide(rng: random.Random, study: Sequence[Configuration], num_epochs: int) 
     """Race the leaders of a study, as `search.verdict.leaders.field` would have it."""
     order = sorted(range(len(study)), key=lambda n: study[n].seen)
     near = [n for i, n in enumerate(order) if i < 2 or study[n].seen - study[order[0]].seen <= APART][:TOP]
-    trained = STOPPED * num_epochs * len(study)
+    trained = float(RungPlan(num_epochs).expected(len(study)))
     budget = max(SHARE * trained, FIRST * sum(study[n].epochs for n in near[:FEWEST]))
     while len(near) > FEWEST and FIRST * sum(study[n].epochs for n in near) > budget:
         near.pop()
