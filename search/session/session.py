@@ -184,16 +184,16 @@ class Session:
             UserError: everything that is missing, and how to get it, in one message.
         """
         from search import preflight, pruning  # Optuna takes 0.3 s, which the workers' imports need not wait for
+        from search.storage import warm_start
 
         if self.options.pruner is not None:
             pruning.check_name(self.options.pruner)
-        if self.options.warm_start:
-            from search.storage import warm_start
-
-            self.prior = warm_start.read(self.options.warm_start, self.options.places)
+        sources = warm_start.read(self.options.warm_start, self.options.places)
         workers = self._executor.workers_here()
         at_once = None if workers is None else workers * (self.options.slots or 1)
-        return preflight.check(self.definition, self._executor.sees(), at_once, progress)
+        checked = preflight.check(self.definition, self._executor.sees(), at_once, progress)
+        self.prior = warm_start.prior_for(self.definition, checked.split.rows, sources)
+        return checked
 
     def _run(self, pool: WorkerPool, checked: Checked, make_display: Any) -> Result:
         options, places = self.options, self.options.places

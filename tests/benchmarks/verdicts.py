@@ -5,10 +5,10 @@
 
 A made-up study has configurations whose true losses lie apart by exponential gaps, and trainings whose noise has heavy
 tails (Student's t, 5 degrees of freedom) and differs between configurations (log-normal, 0.4): worse than what the
-race assumes. A search sees each once, and its leaders are raced as a study's would be; it has trained what the default,
-rungs on a ladder, expects of so many. From a table of
-`tests.benchmarks.record` come the true losses (test loss at the best epoch, mean over seeds), what the search sees
-(the lowest validation loss of the first seed) and the noise of repeats (validation loss of the further seeds there).
+race assumes. A search sees each once, and its leaders are raced as a study's would be; it has trained the epochs that
+rungs on a ladder, the default, expect of so many. From a table of `tests.benchmarks.record` come the true losses (test
+loss at the best epoch, mean over seeds), what the search sees (the lowest validation loss of the first seed) and the
+noise of repeats (validation loss of the further seeds there).
 
     wrong        of all studies, those that name a winner which is not the best candidate
     wrong of all the same, if any configuration of the study is better
@@ -37,6 +37,7 @@ EPOCHS = 5
 """To the best one, in made-up studies."""
 WORTH = 0.1
 """Logarithm of the loss above the lowest up to which a table's repeats count: candidates are good ones."""
+
 
 @dataclass(frozen=True)
 class Configuration:
