@@ -23,8 +23,26 @@ from search.storage.studies import find_study
 from search.tracking.client import open_tracking
 from search.tracking.tags import HIDDEN
 from tests.search.tracking.recorded import epoch, step
+from tests.support import once, search_process
 from tests.support.small_study import FLOAT16, GOOD, NAME, STALLS, WORSE, Small
 from trainer.config import TrainConfig
+
+PAUSES = """
+from search.space import Float
+from search.study import Fixed, Study
+
+STUDY = Study(
+    name="paused",
+    description="trials that wait at rungs, and go on as leaders",
+    base={
+        "model": MODEL, "data": "mini", "max_samples": 16, "num_epochs": 4, "batch_size": 4, "warmup_steps": 5,
+        "lora_dropout": 0.1, "lr_scheduler_type": "cosine", "device": "cpu",
+    },
+    space={"learning_rate": Float(1e-5, 1e-2, log=True)},
+    n_trials=3,
+    enqueue=tuple(Fixed(label=str(rate), config={"learning_rate": rate}) for rate in (1e-3, 3e-3, 1e-4)),
+)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +102,32 @@ def test_a_finished_trial_is_bit_identical(small_study: Small, trial: int, reaso
         result.output.splitlines()[0] == f"trial {trial}: bit-identical, all {trained * (4 + 2 * 5)} recorded values"
     )
     assert own(small_study.runs, record) == before
+
+
+@pytest.mark.long
+def test_a_trial_that_paused_and_went_on_is_bit_identical(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path
+) -> None:
+    """Others trained between. Dropout and the order of the samples are drawn as in a training without a break, and the
+    learning rate is as high."""
+
+    def search(folder: Path) -> None:
+        (folder / "paused.py").write_text(f"MODEL = {str(tiny_checkpoint)!r}\n{PAUSES}", encoding="utf-8")
+        arguments = ("--strategy", "rungs", "--slots", "1")
+        study = str(folder / "paused.py")
+        done = search_process.run(search_process.command(folder / "runs", *arguments, study=study, settings=()))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    runs = once.make(tmp_path_factory, "paused", search) / "runs"
+    storage = open_storage(f"sqlite:///{runs}/optuna.db")
+    trials = lifecycle.read_trials(find_study(storage, "paused"))
+    close_storage(storage)
+    for number in (0, 1):
+        assert trials[number].state == "COMPLETE" and records.PAUSED_AT in trials[number].attrs
+        result = command(runs, number, study="paused")
+        assert result.exit_code == 0, result.output
+        # Four epochs of four steps: what was recorded before the pause and after it.
+        assert result.output == f"trial {number}: bit-identical, all {4 * (4 + 2 * 4)} recorded values\n"
 
 
 def test_a_trial_that_broke_in_float16_breaks_again_at_the_same_step(small_study: Small) -> None:
