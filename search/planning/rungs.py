@@ -15,7 +15,7 @@ from search.planning.plan import Plan, paused
 
 FLAT = 0.01
 """Losses that lie less above a trial's best, relatively, do not rise: an evaluation of 32 samples has a noise of 0.4
-to 1 %. If three epochs without a new best end a trial that has won its rungs, the study's best lies 1.3 % higher in
+to 1 %. If three epochs without a new best end a trial that has won its rungs, the study's best lies 1.4 % higher in
 test loss (docs/search-quality.md): validation losses are flat where test losses still fall."""
 
 RISEN, LATEST = 0.05, 3
