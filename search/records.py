@@ -53,7 +53,7 @@ WORKER = "worker"
 """Host, process id and start time of the process that runs the trial."""
 
 FOLDER = "folder"
-"""The trial's folder below the study's; one that resumes another's work shares it."""
+"""The trial's folder below the study's; one that resumes another's work shares it, and no other trial has it."""
 
 PAUSED_AT = "paused_at"
 """Epoch after which the plan last paused the trial."""
@@ -189,9 +189,23 @@ class Outcome:
     stopped_early: bool = False
 
 
-def folder_of(first: int) -> str:
-    """`FOLDER` of a trial, by the number of the first trial whose work it continues."""
-    return f"trials/{first:04d}"
+def folder_of(first: int, place: int = 1) -> str:
+    """`FOLDER` of a trial, by the number of the first trial whose work it continues.
+
+    Args:
+        first: The number.
+        place: Among the trials that have had it, from 1: a number is given again once its trial's row was deleted.
+    """
+    return f"trials/{first:04d}" + (f"-{place}" if place > 1 else "")
+
+
+def place_of(attrs: Mapping[str, Any], first: int) -> int | None:
+    """The `place` of a trial's folder; None if it has none, or it is not one of that number."""
+    name = attrs.get(FOLDER)
+    if name is None or name == folder_of(first):
+        return None if name is None else 1
+    place = str(name).removeprefix(f"{folder_of(first)}-")
+    return int(place) if place.isdecimal() and name == folder_of(first, int(place)) else None
 
 
 def finite(value: float | None) -> TypeGuard[float]:

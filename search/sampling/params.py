@@ -86,8 +86,8 @@ def refusal(trial: FrozenTrial, study: Study, trials: Sequence[FrozenTrial]) -> 
             return f"it was queued with a {name} of another search space: {shown(held)}"
     # Attributes: not those of another trial, whose files and records it would take for its own.
     first = root({t.number: t for t in trials}, trial)
-    folder = trial.user_attrs.get(records.FOLDER)
-    if (folder is None and records.RUN_ID in trial.user_attrs) or folder not in (None, records.folder_of(first)):
+    has_begun = trial.user_attrs.get(records.FOLDER) is not None or records.RUN_ID in trial.user_attrs
+    if has_begun and records.place_of(trial.user_attrs, first) is None:
         return "it was queued with the attributes of another trial; queue it with its params alone"
     resumes = trial.user_attrs.get(records.RESUMES)
     if resumes is not None and any(

@@ -31,7 +31,7 @@ from trainer.config import without_retired
 
 _CARRIED_OVER = (
     *(records.LABEL, records.NOTE, records.OVERRIDES, records.STAGE, records.TRAIN_LOSSES),
-    *(records.PAUSED_AT, records.GIVEN_UP, records.REPEAT_OF, records.BLOCK, records.TRAINS_TO),
+    *(records.PAUSED_AT, records.GIVEN_UP, records.REPEAT_OF, records.BLOCK, records.TRAINS_TO, records.FOLDER),
 )
 """Attributes that a trial hands to the one that takes up its work."""
 LOST_AFTER = "lost_after_s"

@@ -198,8 +198,10 @@ class SharedStorage(RDBStorage):
     """RDBStorage for studies that other programs write into as well.
 
     It shows each trial that it reads, which comes down to two methods, one of them for the cache, and each that it
-    creates. And it stores a param whatever distribution another trial has it with: Optuna refuses that, so that one
-    trial of another space would end the study for good.
+    creates. It stores a param whatever distribution another trial has it with: Optuna refuses that, so that one
+    trial of another space would end the study for good. It gives no trial the number of one that is there: Optuna
+    counts those before it, which is a number twice once a row has been deleted, and its cache then shows one of both.
+    And it leaves out what of a trial cannot be read, where Optuna would not read the study at all.
     """
 
     def read(self, trial: FrozenTrial) -> None:
@@ -214,6 +216,24 @@ class SharedStorage(RDBStorage):
         created: FrozenTrial = super()._create_new_trial(study_id, template)
         self.read(created)
         return created
+
+    def _get_prepared_new_trial(self, study_id: int, template_trial: FrozenTrial | None, session: Any) -> Any:
+        trial: Any = super()._get_prepared_new_trial(study_id, template_trial, session)
+        others = session.query(sqlalchemy.func.max(models.TrialModel.number)).filter(
+            models.TrialModel.study_id == study_id, models.TrialModel.trial_id != trial.trial_id
+        )
+        last = others.scalar()
+        if last is not None and trial.number <= last:
+            trial.number = last + 1
+        return trial
+
+    def _build_frozen_trial_from_trial_model(self, trial: Any) -> FrozenTrial:
+        build = super()._build_frozen_trial_from_trial_model
+        try:
+            built: FrozenTrial = build(trial)
+        except _UNREADABLE:
+            built = build(readable(trial, build))
+        return built
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         trial = super().get_trial(trial_id)
@@ -230,6 +250,27 @@ class SharedStorage(RDBStorage):
         self, session: Any, trial_id: int, name: str, value: float, distribution: Any, _previous: Any = None
     ) -> None:
         super()._set_trial_param_without_commit(session, trial_id, name, value, distribution, distribution)
+
+
+_UNREADABLE = (LookupError, TypeError, ValueError, AssertionError)
+"""What Optuna raises where a row has what no program of its own writes."""
+_PARTS = ("values", "params", "user_attributes", "system_attributes", "intermediate_values")
+
+
+def readable(trial: Any, build: Callable[[Any], Any]) -> Any:
+    """What of a trial's rows `build` can read, each tried by itself."""
+    names = ("number", "state", "datetime_start", "datetime_complete", "trial_id")
+    bare = {name: getattr(trial, name) for name in names} | {part: [] for part in _PARTS}
+
+    def reads(part: str, row: Any) -> bool:
+        try:
+            build(SimpleNamespace(**bare | {part: [row]}))
+        except _UNREADABLE:
+            return False
+        return True
+
+    kept = {part: [row for row in getattr(trial, part) if reads(part, row)] for part in _PARTS}
+    return SimpleNamespace(**bare | kept)
 
 
 class GridPoints(GridSampler):

@@ -19,7 +19,7 @@ from sqlalchemy.engine import URL
 
 from search import records
 from search.errors import DatabaseAway, StorageError
-from search.storage import out_of_sight
+from search.storage import by_hand, out_of_sight
 from search.storage.optuna_private import CALLED_BY_THE_CACHE, CreationHooks, SharedStorage
 from search.urls import shown, without_secrets
 
@@ -137,8 +137,8 @@ class RetryingStorage(CreationHooks, SharedStorage):
         """Show the attributes that are out of sight, and leave out what another program has written in another form
         than ours, on which all readers rely.
 
-        That is attributes of our names, and of trials that have ended params outside of the space: a sampler that
-        learns from them would end by an error, at every trial from then on.
+        That is attributes of our names, a value that no epoch measured, and of trials that have ended params outside
+        of the space: a sampler that learns from them would end by an error, at every trial from then on.
         """
         if self.shows_all:
             out_of_sight.shown(trial)
@@ -151,6 +151,7 @@ class RetryingStorage(CreationHooks, SharedStorage):
             if (trial.number, key) not in self._told_foreign:
                 self._told_foreign.add((trial.number, key))
                 log.warning("trial %d: its attribute %r is not ours and is left out: %.100r", trial.number, key, value)
+        by_hand.undo(trial)
 
     def retrying(self, do: Callable[[], T]) -> T:
         """Retry several calls as one step: see the function `retrying`. Calls within are not retried by themselves.

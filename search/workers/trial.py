@@ -33,6 +33,7 @@ from search.sampling import params
 from search.storage import lifecycle, optuna_private
 from search.storage.searched import alike, searched
 from search.verdict.leaders import APART
+from search.workers import folders
 from search.workers.protocol import Notice, Order, Progress, TrialEnded, TrialStarted
 from search.workers.scoring import cider_of
 from search.workers.trial_tracking import TrialContext, TrialTracking
@@ -188,18 +189,10 @@ class TrialRun:
 
     def _prepare(self) -> Path:
         """Record what is run, and where its files lie."""
-        attrs = self.trial.user_attrs
         self.trial.set_user_attr(records.CONFIG, self.config.model_dump(mode="json"))
         self.trial.set_user_attr(records.SLOTS, self._context.slots)
         self.trial.set_user_attr(records.STOP_RULE, self._context.job.study.stop_rule())
-        name = attrs.get(records.FOLDER)
-        if name is None:
-            resumed = records.RESUMES in attrs  # without it, there is no need to read the trials
-            first = lifecycle.lineage(self.study, self.trial.number)[-1] if resumed else self.trial.number
-            name = records.folder_of(first)
-            self.trial.set_user_attr(records.FOLDER, name)
-        folder: Path = self._context.job.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = folders.claim(self.study, self.trial, self._context.job.folder)
         text = json.dumps(self.config.model_dump(mode="json"), indent=1)
         (folder / "config.json").write_text(text, encoding="utf-8")
         return folder

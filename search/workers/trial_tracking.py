@@ -202,7 +202,9 @@ class TrialTracking:
         config = self._config
         rate = leaderboard.show_value("learning_rate", config.learning_rate)
         what = f"lr={rate} r={config.lora_r} a={config.lora_alpha:g} b={config.batch_size}"
-        return f"trial {self._trial.number:03d}" + (f" ({label})" if label else "") + f" {what}"
+        place = records.place_of(self._trial.user_attrs, self._trial.number) or 1
+        again = f"-{place}" if place > 1 else ""  # MLflow still has the run of the deleted trial of this number
+        return f"trial {self._trial.number:03d}{again}" + (f" ({label})" if label else "") + f" {what}"
 
     def _report(self, error: StorageError) -> None:
         log.error("trial %d: %s", self._trial.number, error)

@@ -59,8 +59,8 @@ def loss_curves(facts: Facts) -> Figure | None:
         axes.plot(x[-1], y[-1], marker, color=colour, markersize=5, zorder=4 if front else 2)
         handles.setdefault(f"val_loss, trial {e.number}" if front else f"val_loss, {kind}", artist)
         ends.append((x[-1], y[-1], str(e.number), colour, front or kind == "broken"))
-    if best is not None:
-        val = [(row.epoch, row.val_loss) for row in best.rows if row.val_loss is not None]
+    val = [] if best is None else [(row.epoch, row.val_loss) for row in best.rows if row.val_loss is not None]
+    if best is not None and val:
         train = [(row.epoch, row.train_loss) for row in best.rows if row.train_loss is not None]
         if train:
             (artist,) = axes.plot(*zip(*train, strict=True), "--", color="black", linewidth=1.2)

@@ -32,6 +32,7 @@ USED = (
     ("a study's storage", "_backend"),
     ("RDBStorage", "_create_new_trial"),
     ("RDBStorage", "_get_prepared_new_trial"),
+    ("RDBStorage", "_build_frozen_trial_from_trial_model"),
     ("RDBStorage", "_get_trials"),
     ("RDBStorage", "_get_best_trial_id"),
     ("RDBStorage", "_set_trial_param"),
@@ -66,7 +67,10 @@ def test_a_private_name_is_there(owners: dict[str, Any], owner: str, name: str) 
     assert hasattr(owners[owner], name), f"Optuna {optuna.__version__}: {owner} has no {name} any more"
 
 
-COLUMNS = ("TrialModel.number", "TrialModel.study_id", "TrialModel.state", "TrialHeartbeatModel.heartbeat")
+COLUMNS = (
+    *("TrialModel.number", "TrialModel.trial_id", "TrialModel.study_id", "TrialModel.state"),
+    "TrialHeartbeatModel.heartbeat",
+)
 
 
 @pytest.mark.parametrize("column", COLUMNS)
