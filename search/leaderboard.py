@@ -92,12 +92,31 @@ def best(trials: Sequence[TrialRecord]) -> TrialRecord | None:
 
 
 def all_failed(trials: Sequence[TrialRecord]) -> str | None:
-    """What to say if trials have ended, and each of them by a fault; None if one came to a result."""
-    ended = [t for t in trials if t.state in ("COMPLETE", "PRUNED", "FAIL")]
-    if not ended or any(t.state != "FAIL" for t in ended):
+    """What to say if trials have ended, and none of them has a result; None if one has.
+
+    A result is a finite loss that an epoch measured, of a trial that violated no constraint. A lost trial has not
+    ended as long as another goes on with its work.
+    """
+    ended = [t for t in not_taken_up(searched(trials)) if t.state in ("COMPLETE", "PRUNED", "FAIL")]
+    if not ended or any(map(_has_result, ended)):
         return None
+    if all(t.state == "FAIL" for t in ended):
+        said = f"every trial failed ({len(ended)})"
+    else:
+        reasons = Counter(_why_not(t) for t in ended)
+        said = f"no trial has a result ({', '.join(f'{n} {why}' for why, n in reasons.most_common())})"
     last = ended[-1]
-    return f"every trial failed ({len(ended)}), the last with: {last.detail or last.reason or 'no reason given'}"
+    return f"{said}, the last with: {last.detail or last.reason or 'no reason given'}"
+
+
+def _has_result(trial: TrialRecord) -> bool:
+    measured = trial.best_epoch is not None and records.finite(trial.value)
+    return trial.state in ("COMPLETE", "PRUNED") and measured and not trial.violated
+
+
+def _why_not(trial: TrialRecord) -> str:
+    """Why a trial that has ended has no result, in a word or two."""
+    return trial.violated[0] if trial.violated else trial.reason or "told by hand"
 
 
 def adapter(study_folder: Path, trial: TrialRecord) -> Path:

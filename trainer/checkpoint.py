@@ -50,6 +50,8 @@ class State:
     history: list[EpochEnded] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Of `data` and `model`: a run is continued only with those that it began with."""
+    owner: str | None = None
+    """Whose run it is, in the words of whoever trains it; None for nobody's, and for an earlier version's."""
 
     def best_epoch(self) -> int | None:
         """The epoch with the lowest validation loss, the first of equals; None without a finite one."""
@@ -149,11 +151,16 @@ def _epochs(out_dir: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
 
 
-def load(out_dir: Path, config: TrainConfig) -> Found:
+def load(out_dir: Path, config: TrainConfig, owner: str | None = None) -> Found:
     """The newest sound checkpoint of an output folder, and the reasons against newer ones.
 
+    Args:
+        out_dir: The folder.
+        config: Of the run that goes on from it.
+        owner: Whose run that is; None takes up anybody's.
+
     Raises:
-        CheckpointError: the checkpoint belongs to another configuration.
+        CheckpointError: the checkpoint belongs to another configuration, or to another owner.
     """
     problems: list[str] = []
     for _, folder in _epochs(out_dir):
@@ -168,6 +175,12 @@ def load(out_dir: Path, config: TrainConfig) -> Found:
                 f"{folder} belongs to another configuration ({_difference(data['config'], config)}); "
                 "choose another output folder or delete it"
             )
+        theirs = data.get("owner")  # earlier versions wrote none
+        if owner is not None and theirs not in (None, owner):
+            raise CheckpointError(
+                f"{folder} belongs to another study (its id is {theirs} there, {owner} now); "
+                "choose another output folder or delete it"
+            )
         history = [epoch_from_dict(e) for e in data["history"]]
         state = State(
             epoch=data["epoch"],
@@ -177,6 +190,7 @@ def load(out_dir: Path, config: TrainConfig) -> Found:
             first_bad=NonFinite(**data["first_bad"]) if data["first_bad"] else None,
             history=history,
             fingerprints=data["fingerprints"],
+            owner=theirs,
         )
         return Found(state, folder, tuple(problems))
     return Found(State(), None, tuple(problems))
@@ -213,6 +227,7 @@ def _write_state(folder: Path, state: State, config: TrainConfig) -> None:
         "first_bad": asdict(state.first_bad) if state.first_bad else None,
         "history": [to_dict(e) for e in state.history],
         "fingerprints": state.fingerprints,
+        "owner": state.owner,
         "files": files,
     }
     data["checksum"] = _checksum(data)

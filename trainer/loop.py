@@ -57,16 +57,18 @@ def train(config: TrainConfig, bench: Workbench, out_dir: Path, *, forward: Forw
                 yield event
 
 
-def history_of(config: TrainConfig, out_dir: Path) -> list[EpochEnded]:
-    """The whole epochs that a run's newest checkpoint remembers."""
-    return checkpoint.load(out_dir, config).state.history
+def history_of(config: TrainConfig, out_dir: Path, owner: str | None = None) -> list[EpochEnded]:
+    """The whole epochs that a run's newest checkpoint remembers; see `checkpoint.load` for its owner."""
+    return checkpoint.load(out_dir, config, owner).state.history
 
 
 class Pack:
     """Runs on one base. A context manager: on leaving, the base is as it was and the runs are dropped."""
 
-    def __init__(self, bench: Workbench, *, forward: ForwardPass = forward) -> None:
+    def __init__(self, bench: Workbench, *, forward: ForwardPass = forward, owner: str | None = None) -> None:
         self.bench = bench
+        self.owner = owner
+        """Whose the runs are: they take up no checkpoint of another's. None for nobody's."""
         self.passes = Passes(forward)
         self.members: list[Member] = []
         self.window: int | None = None
@@ -101,7 +103,7 @@ class Pack:
             raise ConfigError(f"runs that train together need the same {', '.join(SHARED)} and cache_features")
         runtime.prepare(config)
         inputs = self.bench.inputs(config)
-        member = Member(config, inputs, out_dir)
+        member = Member(config, inputs, out_dir, self.owner)
         self.passes.cover(member, inputs.base.model)
         self._window = self.window or (CUDA_WINDOW if member.device.type == "cuda" and member.adapter.fused else 1)
         self.members.append(member)

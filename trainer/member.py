@@ -48,8 +48,8 @@ class Member:
     a pack report add up to the machine's.
     """
 
-    def __init__(self, config: TrainConfig, inputs: Inputs, out_dir: Path) -> None:
-        """Prepare the run, from its checkpoint if there is one.
+    def __init__(self, config: TrainConfig, inputs: Inputs, out_dir: Path, owner: str | None = None) -> None:
+        """Prepare the run, from its checkpoint if there is one; see `checkpoint.load` for its owner.
 
         Raises:
             UserError: the model cannot be adapted as configured, or the checkpoint cannot be used.
@@ -75,10 +75,11 @@ class Member:
         self.steps_per_epoch = math.ceil(len(self.loader) / config.gradient_accumulation_steps)
         self.total_steps = self.steps_per_epoch * config.num_epochs
         # Where it stands.
-        self.found = checkpoint.load(out_dir, config)
+        self.found = checkpoint.load(out_dir, config, owner)
         checkpoint.check_fingerprints(self.found, inputs.fingerprints)
         self.state = self.found.state
         self.state.fingerprints = dict(inputs.fingerprints)
+        self.state.owner = owner or self.state.owner
         if self.found.folder is not None:
             checkpoint.restore(self.found.folder, self.adapter)
         checkpoint.claim(out_dir)

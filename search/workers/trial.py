@@ -84,7 +84,7 @@ class TrialRun:
         """
         self.folder = self._prepare()
         self._tracking.begin()
-        history = history_of(self.config, self.folder)
+        history = history_of(self.config, self.folder, self._context.owner)
         self._context.link.send(
             TrialStarted(
                 number=self.trial.number,

@@ -55,6 +55,8 @@ class TrialContext:
     """Raises StudyGone if the study is not there any more: its number may be another's by then."""
     captioning: Captioning | None = None
     """Captions a few images with each trial that completes; None for no captions."""
+    owner: str | None = None
+    """The study's own id, which the checkpoints have; None takes up those of any study."""
     gpus: GpuWatch | None = None
     """Watches the worker's GPUs; None without any."""
     bench: Workbench | None = None

@@ -85,6 +85,7 @@ class Worker:
         self.study.repeats = job.confirm is not None
         self.runs = StudyRuns(job.places, job.study_name)
         self.watch = Watch(self.study, job.places)
+        self._owner: str | None = self.study.user_attrs.get(records.STUDY_ID)
         self.bench = Workbench(job.examined, self.base.data)
         identity = {**this_process(), lifecycle.LOST_AFTER: job.lost_after_s}
         self.source = TrialSource(self.study, self.storage, job, identity, self._say, self.watch.check)
@@ -110,6 +111,7 @@ class Worker:
             slots=self._room.slots.most,
             check=self.watch.check,
             captioning=self._captioning,
+            owner=self._owner,
             gpus=self._gpus,
             bench=self.bench,
         )
@@ -160,7 +162,7 @@ class Worker:
 
     def _train(self) -> bool:
         """Run a pack until it is empty; False when there is nothing left to run."""
-        with Pack(self.bench) as pack:
+        with Pack(self.bench, owner=self._owner) as pack:
             pack.passes.alive = self.link.alive
             try:
                 while self._fill(pack):

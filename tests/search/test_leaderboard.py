@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from search import leaderboard, records
 from search.records import TrialRecord
 from trainer.config import TrainConfig
@@ -93,12 +95,41 @@ def test_the_summary_says_how_many_epochs_were_saved() -> None:
     assert leaderboard.summary((settled,)).endswith(f"({planned - 2} saved by stopping early)")
 
 
-def test_a_study_whose_trials_all_failed_has_not_what_was_asked_for() -> None:
-    failed = [replace(trial(n, "FAIL", None), detail=f"fault {n}", reason=records.ERROR) for n in range(2)]
-    assert leaderboard.all_failed(failed) == "every trial failed (2), the last with: fault 1"
-    assert leaderboard.all_failed([*failed, trial(2, "PRUNED", 1.0)]) is None
-    assert leaderboard.all_failed([trial(0, "WAITING", None)]) is None
-    assert leaderboard.all_failed([]) is None
+FAILED = trial(0, "FAIL", None, reason=records.ERROR, best_epoch=None, detail="fault 0")
+NAN = trial(1, "PRUNED", None, reason="non_finite", violated=("non_finite",), best_epoch=None, detail="step 3: nan")
+LATE_NAN = trial(2, "PRUNED", 1.0, reason="non_finite", violated=("non_finite",), detail="step 9: nan")
+BIG = trial(3, "PRUNED", None, reason="out_of_memory", violated=("out_of_memory",), best_epoch=None, detail="step 1")
+BY_HAND = trial(4, "COMPLETE", 0.001, reason=None, best_epoch=None, config={})
+LOST = trial(5, "FAIL", 1.0, reason=records.LOST, best_epoch=None, detail="its process is gone")
+HEIR = trial(6, "WAITING", None, reason=None, best_epoch=None, attrs={records.RESUMES: 5})
+REPEAT = trial(7, "PRUNED", 1.0, reason="repeat", attrs={records.REPEAT_OF: 0})
+
+
+@pytest.mark.parametrize(
+    ("trials", "said"),
+    [
+        ([], None),
+        ([trial(0, "WAITING", None), trial(1, "RUNNING", None)], None),
+        ([FAILED, trial(9, "COMPLETE", 1.0)], None),
+        ([FAILED, trial(9, "PRUNED", 1.0, reason="rising")], None),
+        ([FAILED], "every trial failed (1), the last with: fault 0"),
+        ([FAILED, replace(FAILED, number=1, detail="fault 1")], "every trial failed (2), the last with: fault 1"),
+        ([NAN, LATE_NAN], "no trial has a result (2 non_finite), the last with: step 9: nan"),
+        ([BIG], "no trial has a result (1 out_of_memory), the last with: step 1"),
+        (
+            [FAILED, NAN, LATE_NAN, BIG],
+            "no trial has a result (2 non_finite, 1 error, 1 out_of_memory), the last with",
+        ),
+        ([NAN, BY_HAND], "no trial has a result (1 non_finite, 1 told by hand), the last with: no reason given"),
+        ([trial(0, "COMPLETE", float("inf"))], "no trial has a result (1 finished), the last with: finished"),
+        ([FAILED, REPEAT], "every trial failed (1), the last with: fault 0"),
+        ([LOST], "every trial failed (1), the last with: its process is gone"),
+        ([LOST, HEIR], None),
+    ],
+)
+def test_a_study_without_a_result_has_not_what_was_asked_for(trials: list[TrialRecord], said: str | None) -> None:
+    found = leaderboard.all_failed(trials)
+    assert found is None if said is None else str(found).startswith(said), found
 
 
 def test_a_value_that_no_epoch_measured_is_not_the_best() -> None:

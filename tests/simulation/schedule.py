@@ -65,7 +65,7 @@ class Tracking:
 class Pack:
     """Trains by `world.trained`, an epoch of each run a round, and writes a checkpoint before it says so."""
 
-    def __init__(self, bench: Any) -> None:
+    def __init__(self, bench: Any, owner: str | None = None) -> None:
         self.bench = bench
         self.members: dict[Any, tuple[Any, Path]] = {}
         self.states: dict[Any, Checkpoint | None] = {}
@@ -465,7 +465,7 @@ class Simulation:
                 if t.state == TrialState.RUNNING
             }
 
-        def history(_config: Any, folder: Path) -> list[Any]:
+        def history(_config: Any, folder: Path, _owner: Any) -> list[Any]:
             kept = load(world, folder)
             return [epoch(n, val_loss=loss) for n, loss in enumerate(kept.losses if kept else (), start=1)]
 

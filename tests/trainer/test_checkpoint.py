@@ -21,7 +21,7 @@ from trainer import checkpoint
 from trainer.common.errors import CheckpointError
 from trainer.config import MACHINE_FIELDS, TrainConfig
 from trainer.events import CheckpointSaved, EpochEnded, EpochTiming, Event, NonFinite, RunStarted
-from trainer.loop import history_of, train
+from trainer.loop import Pack, history_of, train
 from trainer.model.base import forward
 from trainer.model.lora import Adapter
 from trainer.workbench import Workbench
@@ -278,6 +278,41 @@ def test_another_configuration_is_refused_with_the_difference(
         next(iter(train(other, bench, source)))
     machine = config.model_copy(update={"num_workers": 2, "prefetch_factor": 7})
     assert len(history_of(machine, source)) == 2
+
+
+def test_another_owners_is_refused_and_nobodys_is_taken_up(bench: Workbench, small: Small, tmp_path: Path) -> None:
+    """Nobody's is an earlier version's, or that of a run of its own; whoever has no name of its own takes up any."""
+    config = small(num_epochs=2)
+    adapter = Adapter(bench.base(config).model, config)
+    for epoch, owner in ((1, None), (2, "mine")):
+        state = checkpoint.State(epoch=epoch, fingerprints={"data": "d", "model": "m"}, owner=owner)
+        checkpoint.save(tmp_path, state, config, adapter)
+        assert checkpoint.load(tmp_path, config, "mine").state.epoch == epoch
+        assert checkpoint.load(tmp_path, config).state.owner == owner
+        if owner is None:
+            assert checkpoint.load(tmp_path, config, "theirs").state.owner is None
+    with pytest.raises(
+        CheckpointError, match=r"belongs to another study \(its id is mine there, theirs now\); choose"
+    ):
+        checkpoint.load(tmp_path, config, "theirs")
+    file = checkpoint.folder_of(tmp_path, 2) / "state.json"
+    data = json.loads(file.read_text())
+    del data["owner"], data["checksum"]  # as earlier versions wrote it
+    file.write_text(json.dumps({**data, "checksum": checkpoint._checksum(data)}))
+    assert checkpoint.load(tmp_path, config, "theirs").state.owner is None
+
+
+def test_a_run_keeps_its_owner(bench: Workbench, small: Small, tmp_path: Path) -> None:
+    config = small(num_epochs=2)
+    with Pack(bench, owner="mine") as pack:
+        pack.add(config, tmp_path)
+        while checkpoint.load(tmp_path, config).state.epoch < 1:
+            list(pack.round())
+    with Pack(bench, owner="theirs") as pack, pytest.raises(CheckpointError, match="another study"):
+        pack.add(config, tmp_path)
+    list(train(config, bench, tmp_path))  # the second epoch, by somebody without a name
+    found = checkpoint.load(tmp_path, config, "mine").state
+    assert (found.epoch, found.owner) == (2, "mine")
 
 
 def test_a_checkpoint_of_an_older_version_is_taken_up_whatever_its_patience(
