@@ -238,6 +238,36 @@ def test_a_killed_worker_is_replaced(tmp_path: Path, search: Any, undisturbed: d
     assert by_name["trial 000"][0] == "KILLED" and by_name["trial 001"][0] == "FINISHED"
 
 
+@pytest.mark.long
+def test_the_runs_folder_is_deleted_under_a_running_search(tmp_path: Path, search: Any) -> None:
+    """One message, no new study in its place, and the study's own run ends as FAILED where MLflow still is."""
+    runs, mlflow = tmp_path / "runs", tmp_path / "elsewhere"
+    mlflow.mkdir()
+    settings = (*LONG[:1], "num_epochs=60", *LONG[2:])
+    arguments = command(
+        runs, "--trials", "1", "--tracking-uri", f"sqlite:///{mlflow / 'mlflow.db'}", settings=settings
+    )
+    running = search(arguments)
+    running.wait_for("epoch 1:")
+    runs.rename(tmp_path / "gone")  # at once; what is written meanwhile would keep a folder from being removed
+    shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    assert running.end() == 2, running.output()
+    output = running.output()
+    assert output.count("was deleted or replaced while the search ran") == 1, output
+    assert "Traceback" not in output and not (runs / "optuna.db").exists(), output
+    assert runs_of(mlflow)["study"][0] == "FAILED"
+
+
+@pytest.mark.long
+def test_a_study_whose_trials_all_diverge_has_no_result(tmp_path: Path) -> None:
+    settings = (*QUICK, "learning_rate=10", "lora_alpha=1000000")
+    done = run(command(tmp_path / "runs", "--trials", "2", "--slots", "1", settings=settings))
+    trials = trials_of(tmp_path / "runs")
+    assert {(t.state, t.reason) for t in trials} == {("PRUNED", records.NON_FINITE)}, done.stdout
+    assert done.returncode == 1 and "\nno trial has a result (2 non_finite), the last with: " in done.stdout
+    assert runs_of(tmp_path / "runs")["study"][0] == "FAILED"
+
+
 def test_a_killed_supervisor_leaves_a_study_that_resumes(
     tmp_path: Path, search: Any, undisturbed: dict[int, dict[int, float]]
 ) -> None:

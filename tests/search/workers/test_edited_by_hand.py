@@ -44,13 +44,17 @@ def delete(file: Path, number: int) -> None:
 
 
 def check_files(trials: tuple[TrialRecord, ...], study: Path) -> None:
-    """Each trial has a folder of its own, with the checkpoint of its own configuration."""
+    """Each trial has a folder of its own, with the checkpoint of its own configuration, of this study."""
+    owners = set()
     assert len({t.attrs[records.FOLDER] for t in trials}) == len(trials)
     for trial in trials:
         adapter = leaderboard.adapter(study, trial)
-        made_by = json.loads((adapter.parent / "state.json").read_text())["config"]
+        state = json.loads((adapter.parent / "state.json").read_text())
+        owners.add(state["owner"])
+        made_by = state["config"]
         assert (made_by["learning_rate"], made_by["lora_r"]) == (trial.config["learning_rate"], trial.config["lora_r"])
         assert json.loads((study / trial.attrs[records.FOLDER] / "config.json").read_text()) == trial.config
+    assert len(owners) == 1 and len(owners.pop()) == 32
 
 
 def names_in_mlflow(runs: Path) -> list[str]:
