@@ -127,7 +127,9 @@ REPEAT = trial(7, "PRUNED", 1.0, reason="repeat", attrs={records.REPEAT_OF: 0})
         ([LOST, HEIR], None),
     ],
 )
-def test_a_study_without_a_result_has_not_what_was_asked_for(trials: list[TrialRecord], said: str | None) -> None:
+def test_a_study_whose_trials_all_failed_has_not_what_was_asked_for(
+    trials: list[TrialRecord], said: str | None
+) -> None:
     found = leaderboard.all_failed(trials)
     assert found is None if said is None else str(found).startswith(said), found
 
