@@ -115,6 +115,7 @@ def list_pieces(study: optuna.Study, folder: Path, keep: int) -> list[Piece]:
         folder: its files.
         keep: best trials whose best adapters stay.
     """
+    from search import records
     from search.storage import lifecycle
     from search.verdict.leaders import verdict_of
 
@@ -122,7 +123,7 @@ def list_pieces(study: optuna.Study, folder: Path, keep: int) -> list[Piece]:
     trials = lifecycle.read_trials(study)
     needed = _needed(study, trials)
     best = _best(trials, keep) | _judged(trials, verdict_of(trials, study.user_attrs))
-    known = {f"trials/{trial.number:04d}" for trial in trials}
+    known = {str(trial.attrs.get(records.FOLDER) or records.folder_of(trial.number)) for trial in trials}
     found = []
     for run in runs:
         inside = run / "checkpoints"

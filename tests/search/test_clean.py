@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +100,20 @@ def test_what_waiting_trials_and_the_best_need_stays(call: Call, runs: Path) -> 
         "tidy_one-2/trials/0001/checkpoints/epoch-0002",
         "tidy_one-2/trials/0003/checkpoints/epoch-0001",  # trial 4 is going to continue it
     }
+
+
+def test_a_trials_folder_is_the_one_that_it_says(call: Call, runs: Path) -> None:
+    """`trials/0002-2`, where another program had deleted a trial of the number; the deleted one's is nobody's."""
+    places = Places.of(runs)
+    folder = places.study("tidy_one-2") / "trials"
+    shutil.copytree(folder / "0002", folder / "0002-2")
+    with closing(sqlite3.connect(places.storage_url.removeprefix("sqlite:///"))) as database, database:
+        said = "UPDATE trial_user_attributes SET value_json = ? WHERE value_json = ? AND trial_id = 5"
+        assert database.execute(said, ('"trials/0002-2"', '"trials/0002"')).rowcount == 1
+    study = optuna.load_study(study_name="tidy_one-2", storage=open_storage(places.storage_url))
+    kept = {piece.what: piece.keep for piece in list_pieces(study, folder.parent, keep=1)}
+    assert kept["trials/0002 epoch-0002"] == kept["trials/0002 epoch-0004"] == "the database has no such trial"
+    assert kept["trials/0002-2 epoch-0002"] == kept["trials/0002-2 epoch-0004"] == ""
 
 
 def test_one_generation_by_its_name(call: Call, runs: Path) -> None:
