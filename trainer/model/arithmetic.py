@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from trainer.config import TrainConfig
@@ -35,12 +36,15 @@ CARDS = (
     Card("L4", 30.3, 60, 121),
     Card("T4", 8.1, 8.1, 8.1),
 )
-"""By a part of the name that nvidia-smi gives. H100 and H200 as SXM."""
+"""By a word of the name that nvidia-smi gives. H100 and H200 as SXM."""
+LESSER = {"Laptop", "D", "MIG"}
+"""Words of a name that make another of a card: the RTX 4090 Laptop GPU and the 4090 D, and a part of one."""
 
 
 def card_of(name: str) -> Card | None:
-    """The data sheet of a GPU of this name."""
-    return next((card for card in CARDS if card.name in name), None)
+    """The data sheet of a GPU of this name, `A100-SXM4-40GB` say; None for one that is not known, as `RTX A1000`."""
+    words = set(re.split(r"[\s-]+", name))
+    return None if words & LESSER else next((card for card in CARDS if card.name in words), None)
 
 
 def step_flops(sizes: Sizes, lengths: Lengths, *, vision_kept: bool = True) -> float:

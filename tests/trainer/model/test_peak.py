@@ -113,7 +113,32 @@ def test_the_real_size_is_that_of_the_notes() -> None:
     assert card is not None and card.of(TrainConfig()) == 67
     assert card.of(TrainConfig(base_dtype="bfloat16")) == 989
     assert card.of(TrainConfig(matmul_precision="high")) == 495
-    assert arithmetic.card_of("Quadro 2") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA RTX A6000", "A6000"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA T4G", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Quadro 2", None),
+    ],
+)
+def test_a_card_is_known_by_whole_words_of_its_name(name: str, card: str | None) -> None:
+    found = arithmetic.card_of(name)
+    assert (found and found.name) == card
 
 
 def test_packs_and_batches_take_more_and_recomputing_less() -> None:
