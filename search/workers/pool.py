@@ -195,5 +195,8 @@ def gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-    # Not by their numbers: CUDA counts from the fastest, nvidia-smi along the bus.
-    return [gpu.uuid for gpu in nvidia.gpus()]
+    there = nvidia.gpus()
+    if all(gpu.uuid for gpu in there):
+        return [gpu.uuid for gpu in there]
+    # CUDA counts from the fastest, nvidia-smi along the bus; but each worker has one of its own either way.
+    return [gpu.index for gpu in there]

@@ -28,6 +28,30 @@ esac
 """
 
 
+INFORMATION = """Model: \t\t {model}
+IRQ:   \t\t 16
+GPU UUID: \t {uuid}
+Video BIOS: \t ??.??.??.??.??
+Bus Type: \t PCIe
+Bus Location: \t {place}
+Device Minor: \t {minor}
+GPU Excluded:\t No
+"""
+
+
+def list_by_driver(driver: Path, devices: Path, *uuids: str) -> None:
+    """The files of a driver with GPUs of these UUIDs, and a device file of each."""
+    for number, uuid in enumerate(uuids):
+        place, minor = f"0000:{0x17 + number:02x}:00.0", len(uuids) - 1 - number  # minors have an order of their own
+        folder = driver / "gpus" / place
+        folder.mkdir(parents=True)
+        text = INFORMATION.format(model="NVIDIA H100 80GB HBM3", uuid=uuid, place=place, minor=minor)
+        (folder / "information").write_text(text, encoding="utf-8")
+        (devices / f"nvidia{minor}").touch()
+    version = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.03  Tue Oct  7 18:00:00 UTC 2025\n"
+    (driver / "version").write_text(version, encoding="utf-8")
+
+
 def put_on_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write the program into a folder, which becomes the first of PATH."""
     program = folder / "nvidia-smi"

@@ -1,4 +1,4 @@
-"""What nvidia-smi says of this machine's GPUs. Needs no torch; a machine without it has none."""
+"""What nvidia-smi says of this machine's GPUs, or without it the driver's files. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+DRIVER, DEVICES = Path("/proc/driver/nvidia"), Path("/dev")
 FIELDS = (
     *("index", "name", "driver_version", "memory.total", "memory.used", "utilization.gpu", "power.draw"),
     *("power.limit", "uuid"),
@@ -34,8 +36,28 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
-    """All GPUs, in nvidia-smi's order; empty where there are none or it does not answer."""
-    return parse(_said(f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"))
+    """All GPUs, in nvidia-smi's order; where it is missing or does not answer, as the driver's files list them."""
+    return parse(_said(f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")) or listed()
+
+
+def listed() -> list[Gpu]:
+    """The GPUs that the driver's files list and that have a device file here, along the bus: names and UUIDs alone.
+
+    A container sees the files of all GPUs, and the devices of those that it was given.
+    """
+    found: list[Gpu] = []
+    for file in sorted(DRIVER.glob("gpus/*/information")):  # a folder is named after its place on the bus
+        try:
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        if (DEVICES / f"nvidia{facts.get('Device Minor', '')}").exists():
+            uuid = facts.get("GPU UUID", "")
+            known = "" if "?" in uuid else uuid  # it says GPU-????????-... until a process has used the GPU
+            name = facts.get("Model", "")
+            found.append(Gpu(str(len(found)), name, _driver(), None, None, None, None, uuid=known))
+    return found
 
 
 def visible(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
@@ -77,6 +99,16 @@ def parse(text: str) -> list[Gpu]:
             total, used, busy, power, limit = map(_number, numbers)
             found.append(Gpu(index, name, driver, total, used, busy, power, limit, uuid))
     return found
+
+
+def _driver() -> str:
+    """The driver's version, as its own file has it; "" if that does not say."""
+    try:
+        said = (DRIVER / "version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    version = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", said)
+    return version[1] if version else ""
 
 
 def _part_of(gpu: Gpu, part: str) -> Gpu:

@@ -16,6 +16,7 @@ from search.tracking.gpu_metrics import GpuMetrics, GpuWatch, values
 from search.tracking.outbox import Outbox, Write
 from search.tracking.recorder import Logged, RunRecorder
 from search.workers import pool
+from search.workers.executor import Executor
 from tests.support import nvidia as program
 from tests.support.made_up_events import started, step
 from trainer.common import nvidia
@@ -26,6 +27,8 @@ def _on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program.put_on_path(tmp_path, monkeypatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    monkeypatch.setattr(nvidia, "DRIVER", tmp_path / "driver")
+    monkeypatch.setattr(nvidia, "DEVICES", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,31 @@ def test_workers_get_gpus_by_uuid_where_nobody_chose_numbers(monkeypatch: pytest
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("NVIDIA_SMI_FAILS", "1")
     assert pool.gpus() == []
+
+
+def test_without_nvidia_smi_the_drivers_files_tell_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_SMI_FAILS", "1")
+    program.list_by_driver(tmp_path / "driver", tmp_path, program.FIRST, program.SECOND)
+    assert pool.gpus() == [program.FIRST, program.SECOND]
+    assert Executor().workers_here() == 2
+    workers = pool.WorkerPool(2, 1)
+    assert workers._devices == [program.FIRST, program.SECOND] and not workers._forks
+    (gpu,) = nvidia.visible({"CUDA_VISIBLE_DEVICES": program.SECOND})
+    assert (gpu.index, gpu.name, gpu.driver) == ("1", "NVIDIA H100 80GB HBM3", "580.159.03")
+    assert values([gpu]) == {}
+    # A container was given the first alone, whose device is the second.
+    (tmp_path / "nvidia0").unlink()
+    assert pool.gpus() == [program.FIRST]
+    # As with nvidia-smi, who has chosen is not overruled.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert pool.gpus() == []
+
+
+def test_gpus_that_nobody_has_used_have_no_uuid_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_SMI_FAILS", "1")
+    unknown = "GPU-????????-????-????-????-????????????"
+    program.list_by_driver(tmp_path / "driver", tmp_path, unknown, program.SECOND)
+    assert pool.gpus() == ["0", "1"]
 
 
 def test_metrics_have_mlflows_names() -> None:
