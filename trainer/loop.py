@@ -101,7 +101,10 @@ class Pack:
         """
         if not self.accepts(config):
             raise ConfigError(f"runs that train together need the same {', '.join(SHARED)} and cache_features")
-        runtime.prepare(config)
+        device = runtime.prepare(config)
+        for other in self.members:
+            other.note_memory()
+        runtime.restart_peak_memory(device)
         inputs = self.bench.inputs(config)
         member = Member(config, inputs, out_dir, self.owner)
         self.passes.cover(member, inputs.base.model)

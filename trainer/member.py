@@ -91,6 +91,7 @@ class Member:
         self._steps: list[StepEnded] = []
         self._val_batches: list[Batch] | None = None
         self._epoch_s = 0.0
+        self._peak_gib = 0.0
 
     @property
     def epoch(self) -> int:
@@ -211,6 +212,10 @@ class Member:
             first_step = step.number - self.state.nonfinite_in_a_row + 1
             yield Diverged(step=step.number, epoch=step.epoch, first_bad_step=first_step, cause=self.state.first_bad)
 
+    def note_memory(self) -> None:
+        """Keep the peak so far: with a run that is taken in, the device's is counted anew."""
+        self._peak_gib = max(self._peak_gib, runtime.peak_memory_gib(self.device))
+
     def epoch_ended(self, val_loss: float, eval_s: float) -> tuple[EpochEnded, CheckpointSaved]:
         """Sum up the epoch and save the checkpoint, whose history includes the epoch itself."""
         steps, self._group = self._steps, None
@@ -220,6 +225,7 @@ class Member:
         nan = float("nan")
         train_s = self._epoch_s
         epoch = self.epoch
+        self.note_memory()
 
         def facts(checkpoint_s: float) -> EpochEnded:
             return EpochEnded(
@@ -238,7 +244,7 @@ class Member:
                     eval_s=eval_s,
                     checkpoint_s=checkpoint_s,
                     samples_per_s=sum(s.num_samples for s in steps) / train_s,
-                    peak_memory_gib=runtime.peak_memory_gib(self.device),
+                    peak_memory_gib=self._peak_gib,
                 ),
             )
 

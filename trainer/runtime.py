@@ -67,7 +67,6 @@ def prepare(config: TrainConfig) -> torch.device:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         kernels.allow_fused_attention(not config.deterministic)
-        torch.cuda.reset_peak_memory_stats(device)
     return device
 
 
@@ -84,6 +83,12 @@ def peak_memory_gib(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def restart_peak_memory(device: torch.device) -> None:
+    """Count peak memory anew on a CUDA device; a process's own on CPU cannot be."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

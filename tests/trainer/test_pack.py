@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.support import peft_reference
-from trainer import runtime
+from trainer import kernels, runtime
 from trainer.common.errors import ConfigError
 from trainer.config import TrainConfig
 from trainer.data import batches as data
@@ -192,6 +192,46 @@ def test_runs_come_and_go(bench: Workbench, small: Small, tmp_path: Path) -> Non
     for member, config in ((kept, lasting), (late, small(**FOUR[1]))):
         alone = list(train(config, bench, tmp_path / f"alone{config.lora_r}"))
         assert figures(events[member]) == pytest.approx(figures(alone), rel=2e-4)
+
+
+class CudaMemory:
+    """torch.cuda's two functions for the most memory in use."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+
+    def max_memory_allocated(self, _: torch.device) -> int:
+        return self.peak
+
+    def reset_peak_memory_stats(self, _: torch.device) -> None:
+        self.peak = 0
+
+
+def test_a_run_that_comes_later_takes_no_peak_from_those_before(
+    bench: Workbench, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, memory = torch.device("cuda"), CudaMemory()
+    prepare, peak_gib = runtime.prepare, runtime.peak_memory_gib
+
+    def prepare_for_cuda(config: TrainConfig) -> torch.device:
+        with monkeypatch.context() as patched:
+            patched.setattr(runtime, "resolve_device", lambda _: cuda)
+            patched.setattr(kernels, "allow_fused_attention", lambda _: None)
+            return prepare(config)
+
+    monkeypatch.setattr(runtime, "prepare", prepare_for_cuda)
+    monkeypatch.setattr(runtime, "peak_memory_gib", lambda _: peak_gib(cuda))
+    for name in ("max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, getattr(memory, name))
+    with Pack(bench) as pack:
+        memory.peak = 9 * 2**30  # of whatever was in this process before
+        first = pack.add(small(), tmp_path / "first")
+        memory.peak = 5 * 2**30
+        second = pack.add(small(seed=2), tmp_path / "second")
+        memory.peak = 3 * 2**30
+        ended = {m: [e for e in events if isinstance(e, EpochEnded)] for m, events in together(pack).items()}
+    assert {event.timing.peak_memory_gib for event in ended[first]} == {5.0}
+    assert {event.timing.peak_memory_gib for event in ended[second]} == {3.0}
 
 
 def test_a_run_that_diverges_leaves_the_pack(bench: Workbench, small: Small, tmp_path: Path) -> None:
