@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class TrialLosses:
     first: tuple[float, ...]
     """Training loss of the first steps, `FIRST_STEPS` at most."""
     state: str
+    began_at: float = field(default=math.nan, compare=False)
+    """When, as `time.time` has it."""
+    ended_at: float = field(default=math.nan, compare=False)
 
     @property
     def best(self) -> float:
@@ -50,6 +53,20 @@ class Ran:
     """The machine's load average of the minute before: what else ran."""
     trials: Mapping[str, TrialLosses] = field(default_factory=dict)
     """By label."""
+    began_at: float = math.nan
+    """When, as `time.time` has it."""
+    cut: bool = False
+    """It was ended at its limit; `trials` are those that had ended by then."""
+
+    @property
+    def first_s(self) -> float:
+        """Seconds from its start to that of its first trial."""
+        return min(trial.began_at for trial in self.trials.values()) - self.began_at
+
+    @property
+    def last_s(self) -> float:
+        """Seconds from its start to the end of the last of `trials`."""
+        return max(trial.ended_at for trial in self.trials.values()) - self.began_at
 
     @property
     def epochs(self) -> int:
@@ -73,7 +90,7 @@ class Bench:
     peer: tuple[str, ...]
     """Further options of `tests.benchmarks.peer_study`."""
     limit_s: float | None = None
-    """Seconds after which a side is ended, with all that it has started; None for no limit."""
+    """Seconds after which a side is ended, with all that it has started, and cut; None for no limit."""
 
     @property
     def study_file(self) -> Path:
@@ -94,8 +111,10 @@ class Bench:
         # What the peer does not do: repeats, captions, configurations of our own.
         command += ["--strategy", "joint", "--no-confirm", "--captions", "0"]
         ran = self._timed(name, [*command, "--pruner", pruner, *self.ours, *options])
+        if ran.cut:
+            return replace(ran, trials=read_ended(runs, configs.NAME))
         trials = read(runs, configs.NAME, lambda number, run: run == str(number), "trial", "step/loss")
-        return Ran(wall_s=ran.wall_s, load=ran.load, trials=trials)
+        return replace(ran, trials=trials)
 
     def run_peer(self, name: str, pruner: str, *options: str) -> Ran:
         """The peer's search."""
@@ -103,7 +122,7 @@ class Bench:
         command = ["-m", "tests.benchmarks.peer_study", "--study", self.study_file, "--rows", self.rows]
         command += ["--trials", self.trials, "--runs-dir", runs, "--pruner", pruner]
         ran = self._timed(name, [*command, *self.peer, *options])
-        return Ran(wall_s=ran.wall_s, load=ran.load, trials=self._read_peer(runs))
+        return replace(ran, trials=read_ended(runs, peer_study.NAME) if ran.cut else self._read_peer(runs))
 
     def nudge_peer(self, name: str, labels: Sequence[str], nudge: float) -> Mapping[str, TrialLosses]:
         """The losses of some of the peer's trials with their start moved by as much as rounding. Not timed."""
@@ -143,15 +162,20 @@ class Bench:
         return read(runs, peer_study.NAME, lambda number, run: run == f"trial {number:03d}", "mlflow.runName", "loss")
 
     def _timed(self, name: str, command: Sequence[Any]) -> Ran:
-        load, began = os.getloadavg()[0], time.perf_counter()
-        self._start(name, command)
-        return Ran(wall_s=time.perf_counter() - began, load=load)
+        load, began, began_at = os.getloadavg()[0], time.perf_counter(), time.time()
+        cut = False
+        try:
+            self._start(name, command)
+        except subprocess.TimeoutExpired:
+            cut = True
+        return Ran(wall_s=time.perf_counter() - began, load=load, began_at=began_at, cut=cut)
 
     def _start(self, name: str, command: Sequence[Any], cache: str | None = None, threads: int | None = None) -> None:
         """Run to the end, with a cache of its own that begins empty.
 
         Raises:
             SystemExit: it failed; with the end of its output.
+            TimeoutExpired: it was ended at the limit.
         """
         output = self.folder / f"{name}.txt"
         cached = self.folder / f"{cache or name}-cache"
@@ -208,12 +232,35 @@ def read(
             continue  # a repeat, for the verdict
         run_id = next(run_id for value, run_id in tagged.items() if is_run(trial.number, value))
         steps = sorted((m.step, m.value) for m in client.get_metric_history(run_id, key))
-        found[trial.user_attrs["label"]] = TrialLosses(
-            val=tuple(value for _, value in sorted(trial.intermediate_values.items())),
-            first=tuple(value for _, value in steps[:FIRST_STEPS]),
-            state=trial.state.name,
-        )
+        found[trial.user_attrs["label"]] = _losses(trial, tuple(value for _, value in steps[:FIRST_STEPS]))
     return found
+
+
+def read_ended(runs: Path, study_name: str) -> dict[str, TrialLosses]:
+    """The trials that had ended when a side was cut, by label: by Optuna's database alone, since MLflow's may lag."""
+    import optuna
+
+    url = f"sqlite:///{runs / 'optuna.db'}"
+    if not (runs / "optuna.db").exists() or study_name not in optuna.get_all_study_names(url):
+        return {}
+    ended = optuna.load_study(study_name=study_name, storage=url).get_trials(deepcopy=False)
+    return {
+        trial.user_attrs["label"]: _losses(trial, ())
+        for trial in ended
+        if trial.state.name in ("COMPLETE", "PRUNED") and "label" in trial.user_attrs
+    }
+
+
+def _losses(trial: Any, first: tuple[float, ...]) -> TrialLosses:
+    """What Optuna has of a trial, with the training losses of its first steps."""
+    began, ended = trial.datetime_start, trial.datetime_complete
+    return TrialLosses(
+        val=tuple(value for _, value in sorted(trial.intermediate_values.items())),
+        first=first,
+        state=trial.state.name,
+        began_at=began.timestamp() if began else math.nan,
+        ended_at=ended.timestamp() if ended else math.nan,
+    )
 
 
 def machine() -> dict[str, Any]:
