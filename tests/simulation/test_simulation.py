@@ -63,4 +63,4 @@ def test_a_process_that_slept_and_drops_later_checkpoints_is_found(tmp_path: Pat
         return [each for each in there if each not in (epoch, best, *before)]
 
     with mock.patch.object(world, "superseded", once), pytest.raises(Wrong, match="no adapter of its best epoch"):
-        Simulation(56, tmp_path / "runs").run()
+        Simulation(49, tmp_path / "runs").run()
