@@ -58,6 +58,10 @@ def create(client: MlflowClient, study_name: str, study_id: str | None, location
                 if found is not None and not _is_of(found, study_id):
                     continue  # another's: the next name
         return
+    raise StorageError(
+        f"the MLflow experiments {' and '.join(names(study_name, study_id))} belong to other studies: begin a new study "
+        "with --fresh, or rename theirs"
+    )
 
 
 def names(study_name: str, study_id: str | None) -> Iterator[str]:

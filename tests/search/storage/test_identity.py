@@ -261,3 +261,12 @@ def test_the_advice_for_a_deleted_experiment_works_as_pasted(tmp_path: Path, mon
         store._client.delete_experiment(found)
         store.find_experiment("rsicap")
     assert "S3CRET" not in str(secret.value) and "MLFLOW_TRACKING_URI" in str(secret.value)
+
+
+def test_an_experiment_whose_names_are_all_taken_is_said(tmp_path: Path) -> None:
+    """By two studies whose ids begin alike, or by hand."""
+    for study_id in ("12345678-a", "12345678-b"):
+        open_tracking(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, study_id).experiment("rsicap")
+    third = open_tracking(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, "12345678-c")
+    with pytest.raises(StorageError, match="rsicap and rsicap-12345678 belong to other studies"):
+        third.experiment("rsicap")
