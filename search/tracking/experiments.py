@@ -59,8 +59,8 @@ def create(client: MlflowClient, study_name: str, study_id: str | None, location
                     continue  # another's: the next name
         return
     raise StorageError(
-        f"the MLflow experiments {' and '.join(names(study_name, study_id))} belong to other studies: begin a new study "
-        "with --fresh, or rename theirs"
+        f"the MLflow experiments {' and '.join(names(study_name, study_id))} belong to other studies: begin a new "
+        "study with --fresh, or rename theirs"
     )
 
 
