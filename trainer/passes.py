@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -116,8 +115,10 @@ class Passes:
             if self._records([member for member, _ in parts]):
                 assert self._recorded is not None
                 self.alive()
-                with suppress(NotRecorded):
+                try:
                     return self._recorded.evaluate(parts, _vision_outputs(parts), self.forward).tolist()
+                except NotRecorded as error:
+                    self._note(error)
             out, segments = self._forward(parts, training=False)
             sums = [out.token_losses[s.first_token : s.last_token].double().sum() for s in segments]
             return torch.stack(sums).tolist()
@@ -151,9 +152,11 @@ class Passes:
         tokens = [sum(batch.num_tokens() for batch in group) for _, group, _ in work]
         adapters = [member.adapter for member in self.passing]
         if all(len(parts) == 1 for parts in pieces) and self._records(self.passing):
-            with suppress(NotRecorded):  # then the step is made anew, its dropout drawn by the runs' own generators
+            try:
                 one = [(member, parts[0]) for member, parts in zip(self.passing, pieces, strict=True)]
                 return self._recorded_pass(one, tokens)
+            except NotRecorded as error:
+                self._note(error)  # the step is made anew, its dropout drawn by the runs' own generators
         weights = adapters[0].weights
         zero = at_least_float32(torch.zeros((), dtype=weights.dtype, device=weights.device))
         losses, peaks = [zero] * len(work), [zero] * len(work)
@@ -246,6 +249,10 @@ class Passes:
         self._recorded.stop("out of memory")
         self.squeezed = True
         return True
+
+    def _note(self, error: NotRecorded) -> None:
+        """A pass that cannot be recorded for another reason than memory never could be."""
+        self.squeezed = self.squeezed or (error.__cause__ is not None and runtime.is_out_of_memory(error.__cause__))
 
     def _records(self, members: Sequence[Member]) -> bool:
         return (

@@ -107,8 +107,9 @@ def check_folder(folder: Path, study: optuna.Study) -> None:
 
 
 def _fits(folder: Path, trials: Sequence[FrozenTrial]) -> bool:
-    """Whether every trial's folder below has the configuration of the study's trial of that number."""
-    configs = {records.folder_of(t.number): t.user_attrs.get(records.CONFIG) for t in trials}
+    """Whether every trial's folder below has the configuration of the study's trial that it is of."""
+    attrs = {t.user_attrs.get(records.FOLDER) or records.folder_of(t.number): t.user_attrs for t in trials}
+    configs = {name: each.get(records.CONFIG) for name, each in attrs.items()}
     for path in folder.glob("trials/*/config.json"):
         try:
             there = json.loads(path.read_text(encoding="utf-8"))

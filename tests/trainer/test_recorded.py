@@ -240,6 +240,21 @@ def test_what_cannot_be_recorded_trains_all_the_same(
     assert found[0][0].losses == pytest.approx(plain[0][0].losses, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "why", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not permitted")], ids=type
+)
+def test_a_recording_that_found_no_memory_is_told(
+    bench: Workbench, small: Small, tmp_path: Path, recorder: Recorder, why: RuntimeError
+) -> None:
+    """So that a probe does not take launched steps for what fits; what cannot be recorded at all is the usual step."""
+    graphs.RECORDERS["cpu"] = mock.Mock(side_effect=why)
+    with Pack(bench) as pack:
+        pack.add(small(num_epochs=4), tmp_path / "run")
+        while pack.members:
+            assert not [error for _, error in pack.round() if isinstance(error, Exception)]
+        assert pack.passes.squeezed == isinstance(why, torch.OutOfMemoryError)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_gpu_that_is_not_the_current_one_is_recorded_on(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     """All recordings of a device on one stream of its own, and the stream and device of before afterwards."""

@@ -46,11 +46,14 @@ class Somebody:
     def close(self) -> None:
         close_storage(self.storage)
 
-    def trained(self) -> None:
+    def trained(self, place: int = 1) -> None:
         """A trial of the study, with its folder."""
         trial = self.study.ask()
         trial.set_user_attr(records.CONFIG, {"lora_r": 4})
-        folder = self.folder / records.folder_of(trial.number)
+        name = records.folder_of(trial.number, place)
+        if place > 1:  # earlier versions' trials are in the folder of their number
+            trial.set_user_attr(records.FOLDER, name)
+        folder = self.folder / name
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"lora_r": 4}))
 
@@ -89,11 +92,14 @@ def test_old_files_are_never_the_new_studys(one: Somebody, how: str) -> None:
     claim(one.folder, one.study)
 
 
-def test_a_folder_of_an_earlier_version_is_known_by_its_trials(one: Somebody) -> None:
-    one.trained()
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_folder_of_an_earlier_version_is_known_by_its_trials(one: Somebody, place: int) -> None:
+    one.trained(place)
     claim(one.folder, one.study)
     (one.folder / records.STUDY_FILE).unlink()
-    config = one.folder / "trials/0000/config.json"
+    claim(one.folder, one.study)
+    (one.folder / records.STUDY_FILE).unlink()
+    config = one.folder / records.folder_of(0, place) / "config.json"
     config.write_text(json.dumps({"lora_r": 5}))
     with pytest.raises(StudyError, match="another study"):
         claim(one.folder, one.study)
