@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from search.diagnosis.messages import rate
 from search.leaderboard import show_value
-from search.planning.coordinates import effective_rate
+from search.planning.coordinates import USUAL
 from search.report.experiment import Experiment, by_loss
 from search.report.facts import Facts
+from search.report.judged import rate_of
 from search.report.plots.canvas import BEST, BROKE, GOOD, GROUPS, OTHER, group, key, new, outcome
 
 if TYPE_CHECKING:
@@ -34,15 +35,19 @@ def rate_against_loss(facts: Facts) -> Figure | None:
 
 
 def effective_rate_against_loss(facts: Facts) -> Figure | None:
-    """The same for the effective rate, a search's one steep direction (`search.planning.coordinates`)."""
-    return _against_loss(facts, _effective, "effective rate = learning_rate x lora_alpha / sqrt(batch_size)")
+    """The same for the effective rate, a search's one steep direction (`search.planning.coordinates`).
+
+    In the unit of the table of parameters beside it: one name for two rates would be read as one.
+    """
+    batch, rank = USUAL["batch_size"], USUAL["lora_r"]
+    label = f"effective rate: learning_rate x lora_alpha / sqrt(batch_size), at batch {batch} and rank {rank}"
+    return _against_loss(facts, _effective, label)
 
 
 def _effective(config: Mapping[str, Any]) -> float | None:
     """The effective rate of a configuration; None for records that lack a part of it."""
-    parts = {"gradient_accumulation_steps": 1, **config}
-    known = all(parts.get(name) for name in ("learning_rate", "lora_alpha", "batch_size"))
-    return float(10.0 ** effective_rate(parts)) if known else None
+    found = rate_of(config)
+    return None if found is None else float(10.0**found)
 
 
 def _against_loss(facts: Facts, read: Callable[[Mapping[str, Any]], float | None], label: str) -> Figure | None:
