@@ -138,6 +138,13 @@ class Study:
         """The configuration of a trial before anything is sampled."""
         return TrainConfig.parse({**self.base, **SCREENS.get(self.screen or "", {})})
 
+    def most_epochs(self) -> int:
+        """Epochs of the longest trial that it samples: the base's, or the most that its space has."""
+        base, param = self.base_config(), self.space.get("num_epochs")
+        if param is None or isinstance(param, Multiple):
+            return base.num_epochs
+        return max(base.model_copy(update={"num_epochs": int(edge)}).num_epochs for edge in param.edges() if edge)
+
     def unscreened(self) -> dict[str, Any]:
         """The fields that `screen` changes, with the base's own values."""
         own = TrainConfig.parse(self.base).model_dump()

@@ -95,6 +95,11 @@ class Comparable:
             return None
         return Place(z, rest, config["num_epochs"])
 
+    def planned(self, trial: FrozenTrial) -> int | None:
+        """Epochs of a trial's training; None if it cannot be compared."""
+        place = self.place(trial)
+        return None if place is None else place.num_epochs
+
     def among(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Those that can be compared, without what was lost and taken up: its successor has its reports, too."""
         resumed = {trial.user_attrs.get(records.RESUMES) for trial in trials}

@@ -34,11 +34,12 @@ class RungPlan(Plan):
     """Goes on with one in `one_of` of those that reached a rung; at the end with the leaders.
 
     Args:
-        num_epochs: Epochs of a full trial.
+        num_epochs: Epochs of the longest trial.
         first: Epoch of the first rung.
         one_of: One trial in this many goes on; each rung is this many times later than the one before.
         leaders: How many go on to their end once no configuration is left to begin.
         among: Those of all trials that can be compared (`Comparable.among`); by default all can.
+        planned: Epochs of one of them, None if it does not say (`Comparable.planned`); by default the longest trial's.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class RungPlan(Plan):
         one_of: int = 3,
         leaders: int = LEADERS,
         among: Callable[[Sequence[FrozenTrial]], Sequence[FrozenTrial]] = list,
+        planned: Callable[[FrozenTrial], int | None] = lambda trial: None,
     ) -> None:
-        self._num_epochs, self._among = num_epochs, among
+        self._num_epochs, self._among, self._planned = num_epochs, among, planned
         self._rungs = []
         epoch = first
         while epoch < num_epochs:
@@ -63,7 +65,7 @@ class RungPlan(Plan):
     ) -> str | None:
         """See `Plan.pause`: at a rung, unless it is among the best there. One that cannot be compared goes on."""
         epoch = max(trial.intermediate_values)
-        if epoch not in self._rungs:
+        if epoch not in self._rungs or epoch >= self._end(trial):
             return None
         field = self._among([*(t for t in trials if t.number != trial.number), trial])
         if not _has(field, trial):
@@ -163,11 +165,16 @@ class RungPlan(Plan):
     def _to_next_rung(self, trial: FrozenTrial) -> int:
         """Epochs until it pauses, if it does."""
         epoch = max(trial.intermediate_values, default=0)
-        return next((rung for rung in self._rungs if rung > epoch), self._num_epochs) - epoch
+        end = self._end(trial)
+        return max(0, min(next((rung for rung in self._rungs if rung > epoch), end), end) - epoch)
 
     def _lacks(self, trial: FrozenTrial) -> int:
         """Epochs to its end."""
-        return 0 if trial.state.is_finished() else max(0, self._num_epochs - max(trial.intermediate_values))
+        return 0 if trial.state.is_finished() else max(0, self._end(trial) - max(trial.intermediate_values))
+
+    def _end(self, trial: FrozenTrial) -> int:
+        """The trial's last epoch, which a space may sample."""
+        return self._planned(trial) or self._num_epochs
 
 
 def _has(field: Sequence[FrozenTrial], trial: FrozenTrial) -> bool:

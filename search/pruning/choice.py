@@ -39,6 +39,12 @@ class Kind:
     """Makes the plan by which trials pause, beside the rising-loss rule."""
 
 
+def rung_plan(study: Study) -> RungPlan:
+    """The plan of `--pruner rungs` for a study's own trials."""
+    comparable = Comparable(study)
+    return RungPlan(study.most_epochs(), among=comparable.among, planned=comparable.planned)
+
+
 PRUNERS: dict[str, Kind] = {
     "rising": Kind("stop a trial whose validation loss rises or whose losses jump up"),
     "hyperband": Kind(
@@ -58,7 +64,7 @@ PRUNERS: dict[str, Kind] = {
     ),
     "rungs": Kind(
         "rising, and pause at epochs 1, 3, 9, ...: the best third goes on, at the end the leaders",
-        plan=lambda study, _prior, _proposes: RungPlan(study.base_config().num_epochs, among=Comparable(study).among),
+        plan=lambda study, _prior, _proposes: rung_plan(study),
     ),
     "none": Kind("train all epochs", rising=False),
 }
@@ -123,5 +129,5 @@ def pruner_for(
         plan = make_plan(study, prior or Prior(), proposes)
         total = budget or Budget(study.n_trials)
         return PausingPruner(plan, total, patience=study.patience, min_delta=study.min_delta)
-    num_epochs = study.base_config().num_epochs
+    num_epochs = study.most_epochs()
     return make_pruner(name, patience=study.patience, min_delta=study.min_delta, num_epochs=num_epochs)

@@ -68,7 +68,7 @@ class Session:
         self.budget = Budget(
             self.options.trials or self.options.epochs or self.definition.n_trials,
             self.options.epochs,
-            each=self.definition.base_config().num_epochs,
+            each=self.definition.most_epochs(),
         )
         asked = self.options.top is not None or self.options.seeds is not None
         self.definition.check_way(self.options.strategy, self.options.pruner, repeats=asked)

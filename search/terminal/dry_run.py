@@ -114,7 +114,7 @@ def show(
     if price is not None:
         print(price.line())
     if facts["expected_epochs"] is not None:
-        full = budget.trials * base.num_epochs
+        full = budget.trials * study.most_epochs()
         print(f"pausing at rungs, {budget.trials} trials come to some {facts['expected_epochs']} epochs of {full}")
     print("search space:")
     for name, param in study.space.items():

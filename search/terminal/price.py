@@ -192,7 +192,7 @@ def _measured(study: Study, budget: Budget, checked: Checked, out: Path) -> Pric
         + ended.timing.checkpoint_s,
         checkpoint_bytes=sum(path.stat().st_size for path in made),
         trials=budget.trials,
-        epochs=config.num_epochs,
+        epochs=study.most_epochs(),
         most_epochs=budget.epochs,
         **captions,
     )

@@ -78,6 +78,8 @@ class Task:
     warmup: int
     rates: tuple[float, float] = (1e-5, 3e-3)
     seed: int = 0
+    only_lowest: bool = False
+    """Whether the test loss is taken only where a run's validation loss is its lowest so far."""
 
     def jobs(self) -> list[dict[str, Any]]:
         """Values over the base, in the order in which they are trained: any beginning of it is a smaller table.
@@ -238,6 +240,7 @@ class _TestedPack(Pack):
         super().__init__(recorder.bench)
         self._recorder = recorder
         self.test_loss: dict[Member, float] = {}
+        self._own_lowest: dict[Member, float] = {}
         before = [line["val"] for line in read(recorder.lines) if "val" in line]
         before += [loss for run in stored(recorder.task).values() for loss in run["val"] if loss is not None]
         self.lowest = min((loss for loss in before if math.isfinite(loss)), default=math.inf)
@@ -245,7 +248,7 @@ class _TestedPack(Pack):
     def _evaluate(self, members: Sequence[Member]) -> list[float]:
         losses = super()._evaluate(members)
         self.lowest = min([self.lowest, *(loss for loss in losses if math.isfinite(loss))])
-        good = [m for m, loss in zip(members, losses, strict=True) if loss < WORTH_TESTING * self.lowest]
+        good = [m for m, loss in zip(members, losses, strict=True) if self._is_worth_testing(m, loss)]
         kept = [member.features for member in good]
         for member in good:
             member.features = self._recorder.test_features
@@ -259,6 +262,12 @@ class _TestedPack(Pack):
             member.features = features
             self.test_loss[member] = total / tokens
         return losses
+
+    def _is_worth_testing(self, member: Member, loss: float) -> bool:
+        """Whether its test loss is taken after this epoch."""
+        before = self._own_lowest.get(member, math.inf)
+        self._own_lowest[member] = min(before, loss)
+        return loss < WORTH_TESTING * self.lowest and (loss < before or not self._recorder.task.only_lowest)
 
 
 def read(lines: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from search.planning.laddered import Laddered, van_der_corput
 from search.planning.prior import Prior
 from search.planning.rungs import LEADERS, RungPlan
 from search.pruning import default_pruner, plan_of, pruner_for
+from search.pruning.choice import rung_plan
 from search.pruning.pruners import PausingPruner
 from search.sampling.aimed import AimedSampler
 from search.sampling.make import FREEZE_THAW, RUNGS, make_sampler
@@ -246,6 +247,34 @@ def test_what_a_budget_has_left_brings_leaders_to_their_end_and_not_all_of_them_
         assert RungPlan(20, leaders=2).resume([*ended, third], new_left=False, left=9) == goes_on, "by rungs again"
     near = running(4, (0.6,) * 18 + (0.545,), "WAITING")
     assert plan.resume([*trials[:4], near], new_left=False, left=18) == 4, "two of them: the furthest first"
+
+
+def test_where_the_number_of_epochs_is_searched_each_trial_has_its_own_end() -> None:
+    """The base's ended all before: a longer leader lacked nothing, and was given up beside one that had ended."""
+    study = Study(
+        name="lengths",
+        description="",
+        base={"model": "mini", "data": "mini", "max_samples": 80, "num_epochs": 4},
+        space={"learning_rate": Float(1e-5, 1e-3, log=True), "num_epochs": Choice((3, 12))},
+        n_trials=3,
+    )
+    assert study.most_epochs() == 12 == Study(**{**vars(study), "space": {"num_epochs": Int(2, 12)}}).most_epochs()
+    assert MINI.most_epochs() == MINI.base_config().num_epochs
+    plan = rung_plan(study)
+
+    def begun(number: int, epochs: int, losses: tuple[float, ...], state: str = "RUNNING") -> FrozenTrial:
+        found = running(number, losses, state)
+        found.set_user_attr(records.CONFIG, {**study.base_config().model_dump(mode="json"), "num_epochs": epochs})
+        return found
+
+    short, long = begun(0, 3, (0.6, 0.55), "WAITING"), begun(1, 12, (0.6, 0.5, 0.45, 0.44), "WAITING")
+    assert plan.wanted([short, long]) == 1 + 8
+    assert plan.resume([short, long], new_left=False) == 1
+    assert plan.resume([short, begun(1, 12, (0.4,) * 12, "COMPLETE")], new_left=False) == 0
+    others = [begun(n, 12, (0.3, 0.3, 0.3, 0.3)) for n in range(2, 8)]
+    at_its_end, on_its_way = begun(0, 3, (0.6, 0.55, 0.5)), begun(1, 12, (0.6, 0.5, 0.45))
+    assert plan.pause([at_its_end, *others], at_its_end, new_left=True) is None, "its last epoch is none to wait at"
+    assert plan.pause([on_its_way, *others], on_its_way, new_left=True) is not None
 
 
 def test_trials_that_wait_to_begin_may_take_a_trial_s_place() -> None:
