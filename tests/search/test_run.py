@@ -16,26 +16,26 @@ import pytest
 import torch
 
 from search import records, replay
-from search.records import TrialRecord
-from search.storage import lifecycle
 from search.storage.database import close_storage, open_storage
 from search.storage.studies import find_study
 from search.tracking.client import open_tracking
 from tests.bad_input import harness
 from tests.support import called
-from tests.support.search_process import QUICK, ROOT, Search, command, environment, importer_of, run, workers_of
+from tests.support.search_process import (
+    QUICK,
+    ROOT,
+    Search,
+    command,
+    environment,
+    importer_of,
+    run,
+    trials_of,
+    workers_of,
+)
 from tests.support.small_study import Small
 from tests.support.template import Forked
 
 LONG = ("max_samples=24", "num_epochs=5", "warmup_steps=0", "batch_size=2")
-
-
-def trials_of(runs: Path, name: str = "rsicap_mini") -> tuple[TrialRecord, ...]:
-    storage = open_storage(f"sqlite:///{runs / 'optuna.db'}")
-    try:
-        return lifecycle.read_trials(find_study(storage, name))
-    finally:
-        close_storage(storage)
 
 
 def curves_of(runs: Path, name: str = "rsicap_mini") -> dict[int, dict[int, float]]:

@@ -17,6 +17,10 @@ from typing import Any
 
 import psutil
 
+from search.records import TrialRecord
+from search.storage import lifecycle
+from search.storage.database import close_storage, open_storage
+from search.storage.studies import find_study
 from tests.support import template
 from tests.support.template import Forked
 
@@ -34,6 +38,15 @@ def command(runs: Path, *arguments: str, study: str = "rsicap_mini", settings: t
         arguments = (*arguments, "--strategy", "joint")
     sets = [part for setting in settings for part in ("--set", setting)]
     return [sys.executable, "-m", "search.run", "--study", study, "--runs-dir", str(runs), *sets, *arguments]
+
+
+def trials_of(runs: Path, name: str = "rsicap_mini") -> tuple[TrialRecord, ...]:
+    """The trials of a study in a runs folder."""
+    storage = open_storage(f"sqlite:///{runs / 'optuna.db'}")
+    try:
+        return lifecycle.read_trials(find_study(storage, name))
+    finally:
+        close_storage(storage)
 
 
 def environment() -> dict[str, str]:
