@@ -46,6 +46,7 @@ EDGES = {
     "lora_r": tuple(2.0**e for e in range(11)),
     "lora_alpha": tuple(2.0**e for e in range(13)),
     "batch_size": tuple(2.0**e for e in range(13)),
+    "num_epochs": tuple(2.0**e for e in range(13)),
     "lora_dropout": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
     "warmup_share": (0.0, 1e-9, 0.1, 0.25, 0.5, 1.0),
 }
@@ -165,9 +166,13 @@ READERS: dict[str, Read] = {
     "lora_dropout": field("lora_dropout"),
     "batch_size": field("batch_size"),
     "warmup_share": warmup_share,
+    "lr_scheduler_type": field("lr_scheduler_type"),
+    "num_epochs": field("num_epochs"),
     "torch_dtype": field("torch_dtype"),
 }
 """The tables of the log, in its order."""
+IF_VARIED = ("lr_scheduler_type", "num_epochs")
+"""Those that are left out where all trials have one value: most studies do not search them."""
 
 
 def main_samples(experiments: Sequence[Experiment]) -> tuple[Any, ...] | None:
@@ -184,7 +189,7 @@ def tables(experiments: Sequence[Experiment], noise: Noise) -> dict[str, Table]:
     found = {}
     for name, read in READERS.items():
         rows = _rows(name, read, finished, samples, noise)
-        if not rows:
+        if not rows or (len(rows) == 1 and name in IF_VARIED):
             continue
         spread, chance = _spread(rows, {e.number: e.value for e in finished if e.judged and e.samples == samples})
         found[name] = Table(

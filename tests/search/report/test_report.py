@@ -226,6 +226,24 @@ class TestParameters:
         made += [trial(i, falling(2.0, 1.2, 15), values={"learning_rate": 2e-4}) for i in range(3, 6)]
         assert gather(study(made)).tables["learning_rate"].rows[0].verdict == "masked"
 
+    def test_schedules_and_epochs_are_compared_where_they_vary(self, sixty: Facts) -> None:
+        def one(number: int, schedule: str, epochs: int) -> TrialRecord:
+            last = 1.3 + 0.2 * (schedule == "linear") + 0.001 * number
+            values = {"lr_scheduler_type": schedule, "num_epochs": epochs}
+            return trial(number, falling(2.0, last, epochs), values=values)
+
+        made = [one(n, ("cosine", "linear")[n % 2], (6, 12)[n // 8]) for n in range(16)]
+        facts = gather(study(made))
+        assert [(row.low, row.n, row.verdict) for row in facts.tables["lr_scheduler_type"].rows] == [
+            ("cosine", 8, "good"),
+            ("linear", 8, "behind"),
+        ]
+        assert facts.tables["lr_scheduler_type"].differs and not facts.tables["num_epochs"].differs
+        assert [(row.low, row.n) for row in facts.tables["num_epochs"].rows] == [(6, 8), (12, 8)]
+        assert not {"lr_scheduler_type", "num_epochs"} & set(sixty.tables), "of one value, they say nothing"
+        text = markdown(facts, "en", {})
+        assert "| `lr_scheduler_type` | cosine | 8 |" in text and "`num_epochs` (6 – 12)" in text
+
     def test_every_finished_trial_is_in_one_row(self, sixty: Facts) -> None:
         judged = sorted(e.number for e in sixty.experiments if e.record.state in ("COMPLETE", "PRUNED"))
         for table in sixty.tables.values():
