@@ -25,7 +25,9 @@ from search.planning.curves import Array
 from search.space import Choice, Float, Int, Multiple, Param, Space
 
 RATE_FIELDS = ("learning_rate", "lora_alpha", "lora_r", "batch_size", "gradient_accumulation_steps")
-"""Fields that the rates below are made of."""
+"""Fields that the rates below are made of; `lr_scheduler_type`, a text, beside them."""
+DECAYING = ("linear", "cosine")
+"""Schedules whose rate falls to nothing after the warmup."""
 
 
 def effective_rate(config: Mapping[str, Any]) -> float:
@@ -49,10 +51,15 @@ LARGER_BATCH, HIGHER_RANK = 0.25, 0.25
 batch also makes fewer steps (its power in all is between 0.5, a random walk, and 1, a straight path), and a higher
 rank has more products to sum. On 114 runs of the embedded model powers of 0.75 and 0.25 make recorded curves e^55
 times more probable than 0.5 and 0, and the best of nine combinations (docs/search-quality.md)."""
+FALLS = math.log10(2)
+"""Decades by which the model's rate of a schedule that falls lies below that of a constant one: its mean is half as
+high. Of the embedded model it has its lowest losses 0.2 to 0.8 decades higher (`python -m tests.benchmarks.schedules`,
+docs/search-quality.md, "Schedules and epochs")."""
 
 
 def model_rate(config: Mapping[str, Any]) -> float:
-    """log10 of the rate by which the model tells configurations apart: the effective rate at the usual batch and rank.
+    """log10 of the rate by which the model tells configurations apart: the effective rate at the usual batch and rank,
+    and of a constant rate that is as high in the mean.
 
     Args:
         config: A resolved configuration's values by field.
@@ -62,6 +69,7 @@ def model_rate(config: Mapping[str, Any]) -> float:
         effective_rate(config)
         - LARGER_BATCH * math.log10(samples / USUAL["batch_size"])
         - HIGHER_RANK * math.log10(config["lora_r"] / USUAL["lora_r"])
+        - FALLS * (config.get("lr_scheduler_type") in DECAYING)
     )
 
 

@@ -111,4 +111,4 @@ def _rate(config: Mapping[str, Any]) -> float:
     values = {name: config.get(name, defaults[name]) for name in RATE_FIELDS}
     if not all(type(value) in (int, float) and finite(value) and value > 0 for value in values.values()):
         return math.nan
-    return model_rate(values)
+    return model_rate({**values, "lr_scheduler_type": config.get("lr_scheduler_type")})

@@ -39,6 +39,20 @@ def test_the_effective_rate_is_the_issue_s() -> None:
     assert effective_rate(again) == pytest.approx(effective_rate(recommended))
 
 
+def test_a_rate_that_falls_is_begun_twice_as_high() -> None:
+    """Its mean is half of a constant one's; the effective rate is that of the highest."""
+    constant = {**BASE, "learning_rate": 2e-4, "lr_scheduler_type": "constant_with_warmup"}
+    space: Space = {"learning_rate": Float(1e-6, 1e-1, log=True)}
+    for falling in ("linear", "cosine"):
+        config = {**constant, "lr_scheduler_type": falling}
+        assert effective_rate(config) == effective_rate(constant)
+        assert model_rate(config) == pytest.approx(model_rate(constant) - math.log10(2))
+        rates = [
+            Candidates(space, c).sound_at(np.random.default_rng(0), -2.6)["learning_rate"] for c in (constant, config)
+        ]
+        assert rates[1] == pytest.approx(2 * rates[0])
+
+
 @pytest.mark.parametrize("space", SPACES, ids=lambda space: "-".join(space))
 @given(seed=st.integers(0, 2**32 - 1), centre=st.floats(-8, 2), width=st.floats(0.05, 2))
 def test_candidates_lie_in_the_space_and_can_be_run(space: Space, seed: int, centre: float, width: float) -> None:
