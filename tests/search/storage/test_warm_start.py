@@ -174,9 +174,10 @@ def test_the_published_runs_count_most_for_a_study_like_them(tmp_path: Path) -> 
     sources = read([str(RECORDED)], Places.of(tmp_path))
     assert sources[0].conditions.samples == 2068 and sources[0].prior.centre == pytest.approx(-2.98, abs=0.01)
     real = replace(STUDY, base={**STUDY.base, "model": f"/models/{XL}", "num_epochs": 10})
-    mini = prior_for(STUDY, 160, sources)
-    assert prior_for(real, 2585, sources) == sources[0].prior
-    assert mini == sources[0].prior.widened(2)
+    for study, samples, differences in ((real, 2585, 0), (STUDY, 160, 2)):
+        found, expected = prior_for(study, samples, sources), sources[0].prior.widened(differences)
+        assert found is not None
+        assert (found.centre, found.width) == pytest.approx((expected.centre, expected.width))
 
 
 def test_a_source_without_a_loss_is_refused(tmp_path: Path) -> None:
