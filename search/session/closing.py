@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from search import leaderboard, records
 from search.errors import DatabaseAway, StorageError
-from search.processes import is_gone
 from search.result import INTERRUPTED, Result
+from search.session.left import nobody_writes
 from search.storage import lifecycle
 from search.terminal import summary
 from search.tracking.outbox import Model
@@ -85,7 +85,8 @@ def close(
             refused = str(error)
     runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials, verdict))
     undelivered = courier.close(0)
-    runs.close_dangling(is_gone)
+    runs.close_dangling(nobody_writes(lambda: trials))
+    runs.end_lost(t.run_id for t in trials if t.run_id and t.state == "FAIL" and t.reason == records.LOST)
     return Result(
         code=code,
         study_name=study.study_name,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from search.verdict.tested import is_due
 from search.workers import repeats
 
 if TYPE_CHECKING:
+    from search.records import TrialRecord
     from search.session.opening import Opened
     from search.storage.lifecycle import Unfinished
     from search.tracking.runs import StudyRuns
@@ -41,11 +43,28 @@ class Left:
             if lost.run_id is not None:
                 self._runs.end(lost.run_id, "KILLED", {"state": "FAIL", "reason": records.LOST})
         if gone:  # a worker may have died before it wrote down which run it had begun
-            self._runs.close_dangling(is_gone)
+            self._runs.close_dangling(nobody_writes(lambda: lifecycle.read_trials(study)))
         left = lifecycle.unfinished(study, repeats=rules is not None)
         if rules is not None and not left.waiting and not left.running:
             left = replace(left, waiting=len(repeats.wanted(study, rules, self._opened.budget)))
         return left
+
+
+def nobody_writes(trials: Callable[[], Iterable[TrialRecord]]) -> Callable[[Mapping[str, str]], bool]:
+    """Says of a trial's MLflow run, by its tags, whether its process was here and is gone, or its trial was lost.
+
+    Of a process of an earlier boot, or of another host, nothing is known. If it died before it wrote down which run it
+    had begun, only the trial's number leads to that run.
+
+    Args:
+        trials: Reads the study's, if it comes to that.
+    """
+
+    @functools.cache
+    def lost() -> frozenset[str]:
+        return frozenset(str(t.number) for t in trials() if t.state == "FAIL" and t.reason == records.LOST)
+
+    return lambda tags: is_gone(tags) or (tags.get("kind") == "trial" and tags.get("trial") in lost())
 
 
 def has_work(opened: Opened, left: Unfinished, test_images: int) -> bool:

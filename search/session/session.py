@@ -199,11 +199,10 @@ class Session:
         options, places = self.options, self.options.places
         with without_collection():
             from search import preflight
-            from search.processes import is_gone
             from search.records import STUDY_ID
             from search.report.keeper import LogKeeper
             from search.session import closing
-            from search.session.left import Left, has_work
+            from search.session.left import Left, has_work, nobody_writes
             from search.storage import lifecycle
             from search.terminal import summary
             from search.terminal.live import Logged
@@ -242,7 +241,7 @@ class Session:
         courier = DeliveryThread(delivery, shown_url(places.tracking_uri), display.say)
         assert self._storage is not None
         self._storage.say = display.say
-        runs.close_dangling(is_gone)
+        runs.close_dangling(nobody_writes(read))
         left = look(())
         done = lifecycle.counted(study)
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from search.errors import Unavailable
+from search import records
+from search.errors import StorageError, Unavailable
 from search.places import Places
 from search.storage.identity import id_of
 from search.tracking import client as store
@@ -125,6 +126,27 @@ class StudyRuns:
             tracking.close_dangling(tracking.experiment(self.study), is_dead)
         except Unavailable as error:
             log.warning("no search for runs of dead processes: %s", error)
+
+    def end_lost(self, run_ids: Iterable[str]) -> None:
+        """End the runs of lost trials that do not say so; a later call does, if MLflow is away.
+
+        Whoever took such a trial up was killed, or lost the database, before it had its run ended: nobody will again.
+        """
+        if self.outbox.runs():
+            return
+        try:
+            tracking = self.connect()
+            for run_id in run_ids:
+                try:
+                    found = tracking.resolve(self.study, run_id)
+                    if tracking.tags(found).get("state") != "FAIL":
+                        tracking.end_run(found, "KILLED", {"state": "FAIL", "reason": records.LOST})
+                except Unavailable:
+                    raise
+                except StorageError as error:  # deleted by someone
+                    log.warning("run %s is not ended: %s", run_id, error)
+        except Unavailable as error:
+            log.warning("no search for runs of lost trials: %s", error)
 
     # ------------------------------------------------------------------ runs of trials
 

@@ -1,0 +1,47 @@
+"""Runs of lost trials are ended in MLflow, whoever died before it could do so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from search import records
+from search.places import Places
+from search.processes import NAMESPACE_TAG, STARTED_TAG
+from search.session.left import nobody_writes
+from search.tracking.runs import StudyRuns
+from tests.support.candidate_trials import trial
+from trainer.config import TrainConfig
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> StudyRuns:
+    found = StudyRuns(Places.of(tmp_path), "demo")
+    found.start_study({})
+    return found
+
+
+def begun(runs: StudyRuns, number: int) -> str:
+    """A run whose process is of an earlier boot, so that nothing is known of it."""
+    where = {"host": "node", "pid": "7", STARTED_TAG: "7@earlier:1", NAMESPACE_TAG: "7@1"}
+    recorder = runs.begin("any", TrainConfig(model="m", data="d").model_dump(), {"trial": str(number), **where})
+    return recorder.run_id
+
+
+def test_a_run_of_an_unknown_process_is_ended_once_its_trial_is_lost(runs: StudyRuns) -> None:
+    of_lost, other = begun(runs, 0), begun(runs, 1)
+    runs.close_dangling(nobody_writes(lambda: [trial(0, None, "FAIL", reason=records.LOST)]))
+    tracking = runs.connect()
+    found = tracking.runs(tracking.experiment("demo"))
+    assert (found[of_lost].status, found[of_lost].tags["reason"]) == ("KILLED", records.LOST)
+    assert found[other].status == "RUNNING"
+
+
+def test_a_lost_trial_whose_run_ended_otherwise_is_lost_there_too(runs: StudyRuns) -> None:
+    ended, gone = begun(runs, 0), "0" * 32
+    runs.end(ended, "FINISHED", {"state": "COMPLETE"})
+    runs.end_lost([gone, ended])
+    tracking = runs.connect()
+    found = tracking.runs(tracking.experiment("demo"))[ended]
+    assert (found.status, found.tags["state"], found.tags["reason"]) == ("KILLED", "FAIL", records.LOST)
