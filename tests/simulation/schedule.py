@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import optuna
@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.orm import Session
 
 from search import processes, pruning, records
-from search.errors import DatabaseAway
+from search.errors import DatabaseAway, StorageError
 from search.places import Places
 from search.planning.budget import Budget
 from search.planning.rungs import RungPlan
@@ -36,6 +36,9 @@ from search.verdict.leaders import Rules, verdict_of
 from search.workers import repeats, trial, worker
 from search.workers.protocol import Idle, Job, Order, TrialEnded
 from search.workers.supervisor import IDLE_LOOK_S, LOOK_S
+from tests.simulation import tracking
+from tests.simulation.run_store import URI, Network
+from tests.simulation.tracking import Search
 from tests.simulation.world import Checkpoint, Host, Killed, Process, World, load, save, trained, whole
 from tests.support.made_up_events import epoch
 
@@ -45,21 +48,11 @@ ROUND_S = 5.0
 """What an epoch takes."""
 MOST_TURNS = 20_000
 
+T = TypeVar("T")
+
 
 class Wrong(AssertionError):
     """A promise that a schedule broke."""
-
-
-class Tracking:
-    """In place of a trial's MLflow run."""
-
-    label = None
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **named: None
 
 
 class Pack:
@@ -163,7 +156,10 @@ class Simulation:
         self.is_alive = is_alive
         self.world = world = World(seed)
         chance = world.chance
-        self.places = Places.of(folder)
+        self.places = Places.of(folder, tracking=URI)
+        self.network = Network(world, tracking.stream(seed), self.beat)
+        self.searches: dict[Process, Search] = {}
+        """What the supervisors have of MLflow."""
         self.definition = Study(
             name="simulated",
             description="faults from outside",
@@ -184,6 +180,8 @@ class Simulation:
         """Deaths that a trial, by its first number, may be to blame for."""
         self.deaths = 0
         self.looked = -LOOK_S
+        self.gone: list[lifecycle.Lost] = []
+        """Trials that the look that goes on has found lost."""
         self.lost: set[int] = set()
         """Trials that were looked at as they were lost."""
         self.wrong: list[str] = []
@@ -200,10 +198,12 @@ class Simulation:
             self.open()
             try:
                 self.play()
+                self.close()
                 self.judge()
             finally:
                 for process in self.world.processes:
                     self.end(process)
+                self.bury_tasks()
                 close_storage(self.storage)
 
     def open(self) -> None:
@@ -211,7 +211,9 @@ class Simulation:
         self.places.runs_dir.mkdir(parents=True, exist_ok=True)
         self.storage = open_storage(self.places.storage_url, grace_s=round(LOST_AFTER_S))
         self.study = open_study(self.storage, self.definition)
-        self.folder = self.places.study(self.study.study_name)
+        self.name: str = self.study.study_name
+        self.study_id: str = self.study.user_attrs[records.STUDY_ID]
+        self.folder = self.places.study(self.name)
         self.folder.mkdir(exist_ok=True)
         claim(self.folder, self.study)
         if self.rules is not None:
@@ -225,6 +227,7 @@ class Simulation:
             if self.faults and self.world.chance.random() < 0.05:
                 self.faults -= 1
                 self.fault()
+            self.network.change()
             if turn % 10 == 0 and self.is_due() and self.supervise():
                 return
             able = [
@@ -237,9 +240,48 @@ class Simulation:
                 self.resume(self.world.chance.choice(able))
             else:
                 self.world.now += ROUND_S
+            self.let_tasks_go_on()
             for host in self.hosts:
                 self.bury(host)
         raise Wrong(f"no end after {MOST_TURNS} turns: {[(t.number, t.state.name) for t in self.study.trials]}")
+
+    def let_tasks_go_on(self) -> None:
+        """Give one of the threads beside the processes' first the word; a process may die in it."""
+        able = [task for task in self.world.tasks if task.able()]
+        if able:
+            self.network.chance.choice(able).resume()
+        for host, supervisor in self.supervisors.items():
+            if supervisor is not None and supervisor.dead:
+                self.fell(host)
+            for each in self.workers[host]:
+                if each.process.dead and each.alive:
+                    self.resume(each)
+        self.bury_tasks()
+        self.wrong += [f"a thread ended by {type(error).__name__}: {error}" for error in self.world.errors]
+        self.world.errors.clear()
+
+    def bury_tasks(self) -> None:
+        """The other threads of processes that are dead end, and their locks are given up."""
+        for task in [task for task in self.world.tasks if task.process.dead]:
+            task.resume()
+        for process in [process for process in self.searches if process.dead]:
+            self.searches.pop(process).forget()
+
+    def fell(self, host: Host) -> None:
+        """A supervisor died alone: its workers end with it."""
+        self.supervisors[host] = None
+        for each in self.workers[host]:
+            self.end(each.process)
+        self.workers[host] = []
+
+    def beat(self) -> None:
+        """While a process waits for MLflow, the heartbeats of all go on."""
+        for running in self.workers.values():
+            for each in running:
+                process = each.process
+                if each.alive and not process.dead and process.host.asleep_until <= self.world.now and each.loop:
+                    for run in each.loop._alive():
+                        self.world.beats[run.trial._trial_id] = self.world.now
 
     def resume(self, chosen: Worker) -> None:
         """Give a worker the word until it gives way or ends."""
@@ -335,8 +377,8 @@ class Simulation:
             if host.asleep_until > self.world.now or self.world.now < self.world.away_until:
                 return False
             supervisor = self.supervisors[host]
-            if supervisor is None:
-                supervisor = self.supervisors[host] = self.world.process(host)
+            if supervisor is None and (supervisor := self.begin(host)) is None:
+                return False
             left = self.look(supervisor, ())
             if left is None:
                 return False
@@ -352,29 +394,66 @@ class Simulation:
                 each.link.look = True
         return done and not any(self.workers.values())
 
+    def begin(self, host: Host) -> Process | None:
+        """A supervisor's beginning; None if it dies of it."""
+        supervisor = self.supervisors[host] = self.world.process(host)
+
+        def begin() -> Process:
+            self.searches[supervisor] = Search(self, Budget(self.definition.n_trials))
+            return supervisor
+
+        try:
+            return self.as_supervisor(supervisor, begin)
+        except DatabaseAway:
+            supervisor.dead = True
+            self.fell(host)
+            return None
+
+    def as_supervisor(self, supervisor: Process, do: Callable[[], T]) -> T | None:
+        """Have a supervisor do something; None if it dies of it."""
+        try:
+            with self.world.acting(supervisor):
+                return do()
+        except Killed:
+            self.fell(supervisor.host)
+            return None
+        except StorageError as error:
+            if not isinstance(error, DatabaseAway):
+                self.wrong.append(f"a supervisor met {type(error).__name__}: {error}")
+                return None
+            raise
+
+    def close(self) -> None:
+        """The searches end; later, when MLflow is back, the same command comes once more on each host."""
+        for host, supervisor in self.supervisors.items():
+            with suppress(DatabaseAway):
+                if supervisor is not None:
+                    self.as_supervisor(supervisor, self.searches[supervisor].close)
+                    supervisor.dead = True
+            self.supervisors[host] = None
+        self.bury_tasks()
+        self.network.calm()
+        self.world.flaky = self.world.deadly = 0.0
+        self.world.away_until = -1.0
+        for host in self.hosts:
+            host.asleep_until = -1.0
+            again = self.begin(host)
+            assert again is not None
+            self.as_supervisor(again, self.searches[again].close)
+            again.dead = True
+        self.bury_tasks()
+
     def look(self, supervisor: Process, blamed: Sequence[int]) -> lifecycle.Unfinished | None:
         """As `Session` looks; None if the database is away or the supervisor dies of it."""
-        world = self.world
-        try:
-            with world.acting(supervisor):
-                gone = lifecycle.requeue_lost(self.study, is_alive=self.is_alive, blamed=blamed)
-                left = lifecycle.unfinished(self.study)
-                if self.rules is not None and not left.waiting and not left.running:
-                    more = len(repeats.wanted(self.study, self.rules, Budget(self.definition.n_trials)))
-                    left = lifecycle.Unfinished(more, 0)
-        except DatabaseAway:
-            return None
-        except Killed:
-            self.supervisors[supervisor.host] = None
-            for each in self.workers[supervisor.host]:  # they end with it
-                self.end(each.process)
-            self.workers[supervisor.host] = []
-            return None
-        if gone:
+        self.gone.clear()
+        left = None
+        with suppress(DatabaseAway):
+            left = self.as_supervisor(supervisor, lambda: self.searches[supervisor].look(blamed))
+        if self.gone:
             trials = self.study.get_trials(deepcopy=False)
-            for number in {lost.number for lost in gone} - self.lost:
+            for number in {lost.number for lost in self.gone} - self.lost:
                 self.check_loss(trials[number])
-            self.lost |= {lost.number for lost in gone}
+            self.lost |= {lost.number for lost in self.gone}
         return left
 
     def check_loss(self, lost: FrozenTrial) -> None:
@@ -434,6 +513,7 @@ class Simulation:
         allowed = needed + (self.deaths + len(resumed)) * self.slots
         if self.world.trained > allowed:
             wrong.append(f"{self.world.trained} epochs were trained for {needed}, {self.deaths} deaths")
+        wrong += tracking.problems(self, trials)
         if wrong:
             raise Wrong("; ".join(wrong))
 
@@ -475,6 +555,13 @@ class Simulation:
         def boot() -> str:
             return f"{mine().host.name}-{mine().host.namespace}-{mine().host.boot}"
 
+        requeue_lost = lifecycle.requeue_lost
+
+        def requeued(*arguments: Any, **named: Any) -> tuple[lifecycle.Lost, ...]:
+            gone = requeue_lost(*arguments, **named)
+            self.gone += gone
+            return gone
+
         kind = pruning.Kind("simulated", rising=False, plan=pausing if self.pauses else None)
         clock = SimpleNamespace(monotonic=lambda: world.now, sleep=world.sleep)
         patches: list[tuple[Any, str, Any]] = [
@@ -483,6 +570,8 @@ class Simulation:
             (retry, "time", clock),
             (retry, "random", world.chance),
             (lifecycle, "_silences", silences),
+            (lifecycle, "requeue_lost", requeued),
+            *tracking.patches(world, self.network, self.record),
             (RetryingStorage, "record_heartbeat", lambda _, number: world.beats.update({number: world.now})),
             (processes, "_namespace", lambda: mine().host.namespace),
             (processes, "_boot", boot),
@@ -492,12 +581,10 @@ class Simulation:
             (worker, "this_process", lambda: self.record(mine())),
             (worker, "Pack", Pack),
             (worker, "Workbench", lambda *_: mine().bench),  # type: ignore[attr-defined]
-            (worker, "StudyRuns", lambda *_: None),
             (worker, "Captioning", lambda *_: None),
             (repeats.Repeats, "_splits_anew", lambda *_: True),
             (worker, "resolve_targets", lambda *_: None),
             (worker, "beating", _no_thread),
-            (trial, "TrialTracking", Tracking),
             (trial, "history_of", history),
             (trial.notes, "annotate_trial", lambda *_, **__: None),
         ]

@@ -14,13 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from trainer.checkpoint import superseded
 
+if TYPE_CHECKING:
+    from tests.simulation.threads import Task
+
+START_S = 1_800_000_000.0
+"""When a schedule begins."""
 GIVE_WAY = 0.2
 """Chance that a process gives way after a transaction."""
 
@@ -62,6 +67,10 @@ class Process:
     def give_way(self) -> None:
         """Let the schedule decide who goes on."""
         self.check()
+        task = getattr(self.world.local, "task", None)
+        if task is not None:
+            task.give_way()
+            return
         if self.thread is threading.current_thread():
             self.world.back.release()
             self.go.acquire()
@@ -77,6 +86,10 @@ class World:
         self.back = threading.Semaphore(0)
         self.local = threading.local()
         self.processes: list[Process] = []
+        self.tasks: list[Task] = []
+        """Threads of processes beside their first."""
+        self.errors: list[BaseException] = []
+        """By which such a thread ended."""
         self.beats: dict[int, float] = {}
         """When each trial (by its id in the database) was last heard of."""
         self.away_until = -1.0
@@ -116,6 +129,10 @@ class World:
     def lives(self, host: Host, pid: int) -> bool:
         """Whether a host has a process of this id now."""
         return any(p.host is host and p.pid == pid and p.boot == host.boot and not p.dead for p in self.processes)
+
+    def today(self) -> float:
+        """Seconds since 1970."""
+        return START_S + self.now
 
     def sleep(self, seconds: float) -> None:
         """Of the running process: time goes on, others may."""
