@@ -12,6 +12,7 @@ import pytest
 
 from search import processes
 from search.storage import lifecycle
+from search.tracking.delivery import Delivery
 from tests.simulation import world
 from tests.simulation.__main__ import play
 from tests.simulation.schedule import Simulation, Wrong
@@ -63,4 +64,9 @@ def test_a_process_that_slept_and_drops_later_checkpoints_is_found(tmp_path: Pat
         return [each for each in there if each not in (epoch, best, *before)]
 
     with mock.patch.object(world, "superseded", once), pytest.raises(Wrong, match="no adapter of its best epoch"):
-        Simulation(49, tmp_path / "runs").run()
+        Simulation(56, tmp_path / "runs").run()
+
+
+def test_a_delivery_that_looks_for_no_earlier_run_is_found(tmp_path: Path) -> None:
+    with mock.patch.object(Delivery, "_record", lambda *_: None), pytest.raises(Wrong, match="has 2 MLflow runs"):
+        Simulation(5, tmp_path / "runs").run()
