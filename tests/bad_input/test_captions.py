@@ -164,7 +164,7 @@ def test_a_file_that_is_odd_yet_gives_its_pixels_is_silent(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # a worker has them in its log
-@examples(250)
+@examples(150, deep_factor=34)
 @given(st.sampled_from(FORMATS), st.data())
 def test_images_damaged_anywhere(kind: str, data: st.DataObject) -> None:
     content = bytearray(picture(kind))

@@ -43,7 +43,7 @@ def tried(*arguments: str) -> Outcome:
     return outcome
 
 
-@examples(120)
+@examples(60, deep_factor=40)
 @given(KEYS, VALUES)
 @example("micro_batch_size", "3")  # the space's batches go down to 2
 @example("model", "a" * 300)  # longer than a file system takes
@@ -93,7 +93,7 @@ def test_what_is_accepted_can_be_sampled_to_the_end(values: dict[str, str], seed
 OPTIONS = ("--slots", "--timeout", "--pruner", "--strategy", "--trials", "--workers", "--seed")
 
 
-@examples(80)
+@examples(50, deep_factor=32)
 @given(st.sampled_from(OPTIONS), TEXT | NUMBERS | st.from_regex(r"\d{1,3}(\.\d)?[hms]?", fullmatch=True))
 @example("--slots", "1" * 5000)
 @example("--timeout", "9" * 400 + "h")

@@ -1,4 +1,4 @@
-"""The same with twenty times the examples, others each time; a failure prints the example to be kept as `@example`."""
+"""The same with twenty times the examples or more, others each time; a failure prints the example to be kept."""
 
 from __future__ import annotations
 

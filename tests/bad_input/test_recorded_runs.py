@@ -62,7 +62,7 @@ def tried(content: str | bytes, *options: str) -> Outcome:
     return outcome
 
 
-@examples(200)
+@examples(100, deep_factor=40)
 @given(st.lists(RUN, min_size=1, max_size=4), st.sampled_from(["en", "zh"]))
 def test_runs_of_the_right_form_with_odd_values(runs: list[Any], lang: str) -> None:
     tried(json.dumps({"runs": runs}), "--lang", lang)

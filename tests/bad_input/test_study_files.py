@@ -104,7 +104,7 @@ def all_configurations(content: str) -> None:
 
 
 @pytest.mark.long
-@examples(120)
+@examples(80, deep_factor=30)
 @given(st.sampled_from(list(GOOD)), VALUES)
 @example("seed", "-1")
 @example("sampler", "'tpee'")
@@ -123,7 +123,7 @@ def test_a_field_of_another_kind(field: str, value: str) -> None:
 
 
 @pytest.mark.long
-@examples(150)
+@examples(100, deep_factor=30)
 @given(SPACES)
 @example("{'lora_r': Float(1, 8)}")  # half ranks would be sampled
 @example("{'batch_size': Int(1, 8), 'micro_batch_size': Int(1, 8)}")

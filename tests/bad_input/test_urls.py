@@ -92,7 +92,7 @@ def _accepted(*_: Any) -> None:
     raise Started
 
 
-@examples(150)
+@examples(70, deep_factor=43)
 @given(URLS)
 @example("sqlite:///HERE/new.db?nothing=1")
 @example("http://127.0.0.1:99999")  # OverflowError

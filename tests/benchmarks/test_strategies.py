@@ -59,7 +59,7 @@ def played(world: World, play: Play, given: Setting) -> Replay:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_every_strategy_spends_its_budget_and_names_a_winner(world: World, name: str, slots: int) -> None:
     # GP models from its eleventh trial on, freeze-thaw at every epoch, which takes seconds.
     given = setting(world, slots=slots, budget=(5 if name == "gp" or "freeze-thaw" in name else 12) * EPOCHS)

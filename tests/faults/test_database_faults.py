@@ -101,7 +101,7 @@ def check(study: optuna.Study) -> None:
 
 
 @pytest.mark.parametrize("url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True)
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.slow)])
 def test_commits_that_fail_at_random_before_or_after_they_are_done(
     seed: int, url: str, opened: Callable[[str], RetryingStorage], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,7 +136,7 @@ def test_they_compute_what_passes_compute(
     double: Workbench, alike: Small, tmp_path: Path, recorder: Recorder, runs: Sequence[dict[str, Any]]
 ) -> None:
     """To 1e-10 in float64, after several epochs in which losses of other runs are as low: alone and in packs."""
-    configs = [alike(num_epochs=5, **fields) for fields in runs]
+    configs = [alike(num_epochs=3, **fields) for fields in runs]
     plain = trained(double, configs, tmp_path / "plain", records=False)
     assert recorder.recorded == recorder.played == 0
     found = trained(double, configs, tmp_path / "recorded", records=True)
@@ -147,7 +147,7 @@ def test_they_compute_what_passes_compute(
 @pytest.mark.parametrize("kind", ["llama-gqa", "t5-untied"])
 def test_other_language_models(double: Workbench, alike: Small, tmp_path: Path, recorder: Recorder, kind: str) -> None:
     model = str(checkpoints.write(tmp_path / "checkpoint", kind))
-    configs = [alike(model=model, num_epochs=5, **fields) for fields in RUNS[:2]]
+    configs = [alike(model=model, num_epochs=3, **fields) for fields in RUNS[:2]]
     plain = trained(double, configs, tmp_path / "plain", records=False)
     found = trained(double, configs, tmp_path / "recorded", records=True)
     assert recorder.played > recorder.recorded > 0 and recorder.trained > 5
@@ -156,7 +156,7 @@ def test_other_language_models(double: Workbench, alike: Small, tmp_path: Path, 
 
 def test_questions_of_different_lengths(double: Workbench, small: Small, tmp_path: Path, recorder: Recorder) -> None:
     """The embedded data's: evaluations alone repeat."""
-    configs = [small(num_epochs=4, **fields) for fields in RUNS]
+    configs = [small(num_epochs=3, **fields) for fields in RUNS]
     plain = trained(double, configs, tmp_path / "plain", records=False)
     assert_alike(trained(double, configs, tmp_path / "recorded", records=True), plain, 1e-10)
     assert recorder.played > 0 and recorder.trained < 3

@@ -58,7 +58,14 @@ def test_a_study_restarted_before_each_trial_is_the_undisturbed_one(storage, stu
     assert params_of(restarted(storage, study, strategy)) == undisturbed(study, strategy)
 
 
-@pytest.mark.parametrize(("study", "strategy"), STUDIES)
+@pytest.mark.parametrize(
+    ("study", "strategy"),
+    # Each sampler is restarted above; the others of these take two seconds each.
+    [
+        each if each.id in ("tpe", "finite") else pytest.param(*each.values, id=each.id, marks=pytest.mark.long)
+        for each in STUDIES
+    ],
+)
 def test_trials_parked_and_lost_on_the_way_change_nothing(storage, study, strategy):
     """Ctrl-C in every third trial, a killed process in every fourth: twice, once before it had its params."""
     for turn in range(N):

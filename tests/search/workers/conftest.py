@@ -27,7 +27,9 @@ from search.workers.protocol import (
     Progress,
 )
 from search.workers.worker import Worker
+from trainer import workbench
 from trainer.events import EpochEnded
+from trainer.model.base import Base, load_base
 
 
 class RecordingLink:
@@ -63,8 +65,28 @@ def is_epoch(message: Message) -> bool:
 Search = Callable[..., tuple[tuple[TrialRecord, ...], list[Message]]]
 
 
+_bases: dict[tuple[Any, ...], Base] = {}
+
+
 @pytest.fixture
-def search(tiny_checkpoint: Path, embedded: Any, tmp_path: Path, request: pytest.FixtureRequest) -> Search:
+def one_base(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model is loaded once a process, as by a worker that goes on: 0.3 s for each search otherwise."""
+
+    def load(name: str, **how: Any) -> Base:
+        if name != str(tiny_checkpoint):
+            return load_base(name, **how)
+        key = (name, *sorted((option, str(value)) for option, value in how.items()))
+        if key not in _bases:
+            _bases[key] = load_base(name, **how)
+        return _bases[key]
+
+    monkeypatch.setattr(workbench, "load_base", load)
+
+
+@pytest.fixture
+def search(
+    tiny_checkpoint: Path, one_base: None, embedded: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> Search:
     """`search(trials=4, slots=2)`: the trials, and the worker's messages."""
 
     def run(
