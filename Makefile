@@ -32,7 +32,8 @@ test: check
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Tests of five seconds of processor and more, and further cases of tests that have a quick one. CI runs them after
-# `make test`, which is to take less than ten minutes from a fresh clone. Types and lint beside the tests instead of before them saved nothing.
+# `make test`, which is to take less than ten minutes from a fresh clone. Types and lint beside the tests instead of
+# before them saved nothing.
 test-long: install
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m 'long and not slow' -n 2
 
