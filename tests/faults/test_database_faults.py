@@ -128,6 +128,7 @@ def test_commits_that_fail_at_random_before_or_after_they_are_done(
     assert failures > 20
 
 
+@pytest.mark.long
 def test_connections_cut(postgres: Postgres, opened: Callable[[str], RetryingStorage]) -> None:
     """Once after each step, at any moment: by the clock, a machine too slow for a step would be cut off for ever."""
     storage = opened(postgres.new_database())

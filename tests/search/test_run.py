@@ -222,6 +222,7 @@ def test_interrupted_runs_resume_bit_for_bit(
     assert len(by_name) == 2 and {status for status, _ in by_name.values()} == {"FINISHED"}
 
 
+@pytest.mark.long
 def test_a_killed_worker_is_replaced(tmp_path: Path, search: Any, undisturbed: dict[int, dict[int, float]]) -> None:
     runs = tmp_path / "runs"
     running = search(command(runs, "--trials", "1", settings=LONG))
@@ -386,6 +387,7 @@ def ended(process: psutil.Process) -> bool:
     return True
 
 
+@pytest.mark.long
 def test_two_workers_share_a_study(tmp_path: Path) -> None:
     done = run(command(tmp_path, "--trials", "4", "--workers", "2"))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -35,6 +35,7 @@ from tests.support.search_process import ROOT, environment
 QUICK = ("max_samples=24", "num_epochs=2", "warmup_steps=0")
 
 
+@pytest.mark.long
 def test_the_documents_example(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -72,6 +73,7 @@ def test_stopped_and_continued(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_rungs_on_a_ladder(tmp_path: Path) -> None:
     code = "import sys; from tests.search import test_session; test_session.rungs_on_a_ladder(sys.argv[1])"
     done = template.run([sys.executable, "-c", code, str(tmp_path)], timeout=240, cwd=ROOT, env=environment())

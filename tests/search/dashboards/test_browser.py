@@ -19,6 +19,7 @@ from trainer.config import TrainConfig
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.long,
     pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium or chrome is installed"),
     # Playwright's event loop leaves its transport to the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),

@@ -119,6 +119,7 @@ def test_one_that_is_interrupted_or_lost_is_the_same_repeat_again(
     assert mine == theirs and len(mine) == 4
 
 
+@pytest.mark.long
 def test_trials_are_screened_and_their_leaders_repeated_in_the_bases_own_precision(search: Search) -> None:
     trials, _ = search(trials=2, slots=2, confirm=RULES, screen="bfloat16", max_samples=8)
     own, repeats = parts(trials)
