@@ -7,45 +7,35 @@ does for trials: it notices a dead worker, takes up what is lost, and starts ano
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
-from unittest import mock
 
-import optuna
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.orm import Session
 
-from search import processes, pruning, records
+from search import processes, records
 from search.errors import DatabaseAway, StorageError
 from search.places import Places
 from search.planning.budget import Budget
-from search.planning.rungs import RungPlan
 from search.space import Float, Int
-from search.storage import database, lifecycle, retry
+from search.storage import lifecycle
 from search.storage.database import close_storage, open_storage
 from search.storage.identity import claim
-from search.storage.retry import RetryingStorage
 from search.storage.studies import open_study
 from search.study import Study
-from search.verdict.leaders import Rules, verdict_of
-from search.workers import repeats, trial, worker
-from search.workers.protocol import Idle, Job, Order, TrialEnded
+from search.verdict.leaders import Rules
+from search.workers.protocol import Order
 from search.workers.supervisor import IDLE_LOOK_S, LOOK_S
 from tests.simulation import tracking
+from tests.simulation.checks import problems
 from tests.simulation.run_store import URI, Network
+from tests.simulation.seams import seams
 from tests.simulation.tracking import Search
-from tests.simulation.world import Checkpoint, Host, Killed, Process, World, load, save, trained, whole
-from tests.support.made_up_events import epoch
+from tests.simulation.workers import EPOCHS, LOST_AFTER_S, ROUND_S, Worker
+from tests.simulation.world import Host, Killed, Process, World
 
-EPOCHS = 4
-LOST_AFTER_S = 60.0
-ROUND_S = 5.0
-"""What an epoch takes."""
 MOST_TURNS = 20_000
 
 T = TypeVar("T")
@@ -53,94 +43,6 @@ T = TypeVar("T")
 
 class Wrong(AssertionError):
     """A promise that a schedule broke."""
-
-
-class Pack:
-    """Trains by `world.trained`, an epoch of each run a round, and writes a checkpoint before it says so."""
-
-    def __init__(self, bench: Any, owner: str | None = None) -> None:
-        self.bench = bench
-        self.members: dict[Any, tuple[Any, Path]] = {}
-        self.states: dict[Any, Checkpoint | None] = {}
-        self.passes = SimpleNamespace(at_once=None, alive=lambda: None)
-
-    def __enter__(self) -> Pack:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def accepts(self, _config: Any) -> bool:
-        """Any."""
-        return True
-
-    def add(self, config: Any, folder: Path) -> Any:
-        """A run, from its checkpoint on."""
-        member = object()
-        self.members[member] = (config, folder)
-        self.states[member] = load(self.bench.world, folder)
-        return member
-
-    def remove(self, member: Any) -> None:
-        """Let it go."""
-        del self.members[member]
-
-    def round(self) -> Iterator[tuple[Any, Any]]:
-        """The next epoch of each."""
-        world: World = self.bench.world
-        process = world.current
-        assert process is not None
-        for member in list(self.members):
-            if member not in self.members:
-                continue
-            config, folder = self.members[member]
-            state = self.states[member]
-            if state is not None and len(state.losses) >= config.num_epochs:
-                del self.members[member]  # as the trainer's: finished by another process meanwhile
-                continue
-            world.sleep(ROUND_S)
-            self.bench.beat()
-            process.check()
-            made = self.states[member] = trained(config.model_dump(mode="json"), self.states[member])
-            world.trained += 1
-            if world.chance.random() < world.deadly:
-                process.dead = True
-                raise Killed
-            save(world, folder, made, config.num_epochs)
-            yield member, epoch(len(made.losses), val_loss=made.losses[-1])
-
-
-class Link:
-    """A worker's end of the pipe.
-
-    Args:
-        world: Whose time a wait takes.
-        waits: Called when a trial of the worker's waits.
-    """
-
-    def __init__(self, world: World, waits: Callable[[], None]) -> None:
-        self.world = world
-        self.waits = waits
-        self.share = self.look = False
-        self.now = Order.GO_ON
-        self.idle = False
-
-    def send(self, message: Any) -> None:
-        """Only whether it has anything to do is of interest."""
-        self.idle = isinstance(message, Idle)
-        if isinstance(message, TrialEnded) and message.state == "WAITING":
-            self.waits()
-
-    def alive(self) -> None:
-        """Nobody waits for it."""
-
-    def order(self) -> Order:
-        """What the supervisor wants."""
-        return self.now
-
-    def wait(self, timeout_s: float) -> None:
-        """Time goes on."""
-        self.world.sleep(5 * timeout_s)  # more seldom than it is, which only costs time
 
 
 class Simulation:
@@ -194,12 +96,14 @@ class Simulation:
         Raises:
             Wrong: a promise is broken.
         """
-        with self.seams():
+        with seams(self):
             self.open()
             try:
                 self.play()
                 self.close()
-                self.judge()
+                wrong = self.wrong + problems(self)
+                if wrong:
+                    raise Wrong("; ".join(wrong))
             finally:
                 for process in self.world.processes:
                     self.end(process)
@@ -465,58 +369,6 @@ class Simulation:
             if its and not process.dead and silence <= LOST_AFTER_S:
                 self.wrong.append(f"trial {lost.number} was taken from a live process after {silence:.0f} s")
 
-    # The end.
-
-    def judge(self) -> None:
-        """All final, nothing doubled, nothing lost, the same bits."""
-        trials = self.study.get_trials()
-        wrong = self.wrong
-        wrong += [f"trial {t.number} is {t.state.name}" for t in trials if not t.state.is_finished()]
-        resumed = [t.user_attrs[records.RESUMES] for t in trials if records.RESUMES in t.user_attrs]
-        wrong += [f"trial {n} was taken up twice" for n in set(resumed) if resumed.count(n) > 1]
-        for t in trials:
-            config = t.user_attrs.get(records.CONFIG)
-            if config is not None:
-                expected = whole(config, max(t.intermediate_values, default=0))
-                if tuple(t.intermediate_values[e] for e in sorted(t.intermediate_values)) != expected:
-                    wrong.append(f"trial {t.number} has other losses than undisturbed")
-            best = t.user_attrs.get(records.BEST_EPOCH)
-            if t.state == TrialState.COMPLETE:
-                kept = self.world.disk.get((self.folder / t.user_attrs[records.FOLDER]).as_posix(), {})
-                if best not in kept:
-                    wrong.append(f"trial {t.number} has no adapter of its best epoch, {best}: {sorted(kept)}")
-            if t.number in resumed:
-                successor = next(s for s in trials if s.user_attrs.get(records.RESUMES) == t.number)
-                if not successor.intermediate_values.items() >= t.intermediate_values.items():
-                    wrong.append(f"trial {successor.number} lost an epoch that {t.number} had reported")
-            attempts, first = t.user_attrs.get(records.ATTEMPT, 0), lifecycle.lineage(self.study, t.number)[-1]
-            if attempts > self.blamed.get(first, 0):
-                wrong.append(f"trial {t.number} has used {attempts} attempts by deaths that were not its fault")
-            if t.state == TrialState.FAIL and t.number not in resumed:
-                first = lifecycle.lineage(self.study, t.number)[-1]
-                if (
-                    t.user_attrs.get(records.REASON) != records.LOST
-                    or self.blamed.get(first, 0) <= records.MAX_RETRIES
-                ):
-                    wrong.append(
-                        f"trial {t.number} failed: {t.user_attrs.get(records.REASON)}, "
-                        f"{t.user_attrs.get(records.DETAIL)}; {self.blamed.get(first, 0)} deaths to blame it for"
-                    )
-        ended = [t for t in trials if t.number not in resumed and records.REPEAT_OF not in t.user_attrs]
-        if len(ended) != self.definition.n_trials:
-            wrong.append(f"{len(ended)} configurations were searched, not {self.definition.n_trials}")
-        verdict = verdict_of(lifecycle.read_trials(self.study), self.study.user_attrs)
-        if verdict is not None and verdict.kind == "running":
-            wrong.append("repeats are still to be trained")
-        # An epoch is trained again only by who died in it, or whose last checkpoint was damaged.
-        needed = sum(max(t.intermediate_values, default=0) for t in trials if t.number not in resumed)
-        allowed = needed + (self.deaths + len(resumed)) * self.slots
-        if self.world.trained > allowed:
-            wrong.append(f"{self.world.trained} epochs were trained for {needed}, {self.deaths} deaths")
-        wrong += tracking.problems(self, trials)
-        if wrong:
-            raise Wrong("; ".join(wrong))
-
     # What is made up.
 
     def record(self, process: Process) -> dict[str, Any]:
@@ -528,143 +380,3 @@ class Simulation:
             "since_boot": f"{host.name}-{host.namespace}-{process.boot}:{process.pid}",
             "pid_namespace": host.namespace,
         }
-
-    @contextmanager
-    def seams(self) -> Iterator[None]:
-        """Put the world in place of what the product asks outside."""
-        world, commit = self.world, Session.commit
-
-        def mine() -> Process:
-            assert world.current is not None
-            return world.current
-
-        def silences(_study: optuna.Study, trials: Sequence[FrozenTrial]) -> dict[int, float]:
-            return {
-                t.number: world.now - world.beats.setdefault(t._trial_id, world.now)  # the first look is its start
-                for t in trials
-                if t.state == TrialState.RUNNING
-            }
-
-        def history(_config: Any, folder: Path, _owner: Any) -> list[Any]:
-            kept = load(world, folder)
-            return [epoch(n, val_loss=loss) for n, loss in enumerate(kept.losses if kept else (), start=1)]
-
-        def pausing(_study: Study, _prior: Any, _proposes: bool) -> RungPlan:
-            return RungPlan(EPOCHS, first=1, one_of=2)
-
-        def boot() -> str:
-            return f"{mine().host.name}-{mine().host.namespace}-{mine().host.boot}"
-
-        requeue_lost = lifecycle.requeue_lost
-
-        def requeued(*arguments: Any, **named: Any) -> tuple[lifecycle.Lost, ...]:
-            gone = requeue_lost(*arguments, **named)
-            self.gone += gone
-            return gone
-
-        kind = pruning.Kind("simulated", rising=False, plan=pausing if self.pauses else None)
-        clock = SimpleNamespace(monotonic=lambda: world.now, sleep=world.sleep)
-        patches: list[tuple[Any, str, Any]] = [
-            (Session, "commit", lambda session: world.commit(session, commit)),
-            (database, "locked", world.lock),
-            (retry, "time", clock),
-            (retry, "random", world.chance),
-            (lifecycle, "_silences", silences),
-            (lifecycle, "requeue_lost", requeued),
-            *tracking.patches(world, self.network, self.record),
-            (RetryingStorage, "record_heartbeat", lambda _, number: world.beats.update({number: world.now})),
-            (processes, "_namespace", lambda: mine().host.namespace),
-            (processes, "_boot", boot),
-            (processes, "_since_boot", lambda pid: f"{boot()}:{pid}"),
-            (processes, "is_running", lambda pid: world.lives(mine().host, pid)),
-            (processes.socket, "gethostname", lambda: mine().host.name),
-            (worker, "this_process", lambda: self.record(mine())),
-            (worker, "Pack", Pack),
-            (worker, "Workbench", lambda *_: mine().bench),  # type: ignore[attr-defined]
-            (worker, "Captioning", lambda *_: None),
-            (repeats.Repeats, "_splits_anew", lambda *_: True),
-            (worker, "resolve_targets", lambda *_: None),
-            (worker, "beating", _no_thread),
-            (trial, "history_of", history),
-            (trial.notes, "annotate_trial", lambda *_, **__: None),
-        ]
-        with ExitStack() as stack:
-            for owner, name, value in patches:
-                stack.enter_context(mock.patch.object(owner, name, value))
-            stack.enter_context(mock.patch.dict(pruning.PRUNERS, {"simulated": kind}))
-            yield
-
-
-@contextmanager
-def _no_thread(*_: Any) -> Iterator[None]:
-    """Heartbeats are the world's."""
-    yield
-
-
-class Worker:
-    """A worker process: the real loop in a thread."""
-
-    def __init__(self, simulation: Simulation, host: Host) -> None:
-        self.simulation = simulation
-        self.process = simulation.world.process(host)
-        self.process.bench = self  # type: ignore[attr-defined]
-        self.link = Link(simulation.world, self.waits)
-        self.world = simulation.world
-        self.error: BaseException | None = None
-        self.alive = True
-        self.loop: worker.Worker | None = None
-        self.progress: Any = None
-        self.process.thread = threading.Thread(target=self.live, daemon=True)
-        self.process.thread.start()
-
-    def live(self) -> None:
-        """The process from its start to its end."""
-        process, simulation = self.process, self.simulation
-        self.world.local.process = process
-        process.go.acquire()
-        try:
-            process.check()
-            job = Job(
-                study=simulation.definition,
-                study_name=simulation.study.study_name,
-                places=simulation.places,
-                budget=Budget(simulation.definition.n_trials),
-                strategy="joint",
-                pruner="simulated",
-                examined=SimpleNamespace(rows=(), fingerprint="d"),  # type: ignore[arg-type]
-                threads=1,
-                slots=simulation.slots,
-                lost_after_s=LOST_AFTER_S,
-                confirm=simulation.rules,
-            )
-            self.loop = worker.Worker(job, self.link)  # type: ignore[arg-type]
-            self.loop.run()
-        except (Killed, DatabaseAway):
-            pass
-        except BaseException as error:  # noqa: BLE001 - a fault of ours, told at the end
-            self.error = error
-        finally:
-            if self.loop is not None:
-                with suppress(Exception):
-                    close_storage(self.loop.storage)
-            self.alive = False
-            self.world.back.release()
-
-    def waits(self) -> None:
-        """A trial of it waits: its supervisor has the others look for trials again."""
-        for other in self.simulation.workers[self.process.host]:
-            if other is not self:
-                other.link.look = True
-
-    # A workbench.
-
-    def base(self, _config: Any) -> Any:
-        """No model."""
-        return SimpleNamespace(model=None, fingerprint="m", device=SimpleNamespace(type="cpu"))
-
-    def beat(self) -> None:
-        """What the heartbeat's thread does meanwhile."""
-        if self.loop is None:
-            return
-        for run in self.loop._alive():
-            run.taken_over = not lifecycle.heartbeat(self.loop.study, run.trial)
