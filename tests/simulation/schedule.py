@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +43,16 @@ T = TypeVar("T")
 
 class Wrong(AssertionError):
     """A promise that a schedule broke."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """How things stood as a trial was taken."""
+
+    now: float
+    beats: dict[int, float]
+    """When each trial was last heard of, by Optuna's id."""
+    alive: list[Process]
 
 
 class Simulation:
@@ -82,7 +92,7 @@ class Simulation:
         """Deaths that a trial, by its first number, may be to blame for."""
         self.deaths = 0
         self.looked = -LOOK_S
-        self.gone: list[lifecycle.Lost] = []
+        self.gone: dict[int, Moment] = {}
         """Trials that the look that goes on has found lost."""
         self.lost: set[int] = set()
         """Trials that were looked at as they were lost."""
@@ -355,18 +365,23 @@ class Simulation:
             left = self.as_supervisor(supervisor, lambda: self.searches[supervisor].look(blamed))
         if self.gone:
             trials = self.study.get_trials(deepcopy=False)
-            for number in {lost.number for lost in self.gone} - self.lost:
-                self.check_loss(trials[number])
-            self.lost |= {lost.number for lost in self.gone}
+            for number in self.gone.keys() - self.lost:
+                self.check_loss(trials[number], self.gone[number])
+            self.lost |= self.gone.keys()
         return left
 
-    def check_loss(self, lost: FrozenTrial) -> None:
+    def note_losses(self, gone: Sequence[lifecycle.Lost]) -> None:
+        """Keep how things stood: while the look goes on, MLflow takes its time, and workers are heard of again."""
+        alive = [process for process in self.world.processes if not process.dead]
+        self.gone |= {lost.number: Moment(self.world.now, dict(self.world.beats), alive) for lost in gone}
+
+    def check_loss(self, lost: FrozenTrial, at: Moment) -> None:
         """Nothing is taken from a process that lives and was heard of."""
         record = lost.user_attrs.get(records.WORKER) or {}
-        silence = self.world.now - self.world.beats.get(lost._trial_id, -1e9)
-        for process in self.world.processes:
+        silence = at.now - at.beats.get(lost._trial_id, -1e9)
+        for process in at.alive:
             its = bool(record) and record.items() >= self.record(process).items()
-            if its and not process.dead and silence <= LOST_AFTER_S:
+            if its and silence <= LOST_AFTER_S:
                 self.wrong.append(f"trial {lost.number} was taken from a live process after {silence:.0f} s")
 
     # What is made up.

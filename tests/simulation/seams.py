@@ -62,7 +62,7 @@ def seams(simulation: Simulation) -> Iterator[None]:
 
     def requeued(*arguments: Any, **named: Any) -> tuple[lifecycle.Lost, ...]:
         gone = requeue_lost(*arguments, **named)
-        simulation.gone.extend(gone)
+        simulation.note_losses(gone)
         return gone
 
     kind = pruning.Kind("simulated", rising=False, plan=pausing if simulation.pauses else None)
