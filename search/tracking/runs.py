@@ -131,6 +131,7 @@ class StudyRuns:
         """End the runs of lost trials that do not say so; a later call does, if MLflow is away.
 
         Whoever took such a trial up was killed, or lost the database, before it had its run ended: nobody will again.
+        Or its own worker, which tells MLflow first, could tell it of an error and no longer Optuna.
         """
         if self.outbox.runs():
             return
@@ -139,7 +140,8 @@ class StudyRuns:
             for run_id in run_ids:
                 try:
                     found = tracking.resolve(self.study, run_id)
-                    if tracking.tags(found).get("state") != "FAIL":
+                    tags = tracking.tags(found)
+                    if (tags.get("state"), tags.get("reason")) != ("FAIL", records.LOST):
                         tracking.end_run(found, "KILLED", {"state": "FAIL", "reason": records.LOST})
                 except Unavailable:
                     raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,9 +39,14 @@ def test_a_run_of_an_unknown_process_is_ended_once_its_trial_is_lost(runs: Study
     assert found[other].status == "RUNNING"
 
 
-def test_a_lost_trial_whose_run_ended_otherwise_is_lost_there_too(runs: StudyRuns) -> None:
+@pytest.mark.parametrize(
+    ("status", "told"), [("FINISHED", {"state": "COMPLETE"}), ("FAILED", {"state": "FAIL", "reason": records.ERROR})]
+)
+def test_a_lost_trial_whose_run_ended_otherwise_is_lost_there_too(
+    runs: StudyRuns, status: Any, told: dict[str, str]
+) -> None:
     ended, gone = begun(runs, 0), "0" * 32
-    runs.end(ended, "FINISHED", {"state": "COMPLETE"})
+    runs.end(ended, status, told)
     runs.end_lost([gone, ended])
     tracking = runs.connect()
     found = tracking.runs(tracking.experiment("demo"))[ended]
