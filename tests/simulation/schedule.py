@@ -313,7 +313,8 @@ class Simulation:
         supervisor = self.supervisors[host] = self.world.process(host)
 
         def begin() -> Process:
-            self.searches[supervisor] = Search(self, Budget(self.definition.n_trials))
+            self.searches[supervisor] = Search(self)
+            self.searches[supervisor].begin(Budget(self.definition.n_trials))
             return supervisor
 
         try:

@@ -41,18 +41,22 @@ if TYPE_CHECKING:
 
 
 class Search:
-    """A supervisor's part in MLflow. Made, asked and closed by what acts as its process.
+    """A supervisor's part in MLflow. Begun, asked and closed by what acts as its process.
 
     Args:
         simulation: Whose study it is.
-        budget: Of the search.
     """
 
-    def __init__(self, simulation: Simulation, budget: Budget) -> None:
-        name, places = simulation.name, simulation.places
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
         self.study, self.folder = simulation.study, simulation.folder
-        self.runs = StudyRuns(places, name, simulation.study_id)
-        self.delivery = Delivery(self.runs.outbox, name, self.runs.connect)
+        self.runs = StudyRuns(simulation.places, simulation.name, simulation.study_id)
+        self.delivery = Delivery(self.runs.outbox, simulation.name, self.runs.connect)
+
+    def begin(self, budget: Budget) -> None:
+        """As a session opens, with the budget of the search. It can be killed in it, its lock held: it is known by
+        then, so that it can `forget`."""
+        simulation, places = self._simulation, self._simulation.places
         with suppress(Unavailable):
             self.delivery.once()
         away = self.runs.start_study({"what": "simulated"}, {"strategy": "joint"})
