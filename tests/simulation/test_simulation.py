@@ -69,4 +69,4 @@ def test_a_process_that_slept_and_drops_later_checkpoints_is_found(tmp_path: Pat
 
 def test_a_delivery_that_looks_for_no_earlier_run_is_found(tmp_path: Path) -> None:
     with mock.patch.object(Delivery, "_record", lambda *_: None), pytest.raises(Wrong, match="has 2 MLflow runs"):
-        Simulation(5, tmp_path / "runs").run()
+        Simulation(16, tmp_path / "runs").run()
