@@ -140,10 +140,10 @@ class Study:
 
     def most_epochs(self) -> int:
         """Epochs of the longest trial that it samples: the base's, or the most that its space has."""
-        base, param = self.base_config(), self.space.get("num_epochs")
-        if param is None or isinstance(param, Multiple):
-            return base.num_epochs
-        return max(base.model_copy(update={"num_epochs": int(edge)}).num_epochs for edge in param.edges() if edge)
+        param = self.space.get("num_epochs")
+        edges = () if param is None or isinstance(param, Multiple) else param.edges()
+        lengths = [TrainConfig.parse({**self.base, "num_epochs": edge}).num_epochs for edge in edges]
+        return max(lengths, default=self.base_config().num_epochs)
 
     def unscreened(self) -> dict[str, Any]:
         """The fields that `screen` changes, with the base's own values."""

@@ -23,20 +23,21 @@ def runs(tmp_path: Path) -> StudyRuns:
     return found
 
 
-def begun(runs: StudyRuns, number: int) -> str:
+def begun(runs: StudyRuns, number: int, **tags: str) -> str:
     """A run whose process is of an earlier boot, so that nothing is known of it."""
     where = {"host": "node", "pid": "7", STARTED_TAG: "7@earlier:1", NAMESPACE_TAG: "7@1"}
-    recorder = runs.begin("any", TrainConfig(model="m", data="d").model_dump(), {"trial": str(number), **where})
+    config = TrainConfig(model="m", data="d").model_dump()
+    recorder = runs.begin("any", config, {"trial": str(number), **where, **tags})
     return recorder.run_id
 
 
 def test_a_run_of_an_unknown_process_is_ended_once_its_trial_is_lost(runs: StudyRuns) -> None:
-    of_lost, other = begun(runs, 0), begun(runs, 1)
+    of_lost, other, no_trial = begun(runs, 0), begun(runs, 1), begun(runs, 0, kind="retrained")
     runs.close_dangling(nobody_writes(lambda: [trial(0, None, "FAIL", reason=records.LOST)]))
     tracking = runs.connect()
     found = tracking.runs(tracking.experiment("demo"))
     assert (found[of_lost].status, found[of_lost].tags["reason"]) == ("KILLED", records.LOST)
-    assert found[other].status == "RUNNING"
+    assert found[other].status == found[no_trial].status == "RUNNING"
 
 
 @pytest.mark.parametrize(
