@@ -47,7 +47,7 @@ class Price:
     checkpoint_bytes: int
     trials: int
     epochs: int
-    """Of a trial."""
+    """Of the longest trial."""
     most_epochs: int | None = None
     """Of all trials together, where the study has so many and no more."""
     captions_s: float = 0.0

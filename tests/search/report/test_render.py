@@ -13,10 +13,12 @@ from pathlib import Path
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
 from search.diagnosis.messages import LANGS, Lang
+from search.planning.coordinates import effective_rate
 from search.records import EpochRecord, StudyRecord
 from search.report import plots, write
 from search.report.blocks import MOST_EPOCHS, literal, thinned
@@ -351,6 +353,19 @@ class TestPlots:
 
     def test_all_of_them_for_a_whole_study(self, hand: Facts) -> None:
         assert set(plots.draw(hand)) == {f"{name}.svg" for name in plots.PLOTS}
+
+    def test_the_effective_rates_are_those_of_the_table(self) -> None:
+        from search.report.plots.by_parameter import effective_rate_against_loss
+
+        made = [trial(n, falling(2.0, 1.4, 8), values={"batch_size": 16, "lora_r": 2 * n}) for n in (1, 2, 4)]
+        made.append(trial(5, falling(2.0, 1.5, 8), values={"lr_scheduler_type": "linear"}))
+        facts = gather(study(made))
+        figure = effective_rate_against_loss(facts)
+        assert figure is not None
+        drawn = {round(float(x), 9) for line in figure.axes[0].lines for x in np.asarray(line.get_xdata())}
+        rows = facts.tables["effective_rate"].rows
+        assert len(rows) > 2 and {round(row.low, 9) for row in rows} <= drawn
+        assert {round(10 ** effective_rate(e.record.config), 9) for e in facts.experiments} - drawn, "another unit"
 
     def test_none_for_an_empty_study(self) -> None:
         assert plots.draw(gather(study([]))) == {}

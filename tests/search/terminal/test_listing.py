@@ -16,11 +16,13 @@ from search.options import SearchOptions
 from search.places import Places
 from search.planning.budget import Budget
 from search.session import Session
+from search.space import Choice
 from search.storage.database import close_storage, open_storage
 from search.storage.studies import find_study, open_study
 from search.study_file import load
 from search.terminal import dry_run, listing, price
 from search.workers import busy
+from studies.rsicap_mini import STUDY as MINI
 from trainer.model import graphs
 
 
@@ -106,8 +108,11 @@ def test_what_a_search_would_refuse_a_dry_run_refuses(stored: Places, tmp_path: 
 def test_what_a_study_would_take_is_measured_and_leaves_nothing(
     places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By a few steps of the base configuration; the vision outputs of its few images are in no cache."""
-    session = Session("rsicap_mini", SearchOptions(places=places, settings=("max_samples=40", "num_epochs=3")))
+    """By a few steps of the base configuration; the vision outputs of its few images are in no cache. Where the number
+    of epochs is searched, all are for the longest trial."""
+    searched = replace(MINI, space={**MINI.space, "num_epochs": Choice((2, 3))})
+    session = Session(searched, SearchOptions(places=places, settings=("max_samples=40",)))
+    assert session.budget.each == 3
     checked = session.check()
     monkeypatch.setenv("LORA_SEARCH_CACHE", str(tmp_path / "cache"))
     measured = price.measure(session.definition, Budget(5), checked)
