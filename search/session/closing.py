@@ -86,7 +86,7 @@ def close(
     runs.end_study(ENDS.get(code, "FAILED"), summary.study_tags(trials, verdict))
     undelivered = courier.close(0)
     runs.close_dangling(nobody_writes(lambda: trials))
-    runs.end_lost(t.run_id for t in trials if t.run_id and t.state == "FAIL" and t.reason == records.LOST)
+    runs.settle(trials)
     return Result(
         code=code,
         study_name=study.study_name,

@@ -303,6 +303,11 @@ class Tracking:
                 closed.append(str(run.info.run_id))
         return tuple(closed)
 
+    def waiting(self, experiment_id: str) -> dict[str, dict[str, str]]:
+        """The tags of an experiment's runs, by run id, that say of their trial that it waits."""
+        runs = search(self._client, experiment_id, "tags.state = 'WAITING'")
+        return {str(run.info.run_id): inward(run.data.tags) for run in runs}
+
     # ------------------------------------------------------------------ writing (search.tracking.writer.RunStore)
 
     def write(self, run_id: str, points: Iterable[Point], tags: Mapping[str, str]) -> None:

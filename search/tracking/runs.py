@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from search import records
+from search.diagnosis.finding import Finding
 from search.errors import StorageError, Unavailable
 from search.places import Places
 from search.storage.identity import id_of
 from search.tracking import client as store
+from search.tracking import judgement
 from search.tracking.client import Tracking, as_text
 from search.tracking.environment import here, run_tags
+from search.tracking.mlflow_private import NOTE
 from search.tracking.outbox import (
     STUDY,
     Create,
@@ -34,11 +37,14 @@ from search.tracking.outbox import (
     Write,
     local_id,
 )
-from search.tracking.recorder import RunRecorder
+from search.tracking.recorder import RunRecorder, run_status
 from search.tracking.tags import RECORD_ID
 from search.tracking.writer import send
 
 log = logging.getLogger("search.tracking.runs")
+
+LOST_END = ("FAIL", records.LOST)
+"""State and reason of a trial that was lost."""
 
 
 class StudyRuns:
@@ -127,28 +133,32 @@ class StudyRuns:
         except Unavailable as error:
             log.warning("no search for runs of dead processes: %s", error)
 
-    def end_lost(self, run_ids: Iterable[str]) -> None:
-        """End the runs of lost trials that do not say so; a later call does, if MLflow is away.
+    def settle(self, trials: Iterable[records.TrialRecord]) -> None:
+        """End the runs of ended trials as these did, where MLflow says otherwise; a later call does, if it is away.
 
-        Whoever took such a trial up was killed, or lost the database, before it had its run ended: nobody will again.
-        Or its own worker, which tells MLflow first, could tell it of an error and no longer Optuna.
+        A lost trial's: who took it up was killed, or lost the database, before it had the run ended; or its own worker
+        could tell MLflow of an error and no longer Optuna. One that waits: the database had taken the trial's end, but
+        its answer was lost, so that the worker said that the trial is interrupted.
         """
         if self.outbox.runs():
             return
+        ended = {str(t.number): t for t in trials if t.state in ("COMPLETE", "PRUNED", "FAIL")}
         try:
             tracking = self.connect()
-            for run_id in run_ids:
+            found = tracking.waiting(tracking.experiment(self.study))
+            of_trials = {tags.get("trial"): run_id for run_id, tags in found.items() if tags.get("kind") == "trial"}
+            lost = {number: t.run_id for number, t in ended.items() if (t.state, t.reason) == LOST_END and t.run_id}
+            for number in sorted(ended.keys() & (of_trials.keys() | lost.keys()), key=int):
+                trial = ended[number]
                 try:
-                    found = tracking.resolve(self.study, run_id)
-                    tags = tracking.tags(found)
-                    if (tags.get("state"), tags.get("reason")) != ("FAIL", records.LOST):
-                        tracking.end_run(found, "KILLED", {"state": "FAIL", "reason": records.LOST})
+                    run_id = of_trials.get(number) or tracking.resolve(self.study, lost[number])
+                    _end_as(tracking, run_id, trial)
                 except Unavailable:
                     raise
                 except StorageError as error:  # deleted by someone
-                    log.warning("run %s is not ended: %s", run_id, error)
+                    log.warning("the run of trial %s is not ended: %s", number, error)
         except Unavailable as error:
-            log.warning("no search for runs of lost trials: %s", error)
+            log.warning("no search for runs that say otherwise than their trials: %s", error)
 
     # ------------------------------------------------------------------ runs of trials
 
@@ -230,3 +240,16 @@ class StudyRuns:
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+def _end_as(tracking: Tracking, run_id: str, trial: records.TrialRecord) -> None:
+    """End a run as its trial ended, unless it says so; what a person wrote on its page stays."""
+    tags = tracking.tags(run_id)
+    if (tags.get("state"), tags.get("reason")) == (trial.state, trial.reason):
+        return
+    known = [Finding.from_dict(each) for each in trial.attrs.get(records.FINDINGS) or ()]
+    how = judgement.description(trial.state, trial.reason, trial.detail, known)
+    ours = judgement.is_ours(tags.get(NOTE, ""))
+    tracking.end_run(run_id, run_status(trial.state, trial.reason), {}, how if ours else "")
+    # The state last: by it the run is found again if this fails half-way.
+    tracking.write(run_id, (), {"state": trial.state, **({"reason": trial.reason} if trial.reason else {})})

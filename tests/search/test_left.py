@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,44 @@ def test_a_run_of_an_unknown_process_is_ended_once_its_trial_is_lost(runs: Study
 
 
 @pytest.mark.parametrize(
-    ("status", "told"), [("FINISHED", {"state": "COMPLETE"}), ("FAILED", {"state": "FAIL", "reason": records.ERROR})]
+    ("status", "told"),
+    [
+        ("FINISHED", {"state": "COMPLETE", "reason": records.FINISHED}),
+        ("FAILED", {"state": "FAIL", "reason": records.ERROR}),
+        ("KILLED", {"state": "WAITING", "reason": records.INTERRUPTED}),
+    ],
 )
 def test_a_lost_trial_whose_run_ended_otherwise_is_lost_there_too(
     runs: StudyRuns, status: Any, told: dict[str, str]
 ) -> None:
     ended, gone = begun(runs, 0), "0" * 32
     runs.end(ended, status, told)
-    runs.end_lost([gone, ended])
+    lost = [trial(0, None, "FAIL", reason=records.LOST), trial(1, None, "FAIL", reason=records.LOST)]
+    runs.settle([replace(each, run_id=run_id) for each, run_id in zip(lost, (ended, gone), strict=True)])
+    assert told_of(runs)[ended] == ("KILLED", "FAIL", records.LOST)
+
+
+def test_a_trial_whose_end_was_stored_though_nothing_answered_has_ended_in_mlflow_too(runs: StudyRuns) -> None:
+    """Its worker, which cannot know, has said that it is interrupted. One that does wait is left as it is."""
+    interrupted = {"state": "WAITING", "reason": records.INTERRUPTED}
+    ended, waits = begun(runs, 0), begun(runs, 1)
+    for run_id in (ended, waits):
+        runs.end(run_id, "KILLED", interrupted)
+    runs.settle(
+        [trial(0, 0.5, "PRUNED", reason=records.RISING), trial(1, None, "WAITING", reason=records.INTERRUPTED)]
+    )
+    assert told_of(runs) == {
+        ended: ("FINISHED", "PRUNED", records.RISING),
+        waits: ("KILLED", "WAITING", records.INTERRUPTED),
+    }
+
+
+def told_of(runs: StudyRuns) -> dict[str, tuple[str, str | None, str | None]]:
+    """(status, state, reason) of the trials' runs."""
     tracking = runs.connect()
-    found = tracking.runs(tracking.experiment("demo"))[ended]
-    assert (found.status, found.tags["state"], found.tags["reason"]) == ("KILLED", "FAIL", records.LOST)
+    found = tracking.runs(tracking.experiment("demo"))
+    return {
+        run_id: (run.status, run.tags.get("state"), run.tags.get("reason"))
+        for run_id, run in found.items()
+        if run.tags.get("kind") == "trial"
+    }
